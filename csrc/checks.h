@@ -1,0 +1,59 @@
+// Argument checks of the ops, worded with the argument's name, what came and what was wanted (metamask_ext/reference.py words them
+// the same way), and the layout that the kernels ask for.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "gate.h"
+
+namespace metamask {
+
+inline void check_gate(int64_t gate, double parameter) {
+  TORCH_CHECK_VALUE(gate == kSigmoid || gate == kHard, "gate must be 0 (sigmoid) or 1 (hard), got ", gate);
+  TORCH_CHECK_VALUE(gate != kSigmoid || (parameter > 0 && parameter < std::numeric_limits<double>::infinity()),
+                    "temperature must be finite and greater than 0, got ", parameter);
+}
+
+inline bool is_masked_type(at::ScalarType type) {
+  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+inline void check_pair(const at::Tensor& weight, const at::Tensor& mask_logits) {
+  TORCH_CHECK_TYPE(is_masked_type(weight.scalar_type()), "weight must be float64, float32, bfloat16 or float16, got ",
+                   weight.scalar_type());
+  TORCH_CHECK_TYPE(mask_logits.scalar_type() == weight.scalar_type(), "mask_logits must have the dtype of weight, ",
+                   weight.scalar_type(), ", got ", mask_logits.scalar_type());
+  TORCH_CHECK_VALUE(mask_logits.sizes() == weight.sizes(), "mask_logits must have the shape of weight, ", weight.sizes(), ", got ",
+                    mask_logits.sizes());
+  TORCH_CHECK_VALUE(mask_logits.device() == weight.device(), "mask_logits must be on the device of weight, ", weight.device(),
+                    ", got ", mask_logits.device());
+}
+
+// float64 parameters compute in float64, and only there.
+inline void check_storage(const char* name, at::ScalarType type, const at::Tensor& weight) {
+  TORCH_CHECK_TYPE(is_masked_type(type) && (type == at::kDouble) == (weight.scalar_type() == at::kDouble), name,
+                   weight.scalar_type() == at::kDouble ? " must be float64 as weight is, got "
+                                                       : " must be float32, bfloat16 or float16, got ",
+                   type);
+}
+
+inline void check_like(const char* name, const at::Tensor& tensor, const at::Tensor& weight) {
+  check_storage(name, tensor.scalar_type(), weight);
+  TORCH_CHECK_VALUE(tensor.sizes() == weight.sizes(), name, " must have the shape of weight, ", weight.sizes(), ", got ",
+                    tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.device() == weight.device(), name, " must be on the device of weight, ", weight.device(), ", got ",
+                    tensor.device());
+}
+
+// The weight as one dense block of memory, in whatever order of dimensions it has (a channels-last weight stays so).
+inline at::Tensor dense(const at::Tensor& weight) {
+  return weight.is_non_overlapping_and_dense() ? weight : weight.contiguous();
+}
+
+// `tensor` with its elements in the memory order of `weight`, which is dense.
+inline at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& weight) {
+  if (tensor.strides() == weight.strides() || tensor.numel() < 2) return tensor;
+  return at::empty_strided(weight.sizes(), weight.strides(), tensor.options()).copy_(tensor);
+}
+
+}  // namespace metamask

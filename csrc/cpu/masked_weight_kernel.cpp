@@ -1,0 +1,166 @@
+// Compiled once for each instruction set, with METAMASK_ISA its name. Everything but the table is local to the object.
+#include "masked_weight_kernel.h"
+
+namespace metamask::cpu {
+namespace {
+
+constexpr int64_t kBlock = 512;  // elements worked on at a time: eleven arrays of them stay in the first-level cache
+
+// A block of an array in the type of the arithmetic: the array itself where it has that type, else a converted copy.
+template <class T>
+class Input {
+ public:
+  Input(Type type, const void* data) : type_(type), data_(data) {}
+
+  const T* block(int64_t begin, int64_t n) {
+    if (data_ == nullptr) {
+      for (int64_t i = 0; i < n; ++i) copy_[i] = T(0);
+      return copy_;
+    }
+    if constexpr (sizeof(T) == 8) return static_cast<const double*>(data_) + begin;
+    switch (type_) {
+      case Type::kBFloat16: return widened(static_cast<const BFloat16*>(data_) + begin, n);
+      case Type::kFloat16: return widened(static_cast<const Float16*>(data_) + begin, n);
+      default: return reinterpret_cast<const T*>(data_) + begin;
+    }
+  }
+
+ private:
+  template <class S>
+  const T* widened(const S* from, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) copy_[i] = T(widen(from[i]));
+    return copy_;
+  }
+
+  Type type_;
+  const void* data_;
+  alignas(64) T copy_[kBlock];
+};
+
+template <class T>
+class Output {
+ public:
+  Output(Type type, void* data) : type_(type), data_(data) {}
+
+  T* block(int64_t begin) {
+    const bool direct = data_ != nullptr && type_ == (sizeof(T) == 8 ? Type::kFloat64 : Type::kFloat32);
+    return direct ? static_cast<T*>(data_) + begin : copy_;
+  }
+
+  void finish(int64_t begin, int64_t n) {
+    if (data_ == nullptr) return;
+    if (type_ == Type::kBFloat16) narrowed(static_cast<BFloat16*>(data_) + begin, n);
+    if (type_ == Type::kFloat16) narrowed(static_cast<Float16*>(data_) + begin, n);
+  }
+
+ private:
+  template <class S>
+  void narrowed(S* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) narrow(float(copy_[i]), to[i]);
+  }
+
+  Type type_;
+  void* data_;
+  alignas(64) T copy_[kBlock];
+};
+
+template <class T>
+T parameter_of(Gate gate) {
+  return T(gate.kind == kSigmoid ? 1.0 / gate.parameter : gate.parameter);
+}
+
+template <class T, GateKind kind>
+void forward_block(T parameter, const T* __restrict w, const T* __restrict m, T* __restrict theta, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) theta[i] = theta_of<kind>(w[i], m[i], parameter);
+}
+
+template <class T, GateKind kind>
+void backward_block(T parameter, const T* __restrict g, const T* __restrict w, const T* __restrict m, T* __restrict dw,
+                    T* __restrict dm, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto out = backward_of<kind>(g[i], w[i], m[i], parameter);
+    dw[i] = out.w;
+    dm[i] = out.m;
+  }
+}
+
+template <class T, GateKind kind>
+void double_backward_block(T parameter, const T* __restrict a, const T* __restrict b, const T* __restrict g, const T* __restrict w,
+                           const T* __restrict m, T* __restrict dg, T* __restrict dw, T* __restrict dm, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto out = double_backward_of<kind>(a[i], b[i], g[i], w[i], m[i], parameter);
+    dg[i] = out.g;
+    dw[i] = out.w;
+    dm[i] = out.m;
+  }
+}
+
+template <class T, GateKind kind>
+void forward_range(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t begin, int64_t end) {
+  Input<T> w_in(param, w), m_in(param, m);
+  Output<T> theta_out(out, theta);
+  for (int64_t i = begin, n; i < end; i += n) {
+    n = end - i < kBlock ? end - i : kBlock;
+    forward_block<T, kind>(parameter_of<T>(gate), w_in.block(i, n), m_in.block(i, n), theta_out.block(i), n);
+    theta_out.finish(i, n);
+  }
+}
+
+template <class T, GateKind kind>
+void backward_range(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm, int64_t begin,
+                    int64_t end) {
+  Input<T> g_in(grad, g), w_in(param, w), m_in(param, m);
+  Output<T> dw_out(param, dw), dm_out(param, dm);
+  for (int64_t i = begin, n; i < end; i += n) {
+    n = end - i < kBlock ? end - i : kBlock;
+    backward_block<T, kind>(parameter_of<T>(gate), g_in.block(i, n), w_in.block(i, n), m_in.block(i, n), dw_out.block(i),
+                            dm_out.block(i), n);
+    dw_out.finish(i, n);
+    dm_out.finish(i, n);
+  }
+}
+
+template <class T, GateKind kind>
+void double_backward_range(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w, const void* m,
+                           void* dg, void* dw, void* dm, int64_t begin, int64_t end) {
+  Input<T> a_in(param, a), b_in(param, b), g_in(grad, g), w_in(param, w), m_in(param, m);
+  Output<T> dg_out(grad, dg), dw_out(param, dw), dm_out(param, dm);
+  for (int64_t i = begin, n; i < end; i += n) {
+    n = end - i < kBlock ? end - i : kBlock;
+    double_backward_block<T, kind>(parameter_of<T>(gate), a_in.block(i, n), b_in.block(i, n), g_in.block(i, n), w_in.block(i, n),
+                                   m_in.block(i, n), dg_out.block(i), dw_out.block(i), dm_out.block(i), n);
+    dg_out.finish(i, n);
+    dw_out.finish(i, n);
+    dm_out.finish(i, n);
+  }
+}
+
+// Calls RANGE<type of the arithmetic, gate>.
+#define DISPATCH(RANGE, gate, param, ...)                                                                    \
+  if (param == Type::kFloat64) {                                                                             \
+    gate.kind == kSigmoid ? RANGE<double, kSigmoid>(__VA_ARGS__) : RANGE<double, kHard>(__VA_ARGS__);        \
+  } else {                                                                                                   \
+    gate.kind == kSigmoid ? RANGE<float, kSigmoid>(__VA_ARGS__) : RANGE<float, kHard>(__VA_ARGS__);          \
+  }
+
+void forward(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t begin, int64_t end) {
+  DISPATCH(forward_range, gate, param, gate, param, out, w, m, theta, begin, end)
+}
+
+void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm, int64_t begin,
+              int64_t end) {
+  DISPATCH(backward_range, gate, param, gate, param, grad, g, w, m, dw, dm, begin, end)
+}
+
+void double_backward(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w, const void* m,
+                     void* dg, void* dw, void* dm, int64_t begin, int64_t end) {
+  DISPATCH(double_backward_range, gate, param, gate, param, grad, a, b, g, w, m, dg, dw, dm, begin, end)
+}
+
+}  // namespace
+
+#define TABLE_NAME_(isa) kMaskedWeight_##isa
+#define TABLE_NAME(isa) TABLE_NAME_(isa)
+const MaskedWeightKernels TABLE_NAME(METAMASK_ISA) = {&forward, &backward, &double_backward};
+
+}  // namespace metamask::cpu

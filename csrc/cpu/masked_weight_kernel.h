@@ -1,0 +1,32 @@
+// The loops of masked_weight and its derivatives, one table for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "storage.h"
+
+namespace metamask::cpu {
+
+// A gate with its parameter: the temperature of the sigmoid, the threshold of the hard gate.
+struct Gate {
+  GateKind kind;
+  double parameter;
+};
+
+// Each works on elements [begin, end) of contiguous arrays. `param` is the type of weight, mask and their gradients. A null input is
+// zero, a null output is not computed.
+struct MaskedWeightKernels {
+  void (*forward)(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t begin, int64_t end);
+  void (*backward)(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm, int64_t begin,
+                   int64_t end);
+  void (*double_backward)(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w, const void* m,
+                          void* dg, void* dw, void* dm, int64_t begin, int64_t end);
+};
+
+extern const MaskedWeightKernels kMaskedWeight_default;
+#if defined(METAMASK_X86)
+extern const MaskedWeightKernels kMaskedWeight_avx2;
+extern const MaskedWeightKernels kMaskedWeight_avx512;
+#endif
+
+}  // namespace metamask::cpu

@@ -1,0 +1,83 @@
+// Every schema of the library, the guard against differentiating a raw op by accident, and the Python module _C.
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "cpu/capability.h"
+
+TORCH_LIBRARY(metamask, m) {
+  m.def("masked_weight(Tensor weight, Tensor mask_logits, int gate, float parameter, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "masked_weight_backward(Tensor grad, Tensor weight, Tensor mask_logits, int gate, float parameter, bool[2] needs) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "masked_weight_double_backward(Tensor? cotangent_weight, Tensor? cotangent_mask, Tensor grad, Tensor weight, "
+      "Tensor mask_logits, int gate, float parameter, bool[3] needs) -> (Tensor, Tensor, Tensor)");
+}
+
+namespace metamask {
+namespace {
+
+void refuse_if_differentiated(const c10::OperatorHandle& op, const at::Tensor& tensor) {
+  if (!tensor.defined()) return;
+  TORCH_CHECK(!(at::GradMode::is_enabled() && tensor.requires_grad()) && !tensor._fw_grad(0).defined(),
+              op.schema().name(), " has no derivative: call the functions of metamask_ext, or detach its inputs");
+}
+
+// Runs where autograd would record the op: passes on what nobody differentiates, refuses the rest. Without it the result would
+// silently be a constant.
+void undifferentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  for (const c10::IValue& value : torch::jit::last(*stack, op.schema().arguments().size())) {
+    if (value.isTensor()) refuse_if_differentiated(op, value.toTensor());
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
+#if !defined(METAMASK_CUDA)
+void without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK(false, op.schema().name(), ": this build of metamask_ext has no CUDA kernels. Install it again where torch "
+              "has CUDA and a CUDA toolkit (nvcc) is found, or move the tensors to the CPU");
+}
+#endif
+
+constexpr const char* kOps[] = {"masked_weight", "masked_weight_backward", "masked_weight_double_backward"};
+
+TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
+  for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());
+}
+
+#if !defined(METAMASK_CUDA)
+TORCH_LIBRARY_IMPL(metamask, CUDA, m) {
+  for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&without_cuda>());
+}
+#endif
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["cpu_capability"] = cpu::name_of(cpu::capability());
+  info["cpu_capabilities"] = cpu::available_capabilities();
+#if defined(METAMASK_CUDA)
+  info["cuda_archs"] = METAMASK_CUDA_ARCHS;
+#else
+  info["cuda_archs"] = pybind11::none();
+#endif
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  return info;
+}
+
+}  // namespace
+}  // namespace metamask
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Registers torch.ops.metamask when it is loaded.";
+  m.def("build_info", &metamask::build_info, "What this binary was built for and runs with.");
+}

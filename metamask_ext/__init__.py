@@ -1,0 +1,37 @@
+"""Masked weights for PyTorch, fused: one weight shared by all tasks, one mask per task, ``theta = W * sigmoid(M_task)``."""
+
+from importlib import import_module as _import_module
+
+try:
+    _import_module("._build", __name__)
+except ModuleNotFoundError as _error:
+    raise ImportError(
+        "metamask_ext was imported from a source folder in which it is not built. Leave that folder, or build it there with "
+        "'pip install --no-build-isolation -e .'"
+    ) from _error
+
+from ._info import build_info, check_build
+
+check_build()
+
+from . import nn  # noqa: E402
+from .functional import masked_conv2d, masked_linear, masked_weight  # noqa: E402
+from .nn.active import using_task  # noqa: E402
+from .nn.convert import convert, merge  # noqa: E402
+from .nn.tasks import add_task, remove_task, tasks  # noqa: E402
+
+__version__ = build_info()["version"]
+
+__all__ = [
+    "add_task",
+    "build_info",
+    "convert",
+    "masked_conv2d",
+    "masked_linear",
+    "masked_weight",
+    "merge",
+    "nn",
+    "remove_task",
+    "tasks",
+    "using_task",
+]

@@ -1,0 +1,83 @@
+"""Typed callers of the raw ops and their fake (shape-only) kernels, in csrc/library.cpp's order.
+
+A raw op has no derivative: called with grad mode on and an input that requires grad it raises. Differentiate through
+:mod:`metamask_ext.functional`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._build import BACKEND
+from .reference import check_pair
+
+if BACKEND != "reference":
+    from . import _C  # noqa: F401  importing it registers torch.ops.metamask
+
+    _metamask = torch.ops.metamask
+
+    _masked_weight = _metamask.masked_weight.default
+    _masked_weight_backward = _metamask.masked_weight_backward.default
+    _masked_weight_double_backward = _metamask.masked_weight_double_backward.default
+
+
+def masked_weight(
+    weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """See :func:`metamask_ext.reference.masked_weight`."""
+    return _masked_weight(weight, mask_logits, gate, parameter, dtype)
+
+
+def masked_weight_backward(
+    grad: Tensor, weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, needs: tuple[bool, bool] = (True, True)
+) -> tuple[Tensor | None, Tensor | None]:
+    """See :func:`metamask_ext.reference.masked_weight_backward`."""
+    return _masked_weight_backward(grad, weight, mask_logits, gate, parameter, needs)
+
+
+def masked_weight_double_backward(
+    cotangent_weight: Tensor | None,
+    cotangent_mask: Tensor | None,
+    grad: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    gate: int,
+    parameter: float,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See :func:`metamask_ext.reference.masked_weight_double_backward`."""
+    return _masked_weight_double_backward(
+        cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate, parameter, needs
+    )
+
+
+def _check_like(name: str, tensor: Tensor, weight: Tensor) -> None:
+    if tensor.shape != weight.shape:
+        raise ValueError(f"{name} must have the shape of weight, {list(weight.shape)}, got {list(tensor.shape)}")
+    if tensor.device != weight.device:
+        raise ValueError(f"{name} must be on the device of weight, {weight.device}, got {tensor.device}")
+
+
+if BACKEND != "reference":
+
+    @torch.library.register_fake("metamask::masked_weight")
+    def _(weight, mask_logits, gate, parameter, dtype=None):
+        check_pair(weight, mask_logits)
+        return torch.empty_like(weight, dtype=dtype)
+
+    @torch.library.register_fake("metamask::masked_weight_backward")
+    def _(grad, weight, mask_logits, gate, parameter, needs):
+        check_pair(weight, mask_logits)
+        _check_like("grad", grad, weight)
+        return tuple(torch.empty_like(weight) if need else None for need in needs)
+
+    @torch.library.register_fake("metamask::masked_weight_double_backward")
+    def _(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate, parameter, needs):
+        check_pair(weight, mask_logits)
+        _check_like("grad", grad, weight)
+        for name, cotangent in (("cotangent_weight", cotangent_weight), ("cotangent_mask", cotangent_mask)):
+            if cotangent is not None:
+                _check_like(name, cotangent, weight)
+        dtypes = (grad.dtype, weight.dtype, weight.dtype)
+        return tuple(torch.empty_like(weight, dtype=dtype) if need else None for need, dtype in zip(needs, dtypes))

@@ -1,0 +1,200 @@
+"""Masked weights as functions: ``theta = W * g(M)`` and the linear and convolution layers that use it.
+
+Source: C. Blum and A. Law, EE5239 project proposal (2020), eq. 3: ``theta = theta_W * sigma(theta_M)``, one ``theta_W`` for all
+tasks and one ``theta_M`` per task. All functions take float64, float32, bfloat16 or float16 (16-bit types are computed in
+float32), any strides, and can be differentiated any number of times, by autograd and by torch.func.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import reference
+from ._build import BACKEND
+from .autograd import MaskedWeight
+from .reference import check_pair, resolve_gate
+
+__all__ = ["masked_conv2d", "masked_linear", "masked_weight"]
+
+_no_kernels = BACKEND == "reference"
+_is_compiling = torch.compiler.is_compiling
+_functorch_level = torch._C._functorch.maybe_current_level
+
+
+def _use_reference() -> bool:
+    """Whether plain torch must run instead of a Function: the one place that decides it.
+
+    A Function inside a compiled ``func.grad``, or in a compiled step that calls ``autograd.grad``, returns wrong numbers with no
+    warning; under torch.func and forward-mode AD a Function of the form ``forward(ctx, ...)`` does not work at all.
+    """
+    return _no_kernels or _is_compiling() or _functorch_level() is not None or forward_ad._current_level >= 0
+
+
+def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """The dtype in which a GEMM or convolution over ``weight`` runs under autocast; None: no autocast (as for float64)."""
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def masked_weight(
+    weight: Tensor, mask_logits: Tensor, *, gate: str = "sigmoid", temperature: float = 1.0, threshold: float = 0.0
+) -> Tensor:
+    """``theta = W * g(M)``, element by element.
+
+    ``g(M) = sigmoid(M / temperature)`` for ``gate="sigmoid"`` (Blum and Law, eq. 3); ``g(M) = 1[M > threshold]`` for ``gate="hard"``,
+    differentiated as if it were ``M`` (straight-through: Piggyback, arXiv:1801.06519; Supermasks in Superposition, arXiv:2006.14769).
+
+    Args:
+        weight: ``W``, of any shape; floating point.
+        mask_logits: ``M``, of the shape, dtype and device of ``weight``.
+        gate: ``"sigmoid"`` or ``"hard"``.
+        temperature: ``t > 0``, in units of a logit; used by ``"sigmoid"``.
+        threshold: ``c``, in units of a logit; used by ``"hard"``.
+
+    Returns:
+        ``theta``, with the shape, dtype, device and memory format of ``weight``.
+
+    Raises:
+        TypeError: an argument is no tensor, or of the wrong dtype.
+        ValueError: the shapes or devices differ, the gate is unknown, or the temperature is not positive.
+    """
+    number, parameter = resolve_gate(gate, temperature, threshold)
+    check_pair(weight, mask_logits)
+    if _use_reference():
+        return reference.masked_weight(weight, mask_logits, number, parameter)
+    return MaskedWeight.apply(weight, mask_logits, number, parameter, None)
+
+
+def masked_linear(
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None = None,
+    bias_mask_logits: Tensor | None = None,
+    *,
+    gate: str = "sigmoid",
+    temperature: float = 1.0,
+    threshold: float = 0.0,
+) -> Tensor:
+    """``y = x @ (W * g(M)).T + b * g(M_b)``: :func:`torch.nn.functional.linear` with a masked weight.
+
+    Args:
+        input: ``x``, ``[..., in]``.
+        weight: ``W``, ``[out, in]``.
+        mask_logits: ``M``, ``[out, in]``.
+        bias: ``b``, ``[out]``, or None.
+        bias_mask_logits: ``M_b``, ``[out]``; None leaves the bias unmasked.
+        gate, temperature, threshold: see :func:`masked_weight`.
+
+    Returns:
+        ``y``, ``[..., out]``; under autocast in the autocast dtype, as ``linear`` does.
+
+    Raises:
+        TypeError, ValueError: as :func:`masked_weight`; also when ``input`` does not fit ``weight``.
+    """
+    number, parameter = resolve_gate(gate, temperature, threshold)
+    check_pair(weight, mask_logits)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
+    _check_input(input, weight)
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input must be [..., in] with in = {weight.shape[1]} as in weight {list(weight.shape)}, got {list(input.shape)}"
+        )
+    _check_bias(weight, bias, bias_mask_logits)
+    if _use_reference():
+        return reference.masked_linear(input, weight, mask_logits, bias, bias_mask_logits, number, parameter)
+    theta, bias = _masked_parameters(weight, mask_logits, bias, bias_mask_logits, number, parameter)
+    return F.linear(input, theta, bias)
+
+
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None = None,
+    bias_mask_logits: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    gate: str = "sigmoid",
+    temperature: float = 1.0,
+    threshold: float = 0.0,
+) -> Tensor:
+    """``y = conv2d(x, W * g(M)) + b * g(M_b)``: :func:`torch.nn.functional.conv2d` with a masked weight.
+
+    Args:
+        input: ``x``, ``[N, C_in, H, W]`` or ``[C_in, H, W]``.
+        weight: ``W``, ``[C_out, C_in / groups, kH, kW]``.
+        mask_logits: ``M``, of the shape of ``weight``.
+        bias: ``b``, ``[C_out]``, or None.
+        bias_mask_logits: ``M_b``, ``[C_out]``; None leaves the bias unmasked.
+        stride, padding, dilation, groups: as in ``conv2d``; padding may be ``"valid"`` or ``"same"``.
+        gate, temperature, threshold: see :func:`masked_weight`.
+
+    Returns:
+        ``y``, ``[N, C_out, H', W']`` or ``[C_out, H', W']``; under autocast in the autocast dtype, as ``conv2d`` does.
+
+    Raises:
+        TypeError, ValueError: as :func:`masked_weight`; also when ``input`` does not fit ``weight``.
+    """
+    number, parameter = resolve_gate(gate, temperature, threshold)
+    check_pair(weight, mask_logits)
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [C_out, C_in / groups, kH, kW], got shape {list(weight.shape)}")
+    _check_input(input, weight)
+    if input.dim() not in (3, 4) or input.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"input must be [N, C_in, H, W] or [C_in, H, W] with C_in = {weight.shape[1] * groups} as in weight "
+            f"{list(weight.shape)} with groups={groups}, got {list(input.shape)}"
+        )
+    _check_bias(weight, bias, bias_mask_logits)
+    if _use_reference():
+        return reference.masked_conv2d(
+            input, weight, mask_logits, bias, bias_mask_logits, stride, padding, dilation, groups, number, parameter
+        )
+    theta, bias = _masked_parameters(weight, mask_logits, bias, bias_mask_logits, number, parameter)
+    return F.conv2d(input, theta, bias, stride, padding, dilation, groups)
+
+
+def _masked_parameters(
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate: int,
+    parameter: float,
+) -> tuple[Tensor, Tensor | None]:
+    """``theta`` and the masked bias, written at once in the dtype in which autocast will use them."""
+    dtype = _autocast_dtype(weight)
+    theta = MaskedWeight.apply(weight, mask_logits, gate, parameter, dtype)
+    if bias_mask_logits is not None:
+        bias = MaskedWeight.apply(bias, bias_mask_logits, gate, parameter, dtype)
+    return theta, bias
+
+
+def _check_bias(weight: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | None) -> None:
+    if bias is None:
+        if bias_mask_logits is not None:
+            raise ValueError("bias_mask_logits needs a bias, got bias=None")
+        return
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [out] = {list(weight.shape[:1])}, got {list(bias.shape)}")
+    if bias_mask_logits is not None:
+        check_pair(bias, bias_mask_logits, "bias", "bias_mask_logits")
+
+
+def _check_input(input: Tensor, weight: Tensor) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+    if input.device != weight.device:
+        raise ValueError(f"input must be on the device of weight, {weight.device}, got {input.device}")
+    if input.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        raise TypeError(f"input must have the dtype of weight, {weight.dtype}, got {input.dtype}")

@@ -1,0 +1,176 @@
+"""Every op in plain PyTorch: the specification, the oracle of the tests, and the path where a Function cannot go.
+
+Mathematics, with ``s = g(M)``, ``d = g'(M)``, ``d2 = g''(M)`` and ``theta = W * s`` (element-wise):
+
+=========  ==================  ===============  =================
+gate       s                   d                d2
+=========  ==================  ===============  =================
+sigmoid    sigmoid(M / t)      s * (1 - s) / t  d * (1 - 2s) / t
+hard       1[M > c]            1                0
+=========  ==================  ===============  =================
+
+``sigmoid`` is eq. 3 of Blum and Law's proposal (``theta = theta_W * sigma(theta_M)``) with a temperature ``t``. ``hard`` has
+the straight-through derivative of Piggyback (arXiv:1801.06519) and Supermasks in Superposition (arXiv:2006.14769): whatever
+the order, ``s`` is differentiated as if it were ``M``.
+
+float64 computes in float64; float32, bfloat16 and float16 compute in float32 and round once, at the end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIGMOID, HARD = 0, 1
+"""How the ops name a gate: csrc/gate.h has the same numbers."""
+
+GATES = {"sigmoid": SIGMOID, "hard": HARD}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def resolve_gate(gate: str, temperature: float, threshold: float) -> tuple[int, float]:
+    """The gate's number and its one parameter: the temperature of ``sigmoid``, the threshold of ``hard``.
+
+    Raises:
+        ValueError: ``gate`` is neither name, ``temperature`` is not finite and positive, or ``threshold`` is NaN.
+    """
+    if gate == "sigmoid":
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(f"temperature must be finite and greater than 0, got {temperature!r}")
+        return SIGMOID, float(temperature)
+    if gate == "hard":
+        if threshold != threshold:
+            raise ValueError("threshold must be a number, got nan")
+        return HARD, float(threshold)
+    raise ValueError(f"gate must be one of {sorted(GATES)}, got {gate!r}")
+
+
+def check_pair(weight: Tensor, mask_logits: Tensor, weight_name: str = "weight", mask_name: str = "mask_logits") -> None:
+    """Refuse a weight and its logits that do not belong together (csrc/checks.h words it the same way).
+
+    Raises:
+        TypeError: not tensors, not floating point of 16 bits or more, or of two dtypes.
+        ValueError: of two shapes or on two devices.
+    """
+    for name, tensor in ((weight_name, weight), (mask_name, mask_logits)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"{weight_name} must be float64, float32, bfloat16 or float16, got {weight.dtype}")
+    if mask_logits.dtype != weight.dtype:
+        raise TypeError(f"{mask_name} must have the dtype of {weight_name}, {weight.dtype}, got {mask_logits.dtype}")
+    if mask_logits.shape != weight.shape:
+        raise ValueError(
+            f"{mask_name} must have the shape of {weight_name}, {list(weight.shape)}, got {list(mask_logits.shape)}"
+        )
+    if mask_logits.device != weight.device:
+        raise ValueError(f"{mask_name} must be on the device of {weight_name}, {weight.device}, got {mask_logits.device}")
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gate_values(logits: Tensor, gate: int, parameter: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``s, d, d2`` of the table above, each differentiable as the gate's rule says."""
+    if gate == SIGMOID:
+        s = torch.sigmoid(logits / parameter)
+        d = s * (1 - s) / parameter
+        return s, d, d * (1 - 2 * s) / parameter
+    # Straight through: adding M - M.detach(), which is zero, gives s the derivative of M at every order and under every
+    # transform. An infinite logit would make that term NaN; nan_to_num keeps its value (and drops only its gradient).
+    s = (logits > parameter).to(logits.dtype) + (logits - logits.detach()).nan_to_num()
+    return s, torch.ones_like(logits), torch.zeros_like(logits)
+
+
+def masked_weight(
+    weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``theta = W * g(M)``, in ``dtype`` (default: that of ``weight``)."""
+    compute = _compute_dtype(weight.dtype)
+    logits = mask_logits.to(compute)
+    # Only s: under torch.compile and in a forward nobody differentiates, d and d2 would be dead arithmetic.
+    s = torch.sigmoid(logits / parameter) if gate == SIGMOID else gate_values(logits, gate, parameter)[0]
+    return (weight.to(compute) * s).to(dtype or weight.dtype)
+
+
+def masked_weight_backward(
+    grad: Tensor, weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, needs: tuple[bool, bool] = (True, True)
+) -> tuple[Tensor | None, Tensor | None]:
+    """``dL/dW = G * s`` and ``dL/dM = G * W * d`` for ``G = dL/dtheta``; an output that is not needed is None."""
+    compute = _compute_dtype(weight.dtype)
+    g, w = grad.to(compute), weight.to(compute)
+    s, d, _ = gate_values(mask_logits.to(compute), gate, parameter)
+    return (
+        (g * s).to(weight.dtype) if needs[0] else None,
+        (g * w * d).to(weight.dtype) if needs[1] else None,
+    )
+
+
+def masked_weight_double_backward(
+    cotangent_weight: Tensor | None,
+    cotangent_mask: Tensor | None,
+    grad: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    gate: int,
+    parameter: float,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of :func:`masked_weight_backward` for cotangents ``A`` of dL/dW and ``B`` of dL/dM (None: zero).
+
+    ``to G: A*s + B*W*d``; ``to W: B*G*d``; ``to M: A*G*d + B*G*W*d2``; an output that is not needed is None.
+    """
+    compute = _compute_dtype(weight.dtype)
+    g, w = grad.to(compute), weight.to(compute)
+    a = torch.zeros_like(w) if cotangent_weight is None else cotangent_weight.to(compute)
+    b = torch.zeros_like(w) if cotangent_mask is None else cotangent_mask.to(compute)
+    s, d, d2 = gate_values(mask_logits.to(compute), gate, parameter)
+    return (
+        (a * s + b * w * d).to(grad.dtype) if needs[0] else None,
+        (b * g * d).to(weight.dtype) if needs[1] else None,
+        (a * g * d + b * g * w * d2).to(weight.dtype) if needs[2] else None,
+    )
+
+
+def masked_linear(
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate: int,
+    parameter: float,
+) -> Tensor:
+    """``y = x @ theta.T + b * g(M_b)``; a bias without logits is used as it is."""
+    theta = masked_weight(weight, mask_logits, gate, parameter)
+    return F.linear(input, theta, masked_bias(bias, bias_mask_logits, gate, parameter))
+
+
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    stride: int | tuple[int, int],
+    padding: str | int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
+    gate: int,
+    parameter: float,
+) -> Tensor:
+    """``y = conv2d(x, theta) + b * g(M_b)``; a bias without logits is used as it is."""
+    theta = masked_weight(weight, mask_logits, gate, parameter)
+    bias = masked_bias(bias, bias_mask_logits, gate, parameter)
+    return F.conv2d(input, theta, bias, stride, padding, dilation, groups)
+
+
+def masked_bias(bias: Tensor | None, bias_mask_logits: Tensor | None, gate: int, parameter: float) -> Tensor | None:
+    """``b * g(M_b)``; the bias as it is when it has no logits."""
+    if bias is None or bias_mask_logits is None:
+        return bias
+    return masked_weight(bias, bias_mask_logits, gate, parameter)
