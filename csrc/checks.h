@@ -4,7 +4,7 @@
 
 #include <ATen/ATen.h>
 
-#include "gate.h"
+#include "types.h"
 
 namespace metamask {
 
@@ -16,6 +16,15 @@ inline void check_gate(int64_t gate, double parameter) {
 
 inline bool is_masked_type(at::ScalarType type) {
   return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+inline Type type_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble: return Type::kFloat64;
+    case at::kBFloat16: return Type::kBFloat16;
+    case at::kHalf: return Type::kFloat16;
+    default: return Type::kFloat32;
+  }
 }
 
 inline void check_pair(const at::Tensor& weight, const at::Tensor& mask_logits) {
@@ -45,6 +54,10 @@ inline void check_like(const char* name, const at::Tensor& tensor, const at::Ten
                     tensor.device());
 }
 
+// An optional input or output: null where there is none.
+inline const void* data(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+inline void* mutable_data(at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
+
 // The weight as one dense block of memory, in whatever order of dimensions it has (a channels-last weight stays so).
 inline at::Tensor dense(const at::Tensor& weight) {
   return weight.is_non_overlapping_and_dense() ? weight : weight.contiguous();
@@ -54,6 +67,14 @@ inline at::Tensor dense(const at::Tensor& weight) {
 inline at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& weight) {
   if (tensor.strides() == weight.strides() || tensor.numel() < 2) return tensor;
   return at::empty_strided(weight.sizes(), weight.strides(), tensor.options()).copy_(tensor);
+}
+
+
+// A cotangent of a gradient of the parameters, in their dtype and in the memory order of `weight`; undefined when not given.
+inline at::Tensor cotangent(const char* name, const std::optional<at::Tensor>& given, const at::Tensor& weight) {
+  if (!given.has_value() || !given->defined()) return at::Tensor();
+  check_like(name, *given, weight);
+  return laid_out_as(given->to(weight.scalar_type()), weight);
 }
 
 }  // namespace metamask

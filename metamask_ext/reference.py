@@ -78,8 +78,9 @@ def gate_values(logits: Tensor, gate: int, parameter: float) -> tuple[Tensor, Te
     """``s, d, d2`` of the table above, each differentiable as the gate's rule says."""
     if gate == SIGMOID:
         s = torch.sigmoid(logits / parameter)
-        d = s * (1 - s) / parameter
-        return s, d, d * (1 - 2 * s) / parameter
+        rest = torch.sigmoid(-logits / parameter)  # 1 - s, also where s rounds to 1
+        d = s * rest / parameter
+        return s, d, d * (rest - s) / parameter
     # Straight through: adding M - M.detach(), which is zero, gives s the derivative of M at every order and under every
     # transform. An infinite logit would make that term NaN; nan_to_num keeps its value (and drops only its gradient).
     s = (logits > parameter).to(logits.dtype) + (logits - logits.detach()).nan_to_num()

@@ -64,11 +64,6 @@ class Output {
   alignas(64) T copy_[kBlock];
 };
 
-template <class T>
-T parameter_of(Gate gate) {
-  return T(gate.kind == kSigmoid ? 1.0 / gate.parameter : gate.parameter);
-}
-
 template <class T, GateKind kind>
 void forward_block(T parameter, const T* __restrict w, const T* __restrict m, T* __restrict theta, int64_t n) {
   for (int64_t i = 0; i < n; ++i) theta[i] = theta_of<kind>(w[i], m[i], parameter);

@@ -7,12 +7,6 @@
 
 namespace metamask::cpu {
 
-// A gate with its parameter: the temperature of the sigmoid, the threshold of the hard gate.
-struct Gate {
-  GateKind kind;
-  double parameter;
-};
-
 // Each works on elements [begin, end) of contiguous arrays. `param` is the type of weight, mask and their gradients. A null input is
 // zero, a null output is not computed.
 struct MaskedWeightKernels {

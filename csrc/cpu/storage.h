@@ -1,14 +1,12 @@
-// Element types as the kernels see them, without torch: the instruction-set objects must share no inline code with it.
+// 16-bit floating point without torch: the objects compiled per instruction set must share no inline code with it.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "../gate.h"
+#include "../types.h"
 
 namespace metamask::cpu {
-
-enum class Type : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
 struct BFloat16 {
   uint16_t bits;

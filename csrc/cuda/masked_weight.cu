@@ -1,0 +1,92 @@
+// Launchers: from types and pointers known at run time to one kernel.
+#include "masked_weight.cuh"
+
+#include "masked_weight.h"
+
+namespace metamask::cuda {
+namespace {
+
+// Whether every array (a null one is none) may be accessed by packs of kPackBytes.
+template <class... Pointers>
+bool aligned(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % kPackBytes == 0) && ...);
+}
+
+int64_t blocks_for(int64_t n, int per_thread) {
+  const int64_t per_block = int64_t(kThreads) * per_thread;
+  return (n + per_block - 1) / per_block;
+}
+
+// Calls run.operator()<kind, N, P, O>() for parameters of type `param` and the other arrays of type `other`; N is 1 where an array
+// is not aligned for packs (a view with an offset).
+template <GateKind kind, class P, class O, class Run>
+void with_pack(bool packs, Run run) {
+  constexpr int kPack = kPackBytes / int(sizeof(P) > sizeof(O) ? sizeof(P) : sizeof(O));
+  if (packs) run.template operator()<kind, kPack, P, O>();
+  else run.template operator()<kind, 1, P, O>();
+}
+
+template <GateKind kind, class P, class Run>
+void with_other(Type other, bool packs, Run run) {
+  switch (other) {
+    case Type::kBFloat16: return with_pack<kind, P, __nv_bfloat16>(packs, run);
+    case Type::kFloat16: return with_pack<kind, P, __half>(packs, run);
+    default: return with_pack<kind, P, float>(packs, run);
+  }
+}
+
+template <GateKind kind, class Run>
+void with_param(Type param, Type other, bool packs, Run run) {
+  switch (param) {
+    case Type::kFloat64: return with_pack<kind, double, double>(packs, run);
+    case Type::kBFloat16: return with_other<kind, __nv_bfloat16>(other, packs, run);
+    case Type::kFloat16: return with_other<kind, __half>(other, packs, run);
+    default: return with_other<kind, float>(other, packs, run);
+  }
+}
+
+template <class Run>
+void dispatch(Gate gate, Type param, Type other, bool packs, Run run) {
+  if (gate.kind == kSigmoid) with_param<kSigmoid>(param, other, packs, run);
+  else with_param<kHard>(param, other, packs, run);
+}
+
+template <class T>
+const T* in(const void* pointer) {
+  return static_cast<const T*>(pointer);
+}
+
+template <class T>
+T* out(void* pointer) {
+  return static_cast<T*>(pointer);
+}
+
+}  // namespace
+
+void masked_weight(Gate gate, Type param, Type other, const void* w, const void* m, void* theta, int64_t n, cudaStream_t stream) {
+  if (n == 0) return;
+  dispatch(gate, param, other, aligned(w, m, theta), [&]<GateKind kind, int N, class P, class O>() {
+    launch(masked_weight_kernel<kind, N, P, O>, blocks_for(n, N), kThreads, stream, parameter_of<Compute<P>>(gate), in<P>(w), in<P>(m),
+           out<O>(theta), n);
+  });
+}
+
+void masked_weight_backward(Gate gate, Type param, Type other, const void* g, const void* w, const void* m, void* dw, void* dm,
+                            int64_t n, cudaStream_t stream) {
+  if (n == 0) return;
+  dispatch(gate, param, other, aligned(g, w, m, dw, dm), [&]<GateKind kind, int N, class P, class O>() {
+    launch(masked_weight_backward_kernel<kind, N, P, O>, blocks_for(n, N), kThreads, stream, parameter_of<Compute<P>>(gate), in<O>(g),
+           in<P>(w), in<P>(m), out<P>(dw), out<P>(dm), n);
+  });
+}
+
+void masked_weight_double_backward(Gate gate, Type param, Type other, const void* a, const void* b, const void* g, const void* w,
+                                   const void* m, void* dg, void* dw, void* dm, int64_t n, cudaStream_t stream) {
+  if (n == 0) return;
+  dispatch(gate, param, other, aligned(a, b, g, w, m, dg, dw, dm), [&]<GateKind kind, int N, class P, class O>() {
+    launch(masked_weight_double_backward_kernel<kind, N, P, O>, blocks_for(n, N), kThreads, stream, parameter_of<Compute<P>>(gate),
+           in<P>(a), in<P>(b), in<O>(g), in<P>(w), in<P>(m), out<O>(dg), out<P>(dw), out<P>(dm), n);
+  });
+}
+
+}  // namespace metamask::cuda

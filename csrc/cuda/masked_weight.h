@@ -1,0 +1,21 @@
+// Launchers of masked_weight and its derivatives, on raw device pointers to `n` elements in one order. `param` is the type of
+// weight, mask and their gradients; float64 goes with float64 only. A null cotangent is zero, a null output is not computed.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../types.h"
+
+namespace metamask::cuda {
+
+void masked_weight(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t n, cudaStream_t stream);
+
+void masked_weight_backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm,
+                            int64_t n, cudaStream_t stream);
+
+void masked_weight_double_backward(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
+                                   const void* m, void* dg, void* dw, void* dm, int64_t n, cudaStream_t stream);
+
+}  // namespace metamask::cuda

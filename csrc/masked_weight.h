@@ -1,0 +1,73 @@
+// masked_weight and its derivatives over torch tensors, for a Device that runs the loops: checks, memory order and results are the
+// same on every device.
+//
+// Device::Guard makes the tensors' device current. Device::forward, backward and double_backward work on `n` elements in one order;
+// `param` is the type of weight, mask and their gradients. A null input is zero, a null output is not computed.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "checks.h"
+
+namespace metamask {
+
+template <class Device>
+struct MaskedWeight {
+  static at::Tensor forward(const at::Tensor& weight, const at::Tensor& mask_logits, int64_t gate, double parameter,
+                            std::optional<at::ScalarType> dtype) {
+    check_gate(gate, parameter);
+    check_pair(weight, mask_logits);
+    const at::ScalarType out = dtype.value_or(weight.scalar_type());
+    check_storage("dtype", out, weight);
+    const typename Device::Guard guard(weight);
+    const at::Tensor w = dense(weight), m = laid_out_as(mask_logits, w);
+    at::Tensor theta = at::empty_like(w, w.options().dtype(out));
+    Device::forward(Gate{GateKind(gate), parameter}, type_of(w.scalar_type()), type_of(out), data(w), data(m), mutable_data(theta),
+                    w.numel());
+    return theta;
+  }
+
+  static std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& mask_logits,
+                                                     int64_t gate, double parameter, std::array<bool, 2> needs) {
+    check_gate(gate, parameter);
+    check_pair(weight, mask_logits);
+    check_like("grad", grad, weight);
+    const typename Device::Guard guard(weight);
+    const at::Tensor w = dense(weight), m = laid_out_as(mask_logits, w), g = laid_out_as(grad, w);
+    at::Tensor dw = needs[0] ? at::empty_like(w) : at::Tensor();
+    at::Tensor dm = needs[1] ? at::empty_like(w) : at::Tensor();
+    Device::backward(Gate{GateKind(gate), parameter}, type_of(w.scalar_type()), type_of(g.scalar_type()), data(g), data(w), data(m),
+                     mutable_data(dw), mutable_data(dm), w.numel());
+    return {dw, dm};
+  }
+
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> double_backward(
+      const std::optional<at::Tensor>& cotangent_weight, const std::optional<at::Tensor>& cotangent_mask, const at::Tensor& grad,
+      const at::Tensor& weight, const at::Tensor& mask_logits, int64_t gate, double parameter, std::array<bool, 3> needs) {
+    check_gate(gate, parameter);
+    check_pair(weight, mask_logits);
+    check_like("grad", grad, weight);
+    const typename Device::Guard guard(weight);
+    const at::Tensor w = dense(weight), m = laid_out_as(mask_logits, w), g = laid_out_as(grad, w);
+    const at::Tensor a = cotangent("cotangent_weight", cotangent_weight, w), b = cotangent("cotangent_mask", cotangent_mask, w);
+    at::Tensor dg = needs[0] ? at::empty_like(w, w.options().dtype(g.scalar_type())) : at::Tensor();
+    at::Tensor dw = needs[1] ? at::empty_like(w) : at::Tensor();
+    at::Tensor dm = needs[2] ? at::empty_like(w) : at::Tensor();
+    Device::double_backward(Gate{GateKind(gate), parameter}, type_of(w.scalar_type()), type_of(g.scalar_type()), data(a), data(b),
+                            data(g), data(w), data(m), mutable_data(dg), mutable_data(dw), mutable_data(dm), w.numel());
+    return {dg, dw, dm};
+  }
+
+  static void register_in(torch::Library& library) {
+    library.impl("masked_weight", &forward);
+    library.impl("masked_weight_backward", &backward);
+    library.impl("masked_weight_double_backward", &double_backward);
+  }
+};
+
+}  // namespace metamask

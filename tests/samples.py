@@ -1,0 +1,122 @@
+"""Weights with their logits for every kind of test: the same samples feed forward against reference, derivatives, opcheck and CUDA.
+
+A sample is a function of a dtype and a device, so that no test sees what another has changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metamask_ext.reference import HARD, SIGMOID
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+GATES = ((SIGMOID, 1.0), (SIGMOID, 0.5), (HARD, 0.0), (HARD, 0.25))
+GATE_IDS = ["sigmoid", "sigmoid-t0.5", "hard", "hard-c0.25"]
+
+# All devices that this machine and this build have: the suite is the same on a GPU.
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and os.environ.get("METAMASK_TEST_DEVICES", "") != "cpu" else [])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pair of a weight and its logits, by shape, memory layout and size of the logits."""
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    mask_layout: Callable[[Tensor], Tensor] | None = None
+    scale: float = 2.0
+
+    def tensors(self, count: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Tensor]:
+        """``count`` tensors of this shape: the weight, its logits (the second), and more of the weight's kind."""
+        generator = torch.Generator().manual_seed(seed)
+        made = []
+        for index in range(count):
+            tensor = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+            tensor = tensor * self.scale if index == 1 else tensor
+            layout = self.mask_layout if index == 1 and self.mask_layout is not None else self.layout
+            made.append(layout(tensor.to(device=device, dtype=dtype)))
+            assert made[-1].shape == self.shape
+        return made
+
+
+def wider(tensor: Tensor) -> Tensor:
+    """The same values as every second column of a tensor twice as wide: real strides, and gaps in memory."""
+    out = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"), dtype=tensor.dtype, device=tensor.device)
+    out[..., ::2] = tensor
+    return out[..., ::2]
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.t().contiguous().t()
+
+
+def offset(tensor: Tensor) -> Tensor:
+    """The same values one element into a buffer: not aligned for vectors."""
+    buffer = torch.full((tensor.numel() + 1,), float("nan"), dtype=tensor.dtype, device=tensor.device)
+    buffer[1:] = tensor.flatten()
+    return buffer[1:].view(tensor.shape)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+SMALL = (
+    Sample("1x1", (1, 1)),
+    Sample("2x3", (2, 3)),
+    Sample("17x3", (17, 3)),
+    Sample("empty", (0, 5)),
+    Sample("no-columns", (3, 0)),
+    Sample("vector", (17,)),
+    Sample("scalar", ()),
+    Sample("transposed", (3, 17), transposed),
+    Sample("mask-transposed", (3, 17), mask_layout=transposed),
+    Sample("wider", (3, 17), wider),
+    Sample("mask-wider", (3, 17), mask_layout=wider),
+    Sample("offset", (3, 17), offset),
+    Sample("expanded", (3, 17), lambda tensor: tensor[:1].expand(3, 17)),
+    Sample("conv", (3, 2, 3, 3)),
+    Sample("channels-last", (3, 4, 3, 3), channels_last),
+    Sample("mask-channels-last", (3, 4, 3, 3), mask_layout=channels_last),
+)
+LARGE = (
+    Sample("129x1134", (129, 1134)),
+    Sample("1134x17", (1134, 17)),
+    Sample("logits-to-100", (129, 129), scale=100.0),
+    Sample("logits-to-1e4", (129, 129), scale=1e4),
+    Sample("large-wider", (129, 129), wider),
+)
+ALL = SMALL + LARGE
+
+
+def ids(samples: tuple[Sample, ...]) -> list[str]:
+    return [sample.name for sample in samples]
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """The relative error that rounding a result once to ``dtype`` may leave, with room for the arithmetic before it.
+
+    float64: exp and a few operations, each half a unit. float32: the same. The 16-bit types compute in float32 and round once.
+    """
+    return {torch.float64: 2e-15, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+
+
+def assert_close(got: Tensor, expected: Tensor, what: str, scale: Tensor | float = 0.0) -> None:
+    """``got`` is the float64 ``expected`` to the resolution of its dtype, element by element.
+
+    ``scale`` bounds the terms that were added up to each element; where they cancel, the error is relative to them. Below
+    ``tiny`` an absolute error is allowed: float16's subnormals are 6e-8 apart, and the kernels take exp(x) as 0 below 1.6e-38
+    (float64: 3e-308), which a gradient multiplies by a few tens.
+    """
+    assert got.shape == expected.shape, f"{what}: shape {list(got.shape)}, expected {list(expected.shape)}"
+    tiny = {torch.float16: 6e-8, torch.bfloat16: 1e-36, torch.float32: 1e-36, torch.float64: 1e-300}[got.dtype]
+    error = (got.double() - expected).abs()
+    bound = resolution(got.dtype) * torch.maximum(expected.abs(), torch.as_tensor(scale, dtype=torch.float64)) + tiny
+    # NaN fails: it is not <= anything
+    assert bool((error <= bound).all()), f"{what}: error up to {(error / bound).max().item():.3g} times what {got.dtype} allows"
