@@ -40,10 +40,10 @@ inline void check_pair(const at::Tensor& weight, const at::Tensor& mask_logits) 
 
 // float64 parameters compute in float64, and only there.
 inline void check_storage(const char* name, at::ScalarType type, const at::Tensor& weight) {
-  TORCH_CHECK_TYPE(is_masked_type(type) && (type == at::kDouble) == (weight.scalar_type() == at::kDouble), name,
-                   weight.scalar_type() == at::kDouble ? " must be float64 as weight is, got "
-                                                       : " must be float32, bfloat16 or float16, got ",
-                   type);
+  TORCH_CHECK_TYPE(
+      is_masked_type(type) && (type == at::kDouble) == (weight.scalar_type() == at::kDouble), name,
+      weight.scalar_type() == at::kDouble ? " must be float64 as weight is, got " : " must be float32, bfloat16 or float16, got ",
+      type);
 }
 
 inline void check_like(const char* name, const at::Tensor& tensor, const at::Tensor& weight) {
@@ -59,16 +59,13 @@ inline const void* data(const at::Tensor& tensor) { return tensor.defined() ? te
 inline void* mutable_data(at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
 
 // The weight as one dense block of memory, in whatever order of dimensions it has (a channels-last weight stays so).
-inline at::Tensor dense(const at::Tensor& weight) {
-  return weight.is_non_overlapping_and_dense() ? weight : weight.contiguous();
-}
+inline at::Tensor dense(const at::Tensor& weight) { return weight.is_non_overlapping_and_dense() ? weight : weight.contiguous(); }
 
 // `tensor` with its elements in the memory order of `weight`, which is dense.
 inline at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& weight) {
   if (tensor.strides() == weight.strides() || tensor.numel() < 2) return tensor;
   return at::empty_strided(weight.sizes(), weight.strides(), tensor.options()).copy_(tensor);
 }
-
 
 // A cotangent of a gradient of the parameters, in their dtype and in the memory order of `weight`; undefined when not given.
 inline at::Tensor cotangent(const char* name, const std::optional<at::Tensor>& given, const at::Tensor& weight) {

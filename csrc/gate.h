@@ -43,13 +43,14 @@ struct ExpConstants<double> {
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLog2e = 1.4426950408889634074, kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kLowest = -708.0;
-  static constexpr double kInverseFactorial[] = {1.0,           1.0,           1.0 / 2,        1.0 / 6,        1.0 / 24,
-                                                 1.0 / 120,     1.0 / 720,     1.0 / 5040,     1.0 / 40320,    1.0 / 362880,
-                                                 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
+  static constexpr double kInverseFactorial[] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
 };
 
 // exp(x) for x <= 0 (NaN stays NaN), without a branch or a library call, so that a compiler can vectorise a loop over it.
-// exp(x) = 2^n exp(r) with |r| <= ln(2)/2 and the Taylor polynomial of exp(r), whose remainder is below half a unit in the last place.
+// exp(x) = 2^n exp(r) with |r| <= ln(2)/2 and the Taylor polynomial of exp(r), whose remainder is below half a unit in the last
+// place.
 template <class T>
 METAMASK_INLINE T exp_nonpositive(T x) {
 #if defined(__CUDA_ARCH__)

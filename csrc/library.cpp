@@ -23,8 +23,8 @@ namespace {
 
 void refuse_if_differentiated(const c10::OperatorHandle& op, const at::Tensor& tensor) {
   if (!tensor.defined()) return;
-  TORCH_CHECK(!(at::GradMode::is_enabled() && tensor.requires_grad()) && !tensor._fw_grad(0).defined(),
-              op.schema().name(), " has no derivative: call the functions of metamask_ext, or detach its inputs");
+  TORCH_CHECK(!(at::GradMode::is_enabled() && tensor.requires_grad()) && !tensor._fw_grad(0).defined(), op.schema().name(),
+              " has no derivative: call the functions of metamask_ext, or detach its inputs");
 }
 
 // Runs where autograd would record the op: passes on what nobody differentiates, refuses the rest. Without it the result would
@@ -39,7 +39,8 @@ void undifferentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, t
 
 #if !defined(METAMASK_CUDA)
 void without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
-  TORCH_CHECK(false, op.schema().name(), ": this build of metamask_ext has no CUDA kernels. Install it again where torch "
+  TORCH_CHECK(false, op.schema().name(),
+              ": this build of metamask_ext has no CUDA kernels. Install it again where torch "
               "has CUDA and a CUDA toolkit (nvcc) is found, or move the tensors to the CPU");
 }
 #endif

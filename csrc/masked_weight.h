@@ -32,8 +32,9 @@ struct MaskedWeight {
     return theta;
   }
 
-  static std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& mask_logits,
-                                                     int64_t gate, double parameter, std::array<bool, 2> needs) {
+  static std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& weight,
+                                                     const at::Tensor& mask_logits, int64_t gate, double parameter,
+                                                     std::array<bool, 2> needs) {
     check_gate(gate, parameter);
     check_pair(weight, mask_logits);
     check_like("grad", grad, weight);
@@ -46,9 +47,11 @@ struct MaskedWeight {
     return {dw, dm};
   }
 
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor> double_backward(
-      const std::optional<at::Tensor>& cotangent_weight, const std::optional<at::Tensor>& cotangent_mask, const at::Tensor& grad,
-      const at::Tensor& weight, const at::Tensor& mask_logits, int64_t gate, double parameter, std::array<bool, 3> needs) {
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> double_backward(const std::optional<at::Tensor>& cotangent_weight,
+                                                                        const std::optional<at::Tensor>& cotangent_mask,
+                                                                        const at::Tensor& grad, const at::Tensor& weight,
+                                                                        const at::Tensor& mask_logits, int64_t gate,
+                                                                        double parameter, std::array<bool, 3> needs) {
     check_gate(gate, parameter);
     check_pair(weight, mask_logits);
     check_like("grad", grad, weight);

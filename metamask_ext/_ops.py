@@ -13,7 +13,7 @@ from ._build import BACKEND
 from .reference import check_pair
 
 if BACKEND != "reference":
-    from . import _C  # noqa: F401  importing it registers torch.ops.metamask
+    import metamask_ext._C  # noqa: F401  importing it registers torch.ops.metamask
 
     _metamask = torch.ops.metamask
 
@@ -22,9 +22,7 @@ if BACKEND != "reference":
     _masked_weight_double_backward = _metamask.masked_weight_double_backward.default
 
 
-def masked_weight(
-    weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dtype: torch.dtype | None = None
-) -> Tensor:
+def masked_weight(weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dtype: torch.dtype | None = None) -> Tensor:
     """See :func:`metamask_ext.reference.masked_weight`."""
     return _masked_weight(weight, mask_logits, gate, parameter, dtype)
 
@@ -47,9 +45,7 @@ def masked_weight_double_backward(
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :func:`metamask_ext.reference.masked_weight_double_backward`."""
-    return _masked_weight_double_backward(
-        cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate, parameter, needs
-    )
+    return _masked_weight_double_backward(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate, parameter, needs)
 
 
 def _check_like(name: str, tensor: Tensor, weight: Tensor) -> None:

@@ -8,6 +8,8 @@ under forward-mode AD or under torch.compile; :mod:`metamask_ext.functional` doe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd import Function
 
@@ -79,14 +81,14 @@ class MaskedWeightDoubleBackward(Function):
         tensors = [ctx.saved_tensors[index] for index in present]
 
         def double_backward(*given):
-            arguments = [None] * 5
+            arguments: list[Any] = [None] * 5
             for index, tensor in zip(present, given):
                 arguments[index] = tensor
-            outputs = reference.masked_weight_double_backward(*arguments, ctx.gate, ctx.parameter, ctx.needs)
+            outputs = reference.masked_weight_double_backward(*arguments, gate=ctx.gate, parameter=ctx.parameter, needs=ctx.needs)
             return tuple(output for output in outputs if output is not None)
 
-        _, pull_back = torch.func.vjp(double_backward, *tensors)
-        grads = [None] * 5
+        pull_back = torch.func.vjp(double_backward, *tensors)[1]
+        grads: list[Any] = [None] * 5
         wanted = tuple(cotangent for cotangent, need in zip(cotangents, ctx.needs) if need)
         for index, grad in zip(present, pull_back(wanted)):
             if ctx.needs_input_grad[index]:

@@ -46,8 +46,9 @@ def masked_weight(
 ) -> Tensor:
     """``theta = W * g(M)``, element by element.
 
-    ``g(M) = sigmoid(M / temperature)`` for ``gate="sigmoid"`` (Blum and Law, eq. 3); ``g(M) = 1[M > threshold]`` for ``gate="hard"``,
-    differentiated as if it were ``M`` (straight-through: Piggyback, arXiv:1801.06519; Supermasks in Superposition, arXiv:2006.14769).
+    ``g(M) = sigmoid(M / temperature)`` for ``gate="sigmoid"`` (Blum and Law, eq. 3); ``g(M) = 1[M > threshold]`` for
+    ``gate="hard"``, differentiated as if it were ``M`` (straight-through: Piggyback, arXiv:1801.06519; Supermasks in Superposition,
+    arXiv:2006.14769).
 
     Args:
         weight: ``W``, of any shape; floating point.

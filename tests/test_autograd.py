@@ -324,7 +324,9 @@ def test_which_path_runs_where():
 def metamask_ops(function):
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         function()
-    return {event.key.removeprefix("metamask::"): event.count for event in profiler.key_averages() if event.key.startswith("metamask::")}
+    return {
+        event.key.removeprefix("metamask::"): event.count for event in profiler.key_averages() if event.key.startswith("metamask::")
+    }
 
 
 @each_device

@@ -20,7 +20,12 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 each_gate = pytest.mark.parametrize("gate", GATES, ids=GATE_IDS)
 each_device = pytest.mark.parametrize("device", DEVICES)
 # Of the parameters and of the gradient or the result: what autocast makes of them
-MIXED = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16))
+MIXED = (
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.bfloat16),
+)
 
 
 def as_double(*tensors):
@@ -64,7 +69,9 @@ def check_double_backward(sample, gate, dtype, device, grad_dtype=None):
 def terms_to_mask(a, b, grad, weight, mask, gate, parameter):
     _, d, d2 = reference.gate_values(mask, gate, parameter)
     # 1 - 2s is itself a difference: its error is relative to 1
-    return (a * grad * d).abs() + (b * grad * weight).abs() * torch.maximum(d2.abs(), d / parameter if gate == SIGMOID else d2.abs())
+    return (a * grad * d).abs() + (b * grad * weight).abs() * torch.maximum(
+        d2.abs(), d / parameter if gate == SIGMOID else d2.abs()
+    )
 
 
 @each_device
@@ -148,7 +155,9 @@ def test_16_bit_types_are_read_and_rounded_as_torch_does(dtype, device):
     # Written: values between neighbours, ties, subnormals, overflow
     finite = every_float16().view(dtype).double()
     finite = finite[finite.isfinite()].sort().values
-    between = torch.cat([finite, (finite[1:] + finite[:-1]) / 2, finite * 1.0001, torch.tensor([7e4, -7e4, 65519.0, 65520.0, 1e-9])])
+    between = torch.cat(
+        [finite, (finite[1:] + finite[:-1]) / 2, finite * 1.0001, torch.tensor([7e4, -7e4, 65519.0, 65520.0, 1e-9])]
+    )
     between = between.float().to(device)
     narrowed = _ops.masked_weight(between, torch.full_like(between, math.inf), HARD, 0.0, dtype)
     assert torch.equal(narrowed, between.to(dtype))
@@ -243,7 +252,11 @@ W = torch.zeros(2, 3)
 REFUSED = {
     "integer weight": (TypeError, "weight must be float64", lambda w, m: (w.int(), m.int())),
     "mask of another dtype": (TypeError, "mask_logits must have the dtype of weight", lambda w, m: (w, m.double())),
-    "mask of another shape": (ValueError, "mask_logits must have the shape of weight, \\[2, 3\\], got \\[3, 2\\]", lambda w, m: (w, m.t())),
+    "mask of another shape": (
+        ValueError,
+        "mask_logits must have the shape of weight, \\[2, 3\\], got \\[3, 2\\]",
+        lambda w, m: (w, m.t()),
+    ),
     "mask that would broadcast": (ValueError, "mask_logits must have the shape", lambda w, m: (w, m[:1])),
     "mask on another device": (ValueError, "mask_logits must be on the device of weight", lambda w, m: (w, m.to("meta"))),
 }

@@ -34,7 +34,8 @@ struct Cpu {
     });
   }
 
-  static void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm, int64_t n) {
+  static void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm,
+                       int64_t n) {
     at::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {  //
       kernels().backward(gate, param, grad, g, w, m, dw, dm, begin, end);
     });

@@ -102,8 +102,8 @@ void forward_range(Gate gate, Type param, Type out, const void* w, const void* m
 }
 
 template <class T, GateKind kind>
-void backward_range(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm, int64_t begin,
-                    int64_t end) {
+void backward_range(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm,
+                    int64_t begin, int64_t end) {
   Input<T> g_in(grad, g), w_in(param, w), m_in(param, m);
   Output<T> dw_out(param, dw), dm_out(param, dm);
   for (int64_t i = begin, n; i < end; i += n) {
@@ -116,8 +116,8 @@ void backward_range(Gate gate, Type param, Type grad, const void* g, const void*
 }
 
 template <class T, GateKind kind>
-void double_backward_range(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w, const void* m,
-                           void* dg, void* dw, void* dm, int64_t begin, int64_t end) {
+void double_backward_range(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
+                           const void* m, void* dg, void* dw, void* dm, int64_t begin, int64_t end) {
   Input<T> a_in(param, a), b_in(param, b), g_in(grad, g), w_in(param, w), m_in(param, m);
   Output<T> dg_out(grad, dg), dw_out(param, dw), dm_out(param, dm);
   for (int64_t i = begin, n; i < end; i += n) {
@@ -131,11 +131,11 @@ void double_backward_range(Gate gate, Type param, Type grad, const void* a, cons
 }
 
 // Calls RANGE<type of the arithmetic, gate>.
-#define DISPATCH(RANGE, gate, param, ...)                                                                    \
-  if (param == Type::kFloat64) {                                                                             \
-    gate.kind == kSigmoid ? RANGE<double, kSigmoid>(__VA_ARGS__) : RANGE<double, kHard>(__VA_ARGS__);        \
-  } else {                                                                                                   \
-    gate.kind == kSigmoid ? RANGE<float, kSigmoid>(__VA_ARGS__) : RANGE<float, kHard>(__VA_ARGS__);          \
+#define DISPATCH(RANGE, gate, param, ...)                                                             \
+  if (param == Type::kFloat64) {                                                                      \
+    gate.kind == kSigmoid ? RANGE<double, kSigmoid>(__VA_ARGS__) : RANGE<double, kHard>(__VA_ARGS__); \
+  } else {                                                                                            \
+    gate.kind == kSigmoid ? RANGE<float, kSigmoid>(__VA_ARGS__) : RANGE<float, kHard>(__VA_ARGS__);   \
   }
 
 void forward(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t begin, int64_t end) {

@@ -7,14 +7,14 @@
 
 namespace metamask::cpu {
 
-// Each works on elements [begin, end) of contiguous arrays. `param` is the type of weight, mask and their gradients. A null input is
-// zero, a null output is not computed.
+// Each works on elements [begin, end) of contiguous arrays. `param` is the type of weight, mask and their gradients. A null input
+// is zero, a null output is not computed.
 struct MaskedWeightKernels {
   void (*forward)(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t begin, int64_t end);
   void (*backward)(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm, int64_t begin,
                    int64_t end);
-  void (*double_backward)(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w, const void* m,
-                          void* dg, void* dw, void* dm, int64_t begin, int64_t end);
+  void (*double_backward)(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
+                          const void* m, void* dg, void* dw, void* dm, int64_t begin, int64_t end);
 };
 
 extern const MaskedWeightKernels kMaskedWeight_default;

@@ -66,8 +66,8 @@ T* out(void* pointer) {
 void masked_weight(Gate gate, Type param, Type other, const void* w, const void* m, void* theta, int64_t n, cudaStream_t stream) {
   if (n == 0) return;
   dispatch(gate, param, other, aligned(w, m, theta), [&]<GateKind kind, int N, class P, class O>() {
-    launch(masked_weight_kernel<kind, N, P, O>, blocks_for(n, N), kThreads, stream, parameter_of<Compute<P>>(gate), in<P>(w), in<P>(m),
-           out<O>(theta), n);
+    launch(masked_weight_kernel<kind, N, P, O>, blocks_for(n, N), kThreads, stream, parameter_of<Compute<P>>(gate), in<P>(w),
+           in<P>(m), out<O>(theta), n);
   });
 }
 
@@ -75,8 +75,8 @@ void masked_weight_backward(Gate gate, Type param, Type other, const void* g, co
                             int64_t n, cudaStream_t stream) {
   if (n == 0) return;
   dispatch(gate, param, other, aligned(g, w, m, dw, dm), [&]<GateKind kind, int N, class P, class O>() {
-    launch(masked_weight_backward_kernel<kind, N, P, O>, blocks_for(n, N), kThreads, stream, parameter_of<Compute<P>>(gate), in<O>(g),
-           in<P>(w), in<P>(m), out<P>(dw), out<P>(dm), n);
+    launch(masked_weight_backward_kernel<kind, N, P, O>, blocks_for(n, N), kThreads, stream, parameter_of<Compute<P>>(gate),
+           in<O>(g), in<P>(w), in<P>(m), out<P>(dw), out<P>(dm), n);
   });
 }
 

@@ -9,11 +9,11 @@ namespace metamask::cuda {
 template <int N, class T>
 METAMASK_INLINE void load(const T* __restrict__ from, int64_t i, int64_t n, Compute<T> (&to)[N]) {
   Pack<T, N> pack;
-  if IN_BOUNDS(i + N <= n) {
+  if IN_BOUNDS (i + N <= n) {
     pack = *reinterpret_cast<const Pack<T, N>*>(from + i);
   } else {
     for (int k = 0; k < N; ++k) {
-      if IN_BOUNDS(i + k < n) pack.value[k] = from[i + k];
+      if IN_BOUNDS (i + k < n) pack.value[k] = from[i + k];
       else pack.value[k] = T(0.0f);
     }
   }
@@ -36,11 +36,11 @@ METAMASK_INLINE void store(T* __restrict__ to, int64_t i, int64_t n, const Compu
   if (to == nullptr) return;
   Pack<T, N> pack;
   for (int k = 0; k < N; ++k) from_compute(from[k], pack.value[k]);
-  if IN_BOUNDS(i + N <= n) {
+  if IN_BOUNDS (i + N <= n) {
     *reinterpret_cast<Pack<T, N>*>(to + i) = pack;
   } else {
     for (int k = 0; k < N; ++k) {
-      if IN_BOUNDS(i + k < n) to[i + k] = pack.value[k];
+      if IN_BOUNDS (i + k < n) to[i + k] = pack.value[k];
     }
   }
 }

@@ -20,7 +20,8 @@ struct Cuda {
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  static void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm, int64_t n) {
+  static void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm,
+                       int64_t n) {
     masked_weight_backward(gate, param, grad, g, w, m, dw, dm, n, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -1,0 +1,70 @@
+# The commands of this project. `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+# The torch that a new environment gets; one that is there stays. torchvision is installed without its dependencies: it would
+# bring a torch of its own.
+TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
+OUT ?= out
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
+# .PHONY targets only; the stamps in $(VENV) say what is installed.
+.PHONY: help demo test bench lint format types cuda-check install-check clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1|/' | awk -F'|' '{printf "make %-14s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
+	$(PIP) "setuptools>=77" "cmake>=3.22" ninja
+	touch $@
+
+# Editable and without isolation: a second build compiles what changed, and changes of Python files need none.
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -e ".[experiments,bench]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.built
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -e ".[experiments,bench,test,lint]"
+	$(BIN)/python -c "import torchvision" 2>/dev/null || $(PIP) --no-deps "$(TORCHVISION)" && $(PIP) pillow
+	touch $@
+
+demo: $(VENV)/.built  ## the seeds' main job on real digits, with figures, and a short benchmark
+	$(BIN)/metamask run linear --out $(OUT)/linear --seed 0
+	$(BIN)/metamask run mnist --quick --out $(OUT)/mnist --seed 0
+	$(BIN)/metamask bench --quick --out $(OUT)/bench
+	@echo "Figures and numbers:"; find $(OUT) -name '*.png' -o -name metrics.json -o -name results.json | sort
+
+test: $(VENV)/.test  ## the test suite
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+bench: $(VENV)/.built  ## the benchmark suite, with its table and plot
+	$(BIN)/metamask bench --out $(OUT)/bench
+
+lint: $(VENV)/.test  ## ruff, and clang-format in check mode
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/*.cpp')
+
+format: $(VENV)/.test  ## ruff and clang-format, in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/*.cpp')
+
+types: $(VENV)/.test  ## mypy on metamask_ext
+	$(BIN)/mypy
+
+cuda-check: $(VENV)/.torch  ## compile the CUDA sources for every architecture; needs nvcc, no GPU
+	$(BIN)/python tests/cuda_check.py
+
+install-check:  ## install as a user does, in fresh environments; needs pip's registry
+	TORCH="$(TORCH)" $(PYTHON) tests/install_check.py
+
+clean:  ## remove what was built; the environment stays
+	rm -rf build *.egg-info metamask_ext/_C.*.so metamask_ext/_build.py $(VENV)/.built $(VENV)/.test

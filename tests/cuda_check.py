@@ -1,0 +1,49 @@
+"""Compiles every CUDA source without a GPU and, if need be, without a CUDA torch: the check that CI makes.
+
+The .cu files need only the toolkit. The _torch.cpp files compile against the headers of any torch: a CPU torch lacks one generated
+header of theirs, which is written here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from toolkit import find_nvcc, toolkit_includes
+from torch.utils.cpp_extension import include_paths
+
+SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+ARCHITECTURES = ("80", "86", "89", "90", "100")
+
+
+def run(*command: str) -> None:
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode != 0 or "warning" in ran.stderr:
+        sys.exit(f"{' '.join(command)}\n{ran.stdout}{ran.stderr}")
+
+
+def main() -> None:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        sys.exit("cuda-check: nvcc was not found: put a CUDA toolkit's bin on PATH")
+    codes = [part for arch in ARCHITECTURES for part in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    with tempfile.TemporaryDirectory() as folder:
+        generated = Path(folder) / "include/c10/cuda/impl/cuda_cmake_macros.h"
+        generated.parent.mkdir(parents=True)
+        generated.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
+        includes = [flag for path in [*include_paths(), *toolkit_includes(nvcc)] for flag in ("-isystem", path)]
+        for source in sorted(SOURCES.glob("*.cu")):
+            run(nvcc, "-std=c++20", "-O3", "-c", str(source), "-o", f"{folder}/{source.stem}.o", "--threads", "2", *codes)
+            print(f"{source.name}: compiles for {', '.join(ARCHITECTURES)}")
+        for source in sorted(SOURCES.glob("*_torch.cpp")):
+            compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-Wall", "-Wextra", "-Werror", "-c"]
+            # after the torch's own headers, so that a CUDA torch's generated header wins
+            run(*compiler, str(source), "-o", f"{folder}/{source.stem}.o", *includes, "-idirafter", f"{folder}/include")
+            print(f"{source.name}: compiles")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The objects compiled for each instruction set hold nothing that the linker could use on a processor without that set."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from metamask_ext import build_info
+
+ROOT = Path(__file__).parent.parent
+SETS = ["default", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["default"]
+
+
+def objects(isa):
+    """The kernel objects of the newest build in this checkout."""
+    builds = sorted(ROOT.glob(f"build/*/CMakeFiles/kernels_{isa}.dir"), key=os.path.getmtime)
+    assert builds, "build the package in this checkout first: make test does"
+    found = sorted(builds[-1].rglob("*.o"))
+    assert found
+    return found
+
+
+def symbols(path):
+    lines = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [re.match(r"[0-9a-f ]* (\S) (.*)", line).groups() for line in lines]
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_an_object_gives_the_linker_only_its_table(isa):
+    for path in objects(isa):
+        given = [name for kind, name in symbols(path) if (kind.isupper() and kind != "U") or kind in "vw"]
+        assert given, path
+        # Weak symbols (inline functions, templates) have the same name in every object: the linker keeps one of them for all
+        assert all(re.fullmatch(rf"metamask::cpu::k\w+_{isa}", name) for name in given), given
+
+
+def registers(path):
+    text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True).stdout
+    return {kind for kind in ("xmm", "ymm", "zmm") if f"%{kind}" in text}
+
+
+@pytest.mark.skipif(len(SETS) == 1, reason="vector registers have these names on x86-64 only")
+def test_each_object_uses_the_registers_of_its_set():
+    for isa, widest, absent in (("default", "xmm", {"ymm", "zmm"}), ("avx2", "ymm", {"zmm"}), ("avx512", "zmm", set())):
+        for path in objects(isa):
+            used = registers(path)
+            assert widest in used, f"{path} is not vectorised: {used}"
+            assert not used & absent, path
+
+
+@pytest.fixture(scope="module")
+def default_path(tmp_path_factory):
+    program = tmp_path_factory.mktemp("default") / "default_path"
+    sources = [str(ROOT / "tests/default_path.cpp"), *map(str, objects("default"))]
+    # static: an emulator needs no libraries of another machine
+    subprocess.run([os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-static", *sources, "-o", str(program)], check=True)
+    return program
+
+
+def test_the_default_path_computes_right_without_torch(default_path):
+    ran = subprocess.run([str(default_path)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+
+
+@pytest.mark.skipif(
+    shutil.which("qemu-x86_64") is None and not os.environ.get("CI"), reason="qemu-user is not installed; CI installs it"
+)
+def test_the_default_path_runs_on_a_processor_without_avx(default_path):
+    ran = subprocess.run(["qemu-x86_64", "-cpu", "Nehalem", str(default_path)], capture_output=True, text=True)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+
+
+def test_the_emulated_processor_would_catch_avx(tmp_path):
+    """The check itself: an AVX-512 object stops there."""
+    if shutil.which("qemu-x86_64") is None and not os.environ.get("CI"):
+        pytest.skip("qemu-user is not installed; CI installs it")
+    program = tmp_path / "avx512_path"
+    source = (ROOT / "tests/default_path.cpp").read_text().replace("kMaskedWeight_default", "kMaskedWeight_avx512")
+    (tmp_path / "path.cpp").write_text(source.replace("../csrc", str(ROOT / "csrc")))
+    paths = [str(tmp_path / "path.cpp"), *map(str, objects("avx512"))]
+    subprocess.run(
+        [os.environ.get("CXX", "g++"), "-std=c++20", "-DMETAMASK_X86", "-static", *paths, "-o", str(program)], check=True
+    )
+    ran = subprocess.run(["qemu-x86_64", "-cpu", "Nehalem", str(program)], capture_output=True, text=True)
+    assert ran.returncode != 0
+
+
+def test_build_info_says_which_sets_this_machine_has():
+    info = build_info()
+    assert info["cpu_capabilities"][0] == "default"
+    assert info["cpu_capability"] in info["cpu_capabilities"]
+    assert set(info["cpu_capabilities"]) <= set(SETS)
