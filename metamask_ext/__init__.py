@@ -14,11 +14,11 @@ from ._info import build_info, check_build
 
 check_build()
 
-from . import nn  # noqa: E402
-from .functional import masked_conv2d, masked_linear, masked_weight  # noqa: E402
-from .nn.active import using_task  # noqa: E402
-from .nn.convert import convert, merge  # noqa: E402
-from .nn.tasks import add_task, remove_task, tasks  # noqa: E402
+from . import nn
+from .functional import masked_conv2d, masked_linear, masked_weight
+from .nn.active import using_task
+from .nn.convert import convert, merge
+from .nn.tasks import add_task, remove_task, tasks
 
 __version__ = build_info()["version"]
 

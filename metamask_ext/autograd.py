@@ -84,7 +84,8 @@ class MaskedWeightDoubleBackward(Function):
             arguments: list[Any] = [None] * 5
             for index, tensor in zip(present, given):
                 arguments[index] = tensor
-            outputs = reference.masked_weight_double_backward(*arguments, gate=ctx.gate, parameter=ctx.parameter, needs=ctx.needs)
+            a, b, grad, weight, mask_logits = arguments
+            outputs = reference.masked_weight_double_backward(a, b, grad, weight, mask_logits, ctx.gate, ctx.parameter, ctx.needs)
             return tuple(output for output in outputs if output is not None)
 
         pull_back = torch.func.vjp(double_backward, *tensors)[1]

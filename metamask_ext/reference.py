@@ -63,9 +63,7 @@ def check_pair(weight: Tensor, mask_logits: Tensor, weight_name: str = "weight",
     if mask_logits.dtype != weight.dtype:
         raise TypeError(f"{mask_name} must have the dtype of {weight_name}, {weight.dtype}, got {mask_logits.dtype}")
     if mask_logits.shape != weight.shape:
-        raise ValueError(
-            f"{mask_name} must have the shape of {weight_name}, {list(weight.shape)}, got {list(mask_logits.shape)}"
-        )
+        raise ValueError(f"{mask_name} must have the shape of {weight_name}, {list(weight.shape)}, got {list(mask_logits.shape)}")
     if mask_logits.device != weight.device:
         raise ValueError(f"{mask_name} must be on the device of {weight_name}, {weight.device}, got {mask_logits.device}")
 
@@ -87,9 +85,7 @@ def gate_values(logits: Tensor, gate: int, parameter: float) -> tuple[Tensor, Te
     return s, torch.ones_like(logits), torch.zeros_like(logits)
 
 
-def masked_weight(
-    weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dtype: torch.dtype | None = None
-) -> Tensor:
+def masked_weight(weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dtype: torch.dtype | None = None) -> Tensor:
     """``theta = W * g(M)``, in ``dtype`` (default: that of ``weight``)."""
     compute = _compute_dtype(weight.dtype)
     logits = mask_logits.to(compute)
