@@ -36,9 +36,14 @@ def _use_reference() -> bool:
 def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """The dtype in which a GEMM or convolution over ``weight`` runs under autocast; None: no autocast (as for float64)."""
     kind = weight.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+    if _is_autocast_enabled(kind) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return None
+
+
+def _is_autocast_enabled(kind: str) -> bool:
+    # torch raises for a device that has no autocast.
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def masked_weight(
@@ -197,5 +202,5 @@ def _check_input(input: Tensor, weight: Tensor) -> None:
         raise TypeError(f"input must be a tensor, got {type(input).__name__}")
     if input.device != weight.device:
         raise ValueError(f"input must be on the device of weight, {weight.device}, got {input.device}")
-    if input.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+    if input.dtype != weight.dtype and not _is_autocast_enabled(weight.device.type):
         raise TypeError(f"input must have the dtype of weight, {weight.dtype}, got {input.dtype}")

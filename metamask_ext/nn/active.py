@@ -8,8 +8,10 @@ gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ContextDecorator
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -20,20 +22,22 @@ if TYPE_CHECKING:
     from .layers import MaskedLayer
 
 _graph_task = torch._C._current_graph_task_id
-_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_autograd = torch._C._autograd
+_saved_tensor_hooks = _autograd._top_saved_tensors_default_hooks
 
 
 class _Context:
-    """One open ``using_task``: the key of the active task for each layer, here and in the contexts around it."""
+    """One open ``using_task``: the active task's key for each layer, here and in the blocks around it.
 
-    __slots__ = ("depth", "graph_task", "keys", "outer")
+    Beside each key stands the backward (-1: none) in which it was set: a key from outside a backward says nothing inside it.
+    """
 
-    def __init__(self, keys: dict[nn.Module, str], outer: _Context | None):
-        self.outer = outer
+    __slots__ = ("depth", "keys", "opener", "outer", "own")
+
+    def __init__(self, own: dict[nn.Module, tuple[str, int]], outer: _Context | None, opener: using_task | None):
+        self.own, self.outer, self.opener = own, outer, opener
         self.depth = 1 if outer is None else outer.depth + 1
-        self.keys = keys if outer is None else {**outer.keys, **keys}
-        # -1 outside a backward
-        self.graph_task = _graph_task()
+        self.keys = own if outer is None else {**outer.keys, **own}
 
 
 _current: ContextVar[_Context | None] = ContextVar("metamask_ext.active_task", default=None)
@@ -44,7 +48,8 @@ class using_task(ContextDecorator):
 
     Blocks nest; the inner one wins for the layers of its model. ``model`` may be any module that holds the layers: the model, a
     wrapper around it (``DistributedDataParallel``, ``torch.compile``) or one block. Threads do not inherit the block they are
-    started in: enter it in the thread. A model with a single task needs no block.
+    started in: enter it in the thread. A model with a single task needs no block. One object may be entered again, also by several
+    threads at once, and decorates plain functions (not coroutines and generators: open the block inside those).
 
     Non-reentrant activation checkpoints (``use_reentrant=False``) recompute under the task of their forward, wherever backward is
     called. Inside other code that runs forwards during a backward (reentrant checkpoints, adjoint methods), open the block there.
@@ -60,7 +65,6 @@ class using_task(ContextDecorator):
 
     def __init__(self, model: nn.Module, task: str):
         self._model, self._task = model, task
-        self._tokens: list[Token[_Context | None]] = []
         self._keys()
 
     def _keys(self) -> dict[nn.Module, str]:
@@ -68,19 +72,40 @@ class using_task(ContextDecorator):
 
         return {layer: layer._task_key(self._task) for _, layer in masked_layers(self._model)}
 
+    def __call__(self, function: Callable[..., Any]) -> Any:
+        # ContextDecorator would close the block before such a function's body runs: under another block, a wrong task.
+        if iscoroutinefunction(function) or isgeneratorfunction(function) or isasyncgenfunction(function):
+            raise TypeError(
+                f"using_task cannot decorate {getattr(function, '__name__', 'a function')}, a coroutine or generator function: "
+                "open the block inside it"
+            )
+        return super().__call__(function)
+
     def __enter__(self) -> nn.Module:
-        self._tokens.append(_current.set(_Context(self._keys(), _current.get())))
+        graph_task = _graph_task()
+        own = {layer: (key, graph_task) for layer, key in self._keys().items()}
+        _current.set(_Context(own, _current.get(), self))
         return self._model
 
     def __exit__(self, *error: object) -> None:
-        _current.reset(self._tokens.pop())
+        # No token of the context variable is kept: one object may be open in several threads and coroutines.
+        _current.set(_without(_current.get(), self))
+
+
+def _without(context: _Context | None, opener: using_task) -> _Context | None:
+    """``context`` less the innermost block that ``opener`` opened; generators may close blocks out of order."""
+    if context is None:
+        raise RuntimeError("a using_task block must be closed in the thread or coroutine in which it was opened")
+    if context.opener is opener:
+        return context.outer
+    return _Context(context.own, _without(context.outer, opener), context.opener)
 
 
 def active_key(layer: MaskedLayer) -> str:
     """The key of the task that is active for ``layer``, which has several; RuntimeError if there is none to be trusted."""
     context = _current.get()
-    key = None if context is None else context.keys.get(layer)
-    if key is not None and context is not None and context.graph_task != _graph_task():
+    key, graph_task = (None, -1) if context is None else context.keys.get(layer, (None, -1))
+    if key is not None and graph_task != _graph_task():
         raise RuntimeError(
             f"{type(layer).__name__} was called during a backward, where the task of its first forward is not known. Use "
             "torch.utils.checkpoint with use_reentrant=False, or enter metamask_ext.using_task inside the function that is "
@@ -88,19 +113,32 @@ def active_key(layer: MaskedLayer) -> str:
         )
     if key is None:
         raise RuntimeError(
-            f"{type(layer).__name__} has {len(layer.masks)} tasks, {describe(layer.masks)}, and none is active: call the model inside "
-            "'with metamask_ext.using_task(model, task):' (threads and recomputations do not inherit the block)"
+            f"{type(layer).__name__} has {len(layer.masks)} tasks, {describe(layer.masks)}, and none is active: call the model "
+            "inside 'with metamask_ext.using_task(model, task):' (threads and recomputations do not inherit the block)"
         )
     if key not in layer.masks._parameters:
-        raise RuntimeError(f"the active task was removed; {type(layer).__name__} has {describe(layer.masks)}")
-    _remember_in_checkpoint(context)
+        _raise_removed(layer)
+    _remember_in_checkpoint(context, graph_task)
     return key
+
+
+def check_only_key(layer: MaskedLayer, only: str) -> None:
+    """RuntimeError if the block around names another task than the only one of ``layer``: one removed by another thread, say."""
+    context = _current.get()
+    if context is not None and context.keys.get(layer, (only, -1))[0] != only:
+        _raise_removed(layer)
+
+
+def _raise_removed(layer: MaskedLayer) -> None:
+    raise RuntimeError(f"the active task was removed; {type(layer).__name__} has {describe(layer.masks)}")
 
 
 def is_active(layers: list[MaskedLayer], task: str) -> bool:
     """Whether ``task`` is the active task of any of ``layers`` in this thread."""
     context = _current.get()
-    return context is not None and any(context.keys.get(layer) == layer.masks._key_to_attr(task) for layer in layers)
+    return context is not None and any(
+        layer in context.keys and context.keys[layer][0] == layer.masks._key_to_attr(task) for layer in layers
+    )
 
 
 def describe(names: Any) -> str:
@@ -109,20 +147,35 @@ def describe(names: Any) -> str:
     return ", ".join(repr(name) for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _remember_in_checkpoint(context: _Context | None) -> None:
-    """Make the non-reentrant checkpoint that encloses this forward, if any, recompute under ``context``.
+def _remember_in_checkpoint(context: _Context | None, graph_task: int) -> None:
+    """Make the non-reentrant checkpoints that enclose this forward, if any, recompute under ``context``.
 
     A block opened inside the checkpointed function closes before another is opened there, and the recomputation opens it again by
     itself. So what was open around the checkpoint is the innermost context common to all layers called in it.
     """
-    hooks = _saved_tensor_hooks(True)
-    frame = _checkpoint_frame(hooks[0]) if hooks else None
-    if frame is None:
-        return
-    if isinstance(frame.recompute_fn, _Recompute):
-        frame.recompute_fn.context = _common(frame.recompute_fn.context, context)
-    else:
-        frame.recompute_fn = _Recompute(frame.recompute_fn, context)
+    for frame in _enclosing_checkpoints():
+        if isinstance(frame.recompute_fn, _Recompute):
+            frame.recompute_fn.context = _common(frame.recompute_fn.context, context)
+        else:
+            frame.recompute_fn = _Recompute(frame.recompute_fn, context, graph_task)
+
+
+def _enclosing_checkpoints() -> list[Any]:
+    """torch's records of the checkpointed regions that are being run, innermost first.
+
+    torch shows only the top of its stack of hooks: they are taken off one by one and put back.
+    """
+    if not _saved_tensor_hooks(True) or not _autograd._saved_tensors_hooks_is_enabled():
+        return []
+    taken = []
+    try:
+        while hooks := _saved_tensor_hooks(True):
+            _autograd._pop_saved_tensors_default_hooks()
+            taken.append(hooks)
+    finally:
+        for hooks in reversed(taken):
+            _autograd._push_saved_tensors_default_hooks(*hooks)
+    return [frame for pack_hook, _ in taken if (frame := _checkpoint_frame(pack_hook)) is not None]
 
 
 def _checkpoint_frame(pack_hook: object) -> Any:
@@ -140,12 +193,17 @@ def _checkpoint_frame(pack_hook: object) -> Any:
 class _Recompute:
     """A checkpoint's function, run under the context of its forward."""
 
-    def __init__(self, function: Any, context: _Context | None):
-        self.function, self.context = function, context
+    def __init__(self, function: Any, context: _Context | None, graph_task: int):
+        self.function, self.context, self.graph_task = function, context, graph_task
 
     def __call__(self, *arguments: Any) -> Any:
-        context = self.context
-        token = _current.set(None if context is None else _Context(context.keys, None))
+        context = None
+        if self.context is not None:
+            # What could be trusted at the forward can be trusted now.
+            now = _graph_task()
+            own = {layer: (key, now) for layer, (key, then) in self.context.keys.items() if then == self.graph_task}
+            context = _Context(own, None, None)
+        token = _current.set(context)
         try:
             return self.function(*arguments)
         finally:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import dis
-from collections.abc import Iterable, Iterator
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .. import functional
+from ..reference import DTYPES
 from .layers import DEFAULT_TASK, MaskedConv2d, MaskedLayer, MaskedLinear, ReadThroughConv2d, ReadThroughLinear
 from .tasks import masked_layers, tasks
 
@@ -32,13 +37,18 @@ def convert(
     """Make the Linear and Conv2d layers of ``model`` masked, in place, and return it.
 
     The layers keep their identity, parameters (so ties and optimisers hold), hooks, device, dtype and mode. A layer that is masked
-    stays as it is. Where the code around a layer reads ``layer.weight`` itself instead of calling the layer
-    (``MultiheadAttention``'s ``out_proj``, ``TransformerEncoderLayer``'s fast path), that attribute becomes the masked weight; this is
-    seen in the bytecode of the ``forward`` of the modules around it, as an expression that ends in ``.<layer>.weight``.
+    stays as it is.
+
+    Where the code around a layer reads ``layer.weight`` itself instead of calling the layer (``MultiheadAttention``'s ``out_proj``,
+    ``TransformerEncoderLayer``'s fast path), that attribute becomes the masked weight. This is seen in the bytecode of ``forward``
+    of the modules around it, and of the methods and neighbouring functions that it uses; where the owner of a ``weight`` has no
+    name there (``for layer in self.layers: layer.weight``), all layers below that module count as read. Not seen are
+    ``getattr(layer, "weight")``, hooks and functions of other packages: make those call ``layer(x)``. Parameters that are not a
+    layer's (``MultiheadAttention``'s ``in_proj_weight``) stay plain.
 
     Args:
         model: any module; a Linear or Conv2d itself too.
-        include: glob patterns of qualified module names (``"layer4.*"``); None: all.
+        include: glob patterns of qualified names of layers (``"layer4.*"``); None: all.
         exclude: patterns of names to leave plain.
         mask_init: see :class:`metamask_ext.nn.MaskedLinear`; +4 unless given, which keeps the output near the original's.
         options: ``gate``, ``temperature``, ``threshold`` of the new layers.
@@ -47,43 +57,55 @@ def convert(
         ``model``. New layers get the tasks of the model's masked layers, or ``"default"``.
 
     Raises:
-        ValueError: a pattern that matches no module, a layer whose forward or weight is not torch's own (a subclass, a parametrized
-            or lazy layer): exclude it. Nothing is changed then.
-        TypeError: an unknown option.
+        ValueError: a pattern that matches no Linear or Conv2d, an option out of range, a layer whose forward or weight is not
+            torch's own (a subclass with its own forward, a parametrized or lazy layer): exclude it. Nothing is changed then.
+        TypeError: an unknown option, a model that is no module.
     """
     settings = {"gate": "sigmoid", "temperature": 1.0, "threshold": 0.0, "mask_init": mask_init}
     if unknown := sorted(options.keys() - settings.keys()):
         raise TypeError(f"convert takes the options {', '.join(sorted(settings))}, got {', '.join(unknown)}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     settings.update(options)
 
-    modules = dict(model.named_modules())
-    chosen = _select(modules, include, exclude)
-    plan: list[tuple[nn.Module, type[MaskedLayer]]] = []
-    for name in chosen:
-        module = modules[name]
-        if isinstance(module, MaskedLayer) or not isinstance(module, (nn.Linear, nn.Conv2d)):
-            continue
-        _check_convertible(name, module)
-        if isinstance(module, nn.Linear):
-            kind = ReadThroughLinear if _is_read(model, name) else MaskedLinear
-        else:
-            kind = ReadThroughConv2d if _is_read(model, name) else MaskedConv2d
-        plan.append((module, kind))
+    # A layer may be reached by several names: it is one layer, and read if it is read under any of them.
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            names.setdefault(module, []).append(name)
+    chosen = [module for module in _select(names, include, exclude) if not isinstance(module, MaskedLayer)]
+    for module in chosen:
+        _check_convertible(names[module][0], module)
 
-    present = any(isinstance(module, MaskedLayer) for module in modules.values())
-    names = tasks(model) if present else [DEFAULT_TASK]
-    for module, kind in plan:
+    present = any(isinstance(module, MaskedLayer) for module in names)
+    task_names = tasks(model) if present else [DEFAULT_TASK]
+    made: list[tuple[nn.Module, MaskedLayer]] = []
+    for module in chosen:
+        read = any(_is_read(model, name) for name in names[module])
+        if isinstance(module, nn.Linear):
+            kind: type[MaskedLayer] = ReadThroughLinear if read else MaskedLinear
+        else:
+            kind = ReadThroughConv2d if read else MaskedConv2d
+        # A stand-in with the layer's parameters: what can fail fails on it.
+        masked = kind.__new__(kind)
+        masked.__dict__.update(module.__dict__, _modules=dict(module._modules))
+        masked._init_masked(**settings, tasks=task_names)
+        if type(module) is not kind.plain_type:
+            masked.plain_type = type(module)
+        made.append((module, masked))
+
+    for module, masked in made:
         # The class changes, not the object: whoever holds the layer holds the masked one.
-        converted: Any = module
-        converted.__class__ = kind
-        converted._init_masked(**settings, tasks=names)
+        module._modules.update(masked._modules)
+        module.__class__ = type(masked)
+        module.__dict__.update({key: value for key, value in masked.__dict__.items() if key != "_modules"})
     return model
 
 
 def merge(model: Model, task: str) -> Model:
     """A copy of ``model`` as a plain torch model of one task: ``weight = W * g(M_task)`` baked in, no masks, for export.
 
-    Two layers that share a weight but not a mask have each their own weight afterwards.
+    Layers that share a weight and its mask go on sharing; two that share a weight but not a mask have each their own afterwards.
 
     Args:
         model: a module with masked layers; it is not changed.
@@ -98,75 +120,150 @@ def merge(model: Model, task: str) -> Model:
         layer._task_key(task)
     for layer in layers:
         memo[id(layer)] = layer.plain_type.__new__(layer.plain_type)
+    baked: dict[Any, nn.Parameter] = {}
     for layer in layers:
-        _fill_plain(memo[id(layer)], layer, task, memo)
+        _fill_plain(memo[id(layer)], layer, task, memo, baked)
     return copy.deepcopy(model, memo)
 
 
-def _fill_plain(plain: nn.Module, layer: MaskedLayer, task: str, memo: dict[int, Any]) -> None:
-    ours = {"gate", "temperature", "threshold", "mask_init", "bias_masks", "_parameters", "_modules"}
+def _fill_plain(plain: nn.Module, layer: MaskedLayer, task: str, memo: dict[int, Any], baked: dict[Any, nn.Parameter]) -> None:
+    ours = {"gate", "temperature", "threshold", "mask_init", "plain_type", "bias_masks", "_parameters", "_modules"}
     state = {key: value for key, value in layer.__dict__.items() if key not in ours}
+    others = {key: value for key, value in layer._parameters.items() if key not in ("weight", "bias")}
+    children = {key: value for key, value in layer._modules.items() if key not in ("masks", "bias_masks", "parametrizations")}
     plain.__dict__.update(copy.deepcopy(state, memo))
-    plain.__dict__["_parameters"] = {"weight": None, "bias": None}
-    plain.__dict__["_modules"] = {}
-    with torch.no_grad():
-        for name, (shared, masks) in zip(("weight", "bias"), layer._groups()):
-            theta = functional.masked_weight(shared, masks[task], **layer._gate())
-            setattr(plain, name, nn.Parameter(theta, requires_grad=shared.requires_grad))
+    plain.__dict__["_parameters"] = {"weight": None, "bias": None, **copy.deepcopy(others, memo)}
+    plain.__dict__["_modules"] = copy.deepcopy(children, memo)
+    for name, (shared, masks) in zip(("weight", "bias"), layer._groups()):
+        gate = layer._gate()
+        key = (id(shared), id(masks[task]), *gate.values())
+        if key not in baked:
+            with torch.no_grad():
+                theta = functional.masked_weight(shared, masks[task], **gate)
+            baked[key] = nn.Parameter(theta, requires_grad=shared.requires_grad)
+        plain._parameters[name] = baked[key]
 
 
 def _select(
-    modules: dict[str, nn.Module], include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
-) -> list[str]:
-    def matching(argument: str, patterns: str | Iterable[str]) -> set[str]:
-        found: set[str] = set()
+    names: dict[nn.Module, list[str]], include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+) -> list[nn.Module]:
+    def matching(argument: str, patterns: str | Iterable[str]) -> set[nn.Module]:
+        found: set[nn.Module] = set()
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            names = {name for name in modules if fnmatchcase(name, pattern)}
-            if not names:
-                raise ValueError(f"{argument} pattern {pattern!r} matches no module of the model")
-            found |= names
+            layers = {layer for layer, given in names.items() if any(fnmatchcase(name, pattern) for name in given)}
+            if not layers:
+                raise ValueError(
+                    f"{argument} pattern {pattern!r} matches no Linear or Conv2d of the model (those below a module: 'module.*')"
+                )
+            found |= layers
         return found
 
-    included = set(modules) if include is None else matching("include", include)
+    included = set(names) if include is None else matching("include", include)
     excluded = set() if exclude is None else matching("exclude", exclude)
-    return [name for name in modules if name in included and name not in excluded]
+    return [layer for layer in names if layer in included and layer not in excluded]
 
 
 def _check_convertible(name: str, module: nn.Module) -> None:
     plain = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    kind = type(module)
+    weight = module._parameters.get("weight")
     reason = None
-    if type(module).forward is not plain.forward:
-        reason = "its forward is not torch's own"
-    elif not isinstance(module._parameters.get("weight"), nn.Parameter) or "bias" not in module._parameters:
-        reason = "its weight is not a parameter of its own (parametrized, pruned or normalised)"
-    elif isinstance(module.weight, nn.parameter.UninitializedTensorMixin):
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
         reason = "it is lazy: run the model once first"
+    elif not isinstance(weight, nn.Parameter) or "bias" not in module._parameters:
+        reason = "its weight is not a parameter of its own (parametrized, pruned or normalised)"
+    elif "forward" in module.__dict__ or any(getattr(kind, method, None) is not getattr(plain, method, None) for method in _CALLED):
+        reason = "its forward is not torch's own"
+    elif taken := [attribute for attribute in _ADDED if hasattr(module, attribute)]:
+        reason = f"it has an attribute {taken[0]!r} of its own"
+    elif kind.__basicsize__ != plain.__basicsize__:
+        reason = "its class has __slots__"
+    elif weight.dtype not in DTYPES:
+        reason = f"its weight is {weight.dtype}, not float64, float32, bfloat16 or float16"
     if reason is not None:
-        raise ValueError(
-            f"cannot mask {name or 'the model'!r}, a {type(module).__name__}: {reason}. Leave it plain with exclude={name!r}"
-        )
+        raise ValueError(f"cannot mask {name or 'the model'!r}, a {kind.__name__}: {reason}. Leave it plain with exclude={name!r}")
+
+
+_CALLED = ("forward", "_conv_forward", "weight", "bias", "__call__", "_call_impl", "__getattr__")
+"""What decides the output of a layer."""
+
+_ADDED = ("gate", "temperature", "threshold", "mask_init", "plain_type", "masks", "bias_masks", "mask_logits", "bias_mask_logits")
 
 
 def _is_read(model: nn.Module, name: str) -> bool:
-    """Whether a module around the layer ``name`` reads its weight or bias in ``forward``, as in ``F.linear(x, self.fc.weight)``."""
+    """Whether a module around the layer ``name`` reads its weight or bias itself, as in ``F.linear(x, self.fc.weight)``."""
     *outer, own = name.split(".")
-    around = [model]
+    around = [model] if name else []
     for part in outer:
         around.append(around[-1].get_submodule(part))
-    return any(own in _layers_read(type(module)) for module in around if name)
+    return any(own in read or None in read for read in map(_layers_read, around))
 
 
-def _layers_read(kind: type[nn.Module]) -> set[str]:
-    """The names ``f`` in every ``….f.weight`` and ``….f.bias`` that the class's ``forward`` evaluates."""
-    instructions: list[dis.Instruction] = list(_instructions(kind.forward))
-    return {
-        str(owner.argval)
-        for owner, attribute in zip(instructions, instructions[1:])
-        if owner.opname == attribute.opname == "LOAD_ATTR" and attribute.argval in ("weight", "bias")
-    }
+def _layers_read(module: nn.Module) -> set[str | None]:
+    """The names ``f`` in every ``….f.weight`` and ``….f.bias`` that ``forward`` or what it calls reads; None: of no known name."""
+    function = inspect.unwrap(module.forward)
+    return _owners_read(getattr(function, "__func__", function), type(module))
 
 
-def _instructions(function: Any) -> Iterator[dis.Instruction]:
-    code = getattr(function, "__code__", None)
-    if code is not None:
-        yield from (instruction for instruction in dis.get_instructions(code) if instruction.opname != "CACHE")
+@functools.cache
+def _owners_read(forward: Callable[..., Any], kind: type[nn.Module]) -> set[str | None]:
+    found: set[str | None] = set()
+    seen: set[Any] = set()
+    # A function, and whether its first argument is the module, whose own weight is not a layer's.
+    todo: list[tuple[Any, bool]] = [(forward, True)]
+    while todo:
+        function, is_method = todo.pop()
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        module_itself = code.co_varnames[0] if is_method and code.co_argcount else None
+        for owner, instruction in _instruction_pairs(code):
+            name = instruction.argval
+            if instruction.opname == "LOAD_GLOBAL":
+                called = function.__globals__.get(name)
+                if inspect.isfunction(called) and _package(called) == _package(function):
+                    todo.append((inspect.unwrap(called), False))
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                todo += [(called, True) for called in _methods(kind, name)]
+                if name not in ("weight", "bias"):
+                    continue
+                if owner.opname == "LOAD_ATTR":
+                    found.add(owner.argval)
+                elif not owner.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME")) and _last(owner.argval) != module_itself:
+                    found.add(None)
+    return found
+
+
+def _instruction_pairs(code: CodeType) -> Iterator[tuple[dis.Instruction, dis.Instruction]]:
+    """Each instruction with the one before it; also those of the comprehensions and lambdas inside."""
+    instructions = [
+        instruction for instruction in dis.get_instructions(code) if instruction.opname not in ("CACHE", "EXTENDED_ARG")
+    ]
+    yield from itertools.pairwise(instructions)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _instruction_pairs(constant)
+
+
+def _methods(kind: type[nn.Module], name: str) -> list[Any]:
+    """The functions behind ``self.<name>`` and ``super().<name>``."""
+    found = []
+    for base in kind.__mro__:
+        member = None if base in (nn.Module, object) else base.__dict__.get(name)
+        if isinstance(member, property):
+            member = member.fget
+        if isinstance(member, (staticmethod, classmethod)):
+            member = member.__func__
+        if inspect.isfunction(member):
+            found.append(inspect.unwrap(member))
+    return found
+
+
+def _package(function: Any) -> str:
+    return (function.__module__ or "").partition(".")[0]
+
+
+def _last(argument: Any) -> Any:
+    """Of an instruction that loads two variables, the one that ends on top."""
+    return argument[-1] if isinstance(argument, tuple) else argument

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
 from ..reference import DTYPES, resolve_gate
-from .active import active_key, describe
+from .active import active_key, check_only_key, describe
 from .names import check_name, escape, unescape
 
 MaskInit = str | float | Callable[[Tensor], Any]
@@ -37,7 +38,8 @@ class MaskedLayer(nn.Module):
     all of them is an error under ``strict``; tasks that the layer lacks are created.
     """
 
-    plain_type: ClassVar[type[nn.Module]]
+    plain_type: type[nn.Module]
+    """What :func:`metamask_ext.merge` makes of the layer."""
     weight: nn.Parameter
     bias: nn.Parameter | None
     masks: TaskMasks
@@ -53,8 +55,8 @@ class MaskedLayer(nn.Module):
             raise TypeError(f"weight must be float64, float32, bfloat16 or float16, got {weight.dtype}")
         self.gate, self.temperature, self.threshold, self.mask_init = gate, temperature, threshold, mask_init
         _check_mask_init(mask_init)
-        self.masks = TaskMasks()
-        self.bias_masks = None if bias is None else TaskMasks()
+        self.masks = TaskMasks().train(self.training)
+        self.bias_masks = None if bias is None else TaskMasks().train(self.training)
         for task in [DEFAULT_TASK] if tasks is None else tasks:
             self._new_task(task)
 
@@ -70,7 +72,9 @@ class MaskedLayer(nn.Module):
         """The weight and the bias that all tasks share."""
         return self.weight, self.bias
 
-    def _new_task(self, task: str, init: Callable[[TaskMasks, Tensor], Any] | None = None) -> None:
+    def _new_masks(self, init: Callable[[TaskMasks, Tensor], Any] | None = None) -> list[tuple[TaskMasks, nn.Parameter]]:
+        """Logits for one more task, and where they belong: made first for all layers of a model, in case one fails."""
+        new = []
         for parameter, masks in self._groups():
             logits = torch.empty_like(parameter, requires_grad=False)
             with torch.no_grad():
@@ -78,11 +82,18 @@ class MaskedLayer(nn.Module):
                     self._init_logits(logits)
                 else:
                     init(masks, logits)
-            masks[check_name(task)] = nn.Parameter(logits)
+            new.append((masks, nn.Parameter(logits)))
+        return new
+
+    def _new_task(self, task: str) -> None:
+        check_name(task)
+        for masks, logits in self._new_masks():
+            masks[task] = logits
 
     def _remove_task(self, task: str) -> None:
         for _, masks in self._groups():
-            del masks[task]
+            if task in masks:  # layers may share their masks
+                del masks[task]
 
     def _init_logits(self, logits: Tensor) -> None:
         if self.mask_init == "normal":
@@ -96,10 +107,13 @@ class MaskedLayer(nn.Module):
         """Draw weight and bias as torch's layer does, and every task's mask by ``mask_init``."""
         super().reset_parameters()  # type: ignore[misc]
         if "masks" in self._modules:  # torch's constructor calls this before there are any
-            with torch.no_grad():
-                for _, masks in self._groups():
-                    for logits in masks.values():
-                        self._init_logits(logits)
+            self._reset_masks()
+
+    def _reset_masks(self) -> None:
+        with torch.no_grad():
+            for _, masks in self._groups():
+                for logits in masks.values():
+                    self._init_logits(logits)
 
     def _task_key(self, task: str) -> str:
         key = escape(task)
@@ -112,6 +126,10 @@ class MaskedLayer(nn.Module):
         masks = self._modules["masks"]._parameters  # type: ignore[union-attr]
         if len(masks) == 1:
             (key,) = masks
+            if not torch.compiler.is_compiling():
+                check_only_key(self, key)
+        elif torch.compiler.is_compiling():
+            return _active_in_eager(self)
         else:
             key = active_key(self)
         bias_masks = self._modules.get("bias_masks")
@@ -131,12 +149,13 @@ class MaskedLayer(nn.Module):
         return {"gate": self.gate, "temperature": self.temperature, "threshold": self.threshold}
 
     def extra_repr(self) -> str:
-        parameter = f"temperature={self.temperature}" if self.gate == "sigmoid" else f"threshold={self.threshold}"
-        return f"{super().extra_repr()}, gate={self.gate}, {parameter}, tasks={len(self.masks)}"
+        return f"{super().extra_repr()}, {self._mask_repr()}"
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
+    def _mask_repr(self) -> str:
+        parameter = f"temperature={self.temperature}" if self.gate == "sigmoid" else f"threshold={self.threshold}"
+        return f"gate={self.gate}, {parameter}, tasks={len(self.masks)}"
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
         saved: dict[str, None] = {}
         given = False
         for name in ("masks", "bias_masks"):
@@ -145,6 +164,10 @@ class MaskedLayer(nn.Module):
                 task = unescape(key[len(prefix) + len(name) + 1 :])
                 if task:
                     saved[task] = None
+                    # A torch with other attributes may have escaped another first character.
+                    now = f"{prefix}{name}.{escape(task)}"
+                    if now not in state_dict:
+                        state_dict[now] = state_dict.pop(key)
         if not given:
             # Children are loaded next, from the same dictionary: they find what they have.
             for name, masks in (("masks", self.masks), ("bias_masks", self.bias_masks)):
@@ -153,9 +176,13 @@ class MaskedLayer(nn.Module):
         for task in saved:
             if task not in self.masks:
                 self._new_task(task)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+@torch.compiler.disable
+def _active_in_eager(layer: MaskedLayer) -> tuple[Tensor, Tensor | None]:
+    """For torch.compile, which cannot read a context variable: one graph break, and the masks are inputs of what follows."""
+    return layer._active()
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
@@ -169,11 +196,12 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         gate: ``"sigmoid"`` or ``"hard"``.
         temperature: of the sigmoid gate, in logits, greater than 0; an attribute that may be changed (annealing).
         threshold: of the hard gate, in logits; an attribute likewise.
-        mask_init: how a new task's logits begin: ``"normal"`` (mean 0, standard deviation 1; the proposal's "randomly initialize"), a
-            number for all of them, or a function that fills a tensor in place.
+        mask_init: how a new task's logits begin: ``"normal"`` (mean 0, standard deviation 1; the proposal's "randomly
+            initialize"), a number for all of them, or a function that fills a tensor in place.
 
-    Shapes: input ``[..., in_features]``, output ``[..., out_features]``, ``weight`` and each of ``masks`` ``[out_features, in_features]``,
-    ``bias`` and each of ``bias_masks`` ``[out_features]``. The layer begins with one task, ``"default"``.
+    Shapes: input ``[..., in_features]``, output ``[..., out_features]``, ``weight`` and each of ``masks``
+    ``[out_features, in_features]``, ``bias`` and each of ``bias_masks`` ``[out_features]``. The layer begins with one task,
+    ``"default"``.
 
     Raises:
         ValueError: an unknown gate, a temperature that is not positive, an unknown ``mask_init``.
@@ -221,8 +249,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             :class:`torch.nn.Conv2d`.
         gate, temperature, threshold, mask_init: as for :class:`MaskedLinear`.
 
-    Shapes: input ``[N, C_in, H, W]`` or ``[C_in, H, W]``; ``weight`` and each of ``masks`` ``[C_out, C_in / groups, kH, kW]``, ``bias`` and each
-    of ``bias_masks`` ``[C_out]``.
+    Shapes: input ``[N, C_in, H, W]`` or ``[C_in, H, W]``; ``weight`` and each of ``masks`` ``[C_out, C_in / groups, kH, kW]``,
+    ``bias`` and each of ``bias_masks`` ``[C_out]``.
     """
 
     plain_type = nn.Conv2d
@@ -277,10 +305,29 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 class _ReadThrough:
     """For a layer whose parameters other code reads past forward: there ``weight`` and ``bias`` are the masked ones.
 
-    The parameters themselves, in ``state_dict``, ``parameters()`` and optimisers, are the shared ones as everywhere.
+    The parameters themselves, in ``state_dict``, ``parameters()`` and optimisers, are the shared ones as everywhere; torch's own
+    methods (``reset_parameters``) work on those too. Code that fills ``layer.weight`` from outside would fill a temporary.
     """
 
     _parameters: dict[str, nn.Parameter]
+    plain_type: type[nn.Module]
+
+    def _as_plain(self) -> Any:
+        return SimpleNamespace(**{**self.__dict__, **self._parameters})
+
+    def extra_repr(self) -> str:
+        return f"{self.plain_type.extra_repr(self._as_plain())}, {self._mask_repr()}"  # type: ignore[attr-defined]
+
+    def reset_parameters(self) -> None:
+        self.plain_type.reset_parameters(self._as_plain())  # type: ignore[operator]
+        self._reset_masks()  # type: ignore[attr-defined]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # torch asks hasattr(self, name), which computes the masked weight, or raises when no task is active.
+        if name in ("weight", "bias") and (param is None or isinstance(param, nn.Parameter)):
+            self._parameters[name] = param  # type: ignore[assignment]
+        else:
+            super().register_parameter(name, param)  # type: ignore[misc]
 
     def _shared(self) -> tuple[Tensor, Tensor | None]:
         return self._parameters["weight"], self._parameters["bias"]

@@ -25,14 +25,17 @@ def tasks(model: nn.Module) -> list[str]:
     Raises:
         ValueError: ``model`` has no masked layer, or its layers have different tasks.
     """
-    (first_name, first), *rest = masked_layers(model)
+    layers = masked_layers(model)
+    first_name, first = layers[0]
     names = list(first.masks)
-    for name, layer in rest:
-        if set(layer.masks) != set(names):
-            raise ValueError(
-                f"the layers of the model have different tasks: {first_name or 'the model'!r} has {describe(names)}, "
-                f"{name!r} has {describe(layer.masks)}"
-            )
+    known = set(names)
+    for name, layer in layers:
+        for _, masks in layer._groups():
+            if masks.keys() != known:
+                raise ValueError(
+                    f"the masks of the model have different tasks: those of {first_name or 'the model'!r} {describe(names)}, "
+                    f"those of {name or 'the model'!r} {describe(masks)}"
+                )
     return names
 
 
@@ -44,8 +47,8 @@ def add_task(model: nn.Module, name: str, init: str = "random") -> None:
     Args:
         model: a module with masked layers.
         name: the new task; any non-empty string.
-        init: ``"random"``: by each layer's ``mask_init`` (for a new layer a normal distribution; for a converted one +4 everywhere);
-            ``"mean"``: the mean of the logits of the tasks that exist; ``"copy:<task>"``: those of that task.
+        init: ``"random"``: by each layer's ``mask_init`` (for a new layer a normal distribution; for a converted one +4
+            everywhere); ``"mean"``: the mean of the logits of the tasks that exist; ``"copy:<task>"``: those of that task.
 
     Raises:
         ValueError: the task exists, ``init`` is unknown or names an unknown task, or ``model`` has no masked layer.
@@ -53,6 +56,8 @@ def add_task(model: nn.Module, name: str, init: str = "random") -> None:
     known = tasks(model)
     if check_name(name) in known:
         raise ValueError(f"task {name!r} exists; the model has {describe(known)}")
+    if not isinstance(init, str):
+        raise TypeError(f"init must be a string, got {type(init).__name__}")
     source = init[len("copy:") :] if init.startswith("copy:") else None
     if source is not None and source not in known:
         raise ValueError(f"init must copy one of {describe(known)}, got {init!r}")
@@ -69,8 +74,10 @@ def add_task(model: nn.Module, name: str, init: str = "random") -> None:
         else:
             logits.copy_(masks[source])
 
-    for _, layer in masked_layers(model):
-        layer._new_task(name, None if init == "random" else fill)
+    layers = masked_layers(model)
+    new = [mask for _, layer in layers for mask in layer._new_masks(None if init == "random" else fill)]
+    for masks, logits in new:
+        masks[name] = logits
 
 
 def remove_task(model: nn.Module, name: str) -> None:
