@@ -29,13 +29,13 @@ MINIMUM_TORCH = (2, 11)
 DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0")
 
 PROBE = """
-import json, torch
-from torch.utils import cpp_extension
+import json, os, torch
+home = os.path.dirname(torch.__file__)
 print(json.dumps({
     "version": torch.__version__,
     "cuda": torch.version.cuda,
-    "includes": cpp_extension.include_paths(),
-    "libraries": cpp_extension.library_paths(),
+    "includes": [os.path.join(home, "include"), os.path.join(home, "include/torch/csrc/api/include")],
+    "libraries": [os.path.join(home, "lib")],
     "cxx11_abi": int(torch._C._GLIBCXX_USE_CXX11_ABI),
 }))
 """
@@ -54,10 +54,9 @@ def find_torch():
         if "No module named 'torch'" not in probe.stderr:
             fail(f"torch is installed for {sys.executable} but cannot be imported:\n{probe.stderr}")
         fail(
-            f"no torch is installed for {sys.executable}, and the extension is compiled against the one you use. Install "
-            "torch 2.11 or newer first (https://pytorch.org/get-started), then metamask_ext again. If torch is installed and this message "
-            "came from a build front end other than pip, which builds in an environment of its own, use "
-            "'pip install --no-build-isolation .'"
+            f"no torch is installed for {sys.executable}, and the extension is compiled against the one you use. Install torch 2.11 or "
+            "newer first (https://pytorch.org/get-started), then metamask_ext again. If torch is installed and this message came from "
+            "a build front end other than pip, which builds in an environment of its own, use 'pip install --no-build-isolation .'"
         )
     found = json.loads(probe.stdout.splitlines()[-1])
     if tuple(int(part) for part in re.findall(r"\d+", found["version"])[:2]) < MINIMUM_TORCH:
