@@ -29,7 +29,7 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict: ``version`` of metamask_ext; ``torch``, the version it was compiled for; ``backend``, ``"cpu"``, ``"cuda"`` or
         ``"reference"`` (no kernels, plain torch throughout); ``cpu_capability``, the instruction set in use, and
-        ``cpu_capabilities``, all that could be (environment variable ``METAMASK_CPU_CAPABILITY``); ``cuda_archs``, a string, or None;
+        ``cpu_capabilities``, all that could be (variable ``METAMASK_CPU_CAPABILITY``); ``cuda_archs``, a string, or None;
         ``compiler``. In a reference build the last four are None.
     """
     info: dict[str, Any] = {"version": VERSION, "torch": TORCH, "backend": BACKEND}
