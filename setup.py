@@ -56,7 +56,7 @@ def find_torch():
         fail(
             f"no torch is installed for {sys.executable}, and the extension is compiled against the one you use. Install torch "
             "2.11 or newer first (https://pytorch.org/get-started), then metamask_ext again. If torch is installed and this came "
-            "from a build front end other than pip, which builds in an environment of its own, use 'pip install --no-build-isolation .'"
+            "from a front end other than pip, which builds in an environment of its own, use 'pip install --no-build-isolation .'"
         )
     found = json.loads(probe.stdout.splitlines()[-1])
     if tuple(int(part) for part in re.findall(r"\d+", found["version"])[:2]) < MINIMUM_TORCH:

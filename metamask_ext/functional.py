@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import _ops, reference
 from ._build import BACKEND
 from .autograd import MaskedWeight
 from .reference import check_pair, resolve_gate
@@ -73,7 +73,7 @@ def masked_weight(
     check_pair(weight, mask_logits)
     if _use_reference():
         return reference.masked_weight(weight, mask_logits, number, parameter)
-    return MaskedWeight.apply(weight, mask_logits, number, parameter, None)
+    return _theta(weight, mask_logits, number, parameter, None)
 
 
 def masked_linear(
@@ -180,10 +180,17 @@ def _masked_parameters(
 ) -> tuple[Tensor, Tensor | None]:
     """``theta`` and the masked bias, written at once in the dtype in which autocast will use them."""
     dtype = _autocast_dtype(weight)
-    theta = MaskedWeight.apply(weight, mask_logits, gate, parameter, dtype)
-    if bias_mask_logits is not None:
-        bias = MaskedWeight.apply(bias, bias_mask_logits, gate, parameter, dtype)
+    theta = _theta(weight, mask_logits, gate, parameter, dtype)
+    if bias is not None and bias_mask_logits is not None:
+        bias = _theta(bias, bias_mask_logits, gate, parameter, dtype)
     return theta, bias
+
+
+def _theta(weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dtype: torch.dtype | None) -> Tensor:
+    # A Function costs about 3 microseconds more than its op, which is half of a small layer's forward.
+    if torch.is_grad_enabled() and (weight.requires_grad or mask_logits.requires_grad):
+        return MaskedWeight.apply(weight, mask_logits, gate, parameter, dtype)
+    return _ops.masked_weight(weight, mask_logits, gate, parameter, dtype)
 
 
 def _check_bias(weight: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | None) -> None:
