@@ -126,9 +126,9 @@ class MaskedLayer(nn.Module):
         masks = self._modules["masks"]._parameters  # type: ignore[union-attr]
         if len(masks) == 1:
             (key,) = masks
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_dynamo_compiling():
                 check_only_key(self, key)
-        elif torch.compiler.is_compiling():
+        elif torch.compiler.is_dynamo_compiling():
             return _active_in_eager(self)
         else:
             key = active_key(self)
