@@ -502,12 +502,24 @@ class TestNonReentrantCheckpoints:
             loss.backward()
         assert all(grad is None for name, grad in gradients(model).items() if name.endswith(".b"))
 
-    def test_a_task_added_before_backward_to_a_model_that_had_one_is_refused(self, x):
+    def test_tasks_added_before_backward_to_a_model_that_had_one_do_not_change_the_gradient(self, x):
+        model = nn.Sequential(MaskedLinear(4, 3)).double()
+        expected(model, "default", x).square().sum().backward()
+        wanted = gradients(model)
+        loss = _once(model, x).square().sum()
+        add_task(model, "b")
+        with using_task(model, "b"):
+            loss.backward()
+        assert_same_gradients(gradients(model), {**wanted, "0.masks.b": None, "0.bias_masks.b": None})
+
+    def test_the_only_task_exchanged_for_another_before_backward_is_an_error(self, x):
         model = nn.Sequential(MaskedLinear(4, 3)).double()
         loss = _once(model, x).square().sum()
         add_task(model, "b")
-        with using_task(model, "b"), pytest.raises(RuntimeError, match="during a backward"):
+        remove_task(model, "default")
+        with pytest.raises(RuntimeError, match="the active task was removed"):
             loss.backward()
+        assert all(grad is None for grad in gradients(model).values())
 
     def test_an_exception_in_the_recomputation_leaves_the_block_as_it_was(self, model, x):
         calls = []

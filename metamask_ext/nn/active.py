@@ -118,7 +118,8 @@ def active_key(layer: MaskedLayer) -> str:
         )
     if key not in layer.masks._parameters:
         _raise_removed(layer)
-    _remember_in_checkpoint(context, graph_task)
+    for recompute in _enclosing_checkpoints():
+        recompute.remember(context, graph_task)
     return key
 
 
@@ -127,6 +128,9 @@ def check_only_key(layer: MaskedLayer, only: str) -> None:
     context = _current.get()
     if context is not None and context.keys.get(layer, (only, -1))[0] != only:
         _raise_removed(layer)
+    # By the recomputation the layer may have other tasks.
+    for recompute in _enclosing_checkpoints():
+        recompute.keys[layer] = only
 
 
 def _raise_removed(layer: MaskedLayer) -> None:
@@ -147,25 +151,12 @@ def describe(names: Any) -> str:
     return ", ".join(repr(name) for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _remember_in_checkpoint(context: _Context | None, graph_task: int) -> None:
-    """Make the non-reentrant checkpoints that enclose this forward, if any, recompute under ``context``.
-
-    A block opened inside the checkpointed function closes before another is opened there, and the recomputation opens it again by
-    itself. So what was open around the checkpoint is the innermost context common to all layers called in it.
-    """
-    for frame in _enclosing_checkpoints():
-        if isinstance(frame.recompute_fn, _Recompute):
-            frame.recompute_fn.context = _common(frame.recompute_fn.context, context)
-        else:
-            frame.recompute_fn = _Recompute(frame.recompute_fn, context, graph_task)
-
-
-def _enclosing_checkpoints() -> list[Any]:
-    """torch's records of the checkpointed regions that are being run, innermost first.
+def _enclosing_checkpoints() -> list[_Recompute]:
+    """What the non-reentrant checkpoints that enclose this forward will recompute, innermost first.
 
     torch shows only the top of its stack of hooks: they are taken off one by one and put back.
     """
-    if not _saved_tensor_hooks(True) or not _autograd._saved_tensors_hooks_is_enabled():
+    if not _saved_tensor_hooks(True) or not _autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return []
     taken = []
     try:
@@ -175,7 +166,14 @@ def _enclosing_checkpoints() -> list[Any]:
     finally:
         for hooks in reversed(taken):
             _autograd._push_saved_tensors_default_hooks(*hooks)
-    return [frame for pack_hook, _ in taken if (frame := _checkpoint_frame(pack_hook)) is not None]
+    found = []
+    for pack_hook, _ in taken:
+        frame = _checkpoint_frame(pack_hook)
+        if frame is not None:
+            if not isinstance(frame.recompute_fn, _Recompute):
+                frame.recompute_fn = _Recompute(frame.recompute_fn)
+            found.append(frame.recompute_fn)
+    return found
 
 
 def _checkpoint_frame(pack_hook: object) -> Any:
@@ -191,19 +189,32 @@ def _checkpoint_frame(pack_hook: object) -> Any:
 
 
 class _Recompute:
-    """A checkpoint's function, run under the context of its forward."""
+    """A checkpoint's function, run under the active tasks of its forward.
 
-    def __init__(self, function: Any, context: _Context | None, graph_task: int):
-        self.function, self.context, self.graph_task = function, context, graph_task
+    A block opened inside the checkpointed function closes before another is opened there, and the recomputation opens it again by
+    itself. So what was open around the checkpoint is the innermost context common to all layers called in it.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.keys: dict[nn.Module, str] = {}
+        """Of layers that had one task."""
+        self.contexts: list[_Context | None] = []
+        """The common context, once there is one."""
+        self.graph_task = -1
+
+    def remember(self, context: _Context | None, graph_task: int) -> None:
+        self.contexts = [_common(self.contexts[0], context) if self.contexts else context]
+        self.graph_task = graph_task
 
     def __call__(self, *arguments: Any) -> Any:
-        context = None
-        if self.context is not None:
+        now = _graph_task()
+        own = {layer: (key, now) for layer, key in self.keys.items()}
+        for context in self.contexts:
             # What could be trusted at the forward can be trusted now.
-            now = _graph_task()
-            own = {layer: (key, now) for layer, (key, then) in self.context.keys.items() if then == self.graph_task}
-            context = _Context(own, None, None)
-        token = _current.set(context)
+            if context is not None:
+                own |= {layer: (key, now) for layer, (key, then) in context.keys.items() if then == self.graph_task}
+        token = _current.set(_Context(own, None, None))
         try:
             return self.function(*arguments)
         finally:
