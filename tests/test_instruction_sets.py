@@ -17,6 +17,12 @@ ROOT = Path(__file__).parent.parent
 SETS = ["default", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["default"]
 
 
+def needs(*programs):
+    missing = [program for program in programs if shutil.which(program) is None]
+    reason = f"{', '.join(missing)} not installed: Debian's qemu-user and g++-aarch64-linux-gnu, which CI installs"
+    return pytest.mark.skipif(bool(missing) and not os.environ.get("CI"), reason=reason)
+
+
 def objects(isa):
     """The kernel objects of the newest build in this checkout."""
     builds = sorted(ROOT.glob(f"build/*/CMakeFiles/kernels_{isa}.dir"), key=os.path.getmtime)
@@ -68,18 +74,15 @@ def test_the_default_path_computes_right_without_torch(default_path):
     assert ran.returncode == 0, ran.stdout
 
 
-@pytest.mark.skipif(
-    shutil.which("qemu-x86_64") is None and not os.environ.get("CI"), reason="qemu-user is not installed; CI installs it"
-)
+@needs("qemu-x86_64")
 def test_the_default_path_runs_on_a_processor_without_avx(default_path):
     ran = subprocess.run(["qemu-x86_64", "-cpu", "Nehalem", str(default_path)], capture_output=True, text=True)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
 
 
+@needs("qemu-x86_64")
 def test_the_emulated_processor_would_catch_avx(tmp_path):
     """The check itself: an AVX-512 object stops there."""
-    if shutil.which("qemu-x86_64") is None and not os.environ.get("CI"):
-        pytest.skip("qemu-user is not installed; CI installs it")
     program = tmp_path / "avx512_path"
     source = (ROOT / "tests/default_path.cpp").read_text().replace("kMaskedWeight_default", "kMaskedWeight_avx512")
     (tmp_path / "path.cpp").write_text(source.replace("../csrc", str(ROOT / "csrc")))
@@ -89,6 +92,16 @@ def test_the_emulated_processor_would_catch_avx(tmp_path):
     )
     ran = subprocess.run(["qemu-x86_64", "-cpu", "Nehalem", str(program)], capture_output=True, text=True)
     assert ran.returncode != 0
+
+
+@needs("aarch64-linux-gnu-g++", "qemu-aarch64")
+def test_the_default_path_computes_right_on_arm64(tmp_path):
+    program = tmp_path / "default_path"
+    sources = [str(ROOT / "tests/default_path.cpp"), *map(str, sorted((ROOT / "csrc/cpu").glob("*_kernel.cpp")))]
+    flags = ["-std=gnu++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-DMETAMASK_ISA=default", "-static"]
+    subprocess.run(["aarch64-linux-gnu-g++", *flags, *sources, "-o", str(program)], check=True)
+    ran = subprocess.run(["qemu-aarch64", str(program)], capture_output=True, text=True)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
 
 
 def test_build_info_says_which_sets_this_machine_has():
