@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 MAGIC = b"metamask_ext checkpoint 1\n"
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 _DIGEST_LENGTH = 64
 
 
@@ -157,3 +158,12 @@ class MetricsFile:
             yield
         except OSError as error:
             raise OutputError(f"cannot write {str(self.path)!r}: {error.strerror}") from error
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines that a loop with ``out=folder`` has written, a dict each. OutputError if there are none to read."""
+    path = Path(folder) / METRICS
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise OutputError(f"cannot read {str(path)!r}: {error.strerror}") from error

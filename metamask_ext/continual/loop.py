@@ -23,6 +23,8 @@ from ..nn.names import check_name
 from ..nn.tasks import add_task, remove_task
 from ..nn.tasks import tasks as model_tasks
 from .files import (
+    CHECKPOINT,
+    METRICS,
     CheckpointError,
     MetricsFile,
     OutputError,
@@ -35,8 +37,6 @@ from .files import (
 
 Batch = tuple[Tensor, Tensor]
 TaskData = Batch | Callable[[torch.Generator], Batch]
-
-CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 
 
 class TaskLoop:

