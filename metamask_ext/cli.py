@@ -85,7 +85,7 @@ def info() -> None:
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="Which benchmarks.")] = "all",
+    suite: Annotated[str, typer.Option(help="Which benchmarks.")] = "core",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench"),
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few repetitions.")] = False,
 ) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..nn import MaskedLinear
 from ..tasks import linear_tasks
-from .methods import compare
-from .output import STYLES, Output, Scores, new_figure, plot_seeds
+from .methods import compare, seeded
+from .output import STYLES, Output, Scores, first_seeds, new_figure, one_thread, plot_seeds
 
 TASKS, VARIABLES, TRAIN, TEST = 20, 5, 100, 1000
 OPTIONS: dict[str, Any] = {"steps": 10, "lr": 0.01, "weight_decay": 1e-3}
@@ -21,15 +21,23 @@ MASK_OPTIONS = {"mask_lr": 1.0}
 ROUNDS, EVALUATE_EVERY = 1000, 20
 
 
+@one_thread()
 def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     """20 tasks of 5 variables and a bias. Measured: the mean test MSE of all tasks, and in how many of the 20 x 6 entries the gate
     ``sigmoid(M) > 1/2`` agrees with the true mask. See :func:`metamask_ext.experiments.run`.
     """
-    seeds = list(range(seed, seed + (1 if quick else 5)))
+    seeds = first_seeds(seed, quick)
     output = Output("linear", out, seed, quick)
     settings = {
-        **{"tasks": TASKS, "variables": VARIABLES, "train_samples": TRAIN, "test_samples": TEST, "seeds": seeds},
-        **{"rounds": ROUNDS, "evaluate_every": EVALUATE_EVERY, "optimizer": "sgd", "init": "torch's W, normal masks"},
+        "tasks": TASKS,
+        "variables": VARIABLES,
+        "train_samples": TRAIN,
+        "test_samples": TEST,
+        "seeds": seeds,
+        "rounds": ROUNDS,
+        "evaluate_every": EVALUATE_EVERY,
+        "optimizer": "sgd",
+        "init": "torch's for W, normal for the masks",
         **OPTIONS,
         **MASK_OPTIONS,
     }
@@ -42,8 +50,9 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     comparisons, shown = [], None
     for number in seeds:
         data = linear_tasks(TASKS, TRAIN, TEST, variables=VARIABLES, seed=number)
+        model = seeded(number, lambda: MaskedLinear(VARIABLES, 1))
         comparison = compare(
-            lambda: MaskedLinear(VARIABLES, 1),
+            model,
             lambda: nn.Linear(VARIABLES, 1),
             data.train,
             data.test,
@@ -58,7 +67,7 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
         )
         for method, numbers in comparison.scores.items():
             scores[method]["test MSE"].append(sum(numbers.values()) / len(numbers))
-        gates = _gates(comparison.masked, list(data.train))
+        gates = _gates(model, list(data.train))
         recovered = ((gates > 0.5) == data.support).double().mean()
         scores["masked"]["support recovered (%)"].append(100 * float(recovered))
         comparisons.append(comparison)
@@ -82,12 +91,13 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     figure.colorbar(image, ax=right, label="gate, sigmoid(M) (no unit)")
     budget = (
         f"{TRAIN} samples a task; {ROUNDS * OPTIONS['steps']} steps in all for masked and shared; independent: for each task the "
-        f"steps that masked took on it. Mean over {len(seeds)} seeds (lowest to highest)."
+        f"steps that masked took on it."
     )
     return output.finish(scores, ["shared", "independent"], budget, figure)
 
 
-def _gates(model: nn.Module, names: list[str]) -> Tensor:
+def _gates(model: MaskedLinear, names: list[str]) -> Tensor:
     """``sigmoid(M)`` of weights and bias, ``[tasks, variables + 1]``."""
+    assert model.bias_masks is not None
     rows = [torch.cat([model.masks[name][0], model.bias_masks[name]]) for name in names]
     return torch.stack(rows).detach().sigmoid()

@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..continual import TaskLoop, read_metrics
 
+Model = TypeVar("Model", bound=nn.Module)
 Data = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass
 class Comparison:
-    """One seed's outcome: test scores by method and task, learning curves ``(steps, mean test score)``, and the masked model."""
+    """One seed's outcome: test scores by method and task, learning curves ``(steps, mean test score)``."""
 
     scores: dict[str, dict[str, float]]
     curves: dict[str, tuple[list[int], list[float]]]
-    masked: nn.Module
 
 
-def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+def seeded(seed: int, make: Callable[[], Model]) -> Model:
     """The model that ``make`` draws from ``seed``; the global random state is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -32,7 +32,7 @@ def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def compare(
-    masked: Callable[[], nn.Module],
+    masked: nn.Module,
     plain: Callable[[], nn.Module],
     train: Data,
     test: Data,
@@ -52,7 +52,8 @@ def compare(
     masked model took on that task, with the same data.
 
     Args:
-        masked, plain: make the models.
+        masked: the masked model; it is trained.
+        plain: makes a model without masks.
         train, test: the data of each task.
         loss: what is minimised.
         score: ``score(prediction, target)``, a scalar, on the test data.
@@ -75,9 +76,8 @@ def compare(
     scores: dict[str, dict[str, float]] = {}
     curves: dict[str, tuple[list[int], list[float]]] = {}
     steps_of: dict[str, int] = {}
-    masked_model = seeded(seed, masked)
     for method, model, own in (
-        ("masked", masked_model, dict(mask_options)),
+        ("masked", masked, dict(mask_options)),
         ("shared", seeded(seed, plain), {"per_task_masks": False}),
     ):
         folder = out / method
@@ -97,4 +97,4 @@ def compare(
             model, {name: train[name]}, loss, per_task_masks=False, seed=seed, out=folder, label=f"alone: {name}", **options
         ).run(steps // options["steps"])
         scores["independent"][name] = test_score(loop, name)
-    return Comparison(scores, curves, masked_model)
+    return Comparison(scores, curves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..continual import TaskLoop, read_metrics
 from ..nn import MaskedConv2d, MaskedLayer, MaskedLinear
 from ..tasks import load_digits
 from .methods import seeded
-from .output import STYLES, Output, Scores, new_figure, plot_seeds
+from .output import STYLES, Output, Scores, first_seeds, new_figure, one_thread, plot_seeds
 
 # One recipe for both networks. The L2 term on W is the proposal's (section 2.1).
 OPTIONS: dict[str, Any] = {"steps": 50, "lr": 3e-3, "weight_decay": 1e-4, "optimizer": "adam", "batch_size": 64}
@@ -30,16 +31,22 @@ def network(masked: bool) -> nn.Sequential:
     )
 
 
+@one_thread()
 def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     """One task: the same network, data, optimiser, rates and steps with and without masks. Measured: test accuracy. With a
     single task the shared and the independent baseline are the same, the plain network. See :func:`metamask_ext.experiments.run`.
     """
-    seeds = list(range(seed, seed + (1 if quick else 5)))
+    seeds = first_seeds(seed, quick)
     output = Output("mnist", out, seed, quick)
     digits = load_digits()
     settings = {
-        **{"seeds": seeds, "rounds": ROUNDS, "evaluate_every": EVALUATE_EVERY, "network": str(network(masked=False)), "init":
-        "torch's W, normal masks"}, **{"train_samples": len(digits.train[0]), "test_samples": len(digits.test[0])},
+        "seeds": seeds,
+        "train_samples": len(digits.train[0]),
+        "test_samples": len(digits.test[0]),
+        "network": str(network(masked=False)),
+        "init": "torch's for W, normal for the masks",
+        "rounds": ROUNDS,
+        "evaluate_every": EVALUATE_EVERY,
         **OPTIONS,
     }
     finished = output.begin(settings, digits.source, digits.note)
@@ -61,7 +68,7 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
             masked = method == "masked"
             folder = out / f"seed-{number}" / method
             loop = TaskLoop(
-                seeded(number, lambda masked=masked: network(masked)),
+                seeded(number, partial(network, masked)),
                 {TASK: digits.train},
                 F.cross_entropy,
                 per_task_masks=masked,
@@ -92,6 +99,6 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     right.legend(fontsize=8)
     budget = (
         f"{len(digits.train[0])} training images, {ROUNDS * OPTIONS['steps']} steps of {OPTIONS['batch_size']} for either; with "
-        f"one task, the plain net is both baselines, shared and independent. Mean over {len(seeds)} seeds (lowest to highest)."
+        f"one task, the plain net is both baselines, shared and independent."
     )
     return output.finish(scores, ["plain"], budget, figure)

@@ -7,7 +7,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart with any colour vision; line styles differ too, for print without colour.
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "masked": {"color": "#0072B2", "linestyle": "-"},
     "shared": {"color": "#D55E00", "linestyle": "--"},
     "independent": {"color": "#009E73", "linestyle": "-."},
@@ -83,7 +84,6 @@ class Output:
             "data": data,
             "versions": {"metamask_ext": info["version"], "torch": torch.__version__, "python": platform.python_version()},
             "build_info": info,
-            "threads": torch.get_num_threads(),
         }
         self._note = note
         self._say(f"data: {data}" + (f" ({note})" if note else ""))
@@ -144,23 +144,42 @@ class Output:
         """Print the results as a table: the mean over seeds, and the range if there are several."""
         methods = {**metrics["results"], **metrics["baselines"]}
         columns = list(dict.fromkeys(key for numbers in methods.values() for key in numbers))
-        table = Table(title=f"{metrics['experiment']}, seed {metrics['seed']}", caption=metrics["budget"], caption_justify="left")
+        seeds = metrics["settings"]["seeds"]
+        seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of {len(seeds)} seeds from {seeds[0]} (lowest to highest)"
+        table = Table(title=f"{metrics['experiment']}, {seed_text}", title_justify="left")
         table.add_column("method")
         for key in columns:
             table.add_column(key, justify="right")
         for method, numbers in methods.items():
             table.add_row(method, *(_cell(numbers[key]) if key in numbers else "-" for key in columns))
         self.console.print(table)
+        self._say(f"budget: {metrics['budget']}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def first_seeds(seed: int, quick: bool) -> list[int]:
+    """The seeds of a run: five, or one if it is quick."""
+    return list(range(seed, seed + (1 if quick else 5)))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: these models gain nothing from more, and their results then do not depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def plot_seeds(axes: Axes, method: str, label: str, steps: Sequence[int], values: Sequence[Sequence[float]]) -> None:
     """The mean of ``values`` (a curve for each seed), and a band from the lowest to the highest if there are several."""
     curves = torch.tensor(values, dtype=torch.float64)
     style = STYLES[method]
-    axes.plot(steps, curves.mean(0).tolist(), label=label, linewidth=1.8, **style)  # type: ignore[arg-type]
+    axes.plot(steps, curves.mean(0).tolist(), label=label, linewidth=1.8, **style)
     if len(curves) > 1:
         axes.fill_between(
             steps, curves.amin(0).tolist(), curves.amax(0).tolist(), color=style["color"], alpha=0.2, linewidth=0

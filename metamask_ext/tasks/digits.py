@@ -21,7 +21,7 @@ STALL_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Digits:
-    """Images float32 ``[n, 1, 28, 28]`` in [0, 1], labels int64 ``[n]`` in 0..9, ``source``, what they are, and ``note``, why not MNIST."""
+    """Images float32 ``[n, 1, 28, 28]`` in [0, 1], labels int64 ``[n]`` in 0..9; what they are, and why not the whole of MNIST."""
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
