@@ -14,6 +14,9 @@ from ._info import build_info, check_build
 
 check_build()
 
+# The contract has a function of this subpackage's name. Imported first by a user, the subpackage would take the function's place.
+_import_module(".tasks", __name__)
+
 from . import nn
 from .functional import masked_conv2d, masked_linear, masked_weight
 from .nn.active import using_task

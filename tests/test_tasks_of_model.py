@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -36,6 +38,13 @@ class _FailsAfter:
         self.good -= 1
         if self.good < 0:
             raise MemoryError("no room")
+
+
+def test_importing_the_subpackage_of_the_same_name_leaves_the_function_in_place():
+    # In a fresh interpreter: there the import machinery would bind the subpackage over the function.
+    code = "import metamask_ext, metamask_ext.tasks.linear; print(metamask_ext.tasks(metamask_ext.nn.MaskedLinear(1, 1)))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "['default']\n"
 
 
 def test_a_new_layer_has_the_task_default_and_it_is_active():

@@ -162,7 +162,7 @@ class TestDecorator:
             model(x)
 
     def test_a_decorated_function_may_run_in_many_threads_at_once(self, model, x):
-        barrier = threading.Barrier(2)
+        barrier = threading.Barrier(2, timeout=60)
 
         @using_task(model, "a")
         def run(_):
@@ -207,7 +207,7 @@ class TestThreadsAndCoroutines:
         assert len(caught) == 1 and "none is active" in caught[0]
 
     def test_two_threads_use_two_tasks_at_the_same_time_forward_and_backward(self, model, x):
-        barrier = threading.Barrier(2)
+        barrier = threading.Barrier(2, timeout=60)
         parameters = [parameter for name, parameter in model.named_parameters() if "masks" in name]
 
         def run(task):
@@ -224,7 +224,7 @@ class TestThreadsAndCoroutines:
                 assert has_grad == [name.endswith(task) for name, _ in model.named_parameters() if "masks" in name]
 
     def test_one_object_may_be_open_in_two_threads(self, model, x):
-        block, barrier = using_task(model, "a"), threading.Barrier(2)
+        block, barrier = using_task(model, "a"), threading.Barrier(2, timeout=60)
 
         def run(first):
             barrier.wait()
@@ -349,6 +349,12 @@ def _no_early_stop(model, x):
         return checkpoint(model, x, use_reentrant=False)
 
 
+def _nested_without_early_stop(model, x):
+    # The outer recomputation then runs the inner layers too.
+    with set_checkpoint_early_stop(False):
+        return _nested_with_all_layers_inside(model, x)
+
+
 def _saved_on_cpu_inside(model, x):
     def run(given):
         with torch.autograd.graph.save_on_cpu():
@@ -372,6 +378,7 @@ CHECKPOINTS = pytest.mark.parametrize(
         _sequential,
         _keyword,
         _no_early_stop,
+        _nested_without_early_stop,
         _selective,
     ],
     ids=lambda run: run.__name__.strip("_").replace("_", "-"),

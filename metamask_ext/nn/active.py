@@ -36,8 +36,8 @@ class _Context:
 
     def __init__(self, own: dict[nn.Module, tuple[str, int]], outer: _Context | None, opener: using_task | None):
         self.own, self.outer, self.opener = own, outer, opener
-        self.depth = 1 if outer is None else outer.depth + 1
-        self.keys = own if outer is None else {**outer.keys, **own}
+        self.depth: int = 1 if outer is None else outer.depth + 1
+        self.keys: dict[nn.Module, tuple[str, int]] = own if outer is None else {**outer.keys, **own}
 
 
 _current: ContextVar[_Context | None] = ContextVar("metamask_ext.active_task", default=None)
