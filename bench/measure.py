@@ -1,0 +1,207 @@
+"""How a case is checked, timed and summarised."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+from .cases import Case
+from .problems import Contender, Problem
+
+TOLERANCE = 8.0
+WARMUP_ROUNDS = 3
+MIN_ROUNDS, MAX_ROUNDS = 9, 101
+TARGET_SECONDS = 1.0
+"""How long the rounds of a case should take, as far as the bounds on their number allow."""
+
+FLOOR = "dense"
+"""The contender that does less than ours must; its ratio is written the other way round."""
+
+
+class Checked(NamedTuple):
+    """``errors``: by contender, the largest error as a share of the tolerance; ``not_measured``: reasons, by contender."""
+
+    errors: dict[str, float]
+    not_measured: dict[str, str]
+
+
+def check(problem: Problem) -> Checked:
+    """Compare every contender's results with float64.
+
+    Raises:
+        AssertionError: a result is wrong: too far off, not finite, or of another shape or dtype.
+    """
+    not_measured = dict(problem.missing)
+    errors = {}
+    exact: dict[Any, tuple[Tensor, ...]] = {}
+    for name, contender in problem.contenders.items():
+        if contender.exact not in exact:
+            exact[contender.exact] = contender.exact()
+        try:
+            results = contender.work()
+        except TorchDynamoException as error:
+            if name != "compiled":
+                raise
+            # str() of it may be empty or pages long; its first line names the cause (no C++ compiler, say).
+            not_measured[name] = f"torch.compile failed: {(str(error).strip() or repr(error)).splitlines()[0]}"
+            continue
+        errors[name] = _worst_error(name, contender, results, exact[contender.exact], problem.reduction)
+    return Checked(errors, not_measured)
+
+
+def _worst_error(name: str, contender: Contender, results: tuple[Tensor, ...], exact: tuple[Tensor, ...], reduction: int) -> float:
+    assert len(results) == len(exact) == len(contender.results), f"{name} returned {len(results)} results, not {len(exact)}"
+    worst = 0.0
+    for what, result, expected in zip(contender.results, results, exact):
+        assert result.shape == expected.shape, f"{what} of {name} has shape {list(result.shape)}, not {list(expected.shape)}"
+        assert result.dtype == torch.float32, f"{what} of {name} is {result.dtype}, not float32"
+        assert expected.isfinite().all(), f"the float64 reference of {what} is not finite"
+        # The rounding errors of n additions grow like a random walk, as eps * sqrt(n) times the size of a typical sum. An
+        # element that is a product with such a sum has that error times its own factors.
+        share = TOLERANCE * torch.finfo(result.dtype).eps * math.sqrt(reduction)
+        tolerance = share * (expected.abs() + expected.square().mean().sqrt())
+        error = (result.detach().double() - expected).abs() / tolerance
+        # Written so that a NaN is wrong.
+        wrong = ~(error <= 1.0)
+        if wrong.any():
+            index = tuple(wrong.nonzero()[0].tolist())
+            raise AssertionError(
+                f"{what} of {name} is wrong in {int(wrong.sum())} of {wrong.numel()} elements; at {list(index)} it is "
+                f"{result[index].item():.9g} instead of {expected[index].item():.9g} (tolerance {tolerance[index].item():.2g})"
+            )
+        worst = max(worst, error.max().item())
+    return worst
+
+
+def check_apart(case: Case) -> Checked:
+    """:func:`check` in a process of its own, so that the float64 arithmetic leaves no trace in the process that is timed.
+
+    glibc raises the sizes at which it asks the system for memory, and gives it back, when a larger block is freed. Counted: after a
+    check in the same process, the eager forward and backward of 8 x 1024 takes 120 page faults instead of 1756.
+
+    Raises:
+        AssertionError: as :func:`check`, or the process died.
+    """
+    # Spawned: OpenMP hangs in a process forked from one that has used it.
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_check, args=(case, sender))
+    process.start()
+    sender.close()
+    try:
+        outcome = receiver.recv()
+    except EOFError:
+        process.join()
+        raise AssertionError(f"the check of {case.id} ended without a result, exit code {process.exitcode}") from None
+    process.join()
+    if isinstance(outcome, AssertionError):
+        raise outcome
+    return outcome
+
+
+def _send_check(case: Case, sender: Connection) -> None:
+    try:
+        sender.send(check(case.build()))
+    except Exception as error:
+        text = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
+        sender.send(AssertionError(text))
+
+
+def timed(case: Case, contender: Contender) -> Callable[[], None]:
+    """One unit of work. Its results are freed inside, as in a loop that keeps nothing."""
+    work = contender.work
+    if case.device == "cuda":
+
+        def unit() -> None:
+            work()
+            torch.cuda.synchronize()
+
+    else:
+
+        def unit() -> None:
+            work()
+
+    return unit
+
+
+def nanoseconds(unit: Callable[[], None]) -> int:
+    """How long one call takes."""
+    start = time.perf_counter_ns()
+    unit()
+    return time.perf_counter_ns() - start
+
+
+def choose_rounds(units: dict[str, Callable[[], None]]) -> int:
+    """Warm up, then the number of rounds that fit into :data:`TARGET_SECONDS`, within bounds."""
+    # The shortest: the first compiles, and another may have been disturbed.
+    took = min(sum(nanoseconds(unit) for unit in units.values()) for _ in range(WARMUP_ROUNDS))
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(TARGET_SECONDS * 1e9 / took)))
+
+
+class Others:
+    """The share of the machine's CPU time that other processes take, from here on (Linux; None elsewhere).
+
+    Contenders that use all cores wait for the slowest thread: beside another busy process their times can be off by any factor.
+    """
+
+    def __init__(self) -> None:
+        self._begin = self._read()
+
+    def share(self) -> float | None:
+        end = self._read()
+        if self._begin is None or end is None:
+            return None
+        wall, machine, own = (b - a for a, b in zip(self._begin, end))
+        return max(0.0, machine - own) / (wall * (os.cpu_count() or 1))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds: of the clock, of CPU time of the machine, and of this process."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.read_text().split("\n")[0].split()[1:9])
+        ticks = user + nice + system + irq + softirq + steal
+        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+
+def summarise(times: dict[str, list[int]]) -> dict[str, Any]:
+    """What the times of interleaved rounds (nanoseconds, by contender) say.
+
+    Returns:
+        ``contenders``: for each the ``median``, ``iqr`` (interquartile range) and ``times``, all in nanoseconds; ``ratios``, for
+        each but ours: ``of_medians``, the ratio of the medians, ``per_round``, the median of the rounds' ratios, and ``iqr``, of
+        the rounds' ratios.
+    """
+    ratios = {}
+    for name in times:
+        if name != "ours":
+            above, below = ("ours", name) if name == FLOOR else (name, "ours")
+            per_round = [a / b for a, b in zip(times[above], times[below])]
+            ratios[f"{above}/{below}"] = {
+                "of_medians": statistics.median(times[above]) / statistics.median(times[below]),
+                "per_round": statistics.median(per_round),
+                "iqr": _interquartile_range(per_round),
+            }
+    contenders = {
+        name: {"median": statistics.median(values), "iqr": _interquartile_range(values), "times": values}
+        for name, values in times.items()
+    }
+    return {"contenders": contenders, "ratios": ratios}
+
+
+def _interquartile_range(values: list[Any]) -> float:
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return upper - lower

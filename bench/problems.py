@@ -1,0 +1,238 @@
+"""The work that a case times: the same network and the same unit of work, once for each contender.
+
+Contenders: ``ours``, this library; ``eager``, plain PyTorch, ``W * torch.sigmoid(M)``; ``compiled``, the same eager function under
+``torch.compile``; ``dense``, the same network with no mask at all, the floor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import metamask_ext
+from metamask_ext import reference
+
+LEARNING_RATE = 1e-3
+SEED = 0
+
+Function = Callable[..., Tensor]
+Work = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the work of a case.
+
+    Attributes:
+        work: one unit of work, as it is timed; it returns all that it computes.
+        exact: the same, in float64, by the specification. It starts where ``work`` started before its first call.
+        results: the names of what both return.
+    """
+
+    work: Work
+    exact: Work
+    results: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case made ready to run.
+
+    Attributes:
+        contenders: by name; ``ours`` is one of them.
+        reduction: the largest number of products summed into one result: the check's tolerance grows with it.
+        missing: contenders that the case cannot have, each with the reason.
+    """
+
+    contenders: dict[str, Contender]
+    reduction: int
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+class Layers(NamedTuple):
+    """A contender's layers; each takes a weight and its mask logits."""
+
+    weight: Function
+    linear: Function
+    conv2d: Function
+
+
+_GATE = (reference.SIGMOID, 1.0)
+
+OURS = Layers(
+    metamask_ext.masked_weight,
+    metamask_ext.masked_linear,
+    lambda x, w, m, stride: metamask_ext.masked_conv2d(x, w, m, stride=stride, padding=1),
+)
+EAGER = Layers(
+    lambda w, m: w * torch.sigmoid(m),
+    lambda x, w, m: F.linear(x, w * torch.sigmoid(m)),
+    lambda x, w, m, stride: F.conv2d(x, w * torch.sigmoid(m), stride=stride, padding=1),
+)
+DENSE = Layers(
+    lambda w, m: w,
+    lambda x, w, m: F.linear(x, w),
+    lambda x, w, m, stride: F.conv2d(x, w, stride=stride, padding=1),
+)
+SPECIFICATION = Layers(
+    lambda w, m: reference.masked_weight(w, m, *_GATE),
+    lambda x, w, m: reference.masked_linear(x, w, m, None, None, *_GATE),
+    lambda x, w, m, stride: reference.masked_conv2d(x, w, m, None, None, stride, 1, 1, 1, *_GATE),
+)
+
+
+@dataclass
+class Tensors:
+    """What a network works on: its input (None: it has none), weights, their mask logits, and the gradient of its output."""
+
+    input: Tensor | None
+    weights: list[Tensor]
+    masks: list[Tensor]
+    gradient: Tensor | None = None
+
+    def copy(self, dtype: torch.dtype | None = None) -> Tensors:
+        def one(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to(dtype or tensor.dtype, copy=True)
+
+        weights, masks = [one(w) for w in self.weights], [one(m) for m in self.masks]
+        return Tensors(one(self.input), weights, masks, one(self.gradient))  # type: ignore[arg-type]
+
+    def arguments(self) -> list[Tensor]:
+        """As a network takes them: the input, then each weight with its mask."""
+        pairs = [tensor for pair in zip(self.weights, self.masks) for tensor in pair]
+        return pairs if self.input is None else [self.input, *pairs]
+
+
+def masked_weight(width: int, mode: str) -> Problem:
+    """``theta`` of one square weight."""
+    weight = (width, width)
+    missing = {"dense": "without a mask there is no theta to compute"}
+    return _problem(lambda layers: layers.weight, None, [weight], mode, reduction=1, missing=missing)
+
+
+def masked_linear(batch: int, width: int, mode: str) -> Problem:
+    """One square linear layer inside a network: its backward also gives the gradient of its input."""
+    shape = (batch, width)
+    return _problem(lambda layers: layers.linear, shape, [(width, width)], mode, reduction=max(batch, width), input_grad=True)
+
+
+def cnn(batch: int, channels: int, mode: str) -> Problem:
+    """A small convolutional classifier of 3 x 32 x 32 images into 10 classes: three convolutions and a linear layer."""
+    wide = 2 * channels
+    weights = [(channels, 3, 3, 3), (wide, channels, 3, 3), (wide, wide, 3, 3), (10, wide)]
+
+    def network(layers: Layers) -> Function:
+        # Smooth: the derivative of a ReLU jumps at 0, where float32 and float64 may fall on two sides.
+        def forward(x, w1, m1, w2, m2, w3, m3, w4, m4):
+            x = F.silu(layers.conv2d(x, w1, m1, 1))
+            x = F.silu(layers.conv2d(x, w2, m2, 2))
+            x = F.silu(layers.conv2d(x, w3, m3, 2))
+            return layers.linear(x.mean((2, 3)), w4, m4)
+
+        return forward
+
+    # A weight of the first layer meets every pixel of every image.
+    return _problem(network, (batch, 3, 32, 32), weights, mode, reduction=batch * 32 * 32)
+
+
+def _problem(
+    network: Callable[[Layers], Function],
+    input_shape: Sequence[int] | None,
+    weight_shapes: Sequence[Sequence[int]],
+    mode: str,
+    *,
+    reduction: int,
+    input_grad: bool = False,
+    missing: dict[str, str] | None = None,
+) -> Problem:
+    """The four contenders of ``network``, a function from a contender's layers to its forward.
+
+    Args:
+        mode: ``"forward"``, with nothing to differentiate; ``"backward"``, forward and the gradients of everything; ``"step"``,
+            forward, backward and SGD on the weights, and on the masks where there are any.
+        input_grad: whether a backward gives the gradient of the input too.
+    """
+    missing = missing or {}
+    generator = torch.Generator().manual_seed(SEED)
+
+    def normal(shape: Sequence[int], fan_in: int = 1) -> Tensor:
+        return torch.randn(*shape, generator=generator) / math.sqrt(fan_in)
+
+    tensors = Tensors(
+        None if input_shape is None else normal(input_shape),
+        [normal(shape, math.prod(shape[1:])) for shape in weight_shapes],
+        [normal(shape) for shape in weight_shapes],
+    )
+    if mode != "forward":
+        with torch.no_grad():
+            output = network(EAGER)(*tensors.arguments())
+        tensors.gradient = normal(output.shape, output.shape[0])
+
+    # What only reads can be shared. A step writes, so each contender has its own parameters.
+    def own() -> Tensors:
+        return tensors.copy() if mode == "step" else tensors
+
+    def exact(layers: Layers, masked: bool) -> Work:
+        # Built when called, so that nothing in float64 is alive before or after.
+        return lambda: _work(network(layers), tensors.copy(torch.float64), mode, masked, input_grad)()
+
+    specification = exact(SPECIFICATION, True)
+    compiled = torch.compile(network(EAGER), dynamic=False, fullgraph=True)
+    contenders = {}
+    for name, function, definition in (
+        ("ours", network(OURS), specification),
+        ("eager", network(EAGER), specification),
+        ("compiled", compiled, specification),
+        ("dense", network(DENSE), exact(DENSE, False)),
+    ):
+        if name not in missing:
+            masked = name != "dense"
+            work = _work(function, own(), mode, masked, input_grad)
+            contenders[name] = Contender(work, definition, _result_names(tensors, mode, masked, input_grad))
+    return Problem(contenders, reduction, missing)
+
+
+def _work(function: Function, tensors: Tensors, mode: str, masked: bool, input_grad: bool) -> Work:
+    arguments, gradient = tensors.arguments(), tensors.gradient
+    if mode == "forward":
+        return lambda: (function(*arguments),)
+
+    trained = [*tensors.weights, *(tensors.masks if masked else [])]
+    wanted = [tensors.input, *trained] if input_grad and tensors.input is not None else trained
+    for tensor in wanted:
+        tensor.requires_grad_()
+
+    def backward() -> tuple[Tensor, ...]:
+        output = function(*arguments)
+        return (output, *torch.autograd.grad(output, wanted, gradient))
+
+    if mode == "backward":
+        return backward
+    if mode != "step":
+        raise ValueError(f"mode must be 'forward', 'backward' or 'step', got {mode!r}")
+
+    # torch's default implementation: on a CPU neither foreach nor fused was faster, at any of the sizes here.
+    optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE)
+
+    def step() -> tuple[Tensor, ...]:
+        for tensor in wanted:
+            tensor.grad = None
+        output = function(*arguments)
+        output.backward(gradient)
+        optimizer.step()
+        return (output, *(tensor.grad for tensor in wanted), *trained)  # type: ignore[misc]
+
+    return step
+
+
+def _result_names(tensors: Tensors, mode: str, masked: bool, input_grad: bool) -> tuple[str, ...]:
+    kinds = ("weight", "mask") if masked else ("weight",)
+    trained = [f"{kind} {number}" for kind in kinds for number in range(1, len(tensors.weights) + 1)]
+    grads = [f"gradient of {name}" for name in [*(["input"] if input_grad else []), *trained]]
+    return ("output", *(grads if mode != "forward" else []), *(trained if mode == "step" else []))

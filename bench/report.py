@@ -1,0 +1,238 @@
+"""Turns ``results.json`` into a table (terminal and Markdown) and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+NOT_MEASURED = "not measured"
+QUIET = 0.05
+"""The share of the CPU time that other processes may take before a measurement counts as disturbed."""
+
+# Okabe and Ito's palette, apart also in grey; the marker says the same again.
+STYLES = {"eager": ("#D55E00", "s"), "compiled": ("#0072B2", "o"), "dense": ("#000000", "^")}
+OTHER_STYLES = (("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X"))
+
+
+class Line(NamedTuple):
+    """One line of the table: its ratios, in the order of the columns, as text; which of them ours loses."""
+
+    measure: str
+    shape: str
+    cells: list[str]
+    loses: list[bool]
+
+
+def two_digits(value: float) -> str:
+    """``value`` with 2 significant digits, never in scientific notation: 0.98, 1.0, 12, 120."""
+    rounded = float(f"{value:.1e}")
+    return f"{rounded:.{max(0, 1 - math.floor(math.log10(rounded)))}f}"
+
+
+def loses(ratio: str, value: float) -> bool:
+    """Whether ours is the slower one, as far as the two digits show."""
+    shown = float(two_digits(value))
+    return shown > 1.0 if ratio.startswith("ours/") else shown < 1.0
+
+
+def columns(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """``(ratio, allocator)`` of each column; the ratio to the floor comes first."""
+    ratios = {name: None for row in results["rows"] for name in row.get("ratios", {})}
+    allocators = {row["allocator"]: None for row in results["rows"]}
+    ordered = sorted(ratios, key=lambda name: not name.startswith("ours/"))
+    return [(ratio, allocator) for ratio in ordered for allocator in allocators]
+
+
+def lines(results: dict[str, Any]) -> Iterator[Line]:
+    """The table: for each measure its shapes, then their geometric mean."""
+    rows = {(row["measure"], row["shape"], row["allocator"]): row for row in results["rows"]}
+    shapes: dict[str, dict[str, None]] = {}
+    for measure, shape, _ in rows:
+        shapes.setdefault(measure, {})[shape] = None
+
+    def value(measure: str, shape: str, ratio: str, allocator: str) -> float | None:
+        row = rows.get((measure, shape, allocator), {})
+        return row["ratios"][ratio]["of_medians"] if ratio in row.get("ratios", {}) else None
+
+    wanted = columns(results)
+    for measure, its_shapes in shapes.items():
+        for shape in its_shapes:
+            cells, lost = [], []
+            for ratio, allocator in wanted:
+                number = value(measure, shape, ratio, allocator)
+                failed = rows.get((measure, shape, allocator), {}).get("status") == "failed"
+                cells.append(two_digits(number) if number is not None else "failed" if failed else NOT_MEASURED)
+                lost.append(number is not None and loses(ratio, number))
+            yield Line(measure, shape, cells, lost)
+        if len(its_shapes) == 1:
+            continue
+        cells, lost = [], []
+        for ratio, allocator in wanted:
+            numbers = [n for shape in its_shapes if (n := value(measure, shape, ratio, allocator)) is not None]
+            mean = statistics.geometric_mean(numbers) if numbers else None
+            some = "" if len(numbers) == len(its_shapes) else f" ({len(numbers)} of {len(its_shapes)})"
+            cells.append(NOT_MEASURED if mean is None else two_digits(mean) + some)
+            lost.append(mean is not None and loses(ratio, mean))
+        yield Line(measure, "geometric mean", cells, lost)
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """What the reader of the table must know: the machine, what is missing and why, what was disturbed."""
+    m = results["machine"]
+    machine = f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['instruction_set']}, {m['memory_gib']} GiB"
+    software = f"torch {m['torch']}, metamask_ext {m['metamask_ext']}" + (f", commit {m['commit']}" if m["commit"] else "")
+    gpu = f", {m['gpu']}" if m["gpu"] else ""
+    found = [
+        'Ratios of medians of interleaved rounds; "slower": there ours loses. '
+        f"Machine: {machine}{gpu}; {software}; {results['date']}."
+    ]
+    reasons: dict[str, dict[str, None]] = {}
+    for row in results["rows"]:
+        if row["status"] != "measured":
+            what = f"{row['measure']} {row['shape']}, {row['allocator']} allocator"
+            reasons.setdefault(f"{row['status']}: {row['reason']}", {})[what] = None
+        for contender, reason in row.get("not_measured", {}).items():
+            reasons.setdefault(f"{NOT_MEASURED}: {reason}", {})[f"{row['measure']}, {contender}"] = None
+    for reason, where in reasons.items():
+        status, text = reason.split(": ", 1)
+        found.append(f"{status.capitalize()} ({'; '.join(where)}): {text}.")
+    shares = [row["cpu_share_of_others"] for row in results["rows"] if row.get("cpu_share_of_others") is not None]
+    if disturbed := sum(share > QUIET for share in shares):
+        found.append(
+            f"In {disturbed} of {len(shares)} measurements other processes took more than {QUIET:.0%} of the CPU time "
+            f"(at most {max(shares):.0%}): those are less certain."
+        )
+    return found
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table with its notes, as Markdown."""
+    head = ["measure", "shape", *(f"{ratio}, {allocator}" for ratio, allocator in columns(results))]
+    text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in lines(results):
+        cells = [f"{cell} slower" if lost else cell for cell, lost in zip(line.cells, line.loses)]
+        if line.shape == "geometric mean":
+            cells = [f"**{cell}**" for cell in cells]
+        text.append("| " + " | ".join([line.measure, line.shape, *cells]) + " |")
+    return "\n".join([*text, "", *notes(results)]) + "\n"
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """The table in the terminal; what ours loses is red and says so."""
+    table = Table(title=f"suite {results['suite']}")
+    table.add_column("measure")
+    table.add_column("shape")
+    for ratio, allocator in columns(results):
+        table.add_column(f"{ratio}\n{allocator}", justify="right")
+    for line in lines(results):
+        cells = [f"[red]{cell} slower[/red]" if lost else cell for cell, lost in zip(line.cells, line.loses)]
+        mean = line.shape == "geometric mean"
+        table.add_row(line.measure, line.shape, *cells, style="bold" if mean else None, end_section=mean)
+    console.print(table)
+    for note in notes(results):
+        console.print(note, markup=False, highlight=False)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """For each measure, how many times as long as ours each contender takes, by shape, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    measures: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        measures.setdefault(row["measure"], []).append(row)
+    contenders = {name: None for row in results["rows"] for name in row.get("contenders", {}) if name != "ours"}
+    unstyled = iter(OTHER_STYLES * len(contenders))
+    styles = {name: STYLES.get(name) or next(unstyled) for name in contenders}
+    wide = min(3, len(measures))
+    high = math.ceil(len(measures) / wide)
+    figure = Figure(figsize=(4.2 * wide, 3.4 * high + 0.6), layout="constrained", dpi=150)
+    axes = figure.subplots(high, wide, squeeze=False, sharey=True).flat
+    for axis, (measure, rows) in zip(axes, measures.items()):
+        shapes = list({row["shape"]: None for row in rows})
+        for row in rows:
+            for name in row.get("contenders", {}).keys() - {"ours"}:
+                color, marker = styles[name]
+                times = row["contenders"]
+                tuned = row["allocator"] != "default"
+                axis.plot(
+                    shapes.index(row["shape"]) + (0.12 if tuned else -0.12),
+                    times[name]["median"] / times["ours"]["median"],
+                    marker,
+                    color=color,
+                    fillstyle="none" if tuned else "full",
+                    markersize=6,
+                )
+        axis.axhline(1.0, color="black", linewidth=1)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.grid(axis="y", color="0.85", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.set_xticks(range(len(shapes)), shapes, rotation=45, ha="right")
+        axis.set_xlim(-0.5, len(shapes) - 0.5)
+        axis.set_title(measure, fontsize=11)
+        axis.set_xlabel("shape" if measure.startswith(("masked_weight", "cnn")) else "batch x width")
+        axis.set_ylabel("time / time of ours")
+    for axis in axes:
+        axis.set_visible(False)
+    allocators = list({row["allocator"]: None for row in results["rows"]})
+    handles = []
+    for name, (color, marker) in styles.items():
+        for allocator in allocators:
+            fill = "full" if allocator == "default" else "none"
+            handles += figure.axes[0].plot([], [], marker, color=color, fillstyle=fill, label=f"{name}, {allocator} allocator")
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(styles)), frameon=False)
+    figure.suptitle("Above the line ours is faster", fontsize=11)
+    figure.savefig(path)
+
+
+def write(results: dict[str, Any], out: Path, console: Console) -> None:
+    """Print the table, and write ``table.md`` and ``ratios.png`` into ``out``."""
+    show(results, console)
+    (out / "table.md").write_text(markdown(results))
+    plot(results, out / "ratios.png")
+
+
+def update(path: Path, results: dict[str, Any]) -> None:
+    """Replace what stands between ``<!-- bench:SUITE -->`` and ``<!-- /bench:SUITE -->`` in a Markdown file by the table.
+
+    Raises:
+        ValueError: the file has not exactly one such pair of markers, in this order.
+    """
+    begin, end = f"<!-- bench:{results['suite']} -->", f"<!-- /bench:{results['suite']} -->"
+    text = path.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{path.name} must have one line {begin} and, after it, one line {end}")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    path.write_text(f"{before}{begin}\n{markdown(results)}{end}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m metamask_ext.bench.report", description=__doc__)
+    parser.add_argument("results", type=Path, help="a results.json")
+    parser.add_argument("--update", type=Path, metavar="FILE", help="Markdown file whose marked table is replaced")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for table.md and ratios.png")
+    given = parser.parse_args()
+    results = json.loads(given.results.read_text())
+    show(results, Console())
+    if given.update:
+        update(given.update, results)
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "table.md").write_text(markdown(results))
+        plot(results, given.out / "ratios.png")
+
+
+if __name__ == "__main__":
+    main()

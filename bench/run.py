@@ -1,0 +1,198 @@
+"""Measures a suite: one fresh process for each case and allocator setting, all results in one ``results.json``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from metamask_ext import build_info
+
+from . import report
+from .cases import SUITES, Case
+
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "default": {},
+    # Freed memory stays with the process instead of going back to the system.
+    "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"},
+}
+# What would change the allocator, or bring in options of the user's pytest.
+DROPPED_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "PYTEST_")
+TIMEOUT_SECONDS = 600
+console = Console()
+
+
+def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None = None) -> int:
+    """Measure ``suite`` and write ``results.json``, ``table.md`` and ``ratios.png`` into ``out``.
+
+    Args:
+        suite: a key of :data:`metamask_ext.bench.cases.SUITES`.
+        out: a folder; made if it does not exist.
+        quick: only the suite's few quick cases, with the default allocator.
+        only: only the cases with these ids.
+
+    Returns:
+        0; 1 if a case failed; 2, after one line on stderr, if there is nothing to run or an extra is not installed.
+    """
+    if suite not in SUITES:
+        return _refuse(f"suite must be one of {', '.join(sorted(SUITES))}, got {suite!r}")
+    cases = SUITES[suite]
+    if only is not None:
+        only = list(only)
+        if unknown := sorted(set(only) - {case.id for case in cases}):
+            return _refuse(f"suite {suite!r} has no case {', '.join(unknown)}; it has {', '.join(case.id for case in cases)}")
+        cases = [case for case in cases if case.id in only]
+    elif quick:
+        cases = [case for case in cases if case.quick]
+    needed = ("pytest", "pytest_benchmark", "matplotlib")
+    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
+        return _refuse(f"benchmarks need {', '.join(absent)}: pip install 'metamask-ext[bench]'")
+
+    begin = time.perf_counter()
+    rows = []
+    for case in cases:
+        for allocator in ["default"] if quick or case.device != "cpu" else ALLOCATORS:
+            rows.append(_measure(case, allocator))
+            _show(rows[-1])
+    results = {
+        "format": 1,
+        "suite": suite,
+        "quick": quick,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "machine": describe_machine(),
+        "rows": rows,
+    }
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    save(results, out / "results.json")
+
+    report.write(results, out, console)
+    failed = [row for row in rows if row["status"] == "failed"]
+    for row in failed:
+        console.print(f"failed: {row['case']}, {row['allocator']} allocator: {row['reason']}", style="bold red", markup=False)
+    return 1 if failed else 0
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    """Write ``results`` as JSON, one line for each row: the times are long lists."""
+    head = json.dumps({**results, "rows": []}, indent=1)
+    lines = ",\n".join("  " + json.dumps(row) for row in results["rows"])
+    start, end = head.rsplit("[]", 1)
+    path.write_text(f"{start}[\n{lines}\n ]{end}\n")
+
+
+def describe_machine() -> dict[str, Any]:
+    """The machine and the software, without names of hosts, users or folders."""
+    from cpuinfo import get_cpu_info  # of pytest-benchmark
+
+    info = build_info()
+    return {
+        "cpu": get_cpu_info().get("brand_raw", "unknown"),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": info["cpu_capability"],
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "metamask_ext": info["version"],
+        "backend": info["backend"],
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, marked if files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    modified = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short=12", "HEAD") + (" with local changes" if modified else "")
+
+
+def _measure(case: Case, allocator: str) -> dict[str, Any]:
+    """One row of the results."""
+    row = {"case": case.id, "measure": case.measure, "shape": case.shape, "allocator": allocator}
+    if case.device == "cuda" and not torch.cuda.is_available():
+        return {**row, "status": "not measured", "reason": "no GPU"}
+    if allocator == "tuned" and platform.libc_ver()[0] != "glibc":
+        return {**row, "status": "not measured", "reason": "the settings are those of glibc's allocator"}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(DROPPED_VARIABLES)}
+    # Plugins of other packages, and a checkout's configuration and conftest files, have no say here.
+    environment.update(ALLOCATORS[allocator], PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    tests = Path(__file__).with_name("test_suite.py")
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "benchmark.json"
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider"]
+        command += ["-c", os.devnull, "--rootdir", str(tests.parent), "--noconftest", "--disable-warnings"]
+        command += [f"--benchmark-json={output}", f"{tests}::test_case[{case.id}]"]
+        try:
+            child = subprocess.run(
+                command,
+                env=environment,
+                cwd=folder,
+                timeout=TIMEOUT_SECONDS,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        except subprocess.TimeoutExpired:
+            return {**row, "status": "failed", "reason": f"it took longer than {TIMEOUT_SECONDS} s"}
+        if child.returncode != 0:
+            console.print(child.stdout, markup=False, highlight=False)
+            return {**row, "status": "failed", "reason": _reason(child)}
+        measured = json.loads(output.read_text())["benchmarks"][0]["extra_info"]
+    return {**row, "status": "measured", **measured}
+
+
+def _reason(child: subprocess.CompletedProcess[str]) -> str:
+    """The first line of the error, as pytest marks it; without one, how the process ended."""
+    errors = [line[1:].strip() for line in child.stdout.splitlines() if line.startswith("E  ")]
+    return errors[0] if errors else f"pytest ended with exit code {child.returncode}"
+
+
+def _show(row: dict[str, Any]) -> None:
+    line = f"{row['case']:<44}{row['allocator']:<9}"
+    if row["status"] == "measured":
+        line += "  ".join(f"{name} {ratio['of_medians']:.2f}" for name, ratio in row["ratios"].items())
+        line += "".join(f"  {name} not measured: {reason}" for name, reason in row["not_measured"].items())
+    else:
+        line += f"{row['status']}: {row['reason']}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m metamask_ext.bench.run", description=__doc__)
+    parser.add_argument("--suite", default="core", help=f"one of {', '.join(sorted(SUITES))}")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="a few cases, default allocator")
+    parser.add_argument("--only", action="append", metavar="ID", help="a case to run; may be given several times")
+    given = parser.parse_args()
+    sys.exit(run(given.suite, given.out, given.quick, given.only))
+
+
+def _refuse(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

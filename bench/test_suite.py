@@ -1,0 +1,38 @@
+"""The cases as pytest-benchmark tests, with ids such as ``core/masked_linear-forward-8x1024``.
+
+One process for each case (``metamask_ext.bench.run`` does that): what a case compiles or allocates changes the next one's times.
+"""
+
+from __future__ import annotations
+
+import pytest
+from metamask_ext.bench.cases import SUITES, Case
+from metamask_ext.bench.measure import Others, check_apart, choose_rounds, nanoseconds, summarise, timed
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for cases in SUITES.values() for case in cases])
+def test_case(case: Case, benchmark) -> None:
+    checked = check_apart(case)
+    problem = case.build()
+    units = {name: timed(case, problem.contenders[name]) for name in checked.errors}
+    rounds = choose_rounds(units)
+
+    times: dict[str, list[int]] = {name: [] for name in units}
+    others = [name for name in units if name != "ours"]
+
+    def time_others() -> None:
+        # Rotating, so that each contender, ours too, follows each other one equally often.
+        start = len(times[others[0]]) % len(others)
+        for name in others[start:] + others[:start]:
+            times[name].append(nanoseconds(units[name]))
+
+    others_cpu = Others()
+    benchmark.pedantic(units["ours"], setup=time_others, rounds=rounds, iterations=1)
+    times["ours"] = [round(seconds * 1e9) for seconds in benchmark.stats.stats.data]
+    benchmark.extra_info.update(
+        rounds=rounds,
+        cpu_share_of_others=others_cpu.share(),
+        error_over_tolerance=checked.errors,
+        not_measured=checked.not_measured,
+        **summarise(times),
+    )

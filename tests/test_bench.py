@@ -1,0 +1,265 @@
+"""The benchmark harness: its checks catch wrong results, its numbers follow from its times, its table is right.
+
+No time is asserted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from metamask_ext.bench import measure, problems, report, run
+from metamask_ext.bench.cases import SUITES, Case
+
+SMALLEST = {}
+for _cases in SUITES.values():
+    for _case in _cases:
+        SMALLEST.setdefault((_case.suite, _case.measure), _case)
+SMALLEST = {case.id: case for case in SMALLEST.values()}
+
+
+def eager_problem(case):
+    """The case without its compiled contender, which would take seconds to compile."""
+    problem = case.build()
+    problem.contenders.pop("compiled")
+    return problem
+
+
+def test_cases_have_unique_ids_and_a_quick_form():
+    ids = [case.id for cases in SUITES.values() for case in cases]
+    assert len(ids) == len(set(ids))
+    assert all(any(case.quick for case in cases) for cases in SUITES.values())
+    assert "core/masked_linear-forward-8x1024" in ids
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=id) for id, case in SMALLEST.items()])
+def test_check_passes_and_refuses_any_wrong_result(case):
+    problem = eager_problem(case)
+    checked = measure.check(problem)
+    assert checked.errors.keys() == problem.contenders.keys()
+    assert all(error <= 1.0 for error in checked.errors.values())
+
+    ours = eager_problem(case).contenders["ours"]
+    exact = ours.exact()
+    right = [result.detach().clone() for result in ours.work()]
+    for index, what in enumerate(ours.results):
+        for damage in (lambda t: t.fill_(math.nan), lambda t: t.mul_(1.001), lambda t: t.flatten()[-1:].add_(1.0)):
+            results = [result.clone() for result in right]
+            damage(results[index])
+            damaged = replace(ours, work=lambda results=results: tuple(results), exact=lambda: exact)
+            with pytest.raises(AssertionError, match=f"{what} of ours is wrong in"):
+                measure.check(problems.Problem({"ours": damaged}, problem.reduction))
+
+
+def test_check_refuses_a_wrong_shape_and_dtype():
+    case = SMALLEST["core/masked_linear-forward-10x40"]
+    for change, message in ((lambda t: t[:1], r"shape \[1, 40\], not \[10, 40\]"), (torch.Tensor.double, "float64, not float32")):
+        problem = eager_problem(case)
+        ours = problem.contenders["ours"]
+        problem.contenders["ours"] = replace(ours, work=lambda ours=ours, change=change: (change(ours.work()[0]),))
+        with pytest.raises(AssertionError, match=message):
+            measure.check(problem)
+
+
+@pytest.mark.parametrize("name", ["OURS", "EAGER", "DENSE"])
+def test_check_refuses_a_wrong_layer(monkeypatch, name):
+    right = getattr(problems, name)
+    case = SMALLEST["core/masked_linear-forward-10x40"]
+    problem = eager_problem(case)
+    wrong = right._replace(linear=lambda x, w, m: right.linear(x, w, m) + 1e-3)
+    monkeypatch.setattr(problems, name, wrong)
+    work = eager_problem(case).contenders[name.lower()].work
+    problem.contenders[name.lower()] = replace(problem.contenders[name.lower()], work=work)
+    with pytest.raises(AssertionError, match=f"output of {name.lower()} is wrong in"):
+        measure.check(problem)
+
+
+def wrong_case():
+    """A case that can be sent to another process, whose eager contender ignores the mask."""
+    problem = eager_problem(SMALLEST["core/masked_linear-forward-10x40"])
+    dense = problem.contenders["dense"].work
+    problem.contenders["eager"] = replace(problem.contenders["eager"], work=dense)
+    return problem
+
+
+def test_check_in_its_own_process_refuses_a_wrong_contender():
+    with pytest.raises(AssertionError, match="output of eager is wrong in"):
+        measure.check_apart(Case("core", "wrong", "10x40", wrong_case))
+
+
+def test_every_contender_of_a_step_does_the_work_of_one_step():
+    problem = eager_problem(SMALLEST["core/masked_linear-step-10x40"])
+    masked = ("output", "gradient of input", "gradient of weight 1", "gradient of mask 1", "weight 1", "mask 1")
+    dense = ("output", "gradient of input", "gradient of weight 1", "weight 1")
+    assert {name: contender.results for name, contender in problem.contenders.items()} == {
+        "ours": masked,
+        "eager": masked,
+        "dense": dense,
+    }
+
+
+def test_summary_of_times_worked_out_by_hand():
+    summary = measure.summarise({"ours": [10, 20, 30], "eager": [20, 60, 45], "dense": [5, 20, 60]})
+    assert summary["ratios"] == {
+        # medians 45 and 20; rounds 2, 3, 1.5
+        "eager/ours": {"of_medians": 2.25, "per_round": 2.0, "iqr": 0.75},
+        # medians 20 and 20; rounds 2, 1, 0.5
+        "ours/dense": {"of_medians": 1.0, "per_round": 1.0, "iqr": 0.75},
+    }
+    assert summary["contenders"]["ours"] == {"median": 20, "iqr": 10.0, "times": [10, 20, 30]}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.98, "0.98"), (0.996, "1.0"), (1.04, "1.0"), (1.06, "1.1"), (12.4, "12"), (99.6, "100"), (123.0, "120"), (0.0123, "0.012")],
+)
+def test_two_digits(value, text):
+    assert report.two_digits(value) == text
+
+
+def row(shape, allocator, eager=None, dense=None, **more):
+    ratios = {"eager/ours": eager, "ours/dense": dense}
+    given = {name: {"of_medians": value} for name, value in ratios.items() if value is not None}
+    times = {"ours": {"median": 10}, "eager": {"median": 10 * (eager or 1)}}
+    common = {"case": f"core/m-{shape}", "measure": "m", "shape": shape, "allocator": allocator}
+    measured = {"status": "measured", "not_measured": {}, "cpu_share_of_others": 0.0, "ratios": given, "contenders": times}
+    return {**common, **measured, **more}
+
+
+MACHINE = {
+    "cpu": "CPU",
+    "cores": 4,
+    "threads": 2,
+    "instruction_set": "avx2",
+    "memory_gib": 8.0,
+    "gpu": None,
+    "torch": "2.x",
+    "metamask_ext": "0.1",
+    "commit": None,
+}
+FAILED = {
+    "case": "core/m-3x4",
+    "measure": "m",
+    "shape": "3x4",
+    "allocator": "tuned",
+    "status": "failed",
+    "reason": "output of ours is wrong",
+}
+RESULTS = {
+    "suite": "core",
+    "date": "2026-01-02",
+    "machine": MACHINE,
+    "rows": [
+        row("1x2", "default", eager=2.0, dense=0.5),
+        row("1x2", "tuned", eager=0.9, dense=1.25, cpu_share_of_others=0.25),
+        row("3x4", "default", eager=8.0, dense=2.0),
+        FAILED,
+        row("5x6", "default", eager=0.5, not_measured={"dense": "no such thing"}),
+        row("5x6", "tuned", eager=0.4, not_measured={"dense": "no such thing"}),
+    ],
+}
+# Geometric means: (2 * 8 * 0.5)^(1/3) = 2; (0.9 * 0.4)^(1/2) = 0.6; (0.5 * 2)^(1/2) = 1; 1.25 prints as 1.2 (round half to even).
+TABLE = """\
+| measure | shape | ours/dense, default | ours/dense, tuned | eager/ours, default | eager/ours, tuned |
+|---|---|---|---|---|---|
+| m | 1x2 | 0.50 | 1.2 slower | 2.0 | 0.90 slower |
+| m | 3x4 | 2.0 slower | failed | 8.0 | failed |
+| m | 5x6 | not measured | not measured | 0.50 slower | 0.40 slower |
+| m | geometric mean | **1.0 (2 of 3)** | **1.2 (1 of 3) slower** | **2.0** | **0.60 (2 of 3) slower** |
+
+Ratios of medians of interleaved rounds; "slower": there ours loses. Machine: CPU, 4 cores, 2 threads, avx2, 8.0 GiB; \
+torch 2.x, metamask_ext 0.1; 2026-01-02.
+Failed (m 3x4, tuned allocator): output of ours is wrong.
+Not measured (m, dense): no such thing.
+In 1 of 5 measurements other processes took more than 5% of the CPU time (at most 25%): those are less certain.
+"""
+
+
+def test_table_worked_out_by_hand():
+    assert report.markdown(RESULTS) == TABLE
+
+
+def test_update_replaces_only_what_is_between_the_markers(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- bench:core -->\nold\n<!-- /bench:core -->\nafter <!-- bench:cuda -->\n")
+    report.update(page, RESULTS)
+    expected = f"before\n<!-- bench:core -->\n{TABLE}<!-- /bench:core -->\nafter <!-- bench:cuda -->\n"
+    assert page.read_text() == expected
+    report.update(page, RESULTS)
+    assert page.read_text() == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<!-- bench:core -->", "<!-- /bench:core --><!-- bench:core -->", 2 * "<!-- bench:core --><!-- /bench:core -->"]
+)
+def test_update_refuses_a_page_without_its_one_pair_of_markers(tmp_path, text):
+    page = tmp_path / "README.md"
+    page.write_text(text)
+    with pytest.raises(ValueError, match="bench:core"):
+        report.update(page, RESULTS)
+    assert page.read_text() == text
+
+
+def test_plot_is_written_also_when_a_case_failed(tmp_path):
+    report.plot(RESULTS, tmp_path / "ratios.png")
+    assert (tmp_path / "ratios.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_nothing_to_run_is_one_clear_error(tmp_path, capsys):
+    assert run.run("nonsense", tmp_path) == 2
+    assert capsys.readouterr().err == "suite must be one of " + ", ".join(sorted(SUITES)) + ", got 'nonsense'\n"
+    assert run.run("core", tmp_path, only=["core/x"]) == 2
+    assert "no case core/x; it has core/masked_weight" in capsys.readouterr().err
+
+
+TINY = "core/masked_linear-forward-10x40"
+
+
+def test_run_measures_one_case_in_its_own_process(tmp_path):
+    assert run.run("core", tmp_path / "out", quick=True, only=[TINY]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["format"], results["suite"], results["quick"]) == (1, "core", True)
+    assert results["machine"].keys() >= {"cpu", "cores", "threads", "instruction_set", "memory_gib", "torch", "commit"}
+    (measured,) = results["rows"]
+    assert (measured["case"], measured["allocator"], measured["status"]) == (TINY, "default", "measured")
+    assert measured["not_measured"] == {}
+    contenders = measured["contenders"]
+    assert contenders.keys() == measured["error_over_tolerance"].keys() == {"ours", "eager", "compiled", "dense"}
+    assert measured["rounds"] >= measure.MIN_ROUNDS
+    for contender in contenders.values():
+        assert len(contender["times"]) == measured["rounds"]
+        assert contender["median"] == statistics.median(contender["times"]) > 0
+    assert measured["ratios"].keys() == {"eager/ours", "compiled/ours", "ours/dense"}
+    for name, ratio in measured["ratios"].items():
+        above, below = (contenders[part]["times"] for part in name.split("/"))
+        assert ratio["of_medians"] == statistics.median(above) / statistics.median(below)
+        assert ratio["per_round"] == statistics.median(a / b for a, b in zip(above, below))
+    assert "masked_linear-forward | 10x40" in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "ratios.png").exists()
+
+
+def test_without_a_compiler_the_compiled_contender_is_not_measured_and_the_others_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    # What was compiled before would be found there.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    # Read by run's own pytest alone, this would make it fail.
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
+    assert run.run("core", tmp_path / "out", quick=True, only=[TINY]) == 0
+    (measured,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert measured["contenders"].keys() == {"ours", "eager", "dense"}
+    assert "C++ compiler" in measured["not_measured"]["compiled"]
+    assert "compiled not measured: torch.compile failed" in capsys.readouterr().out
+    assert "not measured" in (tmp_path / "out" / "table.md").read_text().lower()
+
+
+def test_a_case_that_fails_is_shown_and_fails_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("METAMASK_CPU_CAPABILITY", "nonsense")
+    assert run.run("core", tmp_path, quick=True, only=[TINY]) == 1
+    (failed,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert failed["status"] == "failed"
+    assert "METAMASK_CPU_CAPABILITY" in failed["reason"]
+    assert f"failed: {TINY}, default allocator" in " ".join(capsys.readouterr().out.split())
