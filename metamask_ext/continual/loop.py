@@ -383,7 +383,8 @@ class TaskLoop:
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
-            raise CheckpointError(f"the model does not fit the checkpoint {str(path)!r}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"the model does not fit the checkpoint {str(path)!r}: {reason}") from error
         self._optimizer.load_state_dict(state["optimizer"])
         for name, optimizer_state in state["mask_optimizers"].items():
             optimizer = self._optimizer_type(_mask_parameters(self.model, name), **self._mask_options)

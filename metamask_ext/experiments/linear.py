@@ -82,7 +82,7 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     left.legend(fontsize=8)
     assert shown is not None
     gates, support = shown
-    image = right.imshow(gates, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    image = right.imshow(gates.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
     rows, columns = support.nonzero(as_tuple=True)
     right.plot(columns, rows, "o", markersize=4, markerfacecolor="none", markeredgecolor="#D55E00", linestyle="none")
     right.set(xlabel=f"parameter (circle: on in the true model), seed {seed}", ylabel="task (number)")

@@ -83,7 +83,8 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
         alone = [c.scores["independent"][name] for c in comparisons for name in c.scores[method]]
         here = [accuracy for c in comparisons for accuracy in c.scores[method].values()]
         right.scatter(alone, here, marker=marker, s=16, alpha=0.7, color=STYLES[method]["color"], label=method)
-    right.axline((50, 50), slope=1, color="#555555", linestyle=":", linewidth=1)
+    diagonal = min(scores["independent"][ACCURACY])
+    right.axline((diagonal, diagonal), slope=1, color="#555555", linestyle=":", linewidth=1)
     right.set(xlabel="net for the task alone: test accuracy (%)", ylabel="this method: test accuracy (%)")
     right.legend(fontsize=8, title="one point a task and seed", title_fontsize=8)
     budget = (

@@ -146,7 +146,8 @@ class Output:
         columns = list(dict.fromkeys(key for numbers in methods.values() for key in numbers))
         seeds = metrics["settings"]["seeds"]
         seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of {len(seeds)} seeds from {seeds[0]} (lowest to highest)"
-        table = Table(title=f"{metrics['experiment']}, {seed_text}", title_justify="left")
+        self._say(f"{metrics['experiment']}: {seed_text}")
+        table = Table()
         table.add_column("method")
         for key in columns:
             table.add_column(key, justify="right")
@@ -181,9 +182,9 @@ def plot_seeds(axes: Axes, method: str, label: str, steps: Sequence[int], values
     style = STYLES[method]
     axes.plot(steps, curves.mean(0).tolist(), label=label, linewidth=1.8, **style)
     if len(curves) > 1:
-        axes.fill_between(
-            steps, curves.amin(0).tolist(), curves.amax(0).tolist(), color=style["color"], alpha=0.2, linewidth=0
-        )
+        low, high = curves.amin(0).tolist(), curves.amax(0).tolist()
+        band = f"its range over {len(curves)} seeds"
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0, label=band)
 
 
 def new_figure(panels: int) -> tuple[Figure, list[Axes]]:

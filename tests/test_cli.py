@@ -1,0 +1,124 @@
+"""The command ``metamask``: what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from metamask_ext import build_info, cli
+from metamask_ext.experiments import EXPERIMENTS
+
+
+def _metamask(*arguments: str):
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def _assert_one_error(result, code: int, *texts: str) -> None:
+    assert result.exit_code == code and isinstance(result.exception, SystemExit), result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert all(text in result.stderr for text in texts), result.stderr
+
+
+def test_list_is_bare_names():
+    result = _metamask("list")
+    assert result.exit_code == 0 and result.stdout.splitlines() == list(EXPERIMENTS) and {"linear", "logistic", "mnist"} <= set(EXPERIMENTS)
+
+
+def test_list_is_a_table_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    result = _metamask("list")
+    assert result.exit_code == 0 and all(name in result.stdout and text in result.stdout for name, text in EXPERIMENTS.items())
+
+
+def test_info():
+    result = _metamask("info")
+    assert result.exit_code == 0
+    lines = dict((line[:20].strip(), line[20:]) for line in result.stdout.splitlines())
+    build = build_info()
+    assert lines["metamask_ext"] == build["version"] and lines["backend"] == build["backend"]
+    assert lines["torch"] == torch.__version__ and lines["python"] == platform.python_version()
+    assert lines["CPU capability"] == str(build["cpu_capability"] or "none") and lines["threads"] == str(torch.get_num_threads())
+    assert lines["CUDA archs"] == (build["cuda_archs"] or "none")
+    assert (lines["CUDA devices"] == "none") == (torch.cuda.device_count() == 0)
+
+
+def test_unknown_experiment(tmp_path):
+    result = _metamask("run", "nope", "--out", str(tmp_path / "out"))
+    _assert_one_error(result, 2, "'nope'", ", ".join(EXPERIMENTS))
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_needs_out():
+    result = _metamask("run", "linear")
+    assert result.exit_code == 2 and "--out" in result.stderr
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        _assert_one_error(_metamask("run", "linear", "--out", str(out), "--quick"), 1, str(out))
+
+
+def test_run_passes_its_options(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli, "run_experiment", lambda *arguments: calls.append(arguments))
+    assert _metamask("run", "mnist", "--out", str(tmp_path), "--seed", "7", "--quick").exit_code == 0
+    assert _metamask("run", "linear", "--out", str(tmp_path)).exit_code == 0
+    assert calls == [("mnist", tmp_path, 7, True), ("linear", tmp_path, 0, False)]
+
+
+def test_missing_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = _metamask("run", "linear", "--out", str(tmp_path), "--quick")
+    _assert_one_error(result, 1, "matplotlib", 'pip install "metamask_ext[experiments]"')
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_bench_hands_over(tmp_path, monkeypatch, code):
+    calls = []
+
+    def run(suite: str, out: Path, quick: bool) -> int:
+        calls.append((suite, out, quick))
+        return code
+
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(run=run) if name == "metamask_ext.bench.run" else None)
+    result = _metamask("bench", "--suite", "cpu", "--out", str(tmp_path), "--quick")
+    assert result.exit_code == code and calls == [("cpu", tmp_path, True)]
+
+
+def test_bench_without_its_packages(monkeypatch):
+    def missing(package: str):
+        def load(name: str):
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+        return load
+
+    monkeypatch.setattr(cli, "import_module", missing("pytest_benchmark"))
+    _assert_one_error(_metamask("bench"), 1, "pytest_benchmark", 'pip install "metamask_ext[bench]"')
+    monkeypatch.setattr(cli, "import_module", missing("metamask_ext.bench"))
+    _assert_one_error(_metamask("bench"), 1, "not in this installation")
+
+
+def test_module_and_lazy_imports():
+    """``python -m metamask_ext`` is the same command; importing it loads nothing heavy besides torch."""
+    done = subprocess.run([sys.executable, "-m", "metamask_ext", "list"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == list(EXPERIMENTS), done.stderr
+    heavy = ("matplotlib", "mlxtend", "torchvision", "tensorboard")
+    program = f"import sys, metamask_ext.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_no_traceback_in_the_real_command(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "metamask_ext", "run", "linear", "--out", str(tmp_path / "file"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: out must be a folder") and "Traceback" not in done.stderr
