@@ -168,7 +168,7 @@ def _check_convertible(name: str, module: nn.Module) -> None:
     kind = type(module)
     weight = module._parameters.get("weight")
     reason = None
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if isinstance(weight, nn.UninitializedParameter):
         reason = "it is lazy: run the model once first"
     elif not isinstance(weight, nn.Parameter) or "bias" not in module._parameters:
         reason = "its weight is not a parameter of its own (parametrized, pruned or normalised)"
@@ -202,7 +202,8 @@ def _is_read(model: nn.Module, name: str) -> bool:
 def _layers_read(module: nn.Module) -> set[str | None]:
     """The names ``f`` in every ``….f.weight`` and ``….f.bias`` that ``forward`` or what it calls reads; None: of no known name."""
     function = inspect.unwrap(module.forward)
-    return _owners_read(getattr(function, "__func__", function), type(module))
+    kind: Any = type(module)
+    return _owners_read(getattr(function, "__func__", function), kind)
 
 
 @functools.cache

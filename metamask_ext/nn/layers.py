@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,8 @@ class MaskedLayer(nn.Module):
 
     plain_type: type[nn.Module]
     """What :func:`metamask_ext.merge` makes of the layer."""
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any  # what torch's layers declare differs from what they hold
+    bias: Any
     masks: TaskMasks
     bias_masks: TaskMasks | None
 
@@ -265,7 +265,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         *,
         gate: str = "sigmoid",
         temperature: float = 1.0,
@@ -282,20 +282,18 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         mask_logits, bias_mask_logits = self._active()
         weight, bias = self._shared()
-        padding = self.padding
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
+        geometry: Any = self.stride, padding, self.dilation, self.groups
         return functional.masked_conv2d(
             input,
             weight,
             mask_logits,
             bias,
             bias_mask_logits,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
+            *geometry,
             gate=self.gate,
             temperature=self.temperature,
             threshold=self.threshold,
@@ -309,8 +307,8 @@ class _ReadThrough:
     methods (``reset_parameters``) work on those too. Code that fills ``layer.weight`` from outside would fill a temporary.
     """
 
-    _parameters: dict[str, nn.Parameter]
-    plain_type: type[nn.Module]
+    _parameters: dict[str, nn.Parameter | None]
+    plain_type: Any
 
     def _as_plain(self) -> Any:
         return SimpleNamespace(**{**self.__dict__, **self._parameters})
@@ -319,34 +317,34 @@ class _ReadThrough:
         return f"{self.plain_type.extra_repr(self._as_plain())}, {self._mask_repr()}"  # type: ignore[attr-defined]
 
     def reset_parameters(self) -> None:
-        self.plain_type.reset_parameters(self._as_plain())  # type: ignore[operator]
+        self.plain_type.reset_parameters(self._as_plain())
         self._reset_masks()  # type: ignore[attr-defined]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # torch asks hasattr(self, name), which computes the masked weight, or raises when no task is active.
         if name in ("weight", "bias") and (param is None or isinstance(param, nn.Parameter)):
-            self._parameters[name] = param  # type: ignore[assignment]
+            self._parameters[name] = param
         else:
             super().register_parameter(name, param)  # type: ignore[misc]
 
     def _shared(self) -> tuple[Tensor, Tensor | None]:
-        return self._parameters["weight"], self._parameters["bias"]
+        return cast(Tensor, self._parameters["weight"]), self._parameters["bias"]
 
     @property
-    def weight(self) -> Tensor:
-        return functional.masked_weight(self._parameters["weight"], self._active()[0], **self._gate())  # type: ignore[attr-defined]
+    def weight(self) -> Any:
+        return functional.masked_weight(self._shared()[0], self._active()[0], **self._gate())  # type: ignore[attr-defined]
 
     @property
-    def bias(self) -> Tensor | None:
-        bias, logits = self._parameters["bias"], self._active()[1]  # type: ignore[attr-defined]
-        return None if logits is None else functional.masked_weight(bias, logits, **self._gate())  # type: ignore[attr-defined]
+    def bias(self) -> Any:
+        bias, logits = self._shared()[1], self._active()[1]  # type: ignore[attr-defined]
+        return None if bias is None else functional.masked_weight(bias, logits, **self._gate())  # type: ignore[attr-defined]
 
 
-class ReadThroughLinear(_ReadThrough, MaskedLinear):
+class ReadThroughLinear(_ReadThrough, MaskedLinear):  # type: ignore[misc, override]
     """A MaskedLinear inside a module that reads its ``weight`` (``MultiheadAttention``'s ``out_proj``)."""
 
 
-class ReadThroughConv2d(_ReadThrough, MaskedConv2d):
+class ReadThroughConv2d(_ReadThrough, MaskedConv2d):  # type: ignore[misc, override]
     """A MaskedConv2d inside a module that reads its ``weight``."""
 
 
