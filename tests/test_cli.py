@@ -28,7 +28,8 @@ def _assert_one_error(result, code: int, *texts: str) -> None:
 
 def test_list_is_bare_names():
     result = _metamask("list")
-    assert result.exit_code == 0 and result.stdout.splitlines() == list(EXPERIMENTS) and {"linear", "logistic", "mnist"} <= set(EXPERIMENTS)
+    assert result.exit_code == 0 and result.stdout.splitlines() == list(EXPERIMENTS)
+    assert {"linear", "logistic", "mnist"} <= set(EXPERIMENTS)
 
 
 def test_list_is_a_table_on_a_terminal(monkeypatch):

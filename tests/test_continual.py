@@ -457,3 +457,9 @@ def test_progress_is_quiet_without_a_terminal(tmp_path, capfd):
     _loop(tmp_path).run(3)
     assert capfd.readouterr() == ("", "")
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["round"] == 1
+
+
+def test_progress_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    TaskLoop(_model(), _data("a"), F.mse_loss, steps=1, lr=0.01, label="this run").run(3)
+    assert "this run" in capsys.readouterr().err

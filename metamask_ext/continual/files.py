@@ -146,7 +146,7 @@ class MetricsFile:
         with self._errors():
             self._file.flush()
             os.fsync(self._file.fileno())
-        return self._file.tell()
+            return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         with self._errors():

@@ -79,7 +79,7 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     alone = scores["independent"]["test MSE"]
     left.axhline(sum(alone) / len(alone), label="a net per task alone, at the end", **STYLES["independent"])
     left.set(xlabel="gradient steps, all tasks together", ylabel="mean test MSE (units of y squared)", yscale="log")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1.0, 0.87))
     assert shown is not None
     gates, support = shown
     image = right.imshow(gates.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
