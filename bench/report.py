@@ -128,10 +128,10 @@ def markdown(results: dict[str, Any]) -> str:
 def show(results: dict[str, Any], console: Console) -> None:
     """The table in the terminal; what ours loses is red and says so."""
     table = Table(title=f"suite {results['suite']}")
-    table.add_column("measure")
-    table.add_column("shape")
+    table.add_column("measure", overflow="fold")
+    table.add_column("shape", overflow="fold")
     for ratio, allocator in columns(results):
-        table.add_column(f"{ratio}\n{allocator}", justify="right")
+        table.add_column(f"{ratio}\n{allocator}", justify="right", overflow="fold")
     for line in lines(results):
         cells = [f"[red]{cell} slower[/red]" if lost else cell for cell, lost in zip(line.cells, line.loses)]
         mean = line.shape == "geometric mean"
