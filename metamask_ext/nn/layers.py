@@ -179,7 +179,7 @@ class MaskedLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable would import all of Dynamo here
 def _active_in_eager(layer: MaskedLayer) -> tuple[Tensor, Tensor | None]:
     """For torch.compile, which cannot read a context variable: one graph break, and the masks are inputs of what follows."""
     return layer._active()
