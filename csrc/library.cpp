@@ -62,6 +62,11 @@ pybind11::dict build_info() {
   info["torch"] = TORCH_VERSION;
   info["cpu_capability"] = cpu::name_of(cpu::capability());
   info["cpu_capabilities"] = cpu::available_capabilities();
+#if defined(_OPENMP)
+  info["threads"] = "openmp";
+#else
+  info["threads"] = "none";
+#endif
 #if defined(METAMASK_CUDA)
   info["cuda_archs"] = METAMASK_CUDA_ARCHS;
 #else

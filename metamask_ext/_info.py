@@ -29,12 +29,12 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict: ``version`` of metamask_ext; ``torch``, the version it was compiled for; ``backend``, ``"cpu"``, ``"cuda"`` or
         ``"reference"`` (no kernels, plain torch throughout); ``cpu_capability``, the instruction set in use, and
-        ``cpu_capabilities``, all that could be (variable ``METAMASK_CPU_CAPABILITY``); ``cuda_archs``, a string, or None;
-        ``compiler``. In a reference build the last four are None.
+        ``cpu_capabilities``, all that could be (variable ``METAMASK_CPU_CAPABILITY``); ``threads``, ``"openmp"``
+        or ``"none"``; ``cuda_archs``, a string, or None; ``compiler``. In a reference build these are None.
     """
     info: dict[str, Any] = {"version": VERSION, "torch": TORCH, "backend": BACKEND}
     if BACKEND == "reference":
-        return {**info, "cpu_capability": None, "cpu_capabilities": None, "cuda_archs": None, "compiler": None}
+        return {**info, "cpu_capability": None, "cpu_capabilities": None, "threads": None, "cuda_archs": None, "compiler": None}
     from . import _C
 
     return {**info, **_C.build_info(), "torch": TORCH}

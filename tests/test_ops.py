@@ -220,6 +220,19 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
     assert all(torch.equal(one, other) for one, other in zip(*results))
 
 
+def test_large_tensors_are_worked_on_by_all_threads():
+    """A build without OpenMP would compute the same numbers in one thread."""
+    script = (
+        "import os, threading, torch; from metamask_ext import _ops; torch.set_num_threads(3); w = torch.empty(1 << 20);"
+        "before = len(os.listdir('/proc/self/task')); _ops.masked_weight(w, w, 0, 1.0);"
+        "print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    if sys.platform == "linux":
+        started = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert started.stdout.strip() == "2", started
+    assert build_info()["threads"] == ("openmp" if sys.platform == "linux" else "none")
+
+
 @each_device
 @each_gate
 @each_dtype
