@@ -27,15 +27,16 @@ inline Type type_of(at::ScalarType type) {
   }
 }
 
-inline void check_pair(const at::Tensor& weight, const at::Tensor& mask_logits) {
-  TORCH_CHECK_TYPE(is_masked_type(weight.scalar_type()), "weight must be float64, float32, bfloat16 or float16, got ",
+inline void check_pair(const at::Tensor& weight, const at::Tensor& mask_logits, const char* weight_name = "weight",
+                       const char* mask_name = "mask_logits") {
+  TORCH_CHECK_TYPE(is_masked_type(weight.scalar_type()), weight_name, " must be float64, float32, bfloat16 or float16, got ",
                    weight.scalar_type());
-  TORCH_CHECK_TYPE(mask_logits.scalar_type() == weight.scalar_type(), "mask_logits must have the dtype of weight, ",
+  TORCH_CHECK_TYPE(mask_logits.scalar_type() == weight.scalar_type(), mask_name, " must have the dtype of ", weight_name, ", ",
                    weight.scalar_type(), ", got ", mask_logits.scalar_type());
-  TORCH_CHECK_VALUE(mask_logits.sizes() == weight.sizes(), "mask_logits must have the shape of weight, ", weight.sizes(), ", got ",
-                    mask_logits.sizes());
-  TORCH_CHECK_VALUE(mask_logits.device() == weight.device(), "mask_logits must be on the device of weight, ", weight.device(),
-                    ", got ", mask_logits.device());
+  TORCH_CHECK_VALUE(mask_logits.sizes() == weight.sizes(), mask_name, " must have the shape of ", weight_name, ", ", weight.sizes(),
+                    ", got ", mask_logits.sizes());
+  TORCH_CHECK_VALUE(mask_logits.device() == weight.device(), mask_name, " must be on the device of ", weight_name, ", ",
+                    weight.device(), ", got ", mask_logits.device());
 }
 
 // float64 parameters compute in float64, and only there.
@@ -52,6 +53,26 @@ inline void check_like(const char* name, const at::Tensor& tensor, const at::Ten
                     tensor.sizes());
   TORCH_CHECK_VALUE(tensor.device() == weight.device(), name, " must be on the device of weight, ", weight.device(), ", got ",
                     tensor.device());
+}
+
+inline void check_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& bias_mask_logits) {
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [out, in], got shape ", weight.sizes());
+  TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == weight.size(1), "input must be [..., in] with in = ", weight.size(1),
+                    " as in weight ", weight.sizes(), ", got ", input.sizes());
+  TORCH_CHECK_VALUE(input.device() == weight.device(), "input must be on the device of weight, ", weight.device(), ", got ",
+                    input.device());
+  const bool has_bias = bias.has_value() && bias->defined();
+  if (has_bias) {
+    TORCH_CHECK_VALUE(bias->sizes() == weight.sizes().slice(0, 1), "bias must be [out] = ", weight.sizes().slice(0, 1), ", got ",
+                      bias->sizes());
+    TORCH_CHECK_VALUE(bias->device() == weight.device(), "bias must be on the device of weight, ", weight.device(), ", got ",
+                      bias->device());
+  }
+  if (bias_mask_logits.has_value() && bias_mask_logits->defined()) {
+    TORCH_CHECK_VALUE(has_bias, "bias_mask_logits needs a bias, got bias=None");
+    check_pair(*bias, *bias_mask_logits, "bias", "bias_mask_logits");
+  }
 }
 
 // An optional input or output: null where there is none.

@@ -109,13 +109,13 @@ METAMASK_INLINE T theta_of(T w, T m, T parameter) {
 
 template <class T>
 struct Gradients {
-  T w, m;
+  T theta, w, m;
 };
 
 template <GateKind kind, class T>
 METAMASK_INLINE Gradients<T> backward_of(T g, T w, T m, T parameter) {
   const auto v = gate_values<kind>(m, parameter);
-  return {g * v.s, g * w * v.d};
+  return {w * v.s, g * v.s, g * w * v.d};
 }
 
 template <class T>

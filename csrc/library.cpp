@@ -16,6 +16,12 @@ TORCH_LIBRARY(metamask, m) {
   m.def(
       "masked_weight_double_backward(Tensor? cotangent_weight, Tensor? cotangent_mask, Tensor grad, Tensor weight, "
       "Tensor mask_logits, int gate, float parameter, bool[3] needs) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "masked_linear(Tensor input, Tensor weight, Tensor mask_logits, Tensor? bias, Tensor? bias_mask_logits, int gate, "
+      "float parameter, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "masked_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor mask_logits, Tensor? bias, "
+      "Tensor? bias_mask_logits, int gate, float parameter, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 namespace metamask {
@@ -45,7 +51,8 @@ void without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }
 #endif
 
-constexpr const char* kOps[] = {"masked_weight", "masked_weight_backward", "masked_weight_double_backward"};
+constexpr const char* kOps[] = {"masked_weight", "masked_weight_backward", "masked_weight_double_backward", "masked_linear",
+                                "masked_linear_backward"};
 
 TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
   for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._build import BACKEND
-from .reference import check_pair
+from .reference import check_linear, check_pair
 
 if BACKEND != "reference":
     import metamask_ext._C  # noqa: F401  importing it registers torch.ops.metamask
@@ -20,6 +20,8 @@ if BACKEND != "reference":
     _masked_weight = _metamask.masked_weight.default
     _masked_weight_backward = _metamask.masked_weight_backward.default
     _masked_weight_double_backward = _metamask.masked_weight_double_backward.default
+    _masked_linear = _metamask.masked_linear.default
+    _masked_linear_backward = _metamask.masked_linear_backward.default
 
 
 def masked_weight(weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -46,6 +48,35 @@ def masked_weight_double_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :func:`metamask_ext.reference.masked_weight_double_backward`."""
     return _masked_weight_double_backward(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate, parameter, needs)
+
+
+def masked_linear(
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate: int,
+    parameter: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See :func:`metamask_ext.reference.masked_linear`; the product is taken, and given, in ``dtype``."""
+    return _masked_linear(input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, dtype)
+
+
+def masked_linear_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate: int,
+    parameter: float,
+    needs: tuple[bool, bool, bool, bool, bool] = (True, True, True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of :func:`masked_linear` for input, weight, mask_logits, bias and bias_mask_logits; None where not needed."""
+    return _masked_linear_backward(grad, input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, needs)
 
 
 def _check_like(name: str, tensor: Tensor, weight: Tensor) -> None:
@@ -77,3 +108,21 @@ if BACKEND != "reference":
                 _check_like(name, cotangent, weight)
         dtypes = (grad.dtype, weight.dtype, weight.dtype)
         return tuple(torch.empty_like(weight, dtype=dtype) if need else None for need, dtype in zip(needs, dtypes))
+
+    @torch.library.register_fake("metamask::masked_linear")
+    def _(input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, dtype=None):
+        check_pair(weight, mask_logits)
+        check_linear(input, weight, bias, bias_mask_logits)
+        return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or weight.dtype)
+
+    @torch.library.register_fake("metamask::masked_linear_backward")
+    def _(grad, input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, needs):
+        check_pair(weight, mask_logits)
+        check_linear(input, weight, bias, bias_mask_logits)
+        return (
+            input.new_empty(input.shape) if needs[0] else None,
+            weight.new_empty(weight.shape) if needs[1] else None,
+            weight.new_empty(weight.shape) if needs[2] else None,
+            bias.new_empty(bias.shape) if bias is not None and needs[3] else None,
+            bias.new_empty(bias.shape) if bias_mask_logits is not None and needs[4] else None,
+        )

@@ -1,7 +1,8 @@
 """The autograd Functions over the raw ops, closed under differentiation.
 
 ``MaskedWeight`` -> ``MaskedWeightBackward`` -> ``MaskedWeightDoubleBackward`` -> plain torch: each backward calls the next
-Function, never a raw op, because a raw op inside a backward gives silently wrong second derivatives. They use the form
+Function, never a raw op, because a raw op inside a backward gives silently wrong second derivatives. ``MaskedLinear`` has one raw
+backward for gradients that nobody differentiates further, and else builds them from products and these Functions. They use the form
 ``forward(ctx, ...)``: ``setup_context`` costs about twice as much a call. They do not work inside torch.func transforms,
 under forward-mode AD or under torch.compile; :mod:`metamask_ext.functional` does not call them there.
 """
@@ -100,3 +101,45 @@ class MaskedWeightDoubleBackward(Function):
             None,  # parameter
             None,  # needs
         )
+
+
+class MaskedLinear(Function):
+    """``y = x @ (W * g(M)).T + b * g(M_b)``, the product in ``dtype``."""
+
+    @staticmethod
+    def forward(ctx, input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, dtype):
+        ctx.save_for_backward(input, weight, mask_logits, bias, bias_mask_logits)
+        ctx.gate, ctx.parameter = gate, parameter
+        return _ops.masked_linear(input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        needs = ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():
+            grads = _differentiable_linear_backward(grad, *ctx.saved_tensors, ctx.gate, ctx.parameter, needs)
+        else:
+            grads = _ops.masked_linear_backward(grad, *ctx.saved_tensors, ctx.gate, ctx.parameter, needs)
+        return (
+            *grads,
+            None,  # gate
+            None,  # parameter
+            None,  # dtype
+        )
+
+
+def _differentiable_linear_backward(grad, input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, needs):
+    """What masked_linear_backward computes, of parts that have derivatives: ``dx = dy @ theta``, ``G = dy.T @ x``."""
+    rows = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
+    grads: list[Any] = [None] * 5
+    if needs[0]:
+        theta = MaskedWeight.apply(weight, mask_logits, gate, parameter, grad.dtype)
+        grads[0] = (grad @ theta).to(input.dtype)
+    if needs[1] or needs[2]:
+        inputs = input.flatten(0, -2) if input.dim() > 1 else input[None]
+        product = rows.t() @ inputs.to(grad.dtype)
+        grads[1:3] = MaskedWeightBackward.apply(product, weight, mask_logits, gate, parameter, needs[1:3])
+    if bias_mask_logits is not None and (needs[3] or needs[4]):
+        grads[3:5] = MaskedWeightBackward.apply(rows.sum(0), bias, bias_mask_logits, gate, parameter, needs[3:5])
+    elif bias is not None and needs[3]:
+        grads[3] = rows.sum(0).to(bias.dtype)
+    return grads

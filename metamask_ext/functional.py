@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 
 from . import _ops, reference
 from ._build import BACKEND
-from .autograd import MaskedWeight
-from .reference import check_pair, resolve_gate
+from .autograd import MaskedLinear, MaskedWeight
+from .reference import check_bias, check_input, check_linear, check_pair, resolve_gate
 
 __all__ = ["masked_conv2d", "masked_linear", "masked_weight"]
 
@@ -105,18 +105,17 @@ def masked_linear(
     """
     number, parameter = resolve_gate(gate, temperature, threshold)
     check_pair(weight, mask_logits)
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
-    _check_input(input, weight)
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"input must be [..., in] with in = {weight.shape[1]} as in weight {list(weight.shape)}, got {list(input.shape)}"
-        )
-    _check_bias(weight, bias, bias_mask_logits)
+    check_linear(input, weight, bias, bias_mask_logits)
+    _check_input_dtype(input, weight)
     if _use_reference():
         return reference.masked_linear(input, weight, mask_logits, bias, bias_mask_logits, number, parameter)
-    theta, bias = _masked_parameters(weight, mask_logits, bias, bias_mask_logits, number, parameter)
-    return F.linear(input, theta, bias)
+    dtype = _autocast_dtype(weight)
+    parameters = (weight, mask_logits, bias, bias_mask_logits)
+    if torch.is_grad_enabled() and (
+        input.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in parameters)
+    ):
+        return MaskedLinear.apply(input, *parameters, number, parameter, dtype)
+    return _ops.masked_linear(input, *parameters, number, parameter, dtype)
 
 
 def masked_conv2d(
@@ -155,13 +154,14 @@ def masked_conv2d(
     check_pair(weight, mask_logits)
     if weight.dim() != 4:
         raise ValueError(f"weight must be [C_out, C_in / groups, kH, kW], got shape {list(weight.shape)}")
-    _check_input(input, weight)
+    check_input(input, weight)
+    _check_input_dtype(input, weight)
     if input.dim() not in (3, 4) or input.shape[-3] != weight.shape[1] * groups:
         raise ValueError(
             f"input must be [N, C_in, H, W] or [C_in, H, W] with C_in = {weight.shape[1] * groups} as in weight "
             f"{list(weight.shape)} with groups={groups}, got {list(input.shape)}"
         )
-    _check_bias(weight, bias, bias_mask_logits)
+    check_bias(weight, bias, bias_mask_logits)
     if _use_reference():
         return reference.masked_conv2d(
             input, weight, mask_logits, bias, bias_mask_logits, stride, padding, dilation, groups, number, parameter
@@ -193,21 +193,6 @@ def _theta(weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dty
     return _ops.masked_weight(weight, mask_logits, gate, parameter, dtype)
 
 
-def _check_bias(weight: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | None) -> None:
-    if bias is None:
-        if bias_mask_logits is not None:
-            raise ValueError("bias_mask_logits needs a bias, got bias=None")
-        return
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [out] = {list(weight.shape[:1])}, got {list(bias.shape)}")
-    if bias_mask_logits is not None:
-        check_pair(bias, bias_mask_logits, "bias", "bias_mask_logits")
-
-
-def _check_input(input: Tensor, weight: Tensor) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
-    if input.device != weight.device:
-        raise ValueError(f"input must be on the device of weight, {weight.device}, got {input.device}")
+def _check_input_dtype(input: Tensor, weight: Tensor) -> None:
     if input.dtype != weight.dtype and not _is_autocast_enabled(weight.device.type):
         raise TypeError(f"input must have the dtype of weight, {weight.dtype}, got {input.dtype}")

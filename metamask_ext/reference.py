@@ -68,6 +68,38 @@ def check_pair(weight: Tensor, mask_logits: Tensor, weight_name: str = "weight",
         raise ValueError(f"{mask_name} must be on the device of {weight_name}, {weight.device}, got {mask_logits.device}")
 
 
+def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | None) -> None:
+    """Refuse an input, bias or bias logits that do not fit ``weight`` ``[out, in]``. TypeError and ValueError as :func:`check_pair`."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
+    check_input(input, weight)
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input must be [..., in] with in = {weight.shape[1]} as in weight {list(weight.shape)}, got {list(input.shape)}"
+        )
+    check_bias(weight, bias, bias_mask_logits)
+
+
+def check_input(input: Tensor, weight: Tensor) -> None:
+    """Refuse an input that is no tensor, or on another device than ``weight``."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+    if input.device != weight.device:
+        raise ValueError(f"input must be on the device of weight, {weight.device}, got {input.device}")
+
+
+def check_bias(weight: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | None) -> None:
+    """Refuse a bias that is not ``[out]``, and logits that do not belong to it."""
+    if bias is None:
+        if bias_mask_logits is not None:
+            raise ValueError("bias_mask_logits needs a bias, got bias=None")
+        return
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [out] = {list(weight.shape[:1])}, got {list(bias.shape)}")
+    if bias_mask_logits is not None:
+        check_pair(bias, bias_mask_logits, "bias", "bias_mask_logits")
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -70,10 +70,11 @@ void forward_block(T parameter, const T* __restrict w, const T* __restrict m, T*
 }
 
 template <class T, GateKind kind>
-void backward_block(T parameter, const T* __restrict g, const T* __restrict w, const T* __restrict m, T* __restrict dw,
-                    T* __restrict dm, int64_t n) {
+void backward_block(T parameter, const T* __restrict g, const T* __restrict w, const T* __restrict m,
+                    T* __restrict theta, T* __restrict dw, T* __restrict dm, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const auto out = backward_of<kind>(g[i], w[i], m[i], parameter);
+    theta[i] = out.theta;
     dw[i] = out.w;
     dm[i] = out.m;
   }
@@ -102,14 +103,15 @@ void forward_range(Gate gate, Type param, Type out, const void* w, const void* m
 }
 
 template <class T, GateKind kind>
-void backward_range(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm,
+void backward_range(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* theta, void* dw, void* dm,
                     int64_t begin, int64_t end) {
   Input<T> g_in(grad, g), w_in(param, w), m_in(param, m);
-  Output<T> dw_out(param, dw), dm_out(param, dm);
+  Output<T> theta_out(grad, theta), dw_out(param, dw), dm_out(param, dm);
   for (int64_t i = begin, n; i < end; i += n) {
     n = end - i < kBlock ? end - i : kBlock;
-    backward_block<T, kind>(parameter_of<T>(gate), g_in.block(i, n), w_in.block(i, n), m_in.block(i, n), dw_out.block(i),
-                            dm_out.block(i), n);
+    backward_block<T, kind>(parameter_of<T>(gate), g_in.block(i, n), w_in.block(i, n), m_in.block(i, n), theta_out.block(i),
+                            dw_out.block(i), dm_out.block(i), n);
+    theta_out.finish(i, n);
     dw_out.finish(i, n);
     dm_out.finish(i, n);
   }
@@ -142,9 +144,9 @@ void forward(Gate gate, Type param, Type out, const void* w, const void* m, void
   DISPATCH(forward_range, gate, param, gate, param, out, w, m, theta, begin, end)
 }
 
-void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm, int64_t begin,
-              int64_t end) {
-  DISPATCH(backward_range, gate, param, gate, param, grad, g, w, m, dw, dm, begin, end)
+void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* theta, void* dw, void* dm,
+              int64_t begin, int64_t end) {
+  DISPATCH(backward_range, gate, param, gate, param, grad, g, w, m, theta, dw, dm, begin, end)
 }
 
 void double_backward(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w, const void* m,

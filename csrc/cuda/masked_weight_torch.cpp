@@ -1,40 +1,4 @@
-// masked_weight and its derivatives for CUDA tensors: device and stream. The kernels are in masked_weight.cuh.
-#include "../masked_weight.h"
+// Registers masked_weight and its derivatives for CUDA tensors.
+#include "masked_weight_torch.h"
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
-#include "masked_weight.h"
-
-namespace metamask::cuda {
-namespace {
-
-struct Cuda {
-  struct Guard : c10::cuda::CUDAGuard {
-    explicit Guard(const at::Tensor& tensor) : CUDAGuard(tensor.device()) {}
-  };
-
-  static void forward(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t n) {
-    masked_weight(gate, param, out, w, m, theta, n, c10::cuda::getCurrentCUDAStream());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-
-  static void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm,
-                       int64_t n) {
-    masked_weight_backward(gate, param, grad, g, w, m, dw, dm, n, c10::cuda::getCurrentCUDAStream());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-
-  static void double_backward(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
-                              const void* m, void* dg, void* dw, void* dm, int64_t n) {
-    masked_weight_double_backward(gate, param, grad, a, b, g, w, m, dg, dw, dm, n, c10::cuda::getCurrentCUDAStream());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-};
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(metamask, CUDA, library) { MaskedWeight<Cuda>::register_in(library); }
-
-}  // namespace metamask::cuda
+TORCH_LIBRARY_IMPL(metamask, CUDA, library) { metamask::MaskedWeight<metamask::cuda::Cuda>::register_in(library); }

@@ -1,0 +1,35 @@
+// masked_weight for CUDA tensors: device and stream, as the Device of csrc/masked_weight.h. The kernels are in masked_weight.cuh.
+#pragma once
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "../masked_weight.h"
+#include "masked_weight.h"
+
+namespace metamask::cuda {
+struct Cuda {
+  struct Guard : c10::cuda::CUDAGuard {
+    explicit Guard(const at::Tensor& tensor) : CUDAGuard(tensor.device()) {}
+  };
+
+  static void forward(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t n) {
+    masked_weight(gate, param, out, w, m, theta, n, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  static void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm,
+                       int64_t n) {
+    masked_weight_backward(gate, param, grad, g, w, m, dw, dm, n, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  static void double_backward(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
+                              const void* m, void* dg, void* dw, void* dm, int64_t n) {
+    masked_weight_double_backward(gate, param, grad, a, b, g, w, m, dg, dw, dm, n, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+}  // namespace metamask::cuda

@@ -1,0 +1,83 @@
+// masked_linear and its gradients over torch tensors: checks, shapes and the bias are the same on every device.
+//
+// Device::linear(x, w, m, b, gate) gives y = x theta^T (+ b), [B, O] in the dtype of x. Device::linear_backward(dy, x, w, m, gate, needs)
+// gives dx, dw and dm where needed. x and dy are contiguous, [B, K] and [B, O]; w and m are contiguous, [O, K].
+#pragma once
+
+#include "masked_weight.h"
+
+namespace metamask {
+
+template <class Device>
+struct MaskedLinear {
+  using OptionalTensor = std::optional<at::Tensor>;
+
+  static at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask_logits,
+                            const OptionalTensor& bias, const OptionalTensor& bias_mask_logits, int64_t gate, double parameter,
+                            std::optional<at::ScalarType> dtype) {
+    check_gate(gate, parameter);
+    check_pair(weight, mask_logits);
+    check_linear(input, weight, bias, bias_mask_logits);
+    const at::ScalarType out = dtype.value_or(weight.scalar_type());
+    check_storage("dtype", out, weight);
+    const typename Device::Guard guard(weight);
+    at::Tensor b;
+    if (given(bias)) {
+      b = given(bias_mask_logits) ? MaskedWeight<Device>::forward(*bias, *bias_mask_logits, gate, parameter, out) : bias->to(out);
+    }
+    const at::Tensor y = Device::linear(matrix(input, weight.size(1), out), weight.contiguous(), mask_logits.contiguous(), b,
+                                        Gate{GateKind(gate), parameter});
+    return y.view(with_last(input, weight.size(0)));
+  }
+
+  // Of the bias without logits, the gradient is the sum over the batch.
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
+      const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask_logits,
+      const OptionalTensor& bias, const OptionalTensor& bias_mask_logits, int64_t gate, double parameter,
+      std::array<bool, 5> needs) {
+    check_gate(gate, parameter);
+    check_pair(weight, mask_logits);
+    check_linear(input, weight, bias, bias_mask_logits);
+    check_storage("grad", grad.scalar_type(), weight);
+    TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(with_last(input, weight.size(0))), "grad must be [..., out] = ",
+                      with_last(input, weight.size(0)), ", got ", grad.sizes());
+    const typename Device::Guard guard(weight);
+    const at::Tensor dy = matrix(grad, weight.size(0), grad.scalar_type()), x = matrix(input, weight.size(1), grad.scalar_type());
+    auto [dx, dw, dm] = Device::linear_backward(dy, x, weight.contiguous(), mask_logits.contiguous(),
+                                                Gate{GateKind(gate), parameter}, {needs[0], needs[1], needs[2]});
+    if (needs[0]) dx = dx.view(input.sizes()).to(input.scalar_type());
+    at::Tensor db, dbm;
+    if (given(bias) && (needs[3] || needs[4])) {
+      db = dy.sum(0);
+      if (given(bias_mask_logits)) {
+        std::tie(db, dbm) = MaskedWeight<Device>::backward(db, *bias, *bias_mask_logits, gate, parameter, {needs[3], needs[4]});
+      } else {
+        db = db.to(bias->scalar_type());
+      }
+    }
+    return {dx, dw, dm, db, dbm};
+  }
+
+  static void register_in(torch::Library& library) {
+    library.impl("masked_linear", &forward);
+    library.impl("masked_linear_backward", &backward);
+  }
+
+ private:
+  static bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+  static at::Tensor matrix(const at::Tensor& tensor, int64_t columns, at::ScalarType dtype) {
+    const int64_t rows = tensor.numel() / std::max<int64_t>(columns, 1);
+    // An empty row leaves the number of rows to the other dimensions.
+    return tensor.to(dtype).reshape({columns > 0 ? rows : c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1)), columns})
+        .contiguous();
+  }
+
+  static std::vector<int64_t> with_last(const at::Tensor& tensor, int64_t last) {
+    std::vector<int64_t> sizes = tensor.sizes().vec();
+    sizes.back() = last;
+    return sizes;
+  }
+};
+
+}  // namespace metamask
