@@ -39,8 +39,9 @@ struct MaskedLinear {
     check_pair(weight, mask_logits);
     check_linear(input, weight, bias, bias_mask_logits);
     check_storage("grad", grad.scalar_type(), weight);
-    TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(with_last(input, weight.size(0))), "grad must be [..., out] = ",
-                      with_last(input, weight.size(0)), ", got ", grad.sizes());
+    const std::vector<int64_t> sizes = with_last(input, weight.size(0));
+    TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(sizes), "grad must be [..., out] = ", at::IntArrayRef(sizes), ", got ",
+                      grad.sizes());
     const typename Device::Guard guard(weight);
     const at::Tensor dy = matrix(grad, weight.size(0), grad.scalar_type()), x = matrix(input, weight.size(1), grad.scalar_type());
     auto [dx, dw, dm] = Device::linear_backward(dy, x, weight.contiguous(), mask_logits.contiguous(),

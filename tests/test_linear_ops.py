@@ -1,0 +1,219 @@
+"""masked_linear and its gradients as raw ops: against float64, at the edges of panels, in every type, and what they allocate."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from samples import DEVICES, DTYPES, GATE_IDS, GATES, offset, transposed, wider
+from torch.profiler import ProfilerActivity, profile
+
+import metamask_ext as mm
+from metamask_ext import _ops, build_info, reference
+from metamask_ext.reference import SIGMOID
+
+each_device = pytest.mark.parametrize("device", DEVICES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+each_gate = pytest.mark.parametrize("gate", GATES[1::2], ids=GATE_IDS[1::2])
+
+# (batch..., in), out: one panel, panels with a ragged last one, rows wider than the cache's share, nothing at all
+SHAPES = {
+    "1x1x1": ((1, 1), 1),
+    "vector": ((17,), 3),
+    "3-d": ((2, 3, 17), 129),
+    "ragged": ((3, 129), 1134),
+    "wide": ((2, 40000), 37),
+    "batch 129": ((129, 129), 257),
+    "no batch": ((0, 17), 129),
+    "no input": ((3, 0), 5),
+    "no output": ((3, 17), 0),
+}
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def inputs(shape, out, dtype, device="cpu"):
+    """input, weight, mask, bias, bias mask, grad."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = (shape, (out, shape[-1]), (out, shape[-1]), (out,), (out,), (*shape[:-1], out))
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
+
+
+def expected(tensors, gate, grad_mode=True):
+    """Output and gradients by plain torch in float64."""
+    x, w, m, b, bm, grad = (tensor.detach().double().cpu() for tensor in tensors)
+    leaves = [tensor.requires_grad_() for tensor in (x, w, m, b, bm)]
+    y = reference.masked_linear(*leaves, *gate)
+    return y.detach(), torch.autograd.grad(y, leaves, grad)
+
+
+def assert_near(got, wanted, reduction, what):
+    """Sums of ``reduction`` products round at each addition; the 16-bit types keep theta, G and the result in 16 bits."""
+    unit = torch.finfo(got.dtype).eps
+    bound = 4 * unit * max(reduction, 1) ** 0.5 * wanted.abs().amax().item() if wanted.numel() else 0.0
+    assert got.shape == wanted.shape
+    error = (got.double().cpu() - wanted).abs()
+    assert bool((error <= bound + 1e-30).all()), f"{what}: error {error.max().item():.3g}, allowed {bound:.3g}"
+
+
+def check(shape, out, gate, dtype, device="cpu"):
+    tensors = inputs(shape, out, dtype, device)
+    y, grads = expected(tensors, gate)
+    *arguments, grad = tensors
+    batch = max(grad.numel() // max(out, 1), 1)
+    got = _ops.masked_linear(*arguments, *gate)
+    assert got.dtype == dtype
+    assert_near(got, y, shape[-1], "y")
+    got = _ops.masked_linear_backward(grad, *arguments, *gate)
+    for name, one, other, reduction in zip(("dx", "dW", "dM", "db", "dMb"), got, grads, (out, batch, batch, batch, batch)):
+        assert one.dtype == dtype
+        assert_near(one, other, reduction, name)
+
+
+@each_device
+@each_gate
+@each_dtype
+@each_shape
+def test_output_and_gradients_equal_the_reference(shape, dtype, gate, device):
+    check(*shape, gate, dtype, device)
+
+
+@each_device
+@pytest.mark.parametrize("layout", [transposed, wider, offset], ids=["transposed", "wider", "offset"])
+def test_any_strides(layout, device):
+    tensors = inputs((5, 17), 129, torch.float32, device)
+    y, grads = expected(tensors, GATES[0])
+    x, w, m, b, bm, grad = [layout(t) if t.dim() == 2 else wider(t) for t in tensors]
+    assert_near(_ops.masked_linear(x, w, m, b, bm, *GATES[0]), y, 17, "y")
+    got = _ops.masked_linear_backward(grad, x, w, m, b, bm, *GATES[0])
+    for one, other in zip(got, grads):
+        assert_near(one, other, 129, "gradient")
+
+
+@each_device
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_float32_parameters_with_a_16_bit_product(out, device):
+    tensors = inputs((4, 129), 300, torch.float32, device)
+    y, grads = expected(tensors, GATES[0])
+    *arguments, grad = tensors
+    got = _ops.masked_linear(*arguments, *GATES[0], out)
+    assert got.dtype == out
+    assert_near(got, y, 129, "y")
+    for one, other in zip(_ops.masked_linear_backward(grad.to(out), *arguments, *GATES[0]), grads):
+        assert one.dtype == torch.float32
+        bound = 4 * torch.finfo(out).eps * 300**0.5 * other.abs().amax().item()
+        assert bool(((one.double().cpu() - other).abs() <= bound).all())
+
+
+@each_device
+def test_bias_without_logits_and_no_bias(device):
+    x, w, m, b, _, grad = inputs((4, 17), 129, torch.float64, device)
+    theta = w * torch.sigmoid(m)
+    assert_near(_ops.masked_linear(x, w, m, None, None, SIGMOID, 1.0), (x @ theta.t()).cpu(), 17, "no bias")
+    assert_near(_ops.masked_linear(x, w, m, b, None, SIGMOID, 1.0), (x @ theta.t() + b).cpu(), 17, "plain bias")
+    *_, db, dbm = _ops.masked_linear_backward(grad, x, w, m, b, None, SIGMOID, 1.0, (False, False, False, True, False))
+    assert_near(db, grad.sum(0).cpu(), 4, "db")
+    assert dbm is None
+
+
+@each_device
+def test_each_gradient_alone_equals_all_together(device):
+    *arguments, grad = inputs((5, 129), 1134, torch.float32, device)
+    together = _ops.masked_linear_backward(grad, *arguments, *GATES[0])
+    for index in range(5):
+        needs = tuple(position == index for position in range(5))
+        got = _ops.masked_linear_backward(grad, *arguments, *GATES[0], needs)
+        assert [one is not None for one in got] == list(needs)
+        torch.testing.assert_close(got[index], together[index], rtol=1e-6, atol=1e-6)
+
+
+def test_the_same_numbers_every_time_for_a_number_of_threads():
+    *arguments, grad = inputs((33, 1134), 1134, torch.float32)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        first = [_ops.masked_linear(*arguments, *GATES[0]), *_ops.masked_linear_backward(grad, *arguments, *GATES[0])]
+        for _ in range(3):
+            again = [_ops.masked_linear(*arguments, *GATES[0]), *_ops.masked_linear_backward(grad, *arguments, *GATES[0])]
+            assert all(torch.equal(one, other) for one, other in zip(first, again))
+
+
+CHILD = """
+import sys; sys.path.insert(0, sys.argv[1])
+import test_linear_ops, torch
+from samples import DTYPES, GATES
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for shape in test_linear_ops.SHAPES.values():
+        for dtype in DTYPES:
+            test_linear_ops.check(*shape, GATES[1], dtype)
+print("all equal")
+"""
+
+
+@pytest.mark.parametrize("capability", build_info()["cpu_capabilities"])
+def test_every_instruction_set_and_one_and_two_threads(capability):
+    here = os.path.dirname(os.path.abspath(__file__))
+    environment = {**os.environ, "METAMASK_CPU_CAPABILITY": capability}
+    child = subprocess.run([sys.executable, "-c", CHILD, here], env=environment, capture_output=True, text=True)
+    assert child.stdout.strip() == "all equal", child.stderr
+
+
+@each_device
+@each_dtype
+def test_opcheck(dtype, device):
+    for shape, out in (((2, 3, 5), 4), ((3, 5), 4), ((5,), 4)):
+        *arguments, grad = inputs(shape, out, dtype, device)
+        x, w, m, b, _ = arguments
+        torch.library.opcheck(torch.ops.metamask.masked_linear.default, (*arguments, SIGMOID, 1.0))
+        torch.library.opcheck(torch.ops.metamask.masked_linear.default, (x, w, m, None, None, SIGMOID, 1.0))
+        torch.library.opcheck(torch.ops.metamask.masked_linear_backward.default, (grad, *arguments, SIGMOID, 1.0, (True,) * 5))
+        needs = (False, True, False, True, False)
+        torch.library.opcheck(torch.ops.metamask.masked_linear_backward.default, (grad, x, w, m, b, None, SIGMOID, 1.0, needs))
+
+
+def largest_allocation(function):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    return max((event.cpu_memory_usage for event in profiler.events() if event.cpu_memory_usage > 0), default=0)
+
+
+def test_nothing_of_the_weights_size_is_allocated_but_the_gradients():
+    *arguments, grad = inputs((4, 1024), 8192, torch.float32)
+    size = arguments[1].numel() * 4
+    assert largest_allocation(lambda: _ops.masked_linear(*arguments, *GATES[0])) < size / 8
+    # Only dx: no gradient of the weight's size
+    only_input = (True, False, False, False, False)
+    assert largest_allocation(lambda: _ops.masked_linear_backward(grad, *arguments, *GATES[0], only_input)) < size / 8
+    # dW alone is one array, not two (the measured function holds its result until it ends)
+    only_weight = (False, True, False, False, False)
+    used = largest_allocation(lambda: _ops.masked_linear_backward(grad, *arguments, *GATES[0], only_weight))
+    assert size <= used < 1.25 * size
+
+
+def test_raw_ops_refuse_what_does_not_fit():
+    x, w, m, b, bm, grad = inputs((2, 3), 4, torch.float32)
+    with pytest.raises(ValueError, match=r"input must be \[..., in\] with in = 3"):
+        _ops.masked_linear(x[:, :2], w, m, b, bm, SIGMOID, 1.0)
+    with pytest.raises(ValueError, match=r"weight must be \[out, in\]"):
+        _ops.masked_linear(x, b, b, None, None, SIGMOID, 1.0)
+    with pytest.raises(ValueError, match=r"bias must be \[out\] = \[4\]"):
+        _ops.masked_linear(x, w, m, b[:3], None, SIGMOID, 1.0)
+    with pytest.raises(ValueError, match="bias_mask_logits must have the shape of bias"):
+        _ops.masked_linear(x, w, m, b, bm[:3], SIGMOID, 1.0)
+    with pytest.raises(ValueError, match=r"grad must be \[..., out\] = \[2, 4\], got \[2, 3\]"):
+        _ops.masked_linear_backward(grad[:, :3], x, w, m, b, bm, SIGMOID, 1.0)
+    with pytest.raises(RuntimeError, match="metamask::masked_linear has no derivative"):
+        _ops.masked_linear(x, w.requires_grad_(), m, b, bm, SIGMOID, 1.0)
+
+
+def test_backward_in_a_pool_thread_of_another_parallel_region():
+    """Two modules at once from two Python threads: each has its own scratch."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    *arguments, _ = inputs((7, 257), 1134, torch.float64)
+    wanted = mm.masked_linear(*arguments)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: mm.masked_linear(*arguments), range(16)):
+            torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-13)
