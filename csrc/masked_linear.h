@@ -1,7 +1,7 @@
 // masked_linear and its gradients over torch tensors: checks, shapes and the bias are the same on every device.
 //
-// Device::linear(x, w, m, b, gate) gives y = x theta^T (+ b), [B, O] in the dtype of x. Device::linear_backward(dy, x, w, m, gate, needs)
-// gives dx, dw and dm where needed. x and dy are contiguous, [B, K] and [B, O]; w and m are contiguous, [O, K].
+// Device::linear(x, w, m, b, gate) gives y = x theta^T (+ b), [B, O] in the dtype of x. Device::linear_backward(dy, x, w, m, gate,
+// needs) gives dx, dw and dm where needed. x and dy are contiguous, [B, K] and [B, O]; w and m are contiguous, [O, K].
 #pragma once
 
 #include "masked_weight.h"
@@ -70,7 +70,8 @@ struct MaskedLinear {
   static at::Tensor matrix(const at::Tensor& tensor, int64_t columns, at::ScalarType dtype) {
     const int64_t rows = tensor.numel() / std::max<int64_t>(columns, 1);
     // An empty row leaves the number of rows to the other dimensions.
-    return tensor.to(dtype).reshape({columns > 0 ? rows : c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1)), columns})
+    return tensor.to(dtype)
+        .reshape({columns > 0 ? rows : c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1)), columns})
         .contiguous();
   }
 

@@ -114,11 +114,11 @@ class MaskedLinear(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        needs = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():
-            grads = _differentiable_linear_backward(grad, *ctx.saved_tensors, ctx.gate, ctx.parameter, needs)
-        else:
-            grads = _ops.masked_linear_backward(grad, *ctx.saved_tensors, ctx.gate, ctx.parameter, needs)
+        backward = _differentiable_linear_backward if torch.is_grad_enabled() else _ops.masked_linear_backward
+        input, weight, mask_logits, bias, bias_mask_logits = ctx.saved_tensors
+        grads = backward(
+            grad, input, weight, mask_logits, bias, bias_mask_logits, ctx.gate, ctx.parameter, ctx.needs_input_grad[:5]
+        )
         return (
             *grads,
             None,  # gate
@@ -127,7 +127,9 @@ class MaskedLinear(Function):
         )
 
 
-def _differentiable_linear_backward(grad, input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, needs):
+def _differentiable_linear_backward(
+    grad, input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, needs
+) -> tuple[Any, ...]:
     """What masked_linear_backward computes, of parts that have derivatives: ``dx = dy @ theta``, ``G = dy.T @ x``."""
     rows = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
     grads: list[Any] = [None] * 5
@@ -142,4 +144,4 @@ def _differentiable_linear_backward(grad, input, weight, mask_logits, bias, bias
         grads[3:5] = MaskedWeightBackward.apply(rows.sum(0), bias, bias_mask_logits, gate, parameter, needs[3:5])
     elif bias is not None and needs[3]:
         grads[3] = rows.sum(0).to(bias.dtype)
-    return grads
+    return tuple(grads)

@@ -112,7 +112,11 @@ def masked_linear(
     dtype = _autocast_dtype(weight)
     parameters = (weight, mask_logits, bias, bias_mask_logits)
     if torch.is_grad_enabled() and (
-        input.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in parameters)
+        input.requires_grad
+        or weight.requires_grad
+        or mask_logits.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (bias_mask_logits is not None and bias_mask_logits.requires_grad)
     ):
         return MaskedLinear.apply(input, *parameters, number, parameter, dtype)
     return _ops.masked_linear(input, *parameters, number, parameter, dtype)

@@ -69,7 +69,7 @@ def check_pair(weight: Tensor, mask_logits: Tensor, weight_name: str = "weight",
 
 
 def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | None) -> None:
-    """Refuse an input, bias or bias logits that do not fit ``weight`` ``[out, in]``. TypeError and ValueError as :func:`check_pair`."""
+    """Refuse an input, bias or bias logits that do not fit ``weight`` ``[out, in]``; errors as :func:`check_pair`."""
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
     check_input(input, weight)

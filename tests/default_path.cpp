@@ -18,7 +18,8 @@ int main() {
   }
   const Gate gate{kSigmoid, 0.5};
   kMaskedWeight_default.forward(gate, Type::kFloat32, Type::kFloat32, w.data(), m.data(), theta.data(), 0, n);
-  kMaskedWeight_default.backward(gate, Type::kFloat32, Type::kFloat32, g.data(), w.data(), m.data(), nullptr, dw.data(), dm.data(), 0, n);
+  kMaskedWeight_default.backward(gate, Type::kFloat32, Type::kFloat32, g.data(), w.data(), m.data(), nullptr, dw.data(), dm.data(),
+                                 0, n);
   double worst = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double s = 1 / (1 + std::exp(-2.0 * m[i])), rest = 1 / (1 + std::exp(2.0 * m[i]));

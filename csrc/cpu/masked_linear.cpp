@@ -1,5 +1,5 @@
-// masked_linear on the CPU, by panels: a few rows of theta at a time are built in a thread's second-level cache and multiplied at once.
-// theta and its gradient never exist in memory; W and M are read once, forward and backward.
+// masked_linear on the CPU, by panels: a few rows of theta at a time are built in a thread's second-level cache and multiplied at
+// once. theta and its gradient never exist in memory; W and M are read once, forward and backward.
 #include "../masked_linear.h"
 
 #include <unistd.h>
@@ -23,8 +23,9 @@ int64_t second_level_cache() {
 struct Panels {
   int64_t rows, count, threads;
 
-  // All scratch of a panel (row_bytes for each row) fits half the second-level cache, which leaves the other half to the operands that
-  // stream by; each thread gets several panels, so that a late one costs little; 256 rows are enough for a product to run at speed.
+  // All scratch of a panel (row_bytes for each row) fits half the second-level cache, which leaves the other half to the operands
+  // that stream by; each thread gets several panels, so that a late one costs little; 256 rows are enough for a product to run at
+  // speed.
   Panels(int64_t total, int64_t row_bytes) {
     const int64_t fits = second_level_cache() / 2 / std::max<int64_t>(row_bytes, 1);
     const int64_t pool = at::in_parallel_region() ? 1 : at::get_num_threads();
@@ -68,8 +69,8 @@ struct CpuLinear : Cpu {
     const Type param = type_of(w.scalar_type()), type = type_of(x.scalar_type());
     panels.run(out, [&](int64_t thread, int64_t first, int64_t n) {
       const at::Tensor theta = scratch.select(0, thread).narrow(0, 0, n);
-      masked_weight_kernels().forward(gate, param, type, at_element(w, first * in), at_element(m, first * in), theta.mutable_data_ptr(),
-                                      0, n * in);
+      masked_weight_kernels().forward(gate, param, type, at_element(w, first * in), at_element(m, first * in),
+                                      theta.mutable_data_ptr(), 0, n * in);
       at::Tensor columns = y.narrow(1, first, n);
       if (b.defined()) at::addmm_out(columns, b.narrow(0, first, n), x, theta.t());
       else at::mm_out(columns, x, theta.t());
@@ -77,8 +78,9 @@ struct CpuLinear : Cpu {
     return y;
   }
 
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w,
-                                                                        const at::Tensor& m, Gate gate, std::array<bool, 3> needs) {
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& x,
+                                                                        const at::Tensor& w, const at::Tensor& m, Gate gate,
+                                                                        std::array<bool, 3> needs) {
     const int64_t out = w.size(0), in = w.size(1), batch = x.size(0);
     const bool needs_gradient = needs[1] || needs[2];
     at::Tensor dw = needs[1] ? at::empty_like(w) : at::Tensor();
@@ -97,8 +99,8 @@ struct CpuLinear : Cpu {
       if (needs_gradient) {
         at::Tensor g = g_scratch.select(0, thread).narrow(0, 0, n);
         at::mm_out(g, dy_panel.t(), x);
-        masked_weight_kernels().backward(gate, param, type, g.const_data_ptr(), at_element(w, start), at_element(m, start), theta_data,
-                                         at_element(dw, start), at_element(dm, start), 0, n * in);
+        masked_weight_kernels().backward(gate, param, type, g.const_data_ptr(), at_element(w, start), at_element(m, start),
+                                         theta_data, at_element(dw, start), at_element(dm, start), 0, n * in);
       } else {
         masked_weight_kernels().forward(gate, param, type, at_element(w, start), at_element(m, start), theta_data, 0, n * in);
       }

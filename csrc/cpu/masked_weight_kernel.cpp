@@ -70,8 +70,8 @@ void forward_block(T parameter, const T* __restrict w, const T* __restrict m, T*
 }
 
 template <class T, GateKind kind>
-void backward_block(T parameter, const T* __restrict g, const T* __restrict w, const T* __restrict m,
-                    T* __restrict theta, T* __restrict dw, T* __restrict dm, int64_t n) {
+void backward_block(T parameter, const T* __restrict g, const T* __restrict w, const T* __restrict m, T* __restrict theta,
+                    T* __restrict dw, T* __restrict dm, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const auto out = backward_of<kind>(g[i], w[i], m[i], parameter);
     theta[i] = out.theta;

@@ -12,8 +12,9 @@ struct CudaLinear : Cuda {
     return b.defined() ? at::addmm(b, x, theta.t()) : at::mm(x, theta.t());
   }
 
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w,
-                                                                        const at::Tensor& m, Gate gate, std::array<bool, 3> needs) {
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& x,
+                                                                        const at::Tensor& w, const at::Tensor& m, Gate gate,
+                                                                        std::array<bool, 3> needs) {
     at::Tensor dx, dw, dm;
     if (needs[0]) dx = at::mm(dy, MaskedWeight<Cuda>::forward(w, m, gate.kind, gate.parameter, x.scalar_type()));
     if (needs[1] || needs[2]) {

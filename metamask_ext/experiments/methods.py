@@ -82,8 +82,16 @@ def compare(
     ):
         folder = out / method
         loop = TaskLoop(
-            model, train, loss, seed=seed, out=folder, evaluate=evaluate, evaluate_every=evaluate_every, label=method, **own,
-            **options
+            model,
+            train,
+            loss,
+            seed=seed,
+            out=folder,
+            evaluate=evaluate,
+            evaluate_every=evaluate_every,
+            label=method,
+            **own,
+            **options,
         ).run(rounds)
         scores[method] = {name: test_score(loop, name) for name in loop.steps_of}
         points = [(line["step"], line["test"]) for line in read_metrics(folder) if "test" in line]

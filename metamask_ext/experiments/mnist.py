@@ -92,8 +92,10 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     left.set(xlabel="gradient steps", ylabel="test accuracy (%)")
     left.legend(fontsize=8)
     start = torch.randn(len(gates[0]), generator=torch.Generator().manual_seed(seed)).sigmoid()
-    for values, label, style in ((start, "normal init (a sample)", STYLES["plain"]), (gates[0], "after training",
-    STYLES["masked"])):
+    for values, label, style in (
+        (start, "normal init (a sample)", STYLES["plain"]),
+        (gates[0], "after training", STYLES["masked"]),
+    ):
         right.hist(values.tolist(), bins=40, range=(0, 1), histtype="step", linewidth=1.8, label=label, **style)
     right.set(xlabel=f"gate, sigmoid(M) (no unit), seed {seed}", ylabel="weights (number)")
     right.legend(fontsize=8)

