@@ -59,3 +59,47 @@ def masks_on(model: nn.Module) -> nn.Module:
             if "masks." in name:
                 parameter.fill_(LOGIT_ON)
     return model
+
+
+def expected(model, task, x):
+    """The output computed with torch alone."""
+    for layer in model:
+        if isinstance(layer, metamask_ext.nn.MaskedLinear):
+            theta = layer.weight * layer.masks[task].sigmoid()
+            x = nn.functional.linear(x, theta, layer.bias * layer.bias_masks[task].sigmoid())
+        else:
+            x = layer(x)
+    return x
+
+
+def assert_uses(model, task, x, call=None):
+    """The call's output is ``task``'s, and differs from the other's."""
+    got = (call or model)(x)
+    torch.testing.assert_close(got, expected(model, task, x))
+    assert not torch.allclose(got, expected(model, "b" if task == "a" else "a", x))
+
+
+def reference_gradients(model, x, *tasks):
+    """Without any checkpoint, from torch alone."""
+    sum(expected(model, task, x).square().sum() for task in tasks).backward()
+    return gradients(model)
+
+
+def kinds(model):
+    """Name, type and parameters of every module: what must not change when convert fails."""
+    return {
+        name: (type(module), dict(module._parameters), list(module._modules), dict(module.__dict__).keys())
+        for name, module in model.named_modules()
+    }
+
+
+def small_cnn():
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4), nn.ReLU(), nn.Linear(4, 2, bias=False))
+
+
+def small_input():
+    return torch.randn(2, 2, 5, 5)
+
+
+def masked_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, metamask_ext.nn.MaskedLayer)]
