@@ -31,7 +31,7 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.built
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -e ".[experiments,bench,test,lint]"
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -e ".[test,lint]"
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(PIP) --no-deps "$(TORCHVISION)" && $(PIP) pillow
 	touch $@
 

@@ -21,6 +21,8 @@ struct MaskedLinear {
     const at::ScalarType out = dtype.value_or(weight.scalar_type());
     check_storage("dtype", out, weight);
     const typename Device::Guard guard(weight);
+    // The product's dtype is decided: autocast, where it is on, must not change it again.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     at::Tensor b;
     if (given(bias)) {
       b = given(bias_mask_logits) ? MaskedWeight<Device>::forward(*bias, *bias_mask_logits, gate, parameter, out) : bias->to(out);
@@ -43,6 +45,8 @@ struct MaskedLinear {
     TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(sizes), "grad must be [..., out] = ", at::IntArrayRef(sizes), ", got ",
                       grad.sizes());
     const typename Device::Guard guard(weight);
+    // The product's dtype is decided: autocast, where it is on, must not change it again.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const at::Tensor dy = matrix(grad, weight.size(0), grad.scalar_type()), x = matrix(input, weight.size(1), grad.scalar_type());
     auto [dx, dw, dm] = Device::linear_backward(dy, x, weight.contiguous(), mask_logits.contiguous(),
                                                 Gate{GateKind(gate), parameter}, {needs[0], needs[1], needs[2]});

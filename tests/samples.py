@@ -5,13 +5,13 @@ A sample is a function of a dtype and a device, so that no test sees what anothe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from metamask_ext import build_info
 from metamask_ext.reference import HARD, SIGMOID
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -19,7 +19,7 @@ GATES = ((SIGMOID, 1.0), (SIGMOID, 0.5), (HARD, 0.0), (HARD, 0.25))
 GATE_IDS = ["sigmoid", "sigmoid-t0.5", "hard", "hard-c0.25"]
 
 # All devices that this machine and this build have: the suite is the same on a GPU.
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and os.environ.get("METAMASK_TEST_DEVICES", "") != "cpu" else [])
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and build_info()["cuda_archs"] else [])
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,9 @@ def load_digits(root: str | Path | None = None, download: bool = True) -> Digits
             install.
     """
     root = default_root() if root is None else Path(root)
-    reason = f"no MNIST in {str(root)!r}"
+    # Written to metrics.json, which people publish: without the name of their home.
+    shown = f"~/{root.relative_to(Path.home())}" if root.is_relative_to(Path.home()) else str(root)
+    reason = f"no MNIST in {shown!r}"
     if (root / "MNIST" / "raw").is_dir() or download:
         try:
             mnist = import_torchvision().datasets.MNIST
