@@ -48,7 +48,7 @@ def list_experiments() -> None:
 def run(
     name: Annotated[str, typer.Argument(help="One of 'metamask list'.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for metrics.json, the figure and the checkpoints.", show_default=False)],
-    seed: Annotated[int, typer.Option(help="First seed.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="First seed.", min=0, max=2**62)] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="One seed instead of five.")] = False,
 ) -> None:
     """Run an experiment. A killed run in OUT continues; a finished one is shown; one with other settings is refused."""

@@ -96,6 +96,10 @@ def check_bias(weight: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | N
         return
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [out] = {list(weight.shape[:1])}, got {list(bias.shape)}")
+    if bias.device != weight.device:
+        raise ValueError(f"bias must be on the device of weight, {weight.device}, got {bias.device}")
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"bias must have the dtype of weight, {weight.dtype}, got {bias.dtype}")
     if bias_mask_logits is not None:
         check_pair(bias, bias_mask_logits, "bias", "bias_mask_logits")
 

@@ -149,6 +149,12 @@ REFUSED = {
     ),
     "weight 1-d": (ValueError, r"weight must be \[out, in\], got shape \[4\]", lambda: mm.masked_linear(X, B, B)),
     "bias shape": (ValueError, r"bias must be \[out\] = \[4\], got \[3\]", lambda: mm.masked_linear(X, W, M, torch.zeros(3))),
+    "bias device": (
+        ValueError,
+        "bias must be on the device of weight, cpu, got meta",
+        lambda: mm.masked_linear(X, W, M, B.to("meta")),
+    ),
+    "bias dtype": (TypeError, "bias must have the dtype of weight", lambda: mm.masked_linear(X, W, M, B.double())),
     "bias mask shape": (
         ValueError,
         "bias_mask_logits must have the shape of bias",
