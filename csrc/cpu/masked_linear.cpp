@@ -86,8 +86,10 @@ struct CpuLinear : Cpu {
     at::Tensor dw = needs[1] ? at::empty_like(w) : at::Tensor();
     at::Tensor dm = needs[2] ? at::empty_like(w) : at::Tensor();
     const Panels panels(out, (int64_t(needs[0]) + int64_t(needs_gradient)) * in * x.element_size());
+    // A sum over panels in 16 bits would round once a panel.
+    const at::ScalarType sum_type = x.element_size() == 2 ? at::kFloat : x.scalar_type();
     // Each thread adds to a dx of its own; they are added up in the order of the threads.
-    at::Tensor dx = needs[0] ? at::zeros({panels.threads, batch, in}, x.options()) : at::Tensor();
+    at::Tensor dx = needs[0] ? at::zeros({panels.threads, batch, in}, x.options().dtype(sum_type)) : at::Tensor();
     at::Tensor theta_scratch = needs[0] ? at::empty({panels.threads, panels.rows, in}, x.options()) : at::Tensor();
     at::Tensor g_scratch = needs_gradient ? at::empty({panels.threads, panels.rows, in}, x.options()) : at::Tensor();
     const Type param = type_of(w.scalar_type()), type = type_of(x.scalar_type());
@@ -106,10 +108,11 @@ struct CpuLinear : Cpu {
       }
       if (needs[0]) {
         at::Tensor dx_thread = dx.select(0, thread);
-        at::addmm_out(dx_thread, dx_thread, dy_panel, theta);
+        if (sum_type == x.scalar_type()) at::addmm_out(dx_thread, dx_thread, dy_panel, theta);
+        else dx_thread.addmm_(dy_panel.to(sum_type), theta.to(sum_type));
       }
     });
-    if (needs[0]) dx = panels.threads == 1 ? dx.select(0, 0) : dx.sum(0);
+    if (needs[0]) dx = (panels.threads == 1 ? dx.select(0, 0) : dx.sum(0)).to(x.scalar_type());
     return {dx, dw, dm};
   }
 };
