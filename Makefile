@@ -4,7 +4,8 @@ VENV ?= .venv
 # The torch that a new environment gets; one that is there stays. torchvision is installed without its dependencies: it would
 # bring a torch of its own.
 TORCH ?= torch==2.13.0
-TORCHVISION ?= torchvision==0.28.0
+# torchvision 0.(n + 15) is made for torch 2.n.
+TORCHVISION ?= torchvision==0.$$($(BIN)/python -c "import torch; print(int(torch.__version__.split('.')[1]) + 15)").0
 OUT ?= out
 
 BIN := $(VENV)/bin

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 from metamask_ext import build_info
+from metamask_ext.continual.files import OutputError, prepare_folder, write_atomic
 
 from . import report
 from .cases import SUITES, Case
@@ -61,24 +62,29 @@ def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None =
     if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
         return _refuse(f"benchmarks need {', '.join(absent)}: pip install 'metamask-ext[bench]'")
 
+    out = Path(out)
+    try:
+        prepare_folder(out)
+    except OutputError as error:
+        return _refuse(str(error))
+
     begin = time.perf_counter()
-    rows = []
-    for case in cases:
-        for allocator in ["default"] if quick or case.device != "cpu" else ALLOCATORS:
-            rows.append(_measure(case, allocator))
-            _show(rows[-1])
-    results = {
+    work = [(case, name) for case in cases for name in (["default"] if quick or case.device != "cpu" else ALLOCATORS)]
+    rows = [_row(case, allocator, "not measured", "the run ended before it") for case, allocator in work]
+    results: dict[str, Any] = {
         "format": 1,
         "suite": suite,
         "quick": quick,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "seconds": round(time.perf_counter() - begin, 1),
+        "seconds": 0.0,
         "machine": describe_machine(),
         "rows": rows,
     }
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    save(results, out / "results.json")
+    for index, (case, allocator) in enumerate(work):
+        rows[index] = _measure(case, allocator)
+        _show(rows[index])
+        results["seconds"] = round(time.perf_counter() - begin, 1)
+        save(results, out / "results.json")  # a run that is stopped keeps what it measured
 
     report.write(results, out, console)
     failed = [row for row in rows if row["status"] == "failed"]
@@ -92,7 +98,7 @@ def save(results: dict[str, Any], path: Path) -> None:
     head = json.dumps({**results, "rows": []}, indent=1)
     lines = ",\n".join("  " + json.dumps(row) for row in results["rows"])
     start, end = head.rsplit("[]", 1)
-    path.write_text(f"{start}[\n{lines}\n ]{end}\n")
+    write_atomic(path, f"{start}[\n{lines}\n ]{end}\n".encode())
 
 
 def describe_machine() -> dict[str, Any]:
@@ -130,11 +136,10 @@ def _commit() -> str | None:
 
 def _measure(case: Case, allocator: str) -> dict[str, Any]:
     """One row of the results."""
-    row = {"case": case.id, "measure": case.measure, "shape": case.shape, "allocator": allocator}
     if case.device == "cuda" and not torch.cuda.is_available():
-        return {**row, "status": "not measured", "reason": "no GPU"}
+        return _row(case, allocator, "not measured", "no GPU")
     if allocator == "tuned" and platform.libc_ver()[0] != "glibc":
-        return {**row, "status": "not measured", "reason": "the settings are those of glibc's allocator"}
+        return _row(case, allocator, "not measured", "the settings are those of glibc's allocator")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(DROPPED_VARIABLES)}
     # Plugins of other packages, and a checkout's configuration and conftest files, have no say here.
     environment.update(ALLOCATORS[allocator], PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
@@ -155,12 +160,17 @@ def _measure(case: Case, allocator: str) -> dict[str, Any]:
                 stderr=subprocess.STDOUT,
             )
         except subprocess.TimeoutExpired:
-            return {**row, "status": "failed", "reason": f"it took longer than {TIMEOUT_SECONDS} s"}
+            return _row(case, allocator, "failed", f"it took longer than {TIMEOUT_SECONDS} s")
         if child.returncode != 0:
             console.print(child.stdout, markup=False, highlight=False)
-            return {**row, "status": "failed", "reason": _reason(child)}
+            return _row(case, allocator, "failed", _reason(child))
         measured = json.loads(output.read_text())["benchmarks"][0]["extra_info"]
-    return {**row, "status": "measured", **measured}
+    return {**_row(case, allocator, "measured"), **measured}
+
+
+def _row(case: Case, allocator: str, status: str, reason: str | None = None) -> dict[str, Any]:
+    row = {"case": case.id, "measure": case.measure, "shape": case.shape, "allocator": allocator, "status": status}
+    return row if reason is None else {**row, "reason": reason}
 
 
 def _reason(child: subprocess.CompletedProcess[str]) -> str:

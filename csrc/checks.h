@@ -10,8 +10,10 @@ namespace metamask {
 
 inline void check_gate(int64_t gate, double parameter) {
   TORCH_CHECK_VALUE(gate == kSigmoid || gate == kHard, "gate must be 0 (sigmoid) or 1 (hard), got ", gate);
-  TORCH_CHECK_VALUE(gate != kSigmoid || (parameter > 0 && parameter < std::numeric_limits<double>::infinity()),
-                    "temperature must be finite and greater than 0, got ", parameter);
+  // Its inverse must be finite too, in float32.
+  TORCH_CHECK_VALUE(gate != kSigmoid || (parameter >= 0x1p-126 && parameter < std::numeric_limits<double>::infinity()),
+                    "temperature must be finite and greater than 0, got ", parameter, " (the least is 2**-126)");
+  TORCH_CHECK_VALUE(parameter == parameter, "threshold must be a number, got nan");
 }
 
 inline bool is_masked_type(at::ScalarType type) {
@@ -58,12 +60,15 @@ inline void check_like(const char* name, const at::Tensor& tensor, const at::Ten
 inline void check_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                          const std::optional<at::Tensor>& bias_mask_logits) {
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [out, in], got shape ", weight.sizes());
+  check_storage("input", input.scalar_type(), weight);
   TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == weight.size(1), "input must be [..., in] with in = ", weight.size(1),
                     " as in weight ", weight.sizes(), ", got ", input.sizes());
   TORCH_CHECK_VALUE(input.device() == weight.device(), "input must be on the device of weight, ", weight.device(), ", got ",
                     input.device());
   const bool has_bias = bias.has_value() && bias->defined();
   if (has_bias) {
+    TORCH_CHECK_TYPE(bias->scalar_type() == weight.scalar_type(), "bias must have the dtype of weight, ", weight.scalar_type(),
+                     ", got ", bias->scalar_type());
     TORCH_CHECK_VALUE(bias->sizes() == weight.sizes().slice(0, 1), "bias must be [out] = ", weight.sizes().slice(0, 1), ", got ",
                       bias->sizes());
     TORCH_CHECK_VALUE(bias->device() == weight.device(), "bias must be on the device of weight, ", weight.device(), ", got ",

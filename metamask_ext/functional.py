@@ -19,6 +19,7 @@ from .reference import check_bias, check_input, check_linear, check_pair, resolv
 
 __all__ = ["masked_conv2d", "masked_linear", "masked_weight"]
 
+AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _no_kernels = BACKEND == "reference"
 _is_compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.maybe_current_level
@@ -198,5 +199,10 @@ def _theta(weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dty
 
 
 def _check_input_dtype(input: Tensor, weight: Tensor) -> None:
-    if input.dtype != weight.dtype and not _is_autocast_enabled(weight.device.type):
-        raise TypeError(f"input must have the dtype of weight, {weight.dtype}, got {input.dtype}")
+    if input.dtype == weight.dtype:
+        return
+    # Autocast converts all types but float64, which stays what it is.
+    converts = _is_autocast_enabled(weight.device.type)
+    if not (converts and weight.dtype != torch.float64 and input.dtype in AUTOCAST_DTYPES):
+        wanted = f"the dtype of weight, {weight.dtype}" if not converts else "a dtype that autocast converts with weight's"
+        raise TypeError(f"input must have {wanted}, got {input.dtype}" + (f" and {weight.dtype}" if converts else ""))

@@ -28,6 +28,7 @@ SIGMOID, HARD = 0, 1
 """How the ops name a gate: csrc/gate.h has the same numbers."""
 
 GATES = {"sigmoid": SIGMOID, "hard": HARD}
+SMALLEST_TEMPERATURE = 2.0**-126
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,15 +36,25 @@ def resolve_gate(gate: str, temperature: float, threshold: float) -> tuple[int, 
     """The gate's number and its one parameter: the temperature of ``sigmoid``, the threshold of ``hard``.
 
     Raises:
-        ValueError: ``gate`` is neither name, ``temperature`` is not finite and positive, or ``threshold`` is NaN.
+        TypeError: ``temperature`` or ``threshold`` is no number.
+        ValueError: ``gate`` is neither name, ``temperature`` is not finite and positive (and a normal float32, so that its inverse
+            is finite too), or ``threshold`` is NaN.
     """
     if gate == "sigmoid":
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature must be finite and greater than 0, got {temperature!r}")
+        try:
+            valid = SMALLEST_TEMPERATURE <= temperature < math.inf
+        except TypeError:
+            raise TypeError(f"temperature must be a number, got {temperature!r}") from None
+        if not valid:
+            raise ValueError(f"temperature must be finite and greater than 0, got {temperature!r} (the least is 2**-126)")
         return SIGMOID, float(temperature)
     if gate == "hard":
-        if threshold != threshold:
-            raise ValueError("threshold must be a number, got nan")
+        try:
+            valid = -math.inf <= threshold <= math.inf
+        except TypeError:
+            raise TypeError(f"threshold must be a number, got {threshold!r}") from None
+        if not valid:
+            raise ValueError(f"threshold must be a number, got {threshold!r}")
         return HARD, float(threshold)
     raise ValueError(f"gate must be one of {sorted(GATES)}, got {gate!r}")
 

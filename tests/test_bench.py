@@ -216,6 +216,31 @@ def test_nothing_to_run_is_one_clear_error(tmp_path, capsys):
     assert "no case core/x; it has core/masked_weight" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "_measure", lambda case, allocator: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    assert run.run("core", tmp_path / "file", quick=True) == 2
+    assert "out must be a folder that can be written" in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_keeps_what_it_measured(tmp_path, monkeypatch):
+    done = []
+
+    def measure_one(case, allocator):
+        if done:
+            raise KeyboardInterrupt
+        done.append(case.id)
+        return {**row("1x2", allocator, eager=2.0), "case": case.id}
+
+    monkeypatch.setattr(run, "_measure", measure_one)
+    with pytest.raises(KeyboardInterrupt):
+        run.run("core", tmp_path, quick=True)
+    first, *rest = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (first["case"], first["status"]) == (done[0], "measured")
+    assert rest and all((r["status"], r["reason"]) == ("not measured", "the run ended before it") for r in rest)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
 TINY = "core/masked_linear-forward-10x40"
 
 

@@ -109,6 +109,37 @@ def test_autocast_leaves_float64_alone(device):
     assert_near(y, F.linear(x, theta(w, m)), torch.float64)
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+def test_autocast_takes_the_inputs_that_torch_takes(input_dtype, weight_dtype):
+    x, w, m = torch.ones(2, 3, dtype=input_dtype), torch.ones(4, 3, dtype=weight_dtype), torch.ones(4, 3, dtype=weight_dtype)
+    image, kernel = torch.ones(1, 3, 5, 5, dtype=input_dtype), torch.ones(4, 3, 3, 3, dtype=weight_dtype)
+    calls = (
+        (lambda: F.linear(x, w), lambda: mm.masked_linear(x, w, m)),
+        (lambda: F.conv2d(image, kernel), lambda: mm.masked_conv2d(image, kernel, kernel)),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for plain, ours in calls:
+            try:
+                dtype = plain().dtype
+            except RuntimeError:
+                with pytest.raises(TypeError, match=rf"input must have .*got {input_dtype}"):
+                    ours()
+            else:
+                assert ours().dtype == dtype
+
+
+def test_the_least_temperature_gives_finite_numbers():
+    x, w, m = (t.requires_grad_() for t in tensors((3, 5), (4, 5), (4, 5)))
+    with torch.no_grad():
+        m[0] = torch.tensor([0.0, 1e-38, -1e-38, 1e4, -1e4])
+    y = mm.masked_linear(x, w, m, temperature=2.0**-126)
+    assert y.isfinite().all()
+    grad_x, grad_w = torch.autograd.grad(y.sum(), (x, w))
+    assert grad_x.isfinite().all() and grad_w.isfinite().all()
+    assert_near(y.detach(), F.linear(x.double(), w.double() * torch.sigmoid(m.double() * 2.0**126)).detach(), torch.float32)
+
+
 def test_autocast_under_a_transform_gives_the_autocast_dtype_too():
     x, w, m = tensors((3, 5), (4, 5), (4, 5))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -128,6 +159,17 @@ REFUSED = {
     "temperature < 0": (ValueError, "temperature .* got -1.0", lambda: mm.masked_linear(X, W, M, temperature=-1.0)),
     "temperature nan": (ValueError, "temperature .* got nan", lambda: mm.masked_weight(W, M, temperature=math.nan)),
     "temperature inf": (ValueError, "temperature .* got inf", lambda: mm.masked_weight(W, M, temperature=math.inf)),
+    "temperature whose inverse is not finite": (
+        ValueError,
+        r"temperature .* got 1e-39 \(the least is 2\*\*-126\)",
+        lambda: mm.masked_weight(W, M, temperature=1e-39),
+    ),
+    "temperature text": (TypeError, "temperature must be a number, got '1'", lambda: mm.masked_weight(W, M, temperature="1")),
+    "threshold text": (
+        TypeError,
+        "threshold must be a number, got None",
+        lambda: mm.masked_weight(W, M, gate="hard", threshold=None),
+    ),
     "threshold nan": (ValueError, "threshold must be a number", lambda: mm.masked_weight(W, M, gate="hard", threshold=math.nan)),
     "no tensor": (TypeError, "mask_logits must be a tensor, got list", lambda: mm.masked_weight(W, [0.0])),
     "input no tensor": (TypeError, "input must be a tensor, got list", lambda: mm.masked_linear([1.0], W, M)),

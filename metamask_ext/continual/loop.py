@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.util
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -79,7 +82,7 @@ class TaskLoop:
             :meth:`using` selects a task there.
         checkpoint_seconds: time between checkpoints; 0: after every round. One is written before the first round and after the
             last.
-        tensorboard: also write the metrics to ``out/tensorboard``.
+        tensorboard: also write the metrics to ``out/tensorboard``; None: if there is an ``out`` and TensorBoard is installed.
         label: what the progress bar calls the run.
 
     Attributes:
@@ -113,7 +116,7 @@ class TaskLoop:
         evaluate: Callable[[TaskLoop], Mapping[str, float]] | None = None,
         evaluate_every: int = 1,
         checkpoint_seconds: float = 10.0,
-        tensorboard: bool = False,
+        tensorboard: bool | None = None,
         label: str = "training",
     ):
         if not isinstance(model, nn.Module):
@@ -125,7 +128,7 @@ class TaskLoop:
         if momentum and optimizer != "sgd":
             raise ValueError(f"momentum is of optimizer='sgd', got momentum={momentum} with optimizer={optimizer!r}")
         for name, count in (("steps", steps), ("evaluate_every", evaluate_every), ("batch_size", batch_size)):
-            if count is not None and count < 1:
+            if count is not None and _integer(name, count) < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if tensorboard and out is None:
             raise ValueError("tensorboard=True needs out, got out=None")
@@ -146,6 +149,7 @@ class TaskLoop:
                     raise ValueError(f"per_task_masks=False takes a model with one task at most, got one with {len(names)}")
                 self._common = names[0]
         self._masked = masked
+        self._replaces_default_at_first = self._replaces_default
 
         mask_lr = lr if mask_lr is None else mask_lr
         extra: dict[str, Any] = {"momentum": momentum} if optimizer == "sgd" else {}
@@ -167,10 +171,14 @@ class TaskLoop:
 
         self.out = None if out is None else Path(out)
         self._evaluate, self._evaluate_every = evaluate, evaluate_every
-        self._checkpoint_seconds, self._tensorboard = checkpoint_seconds, tensorboard
+        self._checkpoint_seconds = checkpoint_seconds
+        self._tensorboard = self.out is not None and (_has_tensorboard() if tensorboard is None else tensorboard)
         self._metrics_length = 0
-        self._opened = self.out is None
+        # Whether this object is where its last checkpoint is; without ``out``, at the end of a round.
+        self._whole = self.out is None
+        self._described = False
         self._settings: dict[str, Any] = {
+            "loss": _name_of(loss),
             "optimizer": optimizer,
             "lr": lr,
             "mask_lr": mask_lr,
@@ -189,10 +197,13 @@ class TaskLoop:
     def run(self, rounds: int) -> TaskLoop:
         """Train until ``rounds`` rounds are done in all, those before a resumption included.
 
+        Called again after an exception, or an interruption from the keyboard, it goes back to the last checkpoint in ``out``.
+
         Returns:
             self.
 
         Raises:
+            RuntimeError: an exception ended an earlier call within a round, and without ``out`` there is nothing to go back to.
             OutputError: ``out`` cannot be written, another process is writing to it, or it holds another program's metrics.
             CheckpointError: the checkpoint in ``out`` is damaged, of other settings or data, or past ``rounds``.
             FloatingPointError: the loss is not finite any more.
@@ -208,12 +219,15 @@ class TaskLoop:
             saved = time.monotonic()
             while self.round < rounds:
                 started = time.monotonic()
+                self._whole = False
                 line = self._run_round()
                 now = time.monotonic()
                 self.seconds += now - started
                 record(line)
                 advance(self.round)
-                if self.out is not None and (self.round == rounds or now - saved >= self._checkpoint_seconds):
+                if self.out is None:
+                    self._whole = True
+                elif self.round == rounds or now - saved >= self._checkpoint_seconds:
                     self._save()
                     saved = time.monotonic()
         return self
@@ -246,7 +260,11 @@ class TaskLoop:
             line = {"round": self.round, "step": self.step, "task": name, "loss": loss}
             if self._evaluate is not None and self.round % self._evaluate_every == 0:
                 with torch.no_grad():
-                    line.update(self._evaluate(self))
+                    scores = self._evaluate(self)
+                for key, score in scores.items():
+                    if not isinstance(score, (int, float)):
+                        raise TypeError(f"evaluate must return numbers, got {key!r}: {type(score).__name__}")
+                line.update(scores)
                 self.model.train()
         return line
 
@@ -315,11 +333,18 @@ class TaskLoop:
     def _open(self, stack: ExitStack) -> Callable[[dict[str, Any]], None]:
         """Take the folder, resume if it holds a checkpoint, and return the function that writes a line of metrics."""
         if self.out is None:
+            if not self._whole:
+                raise RuntimeError(
+                    f"an exception ended an earlier run within round {self.round + 1}, and with out=None there is no checkpoint "
+                    "to go back to: make a new TaskLoop"
+                )
             return lambda line: None
         prepare_folder(self.out)
         stack.enter_context(locked(self.out))
-        if not self._opened:
-            self._settings.update(_describe(self.tasks, self._shared))
+        if not self._whole:
+            if not self._described:  # once: what is annealed during the run is no other setting
+                self._settings.update(_describe(self.tasks, self._shared, self.model))
+                self._described = True
             path = self.out / CHECKPOINT
             if path.exists():
                 self._load(path)
@@ -327,7 +352,7 @@ class TaskLoop:
                 raise OutputError(f"{str(self.out / METRICS)!r} exists without a checkpoint beside it: use another folder")
             else:
                 save_checkpoint(path, self._state())
-            self._opened = True
+            self._whole = True
         self._metrics = MetricsFile(self.out / METRICS, self._metrics_length)
         stack.callback(self._metrics.close)
         if not self._tensorboard:
@@ -351,6 +376,7 @@ class TaskLoop:
         assert self.out is not None
         self._metrics_length = self._metrics.sync()
         save_checkpoint(self.out / CHECKPOINT, self._state())
+        self._whole = True
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -379,13 +405,14 @@ class TaskLoop:
                 for name in present:
                     if name not in state["tasks"]:
                         remove_task(self.model, name)
-            self._replaces_default = self._replaces_default and DEFAULT_TASK in state["tasks"]
+            self._replaces_default = self._replaces_default_at_first and DEFAULT_TASK in state["tasks"]
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"the model does not fit the checkpoint {str(path)!r}: {reason}") from error
         self._optimizer.load_state_dict(state["optimizer"])
+        self._mask_optimizers.clear()
         for name, optimizer_state in state["mask_optimizers"].items():
             optimizer = self._optimizer_type(_mask_parameters(self.model, name), **self._mask_options)
             optimizer.load_state_dict(optimizer_state)
@@ -423,12 +450,34 @@ def _check_data(name: str, data: TaskData, batch_size: int | None) -> None:
         raise ValueError(f"tasks[{name!r}] must have as many x as y, at least one, got {list(x.shape)} and {list(y.shape)}")
 
 
-def _describe(tasks: Mapping[str, TaskData], shared: Mapping[str, nn.Parameter]) -> dict[str, str]:
-    """The data and the model, in settings that can be compared: a checksum or a shape each."""
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _has_tensorboard() -> bool:
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+def _name_of(function: Any) -> str:
+    """A function's name, or the type of a module or another object that can be called."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _describe(tasks: Mapping[str, TaskData], shared: Mapping[str, nn.Parameter], model: nn.Module) -> dict[str, str]:
+    """The data and the model, in settings that can be compared: a checksum, a name or a shape each."""
     described = {f"shape of {name}": f"{list(parameter.shape)} {parameter.dtype}" for name, parameter in shared.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedLayer):
+            described[f"gate of {name or 'the model'}"] = f"{module.gate}, {module.temperature:g}, {module.threshold:g}"
     for name, data in tasks.items():
-        digest = "a function"
-        if not callable(data):
+        if callable(data):
+            digest = f"a function, {_name_of(data)}"
+        else:
             checksum = hashlib.sha256()
             for tensor in data:
                 checksum.update(f"{list(tensor.shape)} {tensor.dtype}".encode())

@@ -89,6 +89,7 @@ def compare(
             out=folder,
             evaluate=evaluate,
             evaluate_every=evaluate_every,
+            tensorboard=False,
             label=method,
             **own,
             **options,
@@ -102,7 +103,15 @@ def compare(
         model = seeded(seed + 1000 * (index + 1), plain)
         folder = out / "independent" / name
         loop = TaskLoop(
-            model, {name: train[name]}, loss, per_task_masks=False, seed=seed, out=folder, label=f"alone: {name}", **options
+            model,
+            {name: train[name]},
+            loss,
+            per_task_masks=False,
+            seed=seed,
+            out=folder,
+            tensorboard=False,
+            label=f"alone: {name}",
+            **options,
         ).run(steps // options["steps"])
         scores["independent"][name] = test_score(loop, name)
     return Comparison(scores, curves)

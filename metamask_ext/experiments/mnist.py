@@ -76,6 +76,7 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
                 out=folder,
                 evaluate=evaluate,
                 evaluate_every=EVALUATE_EVERY,
+                tensorboard=False,
                 label=f"{method}, seed {number}",
                 **OPTIONS,
             ).run(ROUNDS)

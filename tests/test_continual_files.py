@@ -1,0 +1,332 @@
+"""The training loop's files: a kill, an exception or a damaged byte at any moment loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loops import assert_same, new_data, new_loop, new_model, state
+from torch import nn
+
+from metamask_ext.continual import CheckpointError, OutputError, TaskLoop, read_metrics
+from metamask_ext.continual.files import locked
+from metamask_ext.nn import MaskedLinear
+
+# Also the program of the processes that are killed: SIGKILL can be aimed at the n-th call of a function that writes.
+PROGRAM = """
+import os, signal, sys
+import torch, torch.nn.functional as F
+from torch import nn
+from metamask_ext.continual import TaskLoop, files
+from metamask_ext.nn import MaskedLinear
+
+out, rounds, victim, nth = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(MaskedLinear(3, 16), nn.Dropout(0.2), MaskedLinear(16, 1))
+generator = torch.Generator().manual_seed(1)
+tasks = {f"t.{k}": (torch.randn(32, 3, generator=generator), torch.randn(32, 1, generator=generator)) for k in range(4)}
+
+calls = 0
+def deadly(function, before):
+    def call(*arguments):
+        global calls
+        calls += 1
+        if before and calls == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*arguments)
+        if calls == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+if victim == "fsync":
+    os.fsync = deadly(os.fsync, False)
+elif victim == "replace-before":
+    os.replace = deadly(os.replace, True)
+elif victim == "replace-after":
+    os.replace = deadly(os.replace, False)
+elif victim == "write":  # half of a checkpoint is in the temporary file
+    whole = files.write_atomic
+    def half(path, *parts):
+        global calls
+        calls += 1
+        if calls == nth:
+            with open(path.with_name(path.name + ".tmp"), "wb") as file:
+                file.write(b"".join(parts)[:200])
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+        whole(path, *parts)
+    files.write_atomic = half
+
+loop = TaskLoop(
+    model, tasks, F.mse_loss, steps=3, lr=0.02, mask_lr=0.1, momentum=0.9, weight_decay=1e-3, batch_size=8, seed=5, out=out,
+    evaluate=lambda loop: {"seen": float(len(loop.steps_of)), "noise": float(torch.rand(()))}, evaluate_every=3,
+    checkpoint_seconds=0.0, tensorboard=False,
+)
+print("ready", flush=True)
+loop.run(rounds)
+print(loop.resumed, flush=True)
+"""
+
+
+def _program(out: Path, rounds: int, victim: str = "-", nth: int = 0) -> subprocess.Popen:
+    command = [sys.executable, "-c", PROGRAM, str(out), str(rounds), victim, str(nth)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_at_any_moment_ends_as_if_not_killed(tmp_path):
+    """SIGKILL between and amid writes, then at random moments; the run that survives all of it equals one left alone."""
+    rounds = 300
+    left_alone, killed = tmp_path / "alone", tmp_path / "killed"
+    process = _program(left_alone, rounds)
+    assert process.communicate(timeout=300)[0].split()[-1] == "None" and process.returncode == 0
+
+    # Calls of fsync: of a temporary file, of its folder, of the metrics; in this order after the first checkpoint: metrics first.
+    fsyncs = [("fsync", 7), ("fsync", 8), ("fsync", 9)]
+    for victim, nth in (("write", 1), ("write", 9), *fsyncs, ("replace-before", 9), ("replace-after", 9)):
+        process = _program(killed, rounds, victim, nth)
+        process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, victim
+    reached = state(killed)["round"]
+    assert 0 < reached < rounds, "the kills hit a run in progress"
+
+    chance = random.Random(0)
+    for _ in range(3):
+        process = _program(killed, rounds)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(chance.uniform(0.02, 0.2))
+        process.kill()
+        process.communicate(timeout=300)
+    process = _program(killed, rounds)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert int(output.split()[-1]) >= reached
+
+    assert_same(state(killed), state(left_alone))
+    assert (killed / "metrics.jsonl").read_bytes() == (left_alone / "metrics.jsonl").read_bytes()
+    assert len(read_metrics(killed)) == rounds
+    assert sorted(path.name for path in killed.iterdir()) == ["checkpoint.pt", "metrics.jsonl"], "no temporary file is left"
+
+
+def test_run_can_be_extended(tmp_path):
+    whole = new_loop(tmp_path / "whole").run(12)
+    new_loop(tmp_path / "parts").run(5)
+    parts = new_loop(tmp_path / "parts").run(12)
+    assert (whole.resumed, parts.resumed) == (None, 5)
+    assert_same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+    assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="rounds must be at least the 12 that are done, got 11"):
+        new_loop(tmp_path / "parts").run(11)
+
+
+def test_metrics_lines(tmp_path):
+    new_loop(tmp_path, evaluate=lambda loop: {"rounds seen": float(loop.round)}, evaluate_every=2).run(4)
+    lines = read_metrics(tmp_path)
+    assert [line["round"] for line in lines] == [1, 2, 3, 4] and [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert ["rounds seen" in line for line in lines] == [False, True, False, True]
+    assert all(line["task"] in "ab" and line["loss"] > 0 for line in lines)
+
+
+def test_metrics_refuse_what_json_cannot_hold(tmp_path):
+    with pytest.raises(ValueError, match="score must be finite"):
+        new_loop(tmp_path, evaluate=lambda loop: {"score": float("nan")}).run(1)
+
+
+def test_every_damaged_byte_is_noticed(tmp_path):
+    new_loop(tmp_path).run(2)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    places = [0, 10, 30, 60, 89, 90, 91, 92, *range(100, len(whole), 97), len(whole) - 1]
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match="checkpoint.pt.*damaged"):
+            new_loop(tmp_path).run(3)
+    for length in (0, 50, 91, 200, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="checkpoint.pt.*damaged"):
+            new_loop(tmp_path).run(3)
+    path.write_bytes(whole)
+    assert new_loop(tmp_path).run(3).resumed == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.02}, "lr was 0.01, now 0.02"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"optimizer": "adam"}, "optimizer was 'sgd', now 'adam'"),
+        ({"tasks": new_data("ba")}, r"tasks was \['a', 'b'\], now \['b', 'a'\]"),
+        ({"tasks": {name: (x + 1, y) for name, (x, y) in new_data("ab").items()}}, "data of task 'a' was"),
+        ({"tasks": {"a": lambda generator: None, "b": new_data("b")["b"]}}, "data of task 'a' was .*, now 'a function, <lambda>'"),
+        ({"loss": F.l1_loss}, "loss was 'mse_loss', now 'l1_loss'"),
+        ({"loss": partial(F.mse_loss, reduction="sum"), "lr": 0.02}, "lr was"),
+        ({"loss": nn.MSELoss()}, "loss was 'mse_loss', now 'MSELoss'"),
+        ({"model": MaskedLinear(3, 1, temperature=0.5)}, "gate of the model was 'sigmoid, 1, 0', now 'sigmoid, 0.5, 0'"),
+        ({"model": MaskedLinear(3, 1, gate="hard")}, "gate of the model was 'sigmoid, 1, 0', now 'hard, 1, 0'"),
+        ({"settings": {"note": 1}}, "note was absent, now 1"),
+        ({"model": MaskedLinear(3, 2)}, "shape of weight was .*1, 3.*, now .*2, 3"),
+    ],
+)
+def test_checkpoint_of_other_settings(tmp_path, options, message):
+    new_loop(tmp_path).run(2)
+    arguments = {
+        "model": new_model(),
+        "tasks": new_data("ab"),
+        "loss": F.mse_loss,
+        "steps": 2,
+        "lr": 0.01,
+        "out": tmp_path,
+        **options,
+    }
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        TaskLoop(**arguments).run(3)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_model_that_does_not_fit(tmp_path):
+    class WithBuffer(MaskedLinear):
+        def __init__(self):
+            super().__init__(3, 1)
+            self.register_buffer("extra", torch.zeros(1))
+
+    new_loop(tmp_path).run(2)
+    with pytest.raises(CheckpointError, match="does not fit the checkpoint.*extra"):
+        TaskLoop(WithBuffer(), new_data("ab"), F.mse_loss, steps=2, lr=0.01, out=tmp_path).run(3)
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="out must be a folder that can be written, got .*file/run"):
+        new_loop(tmp_path / "file" / "run").run(1)
+
+
+def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    new_loop(tmp_path).run(2)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    loop = new_loop(tmp_path)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="cannot write .*No space left on device"):
+        loop.run(3)
+    monkeypatch.undo()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert new_loop(tmp_path).run(3).resumed == 2
+
+
+class Stop(BaseException):
+    """As KeyboardInterrupt is, not an Exception."""
+
+
+def stopping(calls):
+    """A loss that fails at its nth call, for each n of ``calls``."""
+    count = 0
+
+    def loss(x, y):
+        nonlocal count
+        count += 1
+        if count in calls:
+            raise Stop
+        return F.mse_loss(x, y)
+
+    return loss
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1000.0], ids=["checkpoints", "first checkpoint only"])
+def test_a_loop_goes_on_after_exceptions_as_if_there_had_been_none(tmp_path, seconds):
+    options = {"momentum": 0.9, "checkpoint_seconds": seconds, "evaluate": lambda loop: {"noise": float(torch.rand(()))}}
+    whole = new_loop(tmp_path / "whole", loss=stopping(()), **options).run(12)
+    # Two calls a round: in the first round, before any task's mask is trained; in the middle of later ones
+    parts = new_loop(tmp_path / "parts", loss=stopping((2, 10, 15)), **options)
+    for _ in range(3):
+        with pytest.raises(Stop):
+            parts.run(12)
+    parts.run(12)
+    assert (whole.resumed is None, parts.resumed is None) == (True, False)
+    assert_same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+    assert_same(dict(parts.model.state_dict()), dict(whole.model.state_dict()))
+    assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_loop_without_files_does_not_go_on_from_half_a_round():
+    loop = new_loop(None, loss=stopping((4,)))
+    with pytest.raises(Stop):
+        loop.run(3)
+    with pytest.raises(RuntimeError, match="ended an earlier run within round 2.*out=None.*make a new TaskLoop"):
+        loop.run(3)
+    between = new_loop(None).run(1)
+    assert between.run(2).round == 2
+
+
+def test_what_is_annealed_during_a_run_is_no_other_setting(tmp_path):
+    def anneal(loop):
+        loop.model.temperature = 1.0 / (1 + loop.round)
+        return {}
+
+    loop = new_loop(tmp_path, loss=stopping((8,)), evaluate=anneal)
+    with pytest.raises(Stop):
+        loop.run(6)
+    assert loop.run(6).resumed == 0
+    with pytest.raises(CheckpointError, match="gate of the model was"):
+        arguments = {"steps": 2, "lr": 0.01, "out": tmp_path, "evaluate": anneal}
+        TaskLoop(loop.model, new_data("ab"), stopping(()), **arguments).run(7)
+
+
+def test_metrics_that_are_not_ours_or_not_whole(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(OutputError, match=r"metrics\.jsonl.*without a checkpoint"):
+        new_loop(tmp_path).run(1)
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+
+    new_loop(tmp_path / "run").run(2)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl.*lines are missing"):
+        new_loop(tmp_path / "run").run(3)
+    with pytest.raises(OutputError, match="cannot read"):
+        read_metrics(tmp_path / "nowhere")
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with locked(tmp_path), pytest.raises(OutputError, match="another run is writing to"):
+        new_loop(tmp_path).run(1)
+    assert new_loop(tmp_path).run(1).round == 1
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    new_loop(tmp_path / "off", tensorboard=False).run(1)
+    assert not (tmp_path / "off" / "tensorboard").exists()
+    new_loop(tmp_path, evaluate=lambda loop: {"score": 0.5}).run(3)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("score")] == [1, 2, 3]
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("loss/")]
+    losses = {event.step: event.value for tag in tags for event in events.Scalars(tag)}
+    written = {line["round"]: line["loss"] for line in read_metrics(tmp_path)}
+    assert losses == pytest.approx(written, rel=1e-6)  # TensorBoard stores float32
+
+
+def test_progress_is_quiet_without_a_terminal(tmp_path, capfd):
+    new_loop(tmp_path).run(3)
+    assert capfd.readouterr() == ("", "")
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["round"] == 1
+
+
+def test_progress_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    TaskLoop(new_model(), new_data("a"), F.mse_loss, steps=1, lr=0.01, label="this run").run(3)
+    assert "this run" in capsys.readouterr().err
