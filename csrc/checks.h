@@ -93,6 +93,43 @@ inline at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& weight
   return at::empty_strided(weight.sizes(), weight.strides(), tensor.options()).copy_(tensor);
 }
 
+// An in-place step of SGD on a parameter, instead of its gradient.
+struct Update {
+  bool wanted = false;
+  Sgd sgd = {};
+  at::Tensor velocity;  // undefined: no momentum
+};
+
+// `settings`: lr, weight_decay, momentum.
+inline Update update(const char* name, bool wanted, const std::optional<at::Tensor>& velocity, at::ArrayRef<double> settings,
+                     const at::Tensor& parameter) {
+  if (!wanted) return {};
+  TORCH_CHECK_VALUE(settings.size() == 3, "the settings of ", name, " must be lr, weight_decay and momentum, got ", settings.size(),
+                    " numbers");
+  Update made{true, {settings[0], settings[1], settings[2]}, at::Tensor()};
+  TORCH_CHECK_VALUE(parameter.is_non_overlapping_and_dense(), name, " must be dense to be updated in place");
+  if (velocity.has_value() && velocity->defined()) {
+    made.velocity = *velocity;
+    TORCH_CHECK_VALUE(velocity->sizes() == parameter.sizes() && velocity->strides() == parameter.strides() &&
+                          velocity->scalar_type() == parameter.scalar_type() && velocity->device() == parameter.device(),
+                      "the momentum buffer of ", name, " must have its shape, strides, dtype and device, got ", velocity->sizes(),
+                      ", ", velocity->strides(), ", ", velocity->scalar_type(), " on ", velocity->device());
+  }
+  TORCH_CHECK_VALUE(made.velocity.defined() || made.sgd.momentum == 0, name, " has momentum ", made.sgd.momentum, " and no buffer");
+  return made;
+}
+
+// Where a parameter's gradient goes: into the parameter, into `gradient` if that is defined, or nowhere. Autograd does not see an
+// op write to its arguments: the version counter tells those who saved the parameter.
+inline Sink sink(const Update& update, const at::Tensor& parameter, const at::Tensor& gradient) {
+  if (!update.wanted) return {gradient.defined() ? gradient.mutable_data_ptr() : nullptr};
+  for (const at::Tensor& changed : {parameter, update.velocity}) {
+    if (changed.defined() && !changed.is_inference()) changed.unsafeGetTensorImpl()->bump_version();
+  }
+  return {nullptr, parameter.mutable_data_ptr(), update.velocity.defined() ? update.velocity.mutable_data_ptr() : nullptr,
+          update.sgd};
+}
+
 // A cotangent of a gradient of the parameters, in their dtype and in the memory order of `weight`; undefined when not given.
 inline at::Tensor cotangent(const char* name, const std::optional<at::Tensor>& given, const at::Tensor& weight) {
   if (!given.has_value() || !given->defined()) return at::Tensor();

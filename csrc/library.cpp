@@ -13,6 +13,11 @@ TORCH_LIBRARY(metamask, m) {
   m.def(
       "masked_weight_backward(Tensor grad, Tensor weight, Tensor mask_logits, int gate, float parameter, bool[2] needs) -> "
       "(Tensor, Tensor)");
+  // Written in place with updates[i]; the settings are lr, weight_decay and momentum.
+  m.def(
+      "masked_weight_backward_sgd_(Tensor grad, Tensor(a!) weight, Tensor(b!) mask_logits, Tensor(c!)? weight_velocity, "
+      "Tensor(d!)? mask_velocity, int gate, float parameter, bool[2] needs, bool[2] updates, float[] weight_settings, "
+      "float[] mask_settings) -> (Tensor, Tensor)");
   m.def(
       "masked_weight_double_backward(Tensor? cotangent_weight, Tensor? cotangent_mask, Tensor grad, Tensor weight, "
       "Tensor mask_logits, int gate, float parameter, bool[3] needs) -> (Tensor, Tensor, Tensor)");
@@ -22,6 +27,11 @@ TORCH_LIBRARY(metamask, m) {
   m.def(
       "masked_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor mask_logits, Tensor? bias, "
       "Tensor? bias_mask_logits, int gate, float parameter, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "masked_linear_backward_sgd_(Tensor grad, Tensor input, Tensor(a!) weight, Tensor(b!) mask_logits, Tensor(c!)? bias, "
+      "Tensor(d!)? bias_mask_logits, Tensor(e!)? weight_velocity, Tensor(f!)? mask_velocity, Tensor(g!)? bias_velocity, "
+      "Tensor(h!)? bias_mask_velocity, int gate, float parameter, bool[5] needs, bool[4] updates, float[] settings) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 namespace metamask {
@@ -51,8 +61,9 @@ void without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }
 #endif
 
-constexpr const char* kOps[] = {"masked_weight", "masked_weight_backward", "masked_weight_double_backward", "masked_linear",
-                                "masked_linear_backward"};
+constexpr const char* kOps[] = {"masked_weight", "masked_weight_backward", "masked_weight_backward_sgd_",
+                                "masked_weight_double_backward", "masked_linear", "masked_linear_backward",
+                                "masked_linear_backward_sgd_"};
 
 TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
   for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());

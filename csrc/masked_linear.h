@@ -1,7 +1,8 @@
 // masked_linear and its gradients over torch tensors: checks, shapes and the bias are the same on every device.
 //
 // Device::linear(x, w, m, b, gate) gives y = x theta^T (+ b), [B, O] in the dtype of x. Device::linear_backward(dy, x, w, m, gate,
-// needs) gives dx, dw and dm where needed. x and dy are contiguous, [B, K] and [B, O]; w and m are contiguous, [O, K].
+// needs_dx, dw, dm) gives dx if it is needed, and the parameters' gradients to their sinks. x and dy are contiguous, [B, K] and
+// [B, O]; w and m are contiguous, [O, K].
 #pragma once
 
 #include "masked_weight.h"
@@ -32,12 +33,43 @@ struct MaskedLinear {
     return y.view(with_last(input, weight.size(0)));
   }
 
+  using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+  static Gradients backward(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
+                            const at::Tensor& mask_logits, const OptionalTensor& bias, const OptionalTensor& bias_mask_logits,
+                            int64_t gate, double parameter, std::array<bool, 5> needs) {
+    return backward_or_update(grad, input, weight, mask_logits, bias, bias_mask_logits, Gate{GateKind(gate), parameter}, needs, {});
+  }
+
+  // As backward, but weight, mask, bias and bias mask with updates[i] take a step of SGD instead of giving their gradients.
+  static Gradients backward_sgd(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
+                                const at::Tensor& mask_logits, const OptionalTensor& bias, const OptionalTensor& bias_mask_logits,
+                                const OptionalTensor& weight_velocity, const OptionalTensor& mask_velocity,
+                                const OptionalTensor& bias_velocity, const OptionalTensor& bias_mask_velocity, int64_t gate,
+                                double parameter, std::array<bool, 5> needs, std::array<bool, 4> updates,
+                                at::ArrayRef<double> settings) {
+    TORCH_CHECK_VALUE(settings.size() == 12, "settings must be lr, weight_decay and momentum of four parameters, got ",
+                      settings.size(), " numbers");
+    check_pair(weight, mask_logits);
+    check_linear(input, weight, bias, bias_mask_logits);
+    TORCH_CHECK_VALUE(!(updates[2] || updates[3]) || given(bias_mask_logits), "bias must have logits to be updated here");
+    std::array<Update, 4> made = {update("weight", updates[0], weight_velocity, settings.slice(0, 3), weight),
+                                  update("mask_logits", updates[1], mask_velocity, settings.slice(3, 3), mask_logits)};
+    if (updates[2]) made[2] = update("bias", true, bias_velocity, settings.slice(6, 3), *bias);
+    if (updates[3]) made[3] = update("bias_mask_logits", true, bias_mask_velocity, settings.slice(9, 3), *bias_mask_logits);
+    TORCH_CHECK_VALUE(!(updates[0] || updates[1]) || (weight.is_contiguous() && mask_logits.is_contiguous()),
+                      "weight and mask_logits must be contiguous to be updated in place, got strides ", weight.strides(), " and ",
+                      mask_logits.strides());
+    return backward_or_update(grad, input, weight, mask_logits, bias, bias_mask_logits, Gate{GateKind(gate), parameter}, needs,
+                              made);
+  }
+
   // Of the bias without logits, the gradient is the sum over the batch.
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
-      const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask_logits,
-      const OptionalTensor& bias, const OptionalTensor& bias_mask_logits, int64_t gate, double parameter,
-      std::array<bool, 5> needs) {
-    check_gate(gate, parameter);
+  static Gradients backward_or_update(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
+                                      const at::Tensor& mask_logits, const OptionalTensor& bias,
+                                      const OptionalTensor& bias_mask_logits, Gate gate, std::array<bool, 5> needs,
+                                      const std::array<Update, 4>& updates) {
+    check_gate(gate.kind, gate.parameter);
     check_pair(weight, mask_logits);
     check_linear(input, weight, bias, bias_mask_logits);
     check_storage("grad", grad.scalar_type(), weight);
@@ -48,14 +80,17 @@ struct MaskedLinear {
     // The product's dtype is decided: autocast, where it is on, must not change it again.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const at::Tensor dy = matrix(grad, weight.size(0), grad.scalar_type()), x = matrix(input, weight.size(1), grad.scalar_type());
-    auto [dx, dw, dm] = Device::linear_backward(dy, x, weight.contiguous(), mask_logits.contiguous(),
-                                                Gate{GateKind(gate), parameter}, {needs[0], needs[1], needs[2]});
+    const at::Tensor w = weight.contiguous(), m = mask_logits.contiguous();
+    at::Tensor dw = needs[1] && !updates[0].wanted ? Device::gradient_like(w) : at::Tensor();
+    at::Tensor dm = needs[2] && !updates[1].wanted ? Device::gradient_like(w) : at::Tensor();
+    at::Tensor dx = Device::linear_backward(dy, x, w, m, gate, needs[0], sink(updates[0], w, dw), sink(updates[1], m, dm));
     if (needs[0]) dx = dx.view(input.sizes()).to(input.scalar_type());
     at::Tensor db, dbm;
     if (given(bias) && (needs[3] || needs[4])) {
       db = dy.sum(0);
       if (given(bias_mask_logits)) {
-        std::tie(db, dbm) = MaskedWeight<Device>::backward(db, *bias, *bias_mask_logits, gate, parameter, {needs[3], needs[4]});
+        std::tie(db, dbm) = MaskedWeight<Device>::backward_or_update(db, *bias, *bias_mask_logits, gate, {needs[3], needs[4]},
+                                                                     updates[2], updates[3]);
       } else {
         db = db.to(bias->scalar_type());
       }
@@ -66,6 +101,7 @@ struct MaskedLinear {
   static void register_in(torch::Library& library) {
     library.impl("masked_linear", &forward);
     library.impl("masked_linear_backward", &backward);
+    library.impl("masked_linear_backward_sgd_", &backward_sgd);
   }
 
  private:

@@ -1,8 +1,9 @@
 // masked_weight and its derivatives over torch tensors, for a Device that runs the loops: checks, memory order and results are the
 // same on every device.
 //
-// Device::Guard makes the tensors' device current. Device::forward, backward and double_backward work on `n` elements in one order;
-// `param` is the type of weight, mask and their gradients. A null input is zero, a null output is not computed.
+// Device::Guard makes the tensors' device current; Device::gradient_like allocates an array for a parameter's gradient. Device::forward, backward and double_backward work on `n` elements in one order;
+// `param` is the type of weight, mask and their gradients. A null input is zero, a null output is not computed. backward gives each
+// parameter's gradient to a Sink.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -35,15 +36,38 @@ struct MaskedWeight {
   static std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& weight,
                                                      const at::Tensor& mask_logits, int64_t gate, double parameter,
                                                      std::array<bool, 2> needs) {
-    check_gate(gate, parameter);
+    return backward_or_update(grad, weight, mask_logits, Gate{GateKind(gate), parameter}, needs, {}, {});
+  }
+
+  // As backward, but a parameter with updates[i] takes a step of SGD instead of giving its gradient.
+  static std::tuple<at::Tensor, at::Tensor> backward_sgd(const at::Tensor& grad, const at::Tensor& weight,
+                                                         const at::Tensor& mask_logits,
+                                                         const std::optional<at::Tensor>& weight_velocity,
+                                                         const std::optional<at::Tensor>& mask_velocity, int64_t gate,
+                                                         double parameter, std::array<bool, 2> needs, std::array<bool, 2> updates,
+                                                         at::ArrayRef<double> weight_settings, at::ArrayRef<double> mask_settings) {
+    check_pair(weight, mask_logits);
+    return backward_or_update(grad, weight, mask_logits, Gate{GateKind(gate), parameter}, needs,
+                              update("weight", updates[0], weight_velocity, weight_settings, weight),
+                              update("mask_logits", updates[1], mask_velocity, mask_settings, mask_logits));
+  }
+
+  static std::tuple<at::Tensor, at::Tensor> backward_or_update(const at::Tensor& grad, const at::Tensor& weight,
+                                                               const at::Tensor& mask_logits, Gate gate,
+                                                               std::array<bool, 2> needs, const Update& weight_update,
+                                                               const Update& mask_update) {
+    check_gate(gate.kind, gate.parameter);
     check_pair(weight, mask_logits);
     check_like("grad", grad, weight);
     const typename Device::Guard guard(weight);
     const at::Tensor w = dense(weight), m = laid_out_as(mask_logits, w), g = laid_out_as(grad, w);
-    at::Tensor dw = needs[0] ? at::empty_like(w) : at::Tensor();
-    at::Tensor dm = needs[1] ? at::empty_like(w) : at::Tensor();
-    Device::backward(Gate{GateKind(gate), parameter}, type_of(w.scalar_type()), type_of(g.scalar_type()), data(g), data(w), data(m),
-                     mutable_data(dw), mutable_data(dm), w.numel());
+    TORCH_CHECK_VALUE(!(weight_update.wanted || mask_update.wanted) || (w.is_same(weight) && m.is_same(mask_logits)),
+                      "mask_logits must have the strides of weight to be updated in place, ", weight.strides(), ", got ",
+                      mask_logits.strides());
+    at::Tensor dw = needs[0] && !weight_update.wanted ? Device::gradient_like(w) : at::Tensor();
+    at::Tensor dm = needs[1] && !mask_update.wanted ? Device::gradient_like(w) : at::Tensor();
+    Device::backward(gate, type_of(w.scalar_type()), type_of(g.scalar_type()), data(g), data(w), data(m),
+                     sink(weight_update, w, dw), sink(mask_update, m, dm), w.numel());
     return {dw, dm};
   }
 
@@ -59,8 +83,8 @@ struct MaskedWeight {
     const at::Tensor w = dense(weight), m = laid_out_as(mask_logits, w), g = laid_out_as(grad, w);
     const at::Tensor a = cotangent("cotangent_weight", cotangent_weight, w), b = cotangent("cotangent_mask", cotangent_mask, w);
     at::Tensor dg = needs[0] ? at::empty_like(w, w.options().dtype(g.scalar_type())) : at::Tensor();
-    at::Tensor dw = needs[1] ? at::empty_like(w) : at::Tensor();
-    at::Tensor dm = needs[2] ? at::empty_like(w) : at::Tensor();
+    at::Tensor dw = needs[1] ? Device::gradient_like(w) : at::Tensor();
+    at::Tensor dm = needs[2] ? Device::gradient_like(w) : at::Tensor();
     Device::double_backward(Gate{GateKind(gate), parameter}, type_of(w.scalar_type()), type_of(g.scalar_type()), data(a), data(b),
                             data(g), data(w), data(m), mutable_data(dg), mutable_data(dw), mutable_data(dm), w.numel());
     return {dg, dw, dm};
@@ -69,6 +93,7 @@ struct MaskedWeight {
   static void register_in(torch::Library& library) {
     library.impl("masked_weight", &forward);
     library.impl("masked_weight_backward", &backward);
+    library.impl("masked_weight_backward_sgd_", &backward_sgd);
     library.impl("masked_weight_double_backward", &double_backward);
   }
 };

@@ -19,4 +19,26 @@ METAMASK_INLINE T parameter_of(Gate gate) {
   return T(gate.kind == kSigmoid ? 1.0 / gate.parameter : gate.parameter);
 }
 
+// One step of stochastic gradient descent, as torch.optim.SGD takes it.
+struct Sgd {
+  double lr, weight_decay, momentum;
+};
+
+// The new value of a parameter p with gradient g. `velocity` is its momentum buffer's element.
+template <class T>
+METAMASK_INLINE T descend(T p, T g, Sgd sgd, T& velocity) {
+  velocity = T(sgd.momentum) * velocity + (g + T(sgd.weight_decay) * p);
+  return p - T(sgd.lr) * velocity;
+}
+
+// What becomes of the gradient of a parameter. At most one of `gradient` and `parameter` is given; neither: it is not wanted.
+struct Sink {
+  void* gradient = nullptr;   // where it is written
+  void* parameter = nullptr;  // what one step along it changes
+  void* velocity = nullptr;   // the parameter's momentum buffer; null: none
+  Sgd sgd = {};
+
+  METAMASK_INLINE bool wanted() const { return gradient != nullptr || parameter != nullptr; }
+};
+
 }  // namespace metamask

@@ -1,35 +1,82 @@
-// The default instruction set's loops without torch, for a processor that has no more: prints what they compute.
+// The default instruction set's loops without torch, for a processor that has no more: prints their largest errors.
 #include <cmath>
 #include <cstdio>
 #include <vector>
 
 #include "../csrc/cpu/masked_weight_kernel.h"
+#include "../csrc/cpu/product_kernel.h"
 
 using namespace metamask;
 using namespace metamask::cpu;
 
-int main() {
+namespace {
+
+double worst = 0;
+
+void compare(double got, double expected, double scale) {
+  const double error = std::fabs(got - expected) / (scale + 1e-36);
+  worst = error <= worst ? worst : error;  // a NaN error stays
+}
+
+void masked_weight() {
   const int64_t n = 1134;
-  std::vector<float> w(n), m(n), g(n), theta(n), dw(n), dm(n);
+  std::vector<float> w(n), m(n), g(n), theta(n), dw(n), dm(n), velocity(n, 0.5f);
   for (int64_t i = 0; i < n; ++i) {
     w[i] = float(i % 7) - 3.0f;
     m[i] = float(i % 41) - 20.0f;
     g[i] = float(i % 5) - 2.0f;
   }
   const Gate gate{kSigmoid, 0.5};
-  kMaskedWeight_default.forward(gate, Type::kFloat32, Type::kFloat32, w.data(), m.data(), theta.data(), 0, n);
-  kMaskedWeight_default.backward(gate, Type::kFloat32, Type::kFloat32, g.data(), w.data(), m.data(), nullptr, dw.data(), dm.data(),
-                                 0, n);
-  double worst = 0;
+  const auto& kernels = kMaskedWeight_default;
+  kernels.forward(gate, Type::kFloat32, Type::kFloat32, w.data(), m.data(), theta.data(), 0, n);
+  kernels.backward(gate, Type::kFloat32, Type::kFloat32, g.data(), w.data(), m.data(), nullptr, Sink{dw.data()}, Sink{dm.data()}, 0,
+                   n);
+  std::vector<float> w_after = w, m_after = m;
+  kernels.backward(gate, Type::kFloat32, Type::kFloat32, g.data(), w_after.data(), m_after.data(), nullptr,
+                   Sink{nullptr, w_after.data(), velocity.data(), {0.1, 0.01, 0.9}},
+                   Sink{nullptr, m_after.data(), nullptr, {0.2, 0.02, 0.0}}, 0, n);
   for (int64_t i = 0; i < n; ++i) {
     const double s = 1 / (1 + std::exp(-2.0 * m[i])), rest = 1 / (1 + std::exp(2.0 * m[i]));
-    const double expected[] = {w[i] * s, g[i] * s, g[i] * w[i] * s * rest * 2};
-    const double got[] = {theta[i], dw[i], dm[i]};
-    for (int k = 0; k < 3; ++k) {
-      const double error = std::fabs(got[k] - expected[k]) / (std::fabs(expected[k]) + 1e-36);
-      worst = error <= worst ? worst : error;  // a NaN error stays
+    const double exact_dw = g[i] * s, exact_dm = g[i] * w[i] * s * rest * 2;
+    compare(theta[i], w[i] * s, std::fabs(w[i] * s));
+    compare(dw[i], exact_dw, std::fabs(exact_dw));
+    compare(dm[i], exact_dm, std::fabs(exact_dm));
+    compare(w_after[i], w[i] - 0.1 * (0.9 * 0.5 + exact_dw + 0.01 * w[i]), 1 + std::fabs(w[i]));
+    compare(m_after[i], m[i] - 0.2 * (exact_dm + 0.02 * m[i]), 1 + std::fabs(m[i]));
+  }
+}
+
+template <class T>
+void products(const ProductKernels<T>& kernels) {
+  const int64_t rows = 7, columns = 5, row = 96, length = 80;  // rows are longer than what is multiplied
+  std::vector<T> a(rows * row), b(columns * row), y(rows * columns, T(1)), z(columns * row, T(1));
+  for (size_t i = 0; i < a.size(); ++i) a[i] = T(int(i % 13) - 6) / 7;
+  for (size_t i = 0; i < b.size(); ++i) b[i] = T(int(i % 11) - 5) / 3;
+  kernels.inner(a.data(), row, b.data(), row, y.data(), columns, rows, columns, length);
+  // z[j] += sum over i of y[i, j] a[i]: the first factor is read by columns
+  kernels.outer(y.data(), 1, columns, a.data(), row, z.data(), row, columns, rows, length, true);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      double sum = 1;
+      for (int64_t k = 0; k < length; ++k) sum += double(a[i * row + k]) * double(b[j * row + k]);
+      compare(y[i * columns + j], sum, double(length));
     }
   }
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t k = 0; k < row; ++k) {
+      double sum = 1;
+      for (int64_t i = 0; i < rows && k < length; ++i) sum += double(y[i * columns + j]) * double(a[i * row + k]);
+      compare(z[j * row + k], sum, double(length));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  masked_weight();
+  products(kProducts_default.float32);
+  products(kProducts_default.float64);
   std::printf("%g\n", worst);
   return worst <= 1e-6 ? 0 : 1;
 }

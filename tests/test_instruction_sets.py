@@ -84,7 +84,7 @@ def test_the_default_path_runs_on_a_processor_without_avx(default_path):
 def test_the_emulated_processor_would_catch_avx(tmp_path):
     """The check itself: an AVX-512 object stops there."""
     program = tmp_path / "avx512_path"
-    source = (ROOT / "tests/default_path.cpp").read_text().replace("kMaskedWeight_default", "kMaskedWeight_avx512")
+    source = (ROOT / "tests/default_path.cpp").read_text().replace("_default", "_avx512")
     (tmp_path / "path.cpp").write_text(source.replace("../csrc", str(ROOT / "csrc")))
     paths = [str(tmp_path / "path.cpp"), *map(str, objects("avx512"))]
     subprocess.run(

@@ -4,7 +4,7 @@
 namespace metamask::cpu {
 namespace {
 
-constexpr int64_t kBlock = 512;  // elements worked on at a time: eleven arrays of them stay in the first-level cache
+constexpr int64_t kBlock = 512;  // elements worked on at a time: a dozen arrays of them stay in the first-level cache
 
 // A block of an array in the type of the arithmetic: the array itself where it has that type, else a converted copy.
 template <class T>
@@ -64,6 +64,44 @@ class Output {
   alignas(64) T copy_[kBlock];
 };
 
+// One step along a block of gradients: changes the parameter that `p` was read from, and its momentum buffer.
+template <class T>
+class Descent {
+ public:
+  Descent(Type type, const Sink& sink)
+      : sink_(sink), velocity_in_(type, sink.velocity), velocity_out_(type, sink.velocity), out_(type, sink.parameter) {}
+
+  void run(const T* p, const T* g, int64_t begin, int64_t n) {
+    if (sink_.parameter == nullptr) return;
+    const Sgd sgd = sink_.sgd;
+    T* to = out_.block(begin);
+    if (sink_.velocity == nullptr) {
+      // In place, element by element: `to` is where `p` is, or apart from it.
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        T velocity = T(0);
+        to[i] = descend(p[i], g[i], sgd, velocity);
+      }
+    } else {
+      const T* velocity_from = velocity_in_.block(begin, n);
+      T* velocity_to = velocity_out_.block(begin);
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        T velocity = velocity_from[i];
+        to[i] = descend(p[i], g[i], sgd, velocity);
+        velocity_to[i] = velocity;
+      }
+      velocity_out_.finish(begin, n);
+    }
+    out_.finish(begin, n);
+  }
+
+ private:
+  Sink sink_;
+  Input<T> velocity_in_;
+  Output<T> velocity_out_, out_;
+};
+
 template <class T, GateKind kind>
 void forward_block(T parameter, const T* __restrict w, const T* __restrict m, T* __restrict theta, int64_t n) {
   for (int64_t i = 0; i < n; ++i) theta[i] = theta_of<kind>(w[i], m[i], parameter);
@@ -103,17 +141,21 @@ void forward_range(Gate gate, Type param, Type out, const void* w, const void* m
 }
 
 template <class T, GateKind kind>
-void backward_range(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* theta, void* dw, void* dm,
-                    int64_t begin, int64_t end) {
+void backward_range(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* theta, const Sink& dw,
+                    const Sink& dm, int64_t begin, int64_t end) {
   Input<T> g_in(grad, g), w_in(param, w), m_in(param, m);
-  Output<T> theta_out(grad, theta), dw_out(param, dw), dm_out(param, dm);
+  Output<T> theta_out(grad, theta), dw_out(param, dw.gradient), dm_out(param, dm.gradient);
+  Descent<T> w_step(param, dw), m_step(param, dm);
   for (int64_t i = begin, n; i < end; i += n) {
     n = end - i < kBlock ? end - i : kBlock;
-    backward_block<T, kind>(parameter_of<T>(gate), g_in.block(i, n), w_in.block(i, n), m_in.block(i, n), theta_out.block(i),
-                            dw_out.block(i), dm_out.block(i), n);
+    const T *w_block = w_in.block(i, n), *m_block = m_in.block(i, n);
+    T *dw_block = dw_out.block(i), *dm_block = dm_out.block(i);
+    backward_block<T, kind>(parameter_of<T>(gate), g_in.block(i, n), w_block, m_block, theta_out.block(i), dw_block, dm_block, n);
     theta_out.finish(i, n);
     dw_out.finish(i, n);
     dm_out.finish(i, n);
+    w_step.run(w_block, dw_block, i, n);
+    m_step.run(m_block, dm_block, i, n);
   }
 }
 
@@ -144,7 +186,7 @@ void forward(Gate gate, Type param, Type out, const void* w, const void* m, void
   DISPATCH(forward_range, gate, param, gate, param, out, w, m, theta, begin, end)
 }
 
-void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* theta, void* dw, void* dm,
+void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* theta, Sink dw, Sink dm,
               int64_t begin, int64_t end) {
   DISPATCH(backward_range, gate, param, gate, param, grad, g, w, m, theta, dw, dm, begin, end)
 }

@@ -11,8 +11,9 @@ namespace metamask::cpu {
 // is zero, a null output is not computed.
 struct MaskedWeightKernels {
   void (*forward)(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t begin, int64_t end);
-  // theta, of the gradient's type, comes with the gradients at the cost of a store: the gate is evaluated once.
-  void (*backward)(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* theta, void* dw, void* dm,
+  // theta, of the gradient's type, comes with the gradients at the cost of a store: the gate is evaluated once. It is that of the
+  // parameters as they were.
+  void (*backward)(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* theta, Sink dw, Sink dm,
                    int64_t begin, int64_t end);
   void (*double_backward)(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
                           const void* m, void* dg, void* dw, void* dm, int64_t begin, int64_t end);

@@ -12,15 +12,17 @@ struct CudaLinear : Cuda {
     return b.defined() ? at::addmm(b, x, theta.t()) : at::mm(x, theta.t());
   }
 
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& x,
-                                                                        const at::Tensor& w, const at::Tensor& m, Gate gate,
-                                                                        std::array<bool, 3> needs) {
-    at::Tensor dx, dw, dm;
-    if (needs[0]) dx = at::mm(dy, MaskedWeight<Cuda>::forward(w, m, gate.kind, gate.parameter, x.scalar_type()));
-    if (needs[1] || needs[2]) {
-      std::tie(dw, dm) = MaskedWeight<Cuda>::backward(at::mm(dy.t(), x), w, m, gate.kind, gate.parameter, {needs[1], needs[2]});
+  static at::Tensor linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate,
+                                    bool needs_dx, const Sink& dw, const Sink& dm) {
+    at::Tensor dx;
+    // Before the sinks change the parameters.
+    if (needs_dx) dx = at::mm(dy, MaskedWeight<Cuda>::forward(w, m, gate.kind, gate.parameter, x.scalar_type()));
+    if (dw.wanted() || dm.wanted()) {
+      const at::Tensor g = at::mm(dy.t(), x);
+      Cuda::backward(gate, type_of(w.scalar_type()), type_of(g.scalar_type()), g.const_data_ptr(), w.const_data_ptr(),
+                     m.const_data_ptr(), dw, dm, w.numel());
     }
-    return {dx, dw, dm};
+    return dx;
   }
 };
 

@@ -71,12 +71,13 @@ void masked_weight(Gate gate, Type param, Type other, const void* w, const void*
   });
 }
 
-void masked_weight_backward(Gate gate, Type param, Type other, const void* g, const void* w, const void* m, void* dw, void* dm,
-                            int64_t n, cudaStream_t stream) {
+void masked_weight_backward(Gate gate, Type param, Type other, const void* g, const void* w, const void* m, Sink dw, Sink dm, int64_t n,
+                            cudaStream_t stream) {
   if (n == 0) return;
-  dispatch(gate, param, other, aligned(g, w, m, dw, dm), [&]<GateKind kind, int N, class P, class O>() {
+  const bool packs = aligned(g, w, m, dw.gradient, dw.parameter, dw.velocity, dm.gradient, dm.parameter, dm.velocity);
+  dispatch(gate, param, other, packs, [&]<GateKind kind, int N, class P, class O>() {
     launch(masked_weight_backward_kernel<kind, N, P, O>, blocks_for(n, N), kThreads, stream, parameter_of<Compute<P>>(gate),
-           in<O>(g), in<P>(w), in<P>(m), out<P>(dw), out<P>(dm), n);
+           in<O>(g), in<P>(w), in<P>(m), dw, dm, n);
   });
 }
 

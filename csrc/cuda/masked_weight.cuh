@@ -62,9 +62,23 @@ __global__ void masked_weight_kernel(Compute<P> parameter, const P* w, const P* 
   store<N>(theta, i, n, theta_);
 }
 
-// g: [n] of O; w, m, dw, dm: [n] of P
+// One step of a parameter, whose elements are p, along its gradient g; or the gradient, stored.
+template <int N, class P>
+METAMASK_INLINE void store_or_descend(const Sink& sink, int64_t i, int64_t n, const Compute<P> (&p)[N], const Compute<P> (&g)[N]) {
+  store<N>(static_cast<P*>(sink.gradient), i, n, g);
+  if (sink.parameter == nullptr) return;
+  P* velocity = static_cast<P*>(sink.velocity);
+  Compute<P> v[N], to[N];
+  load_or_zero<N>(velocity, i, n, v);
+  for (int k = 0; k < N; ++k) to[k] = descend(p[k], g[k], sink.sgd, v[k]);
+  store<N>(velocity, i, n, v);
+  store<N>(static_cast<P*>(sink.parameter), i, n, to);
+}
+
+// g: [n] of O; w, m and what the sinks point to: [n] of P. A sink's parameter is w, or m: no other thread reads these elements.
 template <GateKind kind, int N, class P, class O>
-__global__ void masked_weight_backward_kernel(Compute<P> parameter, const O* g, const P* w, const P* m, P* dw, P* dm, int64_t n) {
+__global__ void masked_weight_backward_kernel(Compute<P> parameter, const O* g, const P* w, const P* m, Sink dw, Sink dm,
+                                              int64_t n) {
   const int64_t i = first_element<N>();
   if (!IN_BOUNDS(i < n)) return;
   Compute<P> g_[N], w_[N], m_[N], dw_[N], dm_[N];
@@ -76,8 +90,8 @@ __global__ void masked_weight_backward_kernel(Compute<P> parameter, const O* g, 
     dw_[k] = out.w;
     dm_[k] = out.m;
   }
-  store<N>(dw, i, n, dw_);
-  store<N>(dm, i, n, dm_);
+  store_or_descend<N, P>(dw, i, n, w_, dw_);
+  store_or_descend<N, P>(dm, i, n, m_, dm_);
 }
 
 // a, b, w, m, dw, dm: [n] of P; g, dg: [n] of O

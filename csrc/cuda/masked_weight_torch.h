@@ -14,13 +14,15 @@ struct Cuda {
     explicit Guard(const at::Tensor& tensor) : CUDAGuard(tensor.device()) {}
   };
 
+  static at::Tensor gradient_like(const at::Tensor& parameter) { return at::empty_like(parameter); }
+
   static void forward(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t n) {
     masked_weight(gate, param, out, w, m, theta, n, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  static void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, void* dw, void* dm,
-                       int64_t n) {
+  static void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, const Sink& dw,
+                       const Sink& dm, int64_t n) {
     masked_weight_backward(gate, param, grad, g, w, m, dw, dm, n, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }

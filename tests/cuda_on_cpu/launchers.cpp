@@ -11,7 +11,14 @@ void run_forward(int64_t gate, double parameter, int param, int out, const void*
 
 void run_backward(int64_t gate, double parameter, int param, int grad, const void* g, const void* w, const void* m, void* dw,
                   void* dm, int64_t n) {
-  cuda::masked_weight_backward({GateKind(gate), parameter}, Type(param), Type(grad), g, w, m, dw, dm, n, nullptr);
+  cuda::masked_weight_backward({GateKind(gate), parameter}, Type(param), Type(grad), g, w, m, Sink{dw}, Sink{dm}, n, nullptr);
+}
+
+void run_backward_sgd(int64_t gate, double parameter, int param, int grad, const void* g, void* w, void* m, void* w_velocity,
+                      void* m_velocity, int64_t n) {
+  const Sgd w_sgd{0.1, 0.01, w_velocity == nullptr ? 0.0 : 0.9}, m_sgd{0.2, 0.02, m_velocity == nullptr ? 0.0 : 0.8};
+  cuda::masked_weight_backward({GateKind(gate), parameter}, Type(param), Type(grad), g, w, m, Sink{nullptr, w, w_velocity, w_sgd},
+                               Sink{nullptr, m, m_velocity, m_sgd}, n, nullptr);
 }
 
 void run_double_backward(int64_t gate, double parameter, int param, int grad, const void* a, const void* b, const void* g,

@@ -1,0 +1,162 @@
+// Compiled once for each instruction set, with METAMASK_ISA its name. Everything but the table is local to the object.
+//
+// A tile of kRows x kColumns results is kept in registers while the sum runs: kRows + kColumns loads for kRows * kColumns
+// multiplications. BLAS libraries pack both operands first, which pays for large matrices only, and some choose a lesser
+// instruction set on some processors (docs/cpu.md has the measurements).
+#include "product_kernel.h"
+
+#include "../gate.h"
+
+namespace metamask::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kRows = 4, kColumns = 4;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kRows = 4, kColumns = 3;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kRows = 4, kColumns = 4;
+#else
+constexpr int kVectorBytes = 16, kRows = 3, kColumns = 3;
+#endif
+
+constexpr int64_t kBlockRows = 2 * kRows;  // rows of `a` that stay in the first-level cache while b streams by
+constexpr int64_t kBlockTerms = 64;        // rows of `b` likewise
+
+// The compilers' own vector type: one source for every instruction set.
+template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+  static constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+};
+
+template <class T>
+METAMASK_INLINE typename Vector<T>::type load(const T* from) {
+  return *reinterpret_cast<const typename Vector<T>::unaligned*>(from);
+}
+
+template <class T>
+METAMASK_INLINE void store(T* to, typename Vector<T>::type value) {
+  *reinterpret_cast<typename Vector<T>::unaligned*>(to) = value;
+}
+
+template <class T>
+METAMASK_INLINE T sum(typename Vector<T>::type value) {
+  T lanes[Vector<T>::kLanes];
+  store(lanes, value);
+  for (int half = int(Vector<T>::kLanes) / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+template <class T, int R, int C>
+METAMASK_INLINE void inner_tile(const T* a, int64_t a_row, const T* b, int64_t b_row, T* y, int64_t y_row, int64_t length) {
+  using V = typename Vector<T>::type;
+  V sums[R][C] = {};
+  for (int64_t k = 0; k < length; k += Vector<T>::kLanes) {
+    V columns[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) columns[c] = load(b + c * b_row + k);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const V row = load(a + r * a_row + k);
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) sums[r][c] += row * columns[c];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) y[r * y_row + c] += sum<T>(sums[r][c]);
+  }
+}
+
+template <class T, int R, int C>
+METAMASK_INLINE void outer_tile(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, T* y, int64_t y_row,
+                                int64_t terms, bool add) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  V sums[R][C];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) sums[r][c] = add ? load(y + r * y_row + c * kLanes) : V{};
+  }
+  for (int64_t j = 0; j < terms; ++j) {
+    V columns[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) columns[c] = load(b + j * b_row + c * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const T factor = a[r * a_row + j * a_next];
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) sums[r][c] += factor * columns[c];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) store(y + r * y_row + c * kLanes, sums[r][c]);
+  }
+}
+
+template <int value>
+struct Constant {
+  static constexpr int kValue = value;
+};
+
+// Calls work with the constant min(count, Most): how many rows, or columns, the next tile has.
+template <int Most, class Work>
+METAMASK_INLINE void with_count(int64_t count, Work work) {
+  if constexpr (Most > 1) {
+    if (count < Most) return with_count<Most - 1>(count, work);
+  }
+  work(Constant<Most>());
+}
+
+template <class T>
+void inner(const T* a, int64_t a_row, const T* b, int64_t b_row, T* y, int64_t y_row, int64_t rows, int64_t columns,
+           int64_t length) {
+  for (int64_t block = 0; block < rows; block += kBlockRows) {
+    const int64_t end = block + kBlockRows < rows ? block + kBlockRows : rows;
+    for (int64_t j = 0; j < columns; j += kColumns) {
+      for (int64_t i = block; i < end; i += kRows) {
+        with_count<kRows>(end - i, [&](auto r) {
+          with_count<kColumns>(columns - j, [&](auto c) {
+            inner_tile<T, decltype(r)::kValue, decltype(c)::kValue>(a + i * a_row, a_row, b + j * b_row, b_row, y + i * y_row + j,
+                                                                    y_row, length);
+          });
+        });
+      }
+    }
+  }
+}
+
+template <class T>
+void outer(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, T* y, int64_t y_row, int64_t rows, int64_t terms,
+           int64_t length, bool add) {
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  for (int64_t j = 0; j == 0 || j < terms; j += kBlockTerms) {
+    const int64_t some = terms - j < kBlockTerms ? terms - j : kBlockTerms;
+    for (int64_t k = 0; k < length; k += kColumns * kLanes) {
+      with_count<kColumns>((length - k) / kLanes, [&](auto c) {
+        for (int64_t i = 0; i < rows; i += kRows) {
+          with_count<kRows>(rows - i, [&](auto r) {
+            outer_tile<T, decltype(r)::kValue, decltype(c)::kValue>(a + i * a_row + j * a_next, a_row, a_next, b + j * b_row + k,
+                                                                    b_row, y + i * y_row + k, y_row, some, add || j > 0);
+          });
+        }
+      });
+    }
+  }
+}
+
+}  // namespace
+
+#define TABLE_NAME_(isa) kProducts_##isa
+#define TABLE_NAME(isa) TABLE_NAME_(isa)
+const Products TABLE_NAME(METAMASK_ISA) = {{&inner<float>, &outer<float>}, {&inner<double>, &outer<double>}};
+
+}  // namespace metamask::cpu

@@ -1,0 +1,33 @@
+// Small matrix products between tiles that are in cache, one table for each instruction set. The rows that are multiplied are kept
+// padded to kRowBytes with zeros (or finite numbers times zeros), so that no loop has a remainder of columns.
+#pragma once
+
+#include <cstdint>
+
+namespace metamask::cpu {
+
+constexpr int64_t kRowBytes = 64;
+
+template <class T>
+struct ProductKernels {
+  // y[i, j] += sum over k of a[i, k] b[j, k], for i < rows, j < columns, k < length; a row of a, b or y begins `*_row` after the last.
+  void (*inner)(const T* a, int64_t a_row, const T* b, int64_t b_row, T* y, int64_t y_row, int64_t rows, int64_t columns,
+                int64_t length);
+  // y[i, k] (+)= sum over j of a[i, j] b[j, k], for i < rows, j < terms, k < length; element (i, j) of a is a[i * a_row + j * a_next].
+  // With `add` it is added to y, else y is overwritten.
+  void (*outer)(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, T* y, int64_t y_row, int64_t rows,
+                int64_t terms, int64_t length, bool add);
+};
+
+struct Products {
+  ProductKernels<float> float32;
+  ProductKernels<double> float64;
+};
+
+extern const Products kProducts_default;
+#if defined(METAMASK_X86)
+extern const Products kProducts_avx2;
+extern const Products kProducts_avx512;
+#endif
+
+}  // namespace metamask::cpu
