@@ -17,7 +17,7 @@ check_build()
 # The contract has a function of this subpackage's name. Imported first by a user, the subpackage would take the function's place.
 _import_module(".tasks", __name__)
 
-from . import nn
+from . import nn, optim
 from .functional import masked_conv2d, masked_linear, masked_weight
 from .nn.active import using_task
 from .nn.convert import convert, merge
@@ -34,6 +34,7 @@ __all__ = [
     "masked_weight",
     "merge",
     "nn",
+    "optim",
     "remove_task",
     "tasks",
     "using_task",

@@ -6,6 +6,8 @@ A raw op has no derivative: called with grad mode on and an input that requires 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,11 @@ if BACKEND != "reference":
 
     _masked_weight = _metamask.masked_weight.default
     _masked_weight_backward = _metamask.masked_weight_backward.default
+    _masked_weight_backward_sgd_ = _metamask.masked_weight_backward_sgd_.default
     _masked_weight_double_backward = _metamask.masked_weight_double_backward.default
     _masked_linear = _metamask.masked_linear.default
     _masked_linear_backward = _metamask.masked_linear_backward.default
+    _masked_linear_backward_sgd_ = _metamask.masked_linear_backward_sgd_.default
 
 
 def masked_weight(weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -34,6 +38,39 @@ def masked_weight_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """See :func:`metamask_ext.reference.masked_weight_backward`."""
     return _masked_weight_backward(grad, weight, mask_logits, gate, parameter, needs)
+
+
+def masked_weight_backward_sgd_(
+    grad: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    weight_velocity: Tensor | None,
+    mask_velocity: Tensor | None,
+    gate: int,
+    parameter: float,
+    needs: tuple[bool, bool],
+    updates: tuple[bool, bool],
+    weight_settings: Sequence[float],
+    mask_settings: Sequence[float],
+) -> tuple[Tensor | None, Tensor | None]:
+    """As :func:`masked_weight_backward`, but where ``updates`` says so a parameter takes a step of SGD and gives None.
+
+    The settings are ``lr, weight_decay, momentum``: ``v = momentum * v + grad + weight_decay * p``, ``p = p - lr * v``, with ``v`` the
+    velocity; without one, ``momentum`` is 0.
+    """
+    return _masked_weight_backward_sgd_(
+        grad,
+        weight,
+        mask_logits,
+        weight_velocity,
+        mask_velocity,
+        gate,
+        parameter,
+        needs,
+        updates,
+        weight_settings,
+        mask_settings,
+    )
 
 
 def masked_weight_double_backward(
@@ -79,6 +116,29 @@ def masked_linear_backward(
     return _masked_linear_backward(grad, input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, needs)
 
 
+def masked_linear_backward_sgd_(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    velocities: Sequence[Tensor | None],
+    gate: int,
+    parameter: float,
+    needs: tuple[bool, bool, bool, bool, bool],
+    updates: tuple[bool, bool, bool, bool],
+    settings: Sequence[float],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As :func:`masked_linear_backward`, with steps of SGD as in :func:`masked_weight_backward_sgd_`.
+
+    ``velocities``, ``updates`` and ``settings`` (three numbers each) are those of weight, mask_logits, bias and bias_mask_logits.
+    """
+    return _masked_linear_backward_sgd_(
+        grad, input, weight, mask_logits, bias, bias_mask_logits, *velocities, gate, parameter, needs, updates, settings
+    )
+
+
 def _check_like(name: str, tensor: Tensor, weight: Tensor) -> None:
     if tensor.shape != weight.shape:
         raise ValueError(f"{name} must have the shape of weight, {list(weight.shape)}, got {list(tensor.shape)}")
@@ -99,6 +159,12 @@ if BACKEND != "reference":
         _check_like("grad", grad, weight)
         return tuple(torch.empty_like(weight) if need else None for need in needs)
 
+    @torch.library.register_fake("metamask::masked_weight_backward_sgd_")
+    def _(grad, weight, mask_logits, weight_velocity, mask_velocity, gate, parameter, needs, updates, *settings):
+        check_pair(weight, mask_logits)
+        _check_like("grad", grad, weight)
+        return tuple(torch.empty_like(weight) if need and not update else None for need, update in zip(needs, updates))
+
     @torch.library.register_fake("metamask::masked_weight_double_backward")
     def _(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate, parameter, needs):
         check_pair(weight, mask_logits)
@@ -117,6 +183,14 @@ if BACKEND != "reference":
 
     @torch.library.register_fake("metamask::masked_linear_backward")
     def _(grad, input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, needs):
+        return _linear_gradients(input, weight, mask_logits, bias, bias_mask_logits, needs)
+
+    @torch.library.register_fake("metamask::masked_linear_backward_sgd_")
+    def _(grad, input, weight, mask_logits, bias, bias_mask_logits, v_w, v_m, v_b, v_bm, gate, parameter, needs, updates, settings):
+        needs = [needs[0], *(need and not update for need, update in zip(needs[1:], updates))]
+        return _linear_gradients(input, weight, mask_logits, bias, bias_mask_logits, needs)
+
+    def _linear_gradients(input, weight, mask_logits, bias, bias_mask_logits, needs):
         check_pair(weight, mask_logits)
         check_linear(input, weight, bias, bias_mask_logits)
         return (

@@ -9,12 +9,29 @@ under forward-mode AD or under torch.compile; :mod:`metamask_ext.functional` doe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from . import _ops, reference
+
+
+class Steps(NamedTuple):
+    """Steps of SGD that a node's backward takes instead of giving gradients, set by :class:`metamask_ext.optim.FusedMaskedSGD`.
+
+    For each parameter of the node, in its order: whether it takes a step, its momentum buffer, and ``lr, weight_decay, momentum``.
+    A node's ``in_place`` says whether its parameters lie in memory so that they can be updated there.
+    """
+
+    updates: tuple[bool, ...]
+    velocities: tuple[Tensor | None, ...]
+    settings: tuple[tuple[float, float, float], ...]
+
+
+def _dense(weight: Tensor) -> bool:
+    return weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
 
 
 class MaskedWeight(Function):
@@ -23,17 +40,22 @@ class MaskedWeight(Function):
     @staticmethod
     def forward(ctx, weight, mask_logits, gate, parameter, dtype=None):
         ctx.save_for_backward(weight, mask_logits)
-        ctx.gate, ctx.parameter = gate, parameter
+        ctx.gate, ctx.parameter, ctx.steps = gate, parameter, None
+        ctx.in_place = _dense(weight) and weight.stride() == mask_logits.stride()
         return _ops.masked_weight(weight, mask_logits, gate, parameter, dtype)
 
     @staticmethod
     def backward(ctx, grad):
         weight, mask_logits = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        grad_weight, grad_mask = MaskedWeightBackward.apply(grad, weight, mask_logits, ctx.gate, ctx.parameter, needs)
+        needs, steps = ctx.needs_input_grad[:2], ctx.steps
+        if steps is None:
+            grads = MaskedWeightBackward.apply(grad, weight, mask_logits, ctx.gate, ctx.parameter, needs)
+        else:
+            grads = _ops.masked_weight_backward_sgd_(
+                grad, weight, mask_logits, *steps.velocities, ctx.gate, ctx.parameter, needs, steps.updates, *steps.settings
+            )
         return (
-            grad_weight,
-            grad_mask,
+            *grads,
             None,  # gate
             None,  # parameter
             None,  # dtype
@@ -109,16 +131,21 @@ class MaskedLinear(Function):
     @staticmethod
     def forward(ctx, input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, dtype):
         ctx.save_for_backward(input, weight, mask_logits, bias, bias_mask_logits)
-        ctx.gate, ctx.parameter = gate, parameter
+        ctx.gate, ctx.parameter, ctx.steps = gate, parameter, None
+        ctx.in_place = weight.is_contiguous() and mask_logits.is_contiguous()
         return _ops.masked_linear(input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        backward = _differentiable_linear_backward if torch.is_grad_enabled() else _ops.masked_linear_backward
-        input, weight, mask_logits, bias, bias_mask_logits = ctx.saved_tensors
-        grads = backward(
-            grad, input, weight, mask_logits, bias, bias_mask_logits, ctx.gate, ctx.parameter, ctx.needs_input_grad[:5]
-        )
+        needs, steps = ctx.needs_input_grad[:5], ctx.steps
+        if steps is not None:
+            settings = [number for settings in steps.settings for number in settings]
+            grads = _ops.masked_linear_backward_sgd_(
+                grad, *ctx.saved_tensors, steps.velocities, ctx.gate, ctx.parameter, needs, steps.updates, settings
+            )
+        else:
+            backward = _differentiable_linear_backward if torch.is_grad_enabled() else _ops.masked_linear_backward
+            grads = backward(grad, *ctx.saved_tensors, ctx.gate, ctx.parameter, needs)
         return (
             *grads,
             None,  # gate

@@ -1,0 +1,264 @@
+"""Gradient descent whose update of masked layers happens inside the backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .autograd import MaskedLinear, MaskedWeight, Steps
+from .nn.layers import MaskedLayer, TaskMasks
+from .nn.tasks import tasks
+
+# Where a node's parameters are among its inputs.
+_PARAMETERS = {MaskedLinear: (1, 2, 3, 4), MaskedWeight: (0, 1)}
+_PLAIN = ("nesterov", "dampening", "maximize", "differentiable")
+_NO_STEP = (0.0, 0.0, 0.0)
+
+
+class FusedMaskedSGD(torch.optim.SGD):
+    """:class:`torch.optim.SGD` for a model with masked layers, in one pass over ``W`` and the used masks.
+
+    ``optimizer.backward(loss)`` takes the place of ``loss.backward(); optimizer.step(); optimizer.zero_grad()``: for each parameter
+    ``p`` with gradient ``g``, ``v = momentum * v + g + weight_decay * p`` and ``p = p - lr * v``. Where it can, a masked layer's
+    backward does that itself, a panel of the weight at a time: no gradient of the layer's weight, mask, bias or bias mask is ever
+    stored. The numbers are those of ``torch.optim.SGD`` with two parameter groups: what all tasks share, with ``weight_decay``, and the
+    masks, with ``mask_weight_decay``.
+
+    A parameter is updated inside the backward if exactly one masked layer's node of the graph uses it and nothing else does. Else it
+    gets an ordinary gradient and the step that ``torch.optim.SGD`` takes, with the same numbers: a layer that is used twice, a penalty
+    on ``layer.weight``, tied weights, a gradient of a gradient, a compiled model, a reentrant checkpoint anywhere in the graph, a
+    parameter that has a ``.grad`` already (accumulation) or a hook on its gradient, and every plain layer. Masks of tasks that the loss
+    does not use do not move.
+
+    ``loss.backward()`` and ``step()`` work as with ``torch.optim.SGD``; so do ``param_groups``, schedulers and state dicts, whose
+    momentum buffers have torch's names. Tasks that were added to the model are picked up.
+
+    What must see whole gradients between backward and step, cannot: clip or scale gradients with ``loss.backward()`` and ``step()``.
+    That includes ``torch.amp.GradScaler``; bfloat16 needs none.
+
+    Args:
+        model: has at least one masked layer.
+        lr: learning rate.
+        weight_decay: L2 factor of what all tasks share (``W``, biases, plain layers).
+        mask_weight_decay: L2 factor of the masks.
+        momentum: of all parameters.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``model`` has no masked layer, or synchronises gradients (DistributedDataParallel), or a number is negative.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        weight_decay: float = 0.0,
+        mask_weight_decay: float = 0.0,
+        momentum: float = 0.0,
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not any(isinstance(module, MaskedLayer) for module in model.modules()):
+            raise ValueError(f"model must have a masked layer, got a {type(model).__name__} without one")
+        if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+            raise ValueError("model must not be a DistributedDataParallel: it sums gradients, which are not stored here")
+        numbers = {"lr": lr, "weight_decay": weight_decay, "mask_weight_decay": mask_weight_decay, "momentum": momentum}
+        for name, number in numbers.items():
+            if not number >= 0.0:
+                raise ValueError(f"{name} must be at least 0, got {number!r}")
+        self.model = model
+        shared, masks = _parameters(model)
+        if not masks:
+            raise ValueError("model must have a task, got one without masks")
+        groups = [
+            {"params": list(shared.items()), "weight_decay": weight_decay},
+            {"params": list(masks.items()), "weight_decay": mask_weight_decay},
+        ]
+        super().__init__(groups, lr=lr, momentum=momentum)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._remember()
+        # Not by a step of our own around torch's: each of the two would call the hooks of users.
+        self.register_step_pre_hook(_find_new_tasks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()
+
+    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
+        """Differentiate ``loss`` and take one step; afterwards no parameter has a gradient.
+
+        Args:
+            loss: a scalar with a graph; or any tensor, with ``gradient``.
+            gradient: of what comes after ``loss``, as in :meth:`torch.Tensor.backward`.
+
+        Raises:
+            TypeError, ValueError: ``loss`` is no tensor, has no graph, or is no scalar while ``gradient`` is None. Nothing has changed.
+            RuntimeError: raised inside the backward: layers that come later in the model may have taken their step already.
+        """
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
+        if loss.grad_fn is None:
+            raise ValueError("loss must depend on a parameter, got a tensor without a graph")
+        if gradient is None and loss.numel() != 1:
+            raise ValueError(f"loss must be a scalar where no gradient is given, got shape {list(loss.shape)}")
+        nodes = self._fused_nodes(loss.grad_fn)
+        try:
+            for node, steps in nodes:
+                node.steps = steps
+            loss.backward(gradient)
+        finally:
+            for node, _ in nodes:
+                node.steps = None
+        self.step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._find_new_tasks()
+        super().zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._find_new_tasks()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but a state of parameters with other names, or in another order, is refused."""
+        self._find_new_tasks()
+        for index, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
+            names = theirs.get("param_names")
+            if names is not None and names != ours["param_names"]:
+                differing = set(names) ^ set(ours["param_names"])
+                which = f"{sorted(differing)} are in one only" if differing else "the order differs"
+                raise ValueError(f"state_dict has other parameters in group {index} than the model: {which}")
+        super().load_state_dict(state_dict)
+        self._remember()
+
+    def _remember(self) -> None:
+        """What :meth:`_find_new_tasks` compares with, and each parameter's group."""
+        self._group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        self._of_model = set(self.model.parameters())
+        self._masks = [module for module in self.model.modules() if isinstance(module, TaskMasks)]
+        self._seen = self._fingerprint()
+
+    def _fingerprint(self) -> list[tuple[int, int]]:
+        # A task that is added becomes the last one. Parameters that were seen are alive in param_groups: no id is used twice.
+        return [(len(masks), id(next(reversed(masks._parameters.values()), None))) for masks in self._masks]
+
+    def _find_new_tasks(self) -> None:
+        if self._fingerprint() != self._seen:
+            self._update_groups()
+
+    def _update_groups(self) -> None:
+        """Take up parameters that the model has got since, and let go of those it has lost."""
+        shared, masks = _parameters(self.model)
+        names = {parameter: name for found in (shared, masks) for name, parameter in found.items()}
+        for group in self.param_groups:
+            # A group that the user added may hold parameters of no module here.
+            kept = [
+                (parameter, name)
+                for parameter, name in zip(group["params"], group["param_names"])
+                if parameter in names or parameter not in self._of_model
+            ]
+            group["params"], group["param_names"] = [parameter for parameter, _ in kept], [name for _, name in kept]
+        known = {parameter for group in self.param_groups for parameter in group["params"]}
+        for group, found in zip(self.param_groups, (shared, masks)):
+            for name, parameter in found.items():
+                if parameter not in known:
+                    group["params"].append(parameter)
+                    group["param_names"].append(name)
+        known = {parameter for group in self.param_groups for parameter in group["params"]}
+        for parameter in [parameter for parameter in self.state if parameter not in known]:
+            del self.state[parameter]
+        self._remember()
+
+    def _fused_nodes(self, root: Any) -> list[tuple[Any, Steps]]:
+        """The masked layers' nodes of the graph that can update parameters, with the steps they are to take."""
+        uses, nodes = _walk(root)
+        if nodes and any(variable not in self._group_of for variable in uses):
+            self._update_groups()
+        found = []
+        for node, variables in nodes:
+            taken = [self._can_update(node, variable, uses) for variable in variables]
+            if any(taken):
+                groups = [self._group_of[variable] if take else None for variable, take in zip(variables, taken)]
+                steps = Steps(
+                    tuple(taken),
+                    tuple(None if group is None else self._velocity(p, group) for p, group in zip(variables, groups)),
+                    tuple(_NO_STEP if group is None else _settings(group) for group in groups),
+                )
+                found.append((node, steps))
+        return found
+
+    def _can_update(self, node: Any, variable: Tensor | None, uses: dict[Tensor, int]) -> bool:
+        if variable is None or uses[variable] != 1 or not node.in_place:
+            return False
+        group = self._group_of.get(variable)
+        return not (
+            group is None
+            or variable.grad is not None
+            or variable._backward_hooks
+            or variable._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+            or any(group[option] for option in _PLAIN)
+        )
+
+    def _velocity(self, parameter: Tensor, group: dict[str, Any]) -> Tensor | None:
+        if not group["momentum"]:
+            return None
+        state = self.state[parameter]
+        # From zeros, the first step's v is the gradient, as torch begins.
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+        return state["momentum_buffer"]
+
+
+def _settings(group: dict[str, Any]) -> tuple[float, float, float]:
+    return float(group["lr"]), float(group["weight_decay"]), float(group["momentum"])
+
+
+def _find_new_tasks(optimizer: FusedMaskedSGD, *_: Any) -> None:
+    optimizer._find_new_tasks()
+
+
+def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """What all tasks share, and the masks, by name; the masks task after task, so that a new task's come last."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    of_tasks = [module for module in model.modules() if isinstance(module, TaskMasks)]
+    masks = {names[masks[task]]: masks[task] for task in tasks(model) for masks in of_tasks if task in masks}
+    return {name: parameter for parameter, name in names.items() if name not in masks}, masks
+
+
+def _walk(root: Any) -> tuple[dict[Tensor, int], list[tuple[Any, list[Tensor | None]]]]:
+    """How many edges of the graph lead to each leaf, and the masked layers' nodes with their parameters (None: no leaf there)."""
+    uses: dict[Tensor, int] = {}
+    nodes = []
+    seen, stack = {root}, [root]
+    hidden = False
+    while stack:
+        node = stack.pop()
+        kind = type(node)
+        if getattr(kind, "_forward_cls", None) in _PARAMETERS:
+            edges = [node.next_functions[index][0] for index in _PARAMETERS[kind._forward_cls]]
+            nodes.append((node, [edge.variable if _is_leaf(edge) else None for edge in edges]))
+        # A reentrant checkpoint runs a backward of its own, over a graph that does not exist yet.
+        hidden = hidden or kind.__name__ == "CheckpointFunctionBackward"
+        for child, _ in node.next_functions:
+            if child is None:
+                continue
+            if _is_leaf(child):
+                uses[child.variable] = uses.get(child.variable, 0) + 1
+            elif child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return uses, [] if hidden else nodes
+
+
+def _is_leaf(node: Any) -> bool:
+    return type(node).__name__ == "AccumulateGrad"
