@@ -61,9 +61,9 @@ void without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }
 #endif
 
-constexpr const char* kOps[] = {"masked_weight", "masked_weight_backward", "masked_weight_backward_sgd_",
-                                "masked_weight_double_backward", "masked_linear", "masked_linear_backward",
-                                "masked_linear_backward_sgd_"};
+constexpr const char* kOps[] = {
+    "masked_weight", "masked_weight_backward", "masked_weight_backward_sgd_", "masked_weight_double_backward",
+    "masked_linear", "masked_linear_backward", "masked_linear_backward_sgd_"};
 
 TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
   for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());

@@ -30,7 +30,7 @@ struct MaskedLinear {
     }
     const at::Tensor y = Device::linear(matrix(input, weight.size(1), out), weight.contiguous(), mask_logits.contiguous(), b,
                                         Gate{GateKind(gate), parameter});
-    return y.view(with_last(input, weight.size(0)));
+    return input.dim() == 2 ? y : y.view(with_last(input, weight.size(0)));
   }
 
   using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -84,7 +84,8 @@ struct MaskedLinear {
     at::Tensor dw = needs[1] && !updates[0].wanted ? Device::gradient_like(w) : at::Tensor();
     at::Tensor dm = needs[2] && !updates[1].wanted ? Device::gradient_like(w) : at::Tensor();
     at::Tensor dx = Device::linear_backward(dy, x, w, m, gate, needs[0], sink(updates[0], w, dw), sink(updates[1], m, dm));
-    if (needs[0]) dx = dx.view(input.sizes()).to(input.scalar_type());
+    if (needs[0] && input.dim() != 2) dx = dx.view(input.sizes());
+    if (needs[0] && dx.scalar_type() != input.scalar_type()) dx = dx.to(input.scalar_type());
     at::Tensor db, dbm;
     if (given(bias) && (needs[3] || needs[4])) {
       db = dy.sum(0);
@@ -108,6 +109,8 @@ struct MaskedLinear {
   static bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
   static at::Tensor matrix(const at::Tensor& tensor, int64_t columns, at::ScalarType dtype) {
+    // Asked first: each of the calls below takes as long as a small layer's arithmetic.
+    if (tensor.dim() == 2 && tensor.scalar_type() == dtype && tensor.is_contiguous()) return tensor;
     const int64_t rows = tensor.numel() / std::max<int64_t>(columns, 1);
     // An empty row leaves the number of rows to the other dimensions.
     return tensor.to(dtype)

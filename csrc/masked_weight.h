@@ -1,9 +1,9 @@
 // masked_weight and its derivatives over torch tensors, for a Device that runs the loops: checks, memory order and results are the
 // same on every device.
 //
-// Device::Guard makes the tensors' device current; Device::gradient_like allocates an array for a parameter's gradient. Device::forward, backward and double_backward work on `n` elements in one order;
-// `param` is the type of weight, mask and their gradients. A null input is zero, a null output is not computed. backward gives each
-// parameter's gradient to a Sink.
+// Device::Guard makes the tensors' device current; Device::gradient_like allocates an array for a parameter's gradient.
+// Device::forward, backward and double_backward work on `n` elements in one order; `param` is the type of weight, mask and their
+// gradients. A null input is zero, a null output is not computed. backward gives each parameter's gradient to a Sink.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -53,9 +53,8 @@ struct MaskedWeight {
   }
 
   static std::tuple<at::Tensor, at::Tensor> backward_or_update(const at::Tensor& grad, const at::Tensor& weight,
-                                                               const at::Tensor& mask_logits, Gate gate,
-                                                               std::array<bool, 2> needs, const Update& weight_update,
-                                                               const Update& mask_update) {
+                                                               const at::Tensor& mask_logits, Gate gate, std::array<bool, 2> needs,
+                                                               const Update& weight_update, const Update& mask_update) {
     check_gate(gate.kind, gate.parameter);
     check_pair(weight, mask_logits);
     check_like("grad", grad, weight);

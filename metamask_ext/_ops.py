@@ -40,36 +40,28 @@ def masked_weight_backward(
     return _masked_weight_backward(grad, weight, mask_logits, gate, parameter, needs)
 
 
+Settings = tuple[float, float, float]
+"""Of a step of SGD: ``lr, weight_decay, momentum``."""
+
+
 def masked_weight_backward_sgd_(
     grad: Tensor,
     weight: Tensor,
     mask_logits: Tensor,
-    weight_velocity: Tensor | None,
-    mask_velocity: Tensor | None,
     gate: int,
     parameter: float,
     needs: tuple[bool, bool],
-    updates: tuple[bool, bool],
-    weight_settings: Sequence[float],
-    mask_settings: Sequence[float],
+    updates: Sequence[bool],
+    velocities: Sequence[Tensor | None],
+    settings: Sequence[Settings],
 ) -> tuple[Tensor | None, Tensor | None]:
     """As :func:`masked_weight_backward`, but where ``updates`` says so a parameter takes a step of SGD and gives None.
 
-    The settings are ``lr, weight_decay, momentum``: ``v = momentum * v + grad + weight_decay * p``, ``p = p - lr * v``, with ``v`` the
-    velocity; without one, ``momentum`` is 0.
+    ``v = momentum * v + grad + weight_decay * p``, ``p = p - lr * v``, with ``v`` the velocity; without one, momentum must be 0.
+    ``updates``, ``velocities`` and ``settings`` are those of weight and mask_logits.
     """
     return _masked_weight_backward_sgd_(
-        grad,
-        weight,
-        mask_logits,
-        weight_velocity,
-        mask_velocity,
-        gate,
-        parameter,
-        needs,
-        updates,
-        weight_settings,
-        mask_settings,
+        grad, weight, mask_logits, *velocities, gate, parameter, needs, updates, settings[0], settings[1]
     )
 
 
@@ -123,19 +115,20 @@ def masked_linear_backward_sgd_(
     mask_logits: Tensor,
     bias: Tensor | None,
     bias_mask_logits: Tensor | None,
-    velocities: Sequence[Tensor | None],
     gate: int,
     parameter: float,
     needs: tuple[bool, bool, bool, bool, bool],
-    updates: tuple[bool, bool, bool, bool],
-    settings: Sequence[float],
+    updates: Sequence[bool],
+    velocities: Sequence[Tensor | None],
+    settings: Sequence[Settings],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As :func:`masked_linear_backward`, with steps of SGD as in :func:`masked_weight_backward_sgd_`.
 
-    ``velocities``, ``updates`` and ``settings`` (three numbers each) are those of weight, mask_logits, bias and bias_mask_logits.
+    ``updates``, ``velocities`` and ``settings`` are those of weight, mask_logits, bias and bias_mask_logits.
     """
+    numbers = [number for its in settings for number in its]
     return _masked_linear_backward_sgd_(
-        grad, input, weight, mask_logits, bias, bias_mask_logits, *velocities, gate, parameter, needs, updates, settings
+        grad, input, weight, mask_logits, bias, bias_mask_logits, *velocities, gate, parameter, needs, updates, numbers
     )
 
 

@@ -52,7 +52,7 @@ class MaskedWeight(Function):
             grads = MaskedWeightBackward.apply(grad, weight, mask_logits, ctx.gate, ctx.parameter, needs)
         else:
             grads = _ops.masked_weight_backward_sgd_(
-                grad, weight, mask_logits, *steps.velocities, ctx.gate, ctx.parameter, needs, steps.updates, *steps.settings
+                grad, weight, mask_logits, ctx.gate, ctx.parameter, needs, steps.updates, steps.velocities, steps.settings
             )
         return (
             *grads,
@@ -139,12 +139,11 @@ class MaskedLinear(Function):
     def backward(ctx, grad):
         needs, steps = ctx.needs_input_grad[:5], ctx.steps
         if steps is not None:
-            settings = [number for settings in steps.settings for number in settings]
-            grads = _ops.masked_linear_backward_sgd_(
-                grad, *ctx.saved_tensors, steps.velocities, ctx.gate, ctx.parameter, needs, steps.updates, settings
-            )
+            update: Any = _ops.masked_linear_backward_sgd_
+            settings = steps.updates, steps.velocities, steps.settings
+            grads = update(grad, *ctx.saved_tensors, ctx.gate, ctx.parameter, needs, *settings)
         else:
-            backward = _differentiable_linear_backward if torch.is_grad_enabled() else _ops.masked_linear_backward
+            backward: Any = _differentiable_linear_backward if torch.is_grad_enabled() else _ops.masked_linear_backward
             grads = backward(grad, *ctx.saved_tensors, ctx.gate, ctx.parameter, needs)
         return (
             *grads,

@@ -20,23 +20,23 @@ _NO_STEP = (0.0, 0.0, 0.0)
 class FusedMaskedSGD(torch.optim.SGD):
     """:class:`torch.optim.SGD` for a model with masked layers, in one pass over ``W`` and the used masks.
 
-    ``optimizer.backward(loss)`` takes the place of ``loss.backward(); optimizer.step(); optimizer.zero_grad()``: for each parameter
-    ``p`` with gradient ``g``, ``v = momentum * v + g + weight_decay * p`` and ``p = p - lr * v``. Where it can, a masked layer's
+    ``optimizer.backward(loss)`` takes the place of ``loss.backward(); optimizer.step(); optimizer.zero_grad()``. For each parameter
+    ``p`` with gradient ``g``: ``v = momentum * v + g + weight_decay * p`` and ``p = p - lr * v``. Where it can, a masked layer's
     backward does that itself, a panel of the weight at a time: no gradient of the layer's weight, mask, bias or bias mask is ever
-    stored. The numbers are those of ``torch.optim.SGD`` with two parameter groups: what all tasks share, with ``weight_decay``, and the
-    masks, with ``mask_weight_decay``.
+    stored. The numbers are those of ``torch.optim.SGD`` with two parameter groups: what all tasks share, with ``weight_decay``, and
+    the masks, with ``mask_weight_decay``.
 
-    A parameter is updated inside the backward if exactly one masked layer's node of the graph uses it and nothing else does. Else it
-    gets an ordinary gradient and the step that ``torch.optim.SGD`` takes, with the same numbers: a layer that is used twice, a penalty
-    on ``layer.weight``, tied weights, a gradient of a gradient, a compiled model, a reentrant checkpoint anywhere in the graph, a
-    parameter that has a ``.grad`` already (accumulation) or a hook on its gradient, and every plain layer. Masks of tasks that the loss
-    does not use do not move.
+    A parameter is updated inside the backward if exactly one masked layer's node of the graph uses it and nothing else does. Else
+    it gets an ordinary gradient and the step that ``torch.optim.SGD`` takes, with the same numbers: a layer that is used twice, a
+    penalty on ``layer.weight``, tied weights, a gradient of a gradient, a compiled model, a reentrant checkpoint anywhere in the
+    graph, a parameter that has a ``.grad`` already (accumulation) or a hook on its gradient, and every plain layer. Masks of tasks
+    that the loss does not use do not move.
 
     ``loss.backward()`` and ``step()`` work as with ``torch.optim.SGD``; so do ``param_groups``, schedulers and state dicts, whose
-    momentum buffers have torch's names. Tasks that were added to the model are picked up.
+    momentum buffers have torch's names. Tasks that are added to the model later are picked up.
 
-    What must see whole gradients between backward and step, cannot: clip or scale gradients with ``loss.backward()`` and ``step()``.
-    That includes ``torch.amp.GradScaler``; bfloat16 needs none.
+    What must see whole gradients between backward and step, cannot: clip or scale gradients with ``loss.backward()`` and
+    ``step()``. That includes ``torch.amp.GradScaler``; bfloat16 needs none.
 
     Args:
         model: has at least one masked layer.
@@ -89,7 +89,8 @@ class FusedMaskedSGD(torch.optim.SGD):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._begin()
+        if "model" in state:  # a copy; torch also calls this when it loads a state dict
+            self._begin()
 
     def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
         """Differentiate ``loss`` and take one step; afterwards no parameter has a gradient.
@@ -99,8 +100,9 @@ class FusedMaskedSGD(torch.optim.SGD):
             gradient: of what comes after ``loss``, as in :meth:`torch.Tensor.backward`.
 
         Raises:
-            TypeError, ValueError: ``loss`` is no tensor, has no graph, or is no scalar while ``gradient`` is None. Nothing has changed.
-            RuntimeError: raised inside the backward: layers that come later in the model may have taken their step already.
+            TypeError, ValueError: ``loss`` is no tensor, has no graph, or is no scalar while ``gradient`` is None; nothing has
+                changed.
+            RuntimeError: from inside the backward: layers that come later in the model may have taken their step already.
         """
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
@@ -159,7 +161,7 @@ class FusedMaskedSGD(torch.optim.SGD):
     def _update_groups(self) -> None:
         """Take up parameters that the model has got since, and let go of those it has lost."""
         shared, masks = _parameters(self.model)
-        names = {parameter: name for found in (shared, masks) for name, parameter in found.items()}
+        names: dict[Any, str] = {parameter: name for found in (shared, masks) for name, parameter in found.items()}
         for group in self.param_groups:
             # A group that the user added may hold parameters of no module here.
             kept = [
@@ -168,15 +170,15 @@ class FusedMaskedSGD(torch.optim.SGD):
                 if parameter in names or parameter not in self._of_model
             ]
             group["params"], group["param_names"] = [parameter for parameter, _ in kept], [name for _, name in kept]
-        known = {parameter for group in self.param_groups for parameter in group["params"]}
+        known: set[Any] = {parameter for group in self.param_groups for parameter in group["params"]}
         for group, found in zip(self.param_groups, (shared, masks)):
             for name, parameter in found.items():
                 if parameter not in known:
                     group["params"].append(parameter)
                     group["param_names"].append(name)
         known = {parameter for group in self.param_groups for parameter in group["params"]}
-        for parameter in [parameter for parameter in self.state if parameter not in known]:
-            del self.state[parameter]
+        for gone in [parameter for parameter in self.state if parameter not in known]:
+            del self.state[gone]
         self._remember()
 
     def _fused_nodes(self, root: Any) -> list[tuple[Any, Steps]]:
@@ -191,7 +193,10 @@ class FusedMaskedSGD(torch.optim.SGD):
                 groups = [self._group_of[variable] if take else None for variable, take in zip(variables, taken)]
                 steps = Steps(
                     tuple(taken),
-                    tuple(None if group is None else self._velocity(p, group) for p, group in zip(variables, groups)),
+                    tuple(
+                        None if variable is None or group is None else self._velocity(variable, group)
+                        for variable, group in zip(variables, groups)
+                    ),
                     tuple(_NO_STEP if group is None else _settings(group) for group in groups),
                 )
                 found.append((node, steps))

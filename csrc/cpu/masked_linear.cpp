@@ -1,5 +1,5 @@
-// masked_linear on the CPU, by panels: a few rows of theta at a time are built in a thread's cache and multiplied at once. theta and
-// its gradient never exist in memory; W and M are read once, forward and backward. docs/cpu.md explains the sizes.
+// masked_linear on the CPU, by panels: a few rows of theta at a time are built in a thread's cache and multiplied at once. theta
+// and its gradient never exist in memory; W and M are read once, forward and backward. docs/cpu.md explains the sizes.
 #include "../masked_linear.h"
 
 #include <unistd.h>
@@ -76,21 +76,54 @@ constexpr at::ScalarType kScalar = sizeof(T) == 8 ? at::kDouble : at::kFloat;
 template <class T>
 constexpr Type kType = sizeof(T) == 8 ? Type::kFloat64 : Type::kFloat32;
 
-// `from`, [rows, columns], as T with rows padded by zeros to whole vectors; itself where it is that already.
+// Uninitialised memory: of a small layer on the stack, because torch's allocator takes as long as its arithmetic.
 template <class T>
-at::Tensor padded(const at::Tensor& from) {
-  const at::Tensor source = from.to(kScalar<T>);
-  const int64_t rows = source.size(0), columns = source.size(1), wide = round_up(columns, kRowBytes / int64_t(sizeof(T)));
-  if (wide == columns) return source;
-  at::Tensor to = at::empty({rows, wide}, source.options());
-  const T* in = source.const_data_ptr<T>();
-  T* out = to.mutable_data_ptr<T>();
-  for (int64_t i = 0; i < rows; ++i) {
-    std::copy_n(in + i * columns, columns, out + i * wide);
-    std::fill_n(out + i * wide + columns, wide - columns, T(0));
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) {
+    if (n <= kSmall) return;
+    large_ = at::empty({n}, at::TensorOptions().dtype(kScalar<T>));
+    data = large_.template mutable_data_ptr<T>();
   }
-  return to;
-}
+  Scratch(const Scratch&) = delete;
+
+ private:
+  static constexpr int64_t kSmall = 16 * 1024 / int64_t(sizeof(T));
+  at::Tensor large_;
+  alignas(64) T small_[kSmall];
+
+ public:
+  T* data = small_;
+};
+
+// A contiguous matrix as T, its rows padded by zeros to whole vectors; the matrix itself where it is that already.
+template <class T>
+class Rows {
+ public:
+  explicit Rows(const at::Tensor& from)
+      : source_(from.scalar_type() == kScalar<T> ? from : from.to(kScalar<T>)),
+        row(round_up(from.size(1), kRowBytes / int64_t(sizeof(T)))),
+        copy_(row == from.size(1) ? 0 : from.size(0) * row) {
+    const int64_t rows = from.size(0), columns = from.size(1);
+    data = source_.template const_data_ptr<T>();
+    if (row == columns) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      std::copy_n(data + i * columns, columns, copy_.data + i * row);
+      std::fill_n(copy_.data + i * row + columns, row - columns, T(0));
+    }
+    data = copy_.data;
+  }
+
+ private:
+  at::Tensor source_;
+
+ public:
+  const T* data;
+  const int64_t row;
+
+ private:
+  Scratch<T> copy_;
+};
 
 // A parameter of 1, 2, 4 or 8 bytes an element, from one of its elements on.
 template <class Pointer>
@@ -111,8 +144,8 @@ Sink at_element(const Sink& sink, int64_t element, int64_t bytes) {
 struct Tile {
   int64_t first, rows, column, columns, in, tile_row;
 
-  // work(element of the parameters, element of the tile, number) for each contiguous piece: one where the tile has whole rows without
-  // padding, else one a row.
+  // work(element of the parameters, element of the tile, number) for each contiguous piece: one where the tile has whole rows
+  // without padding, else one a row.
   template <class Work>
   void each_piece(const Work& work) const {
     if (columns == in && tile_row == in) return work(first * in, 0, rows * in);
@@ -139,27 +172,28 @@ struct Linear {
 
   at::Tensor forward(const at::Tensor& input, const at::Tensor& bias) const {
     const int64_t batch = input.size(0);
-    const at::Tensor x = padded<T>(input), b = bias.defined() ? bias.to(kScalar<T>) : bias;
-    at::Tensor y = at::empty({batch, out}, x.options());
+    const Rows<T> x(input);
+    const at::Tensor b = bias.defined() ? bias.to(kScalar<T>) : bias;
+    at::Tensor y = at::empty({batch, out}, input.options().dtype(kScalar<T>));
     if (y.numel() == 0) return y;
     const Panels panels(out, in, batch, sizeof(T), kForwardTile, kForwardRow);
-    const int64_t tile_row = round_up(panels.columns, kPad), x_row = x.size(1);
-    at::Tensor scratch = at::empty({panels.threads, panels.rows, tile_row}, x.options());
-    const T *x_data = x.const_data_ptr<T>(), *b_data = b.defined() ? b.const_data_ptr<T>() : nullptr;
-    T *y_data = y.mutable_data_ptr<T>(), *scratch_data = scratch.mutable_data_ptr<T>();
+    const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
+    const Scratch<T> scratch(panels.threads * tile_size);
+    const T* b_data = b.defined() ? b.const_data_ptr<T>() : nullptr;
+    T* y_data = y.mutable_data_ptr<T>();
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
       for (int64_t i = 0; i < batch; ++i) {
         if (b_data != nullptr) std::copy_n(b_data + first, rows, y_data + i * out + first);
         else std::fill_n(y_data + i * out + first, rows, T(0));
       }
-      T* theta = scratch_data + thread * panels.rows * tile_row;
+      T* theta = scratch.data + thread * tile_size;
       for (int64_t column = 0; column < in; column += panels.columns) {
         const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
         const int64_t wide = round_up(tile.columns, kPad);
         build_theta(tile, theta);
         // The padding meets that of x; what lies there, of another tile, may not be finite.
         for (int64_t i = 0; i < rows; ++i) std::fill_n(theta + i * tile_row + tile.columns, wide - tile.columns, T(0));
-        product_kernels<T>().inner(x_data + column, x_row, theta, tile_row, y_data + first, out, batch, rows, wide);
+        product_kernels<T>().inner(x.data + column, x.row, theta, tile_row, y_data + first, out, batch, rows, wide);
       }
     });
     return y;
@@ -169,21 +203,23 @@ struct Linear {
   at::Tensor backward(const at::Tensor& grad, const at::Tensor& input, bool needs_dx, const Sink& dw, const Sink& dm) const {
     const int64_t batch = input.size(0);
     const bool needs_g = dw.wanted() || dm.wanted();
-    const at::Tensor dy = grad.to(kScalar<T>), x = padded<T>(input);
+    const at::Tensor dy = grad.scalar_type() == kScalar<T> ? grad : grad.to(kScalar<T>);
+    const Rows<T> x(input);
     const Panels panels(out, in, batch, sizeof(T), kBackwardTile, kBackwardRow);
-    const int64_t tile_row = round_up(panels.columns, kPad), x_row = x.size(1), tile_size = panels.rows * tile_row;
-    at::Tensor scratch = at::empty({panels.threads, 2, tile_size}, x.options());
+    const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
+    const Scratch<T> scratch(panels.threads * 2 * tile_size);
     // Each thread adds to a dx of its own; they are added up in the order of the threads.
-    at::Tensor dx = needs_dx ? at::zeros({panels.threads, batch, x_row}, x.options()) : at::Tensor();
-    const T *x_data = x.const_data_ptr<T>(), *dy_data = dy.const_data_ptr<T>();
-    T *dx_data = needs_dx ? dx.mutable_data_ptr<T>() : nullptr, *scratch_data = scratch.mutable_data_ptr<T>();
+    const int64_t dx_size = needs_dx ? batch * x.row : 0;
+    const Scratch<T> dx(panels.threads * dx_size);
+    std::fill_n(dx.data, panels.threads * dx_size, T(0));
+    const T* dy_data = dy.const_data_ptr<T>();
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
-      T *g = scratch_data + 2 * thread * tile_size, *theta = g + tile_size;
+      T *g = scratch.data + 2 * thread * tile_size, *theta = g + tile_size;
       for (int64_t column = 0; column < in; column += panels.columns) {
         const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
         const int64_t wide = round_up(tile.columns, kPad);
         if (needs_g) {
-          product_kernels<T>().outer(dy_data + first, 1, out, x_data + column, x_row, g, tile_row, rows, batch, wide, false);
+          product_kernels<T>().outer(dy_data + first, 1, out, x.data + column, x.row, g, tile_row, rows, batch, wide, false);
           tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
             masked_weight_kernels().backward(gate, param, kType<T>, g + at, at_element(weight, element, bytes),
                                              at_element(mask, element, bytes), needs_dx ? theta + at : nullptr,
@@ -193,21 +229,34 @@ struct Linear {
           build_theta(tile, theta);
         }
         if (needs_dx) {
-          product_kernels<T>().outer(dy_data + first, out, 1, theta, tile_row, dx_data + thread * batch * x_row + column, x_row,
-                                     batch, rows, wide, true);
+          product_kernels<T>().outer(dy_data + first, out, 1, theta, tile_row, dx.data + thread * dx_size + column, x.row, batch,
+                                     rows, wide, true);
         }
       }
     });
-    if (!needs_dx) return dx;
-    dx = panels.threads == 1 ? dx.select(0, 0) : dx.sum(0);
-    return x_row == in ? dx : dx.narrow(1, 0, in).contiguous();
+    if (!needs_dx) return at::Tensor();
+    at::Tensor total = at::empty({batch, in}, input.options().dtype(kScalar<T>));
+    T* total_data = total.mutable_data_ptr<T>();
+    const auto add_up = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        std::copy_n(dx.data + i * x.row, in, total_data + i * in);
+        for (int64_t thread = 1; thread < panels.threads; ++thread) {
+          const T* more = dx.data + thread * dx_size + i * x.row;
+          for (int64_t k = 0; k < in; ++k) total_data[i * in + k] += more[k];
+        }
+      }
+    };
+    if (panels.threads == 1) add_up(0, batch);
+    else at::parallel_for(0, batch, std::max<int64_t>(kGrain / std::max<int64_t>(in, 1), 1), add_up);
+    return total;
   }
 };
 
 struct CpuLinear : Cpu {
   static at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, const at::Tensor& b, Gate gate) {
     if (x.scalar_type() == at::kDouble) return Linear<double>{w, m, gate}.forward(x, b);
-    return Linear<float>{w, m, gate}.forward(x, b).to(x.scalar_type());
+    const at::Tensor y = Linear<float>{w, m, gate}.forward(x, b);
+    return x.scalar_type() == at::kFloat ? y : y.to(x.scalar_type());
   }
 
   static at::Tensor linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate,

@@ -41,14 +41,19 @@ METAMASK_INLINE void store(T* to, typename Vector<T>::type value) {
   *reinterpret_cast<typename Vector<T>::unaligned*>(to) = value;
 }
 
+// The sum of a vector's lanes. The vector is stored first: taken apart in registers, GCC keeps it in memory through the loop
+// before.
 template <class T>
 METAMASK_INLINE T sum(typename Vector<T>::type value) {
-  T lanes[Vector<T>::kLanes];
+  typedef T Part __attribute__((vector_size(16), may_alias));
+  alignas(kVectorBytes) T lanes[Vector<T>::kLanes];
   store(lanes, value);
-  for (int half = int(Vector<T>::kLanes) / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  constexpr int kLanes = 16 / sizeof(T);
+  Part total = *reinterpret_cast<const Part*>(lanes);
+#pragma GCC unroll 4
+  for (int i = kLanes; i < Vector<T>::kLanes; i += kLanes) total += *reinterpret_cast<const Part*>(lanes + i);
+  if constexpr (kLanes == 4) return (total[0] + total[2]) + (total[1] + total[3]);
+  else return total[0] + total[1];
 }
 
 template <class T, int R, int C>

@@ -10,11 +10,12 @@ constexpr int64_t kRowBytes = 64;
 
 template <class T>
 struct ProductKernels {
-  // y[i, j] += sum over k of a[i, k] b[j, k], for i < rows, j < columns, k < length; a row of a, b or y begins `*_row` after the last.
+  // y[i, j] += sum over k of a[i, k] b[j, k], for i < rows, j < columns, k < length; a row of a, b or y begins `*_row` after the
+  // last.
   void (*inner)(const T* a, int64_t a_row, const T* b, int64_t b_row, T* y, int64_t y_row, int64_t rows, int64_t columns,
                 int64_t length);
-  // y[i, k] (+)= sum over j of a[i, j] b[j, k], for i < rows, j < terms, k < length; element (i, j) of a is a[i * a_row + j * a_next].
-  // With `add` it is added to y, else y is overwritten.
+  // y[i, k] (+)= sum over j of a[i, j] b[j, k], for i < rows, j < terms, k < length; element (i, j) of a is a[i * a_row + j *
+  // a_next]. With `add` it is added to y, else y is overwritten.
   void (*outer)(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, T* y, int64_t y_row, int64_t rows,
                 int64_t terms, int64_t length, bool add);
 };

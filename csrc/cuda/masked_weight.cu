@@ -71,8 +71,8 @@ void masked_weight(Gate gate, Type param, Type other, const void* w, const void*
   });
 }
 
-void masked_weight_backward(Gate gate, Type param, Type other, const void* g, const void* w, const void* m, Sink dw, Sink dm, int64_t n,
-                            cudaStream_t stream) {
+void masked_weight_backward(Gate gate, Type param, Type other, const void* g, const void* w, const void* m, Sink dw, Sink dm,
+                            int64_t n, cudaStream_t stream) {
   if (n == 0) return;
   const bool packs = aligned(g, w, m, dw.gradient, dw.parameter, dw.velocity, dm.gradient, dm.parameter, dm.velocity);
   dispatch(gate, param, other, packs, [&]<GateKind kind, int N, class P, class O>() {

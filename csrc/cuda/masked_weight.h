@@ -13,8 +13,8 @@ namespace metamask::cuda {
 
 void masked_weight(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t n, cudaStream_t stream);
 
-void masked_weight_backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, Sink dw, Sink dm, int64_t n,
-                            cudaStream_t stream);
+void masked_weight_backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, Sink dw, Sink dm,
+                            int64_t n, cudaStream_t stream);
 
 void masked_weight_double_backward(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
                                    const void* m, void* dg, void* dw, void* dm, int64_t n, cudaStream_t stream);
