@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from .problems import Problem, cnn, masked_linear, masked_weight
+from .training import fused_step, resnet18_step
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Case:
 
 
 WIDTHS = (64, 1024, 2048, 4096)
-BATCHES_AND_WIDTHS = ((10, 40), (16, 64), (8, 1024), (32, 1024), (256, 1024), (8, 2048), (64, 2048), (8, 4096))
+SMALL = ((10, 40), (16, 64))
 QUICK = ("masked_linear-forward-32x1024", "masked_linear-step-32x1024")
 
 
@@ -46,10 +49,31 @@ def _core() -> list[Case]:
     cases += [
         (f"masked_linear-{mode}", f"{batch}x{width}", partial(masked_linear, batch, width, mode))
         for mode in ("forward", "backward", "step")
-        for batch, width in BATCHES_AND_WIDTHS
+        for batch, width in (*SMALL, (32, 1024), (8, 4096))
     ]
     cases.append(("cnn-step", "32x32", partial(cnn, 32, 32, "step")))
     return [Case("core", measure, shape, build, f"{measure}-{shape}" in QUICK) for measure, shape, build in cases]
 
 
-SUITES: dict[str, list[Case]] = {"core": _core()}
+# What bounds.py sets bounds on.
+FORWARD = ((8, 1024), (32, 1024), (256, 1024), (8, 2048), (64, 2048), (8, 4096), (128, 4096))
+TRAINING = (*FORWARD, (1, 2048), (1024, 1024))
+BATCH_1 = ((1, 1024), (1, 2048))
+
+
+def _cpu() -> list[Case]:
+    bfloat16 = torch.bfloat16
+    cases = [
+        *(("masked_linear-forward", f"{b}x{w}", partial(masked_linear, b, w, "forward")) for b, w in (*FORWARD, *BATCH_1)),
+        *(("masked_linear-fused-step", f"{b}x{w}", partial(fused_step, b, w)) for b, w in TRAINING),
+        *(("masked_linear-backward", f"{b}x{w}", partial(masked_linear, b, w, "backward")) for b, w in (*TRAINING, *SMALL)),
+        *(("bfloat16-forward", f"{b}x{w}", partial(masked_linear, b, w, "forward", bfloat16)) for b, w in FORWARD),
+        *(("bfloat16-backward", f"{b}x{w}", partial(masked_linear, b, w, "backward", bfloat16)) for b, w in FORWARD),
+        ("resnet18-step", "16x64x64", partial(resnet18_step, False)),
+        ("resnet18-fused-step", "16x64x64", partial(resnet18_step, True)),
+    ]
+    quick = ("masked_linear-forward-32x1024", "masked_linear-fused-step-32x1024", "masked_linear-backward-32x1024")
+    return [Case("cpu", measure, shape, build, f"{measure}-{shape}" in quick) for measure, shape, build in cases]
+
+
+SUITES: dict[str, list[Case]] = {"core": _core(), "cpu": _cpu()}

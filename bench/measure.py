@@ -21,6 +21,7 @@ from .cases import Case
 from .problems import Contender, Problem
 
 ROUNDINGS = 32.0
+SHORT_ROUNDINGS = 4.0
 WARMUP_ROUNDS = 3
 MIN_ROUNDS, MAX_ROUNDS = 9, 101
 TARGET_SECONDS = 1.0
@@ -57,21 +58,35 @@ def check(problem: Problem) -> Checked:
             # str() of it may be empty or pages long; its first line names the cause (no C++ compiler, say).
             not_measured[name] = f"torch.compile failed: {(str(error).strip() or repr(error)).splitlines()[0]}"
             continue
-        errors[name] = _worst_error(name, contender, results, exact[contender.exact], problem.reduction)
+        errors[name] = _worst_error(name, contender, results, exact[contender.exact], problem)
     return Checked(errors, not_measured)
 
 
-def _worst_error(name: str, contender: Contender, results: tuple[Tensor, ...], exact: tuple[Tensor, ...], reduction: int) -> float:
+def _worst_error(
+    name: str, contender: Contender, results: tuple[Tensor, ...], exact: tuple[Tensor, ...], problem: Problem
+) -> float:
     assert len(results) == len(exact) == len(contender.results), f"{name} returned {len(results)} results, not {len(exact)}"
     worst = 0.0
     for what, result, expected in zip(contender.results, results, exact):
         assert result.shape == expected.shape, f"{what} of {name} has shape {list(result.shape)}, not {list(expected.shape)}"
-        assert result.dtype == torch.float32, f"{what} of {name} is {result.dtype}, not float32"
+        assert result.dtype == problem.dtype, f"{what} of {name} is {result.dtype}, not {problem.dtype}"
         assert expected.isfinite().all(), f"the float64 reference of {what} is not finite"
+        if problem.tolerance is not None:
+            size = expected.norm().item()
+            norm_error = (result.detach().double() - expected).norm().item() / (problem.tolerance * size + 1e-30)
+            if not norm_error <= 1.0:
+                raise AssertionError(
+                    f"{what} of {name} is wrong: off by {norm_error:.2g} times what is allowed, {problem.tolerance:g}"
+                )
+            worst = max(worst, norm_error)
+            continue
         # The rounding errors of n additions grow like a random walk, as eps * sqrt(n) times the size of a typical sum. The
         # constant is for element-wise factors: in 1 - sigmoid(M) the leading digits cancel where M is large, so there the
         # error is some eps of the other factors and not of the product.
-        share = torch.finfo(result.dtype).eps * (ROUNDINGS + 2.0 * math.sqrt(reduction))
+        share = torch.finfo(torch.float32).eps * (ROUNDINGS + 2.0 * math.sqrt(problem.reduction))
+        if result.dtype != torch.float32:
+            # 16 bits round theta, the gradient's inputs and the result; their sums are kept in float32.
+            share += SHORT_ROUNDINGS * torch.finfo(result.dtype).eps
         tolerance = share * (expected.abs() + expected.square().mean().sqrt())
         error = (result.detach().double() - expected).abs() / tolerance
         # Written so that a NaN is wrong.

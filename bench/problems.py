@@ -48,11 +48,16 @@ class Problem:
         contenders: by name; ``ours`` is one of them.
         reduction: the largest number of products summed into one result: the check's tolerance grows with it.
         missing: contenders that the case cannot have, each with the reason.
+        tolerance: of the check, on the norm of each result's error, relative to the result's: for networks in which the rounding of
+            one element decides others (a maximum, a ReLU). None: each element is checked.
+        dtype: of all results.
     """
 
     contenders: dict[str, Contender]
     reduction: int
     missing: dict[str, str] = field(default_factory=dict)
+    tolerance: float | None = None
+    dtype: torch.dtype = torch.float32
 
 
 class Layers(NamedTuple):
@@ -116,10 +121,20 @@ def masked_weight(width: int, mode: str) -> Problem:
     return _problem(lambda layers: layers.weight, None, [weight], mode, reduction=1, missing=missing)
 
 
-def masked_linear(batch: int, width: int, mode: str) -> Problem:
+def masked_linear(batch: int, width: int, mode: str, dtype: torch.dtype = torch.float32) -> Problem:
     """One square linear layer inside a network: its backward also gives the gradient of its input."""
     shape = (batch, width)
-    return _problem(lambda layers: layers.linear, shape, [(width, width)], mode, reduction=max(batch, width), input_grad=True)
+    missing = {name: "in bfloat16 only the floor is compared" for name in ("eager", "compiled") if dtype != torch.float32}
+    return _problem(
+        lambda layers: layers.linear,
+        shape,
+        [(width, width)],
+        mode,
+        reduction=max(batch, width),
+        input_grad=True,
+        missing=missing,
+        dtype=dtype,
+    )
 
 
 def cnn(batch: int, channels: int, mode: str) -> Problem:
@@ -150,6 +165,7 @@ def _problem(
     reduction: int,
     input_grad: bool = False,
     missing: dict[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Problem:
     """The four contenders of ``network``, a function from a contender's layers to its forward.
 
@@ -162,7 +178,7 @@ def _problem(
     generator = torch.Generator().manual_seed(SEED)
 
     def normal(shape: Sequence[int], fan_in: int = 1) -> Tensor:
-        return torch.randn(*shape, generator=generator) / math.sqrt(fan_in)
+        return (torch.randn(*shape, generator=generator) / math.sqrt(fan_in)).to(dtype)
 
     tensors = Tensors(
         None if input_shape is None else normal(input_shape),
@@ -195,7 +211,7 @@ def _problem(
             masked = name != "dense"
             work = _work(function, own(), mode, masked, input_grad)
             contenders[name] = Contender(work, definition, _result_names(tensors, mode, masked, input_grad))
-    return Problem(contenders, reduction, missing)
+    return Problem(contenders, reduction, missing, dtype=dtype)
 
 
 def _work(function: Function, tensors: Tensors, mode: str, masked: bool, input_grad: bool) -> Work:

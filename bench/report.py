@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from . import bounds
+
 NOT_MEASURED = "not measured"
 QUIET = 0.05
 """The share of the CPU time that other processes may take before a measurement counts as disturbed."""
@@ -114,7 +116,16 @@ def notes(results: dict[str, Any]) -> list[str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table with its notes, as Markdown."""
+    """The table with its notes, as Markdown: of a suite with bounds, theirs."""
+    if results["suite"] not in bounds.BOUNDS:
+        return details(results)
+    head, *rows = bounds.table(results)
+    text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n".join([*text, "", *notes(results)]) + "\n"
+
+
+def details(results: dict[str, Any]) -> str:
+    """All ratios with the notes, as Markdown."""
     head = ["measure", "shape", *(f"{ratio}, {allocator}" for ratio, allocator in columns(results))]
     text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines(results):
@@ -137,6 +148,12 @@ def show(results: dict[str, Any], console: Console) -> None:
         mean = line.shape == "geometric mean"
         table.add_row(line.measure, line.shape, *cells, style="bold" if mean else None, end_section=mean)
     console.print(table)
+    if results["suite"] in bounds.BOUNDS:
+        head, *rows = bounds.table(results)
+        limits = Table(*head, title="bounds")
+        for row in rows:
+            limits.add_row(*row, style="red" if "**no**" in row[-1] else None)
+        console.print(limits)
     for note in notes(results):
         console.print(note, markup=False, highlight=False)
 
@@ -199,23 +216,38 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def write(results: dict[str, Any], out: Path, console: Console) -> None:
     """Print the table, and write ``table.md`` and ``ratios.png`` into ``out``."""
     show(results, console)
-    (out / "table.md").write_text(markdown(results))
+    _write_tables(results, out)
     plot(results, out / "ratios.png")
+
+
+def _write_tables(results: dict[str, Any], out: Path) -> None:
+    (out / "table.md").write_text(markdown(results))
+    if results["suite"] in bounds.BOUNDS:
+        (out / "details.md").write_text(details(results))
 
 
 def update(path: Path, results: dict[str, Any]) -> None:
     """Replace what stands between ``<!-- bench:SUITE -->`` and ``<!-- /bench:SUITE -->`` in a Markdown file by the table.
 
+    Between ``<!-- bench:SUITE:details -->`` and its end, if the file has these, all ratios are put.
+
     Raises:
-        ValueError: the file has not exactly one such pair of markers, in this order.
+        ValueError: the file has neither pair of markers, or not each once and in this order.
     """
-    begin, end = f"<!-- bench:{results['suite']} -->", f"<!-- /bench:{results['suite']} -->"
     text = path.read_text()
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"{path.name} must have one line {begin} and, after it, one line {end}")
-    before, rest = text.split(begin)
-    after = rest.split(end)[1]
-    path.write_text(f"{before}{begin}\n{markdown(results)}{end}{after}")
+    found = False
+    for name, table in ((f"bench:{results['suite']}", markdown), (f"bench:{results['suite']}:details", details)):
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin not in text and end not in text:
+            continue
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(f"{path.name} must have one line {begin} and, after it, one line {end}")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table(results)}{end}{rest.split(end)[1]}"
+        found = True
+    if not found:
+        raise ValueError(f"{path.name} must have a line <!-- bench:{results['suite']} --> and, after it, its end")
+    path.write_text(text)
 
 
 def main() -> None:
@@ -230,7 +262,7 @@ def main() -> None:
         update(given.update, results)
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "table.md").write_text(markdown(results))
+        _write_tables(results, given.out)
         plot(results, given.out / "ratios.png")
 
 

@@ -250,8 +250,10 @@ def _walk(root: Any) -> tuple[dict[Tensor, int], list[tuple[Any, list[Tensor | N
         node = stack.pop()
         kind = type(node)
         if getattr(kind, "_forward_cls", None) in _PARAMETERS:
-            edges = [node.next_functions[index][0] for index in _PARAMETERS[kind._forward_cls]]
-            nodes.append((node, [edge.variable if _is_leaf(edge) else None for edge in edges]))
+            # An absent bias, the last of the inputs, has no edge.
+            edges = dict(enumerate(edge for edge, _ in node.next_functions))
+            inputs = [edges.get(index) for index in _PARAMETERS[kind._forward_cls]]
+            nodes.append((node, [edge.variable if _is_leaf(edge) else None for edge in inputs]))
         # A reentrant checkpoint runs a backward of its own, over a graph that does not exist yet.
         hidden = hidden or kind.__name__ == "CheckpointFunctionBackward"
         for child, _ in node.next_functions:

@@ -1,0 +1,180 @@
+"""Whole training steps of modules: with :class:`metamask_ext.optim.FusedMaskedSGD`, and of a ResNet-18."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from metamask_ext import convert
+from metamask_ext.nn import MaskedLinear
+from metamask_ext.optim import FusedMaskedSGD
+
+from .problems import LEARNING_RATE, SEED, Contender, Problem, Work
+
+
+class EagerLinear(nn.Module):
+    """A masked linear layer in plain torch."""
+
+    def __init__(self, weight: Tensor, mask: Tensor):
+        super().__init__()
+        self.weight, self.mask = nn.Parameter(weight), nn.Parameter(mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * torch.sigmoid(self.mask))
+
+
+def fused_step(batch: int, width: int) -> Problem:
+    """A step of SGD on one square linear layer inside a network: ours updates W and M inside the backward.
+
+    The others store gradients and call ``torch.optim.SGD``. All compute the gradient of the input too.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    weight = torch.randn(width, width, generator=generator) / math.sqrt(width)
+    mask = torch.randn(width, width, generator=generator)
+    x = torch.randn(batch, width, generator=generator)
+    gradient = torch.randn(batch, width, generator=generator) / batch
+
+    def ours() -> nn.Module:
+        layer = MaskedLinear(width, width, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            layer.mask_logits.copy_(mask)
+        return layer
+
+    def dense() -> nn.Module:
+        layer = nn.Linear(width, width, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+        return layer
+
+    def eager() -> nn.Module:
+        return EagerLinear(weight.clone(), mask.clone())
+
+    def compiled() -> nn.Module:
+        return torch.compile(eager(), dynamic=False, fullgraph=True)  # type: ignore[return-value]
+
+    masked = ("output", "gradient of input", "weight", "mask")
+    contenders = {}
+    for name, make, plain in (
+        ("ours", ours, eager),
+        ("eager", eager, eager),
+        ("compiled", compiled, eager),
+        ("dense", dense, dense),
+    ):
+        work = _step(make(), x, gradient, fused=name == "ours")
+        contenders[name] = Contender(work, _exactly(plain, x, gradient), masked[: 3 if name == "dense" else 4])
+    return Problem(contenders, max(batch, width))
+
+
+def _step(model: nn.Module, x: Tensor, gradient: Tensor, fused: bool) -> Work:
+    x = x.clone().requires_grad_()
+    parameters = list(model.parameters())
+    if fused:
+        descent = FusedMaskedSGD(model, LEARNING_RATE)
+
+        def step() -> tuple[Tensor, ...]:
+            x.grad = None
+            output = model(x)
+            descent.backward(output, gradient)
+            return (output, x.grad, *parameters)  # type: ignore[return-value]
+
+        return step
+    optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)
+
+    def plain_step() -> tuple[Tensor, ...]:
+        x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        output = model(x)
+        output.backward(gradient)
+        optimizer.step()
+        return (output, x.grad, *parameters)  # type: ignore[return-value]
+
+    return plain_step
+
+
+def _exactly(make: Callable[[], nn.Module], x: Tensor, gradient: Tensor) -> Work:
+    """The step in float64, by plain torch; built when called, so that nothing in float64 is alive before or after."""
+    return lambda: _step(make().double(), x.double(), gradient.double(), fused=False)()
+
+
+class _Mask(nn.Module):
+    """As a parametrization: the way to mask an existing model in plain torch."""
+
+    def __init__(self, mask: Tensor):
+        super().__init__()
+        self.mask = nn.Parameter(mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * torch.sigmoid(self.mask)
+
+
+def resnet18_step(fused: bool) -> Problem:
+    """A training step of torchvision's ResNet-18 on 16 images of 64 x 64 pixels, every convolution and linear layer masked."""
+    from metamask_ext.tasks._torchvision import import_torchvision
+
+    import_torchvision()
+    from torchvision.models import resnet18
+
+    torch.manual_seed(SEED)
+    plain = resnet18(num_classes=10)
+    images, labels = torch.randn(16, 3, 64, 64), torch.randint(10, (16,))
+
+    def dense() -> nn.Module:
+        return copy.deepcopy(plain)
+
+    def ours() -> nn.Module:
+        return convert(copy.deepcopy(plain), mask_init=2.0)
+
+    def eager() -> nn.Module:
+        model = copy.deepcopy(plain)
+        for module in list(model.modules()):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    parametrize.register_parametrization(module, name, _Mask(torch.full_like(parameter, 2.0)))
+        return model
+
+    def step(model: nn.Module, images: Tensor, fused: bool) -> Work:
+        if fused:
+            descent = FusedMaskedSGD(model, LEARNING_RATE)
+            update: Callable[[Tensor], None] = descent.backward
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+
+            def update(loss: Tensor) -> None:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+        watched = [_shared_weight(model.get_submodule(name)) for name in ("conv1", "fc")]
+        before = [weight.detach().clone() for weight in watched]
+
+        def work() -> tuple[Tensor, ...]:
+            loss = F.cross_entropy(model(images), labels)
+            update(loss)
+            return (loss.detach(), *(weight.detach() - start for weight, start in zip(watched, before)))
+
+        return work
+
+    names = ("loss", "step of the first layer's weight", "step of the last layer's weight")
+    contenders = {}
+    for name, make, reference in (("ours", ours, eager), ("eager", eager, eager), ("dense", dense, dense)):
+
+        def exact(make: Callable[[], nn.Module] = reference) -> tuple[Tensor, ...]:
+            return step(make().double(), images.double(), False)()
+
+        contenders[name] = Contender(step(make(), images, fused and name == "ours"), exact, names)
+    missing = {"compiled": "compiling a ResNet-18 takes minutes on this machine"}
+    return Problem(contenders, 1, missing, tolerance=1e-2)
+
+
+def _shared_weight(layer: nn.Module) -> Tensor:
+    if parametrize.is_parametrized(layer, "weight"):
+        return layer.parametrizations["weight"].original  # type: ignore[index, union-attr]
+    return layer.weight  # type: ignore[return-value]
