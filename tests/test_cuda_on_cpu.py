@@ -109,6 +109,32 @@ def test_kernels_equal_the_reference(library, sample, types, gate):
     assert unharmed(theta, dw, dm, dg, dw2, dm2)
 
 
+@pytest.mark.parametrize("momentum", [False, True], ids=["no momentum", "momentum"])
+@pytest.mark.parametrize("types", PAIRS, ids=lambda types: "-".join(str(dtype)[6:] for dtype in types))
+@pytest.mark.parametrize("sample", SHAPES[:5], ids=ids(SHAPES[:5]))
+def test_a_step_of_sgd_inside_the_backward(library, sample, types, momentum):
+    """With the settings that launchers.cpp gives."""
+    dtype, other = types
+    w, m, g, v_w, v_m = flat(sample.tensors(5, dtype))
+    g = g.to(other)
+    (w_out, w_view), (m_out, m_view) = output(w, dtype), output(m, dtype)
+    w_view.copy_(w), m_view.copy_(m)
+    velocities = [output(v, dtype) for v in (v_w, v_m)]
+    for (_, view), v in zip(velocities, (v_w, v_m)):
+        view.copy_(v)
+    given = [buffer if momentum else None for buffer, _ in velocities]
+    call(library.run_backward_sgd, GATES[1], types, (g, w_out, m_out, *given), w.numel())
+    grads = reference.masked_weight_backward(g.double(), w.double(), m.double(), *GATES[1])
+    settings = ((0.1, 0.01, 0.9), (0.2, 0.02, 0.8))
+    for p, got, grad, v, (_, v_got), its in zip((w, m), (w_view, m_view), grads, (v_w, v_m), velocities, settings):
+        lr, weight_decay, factor = its
+        velocity = (factor * v.double() if momentum else 0.0) + grad + weight_decay * p.double()
+        terms = p.double().abs() + grad.abs() + v.double().abs()
+        assert_close(got, p.double() - lr * velocity, "parameter", terms)
+        assert_close(v_got, velocity if momentum else v.double(), "momentum", terms)
+    assert unharmed(w_out, m_out, *(buffer for buffer, _ in velocities))
+
+
 @pytest.mark.parametrize("gate", GATES[::2], ids=GATE_IDS[::2])
 def test_absent_cotangents_and_unwanted_outputs(library, gate):
     w, m, g, _, b = flat(SMALL[2].tensors(5, torch.float32))

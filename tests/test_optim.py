@@ -1,0 +1,344 @@
+"""FusedMaskedSGD: torch.optim.SGD's numbers whatever the graph, without storing gradients where it can."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from samples import DEVICES
+from steps import (
+    FUSED,
+    SETTINGS,
+    assert_equal_models,
+    batch,
+    cnn,
+    compare,
+    each_setting,
+    error,
+    mlp,
+    ops_of,
+    penalty,
+    torch_sgd,
+    twice,
+)
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import metamask_ext as mm
+from metamask_ext import add_task, remove_task, using_task
+from metamask_ext.nn import MaskedLinear
+from metamask_ext.optim import FusedMaskedSGD
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@each_setting
+@pytest.mark.parametrize("make", [mlp, cnn], ids=["mlp", "cnn"])
+def test_the_numbers_are_those_of_torch(make, settings, device):
+    names = compare(lambda: make(device=device), settings)
+    # Every masked layer's parameters were updated inside the backward: no op that gives their gradients ran
+    assert {name for name in names if "backward" in name} == set(FUSED[: 1 if make is mlp else 2])
+
+
+@each_setting
+def test_a_channels_last_model(settings):
+    names = compare(lambda: cnn().to(memory_format=torch.channels_last), settings)
+    assert FUSED[1] in names and "metamask::masked_weight_backward" not in names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_other_dtypes(dtype):
+    """Ours rounds once a step where torch rounds after each operation."""
+    tolerance = 50 * torch.finfo(dtype).eps
+    assert FUSED[0] in compare(lambda: mlp(dtype), SETTINGS, tolerance=tolerance)
+
+
+def test_a_scheduler_changes_the_learning_rate():
+    schedulers = []
+
+    def prepare(model, optimizer):
+        schedulers.append(torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5))
+
+    def loss(model, x, y):
+        # Called once a step, alternately for ours and theirs
+        value = error(model, x, y)
+        loss.calls += 1
+        if loss.calls > 2:
+            schedulers[loss.calls % 2 == 0].step()
+        return value
+
+    loss.calls = 0
+    names = compare(mlp, SETTINGS, loss, prepare=prepare)
+    assert FUSED[0] in names
+    assert schedulers[0].optimizer.param_groups[1]["lr"] == pytest.approx(0.1 * 0.5**3)
+
+
+def test_a_scheduler_sees_that_the_optimiser_stepped(recwarn):
+    model = mlp()
+    optimizer = FusedMaskedSGD(model, 0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    optimizer.backward(error(model, *batch(model, 0)))
+    scheduler.step()
+    assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
+
+
+@each_setting
+def test_tasks_added_and_removed_later(settings):
+    ours, theirs = mlp(), mlp()
+    fused, plain = FusedMaskedSGD(ours, **settings), torch_sgd(theirs, **settings)
+    for model in (ours, theirs):
+        add_task(model, "second", init="copy:default")
+    masks = [p for n, p in theirs.named_parameters() if "second" in n]
+    plain.param_groups[1]["params"].extend(masks)
+    for seed, task in enumerate(("default", "second", "second", "default")):
+        data = batch(ours, seed)
+        with using_task(ours, task):
+            value = error(ours, *data)
+        assert set(ops_of(lambda value=value: fused.backward(value))) == {FUSED[0]}
+        with using_task(theirs, task):
+            error(theirs, *data).backward()
+        plain.step()
+        plain.zero_grad()
+    assert_equal_models(ours, theirs)
+    # Its buffers go with a task
+    states = len(fused.state)
+    remove_task(ours, "second")
+    fused.step()
+    assert len(fused.state) == states - (4 if settings is SETTINGS else 0)
+    assert len(fused.param_groups[1]["params"]) == 4
+    assert fused.param_groups[1]["param_names"] == [
+        "0.masks.default",
+        "0.bias_masks.default",
+        "2.masks.default",
+        "2.bias_masks.default",
+    ]
+
+
+def test_a_new_task_is_found_by_an_ordinary_step_too():
+    model = mlp()
+    optimizer = FusedMaskedSGD(model, 0.1)
+    add_task(model, "second")
+    before = model[0].masks["second"].detach().clone()
+    with using_task(model, "second"):
+        error(model, *batch(model, 0)).backward()
+    optimizer.step()
+    assert not torch.equal(model[0].masks["second"], before)
+    optimizer.zero_grad()
+    assert model[0].masks["second"].grad is None
+
+
+def test_masks_of_other_tasks_do_not_move():
+    model = mlp()
+    add_task(model, "other")
+    optimizer = FusedMaskedSGD(model, **SETTINGS)
+    before = model[0].masks["other"].detach().clone()
+    with using_task(model, "default"):
+        optimizer.backward(error(model, *batch(model, 0)))
+    assert torch.equal(model[0].masks["other"], before)
+
+
+def test_momentum_survives_a_change_between_fused_and_ordinary_steps():
+    """The two share torch's momentum buffers."""
+    ours, theirs = mlp(), mlp()
+    fused, plain = FusedMaskedSGD(ours, **SETTINGS), torch_sgd(theirs, **SETTINGS)
+    for seed, loss in enumerate((error, twice, error, penalty, error)):
+        fused.backward(loss(ours, *batch(ours, seed)))
+        loss(theirs, *batch(theirs, seed)).backward()
+        plain.step()
+        plain.zero_grad()
+    assert_equal_models(ours, theirs)
+    for p in ours.parameters():
+        assert fused.state[p]["momentum_buffer"].shape == p.shape
+
+
+def test_options_that_the_fused_step_does_not_know_are_taken_by_the_ordinary_one():
+    def prepare(model, optimizer):
+        for group in optimizer.param_groups:
+            group["nesterov"] = True
+
+    assert not set(compare(mlp, SETTINGS, prepare=prepare)) & set(FUSED)
+
+
+def test_a_parameter_group_of_the_users():
+    ours, theirs = mlp(), mlp()
+    extra, other = (nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
+    fused, plain = FusedMaskedSGD(ours, 0.1), torch_sgd(theirs, 0.1)
+    fused.add_param_group({"params": [("extra", extra)], "lr": 0.5})
+    plain.add_param_group({"params": [other], "lr": 0.5})
+    add_task(ours, "second", init="copy:default")
+    remove_task(ours, "second")
+    for seed in range(2):
+        fused.backward((extra * error(ours, *batch(ours, seed))).sum())
+        (other * error(theirs, *batch(theirs, seed))).sum().backward()
+        plain.step()
+        plain.zero_grad()
+    assert_equal_models(ours, theirs)
+    assert torch.equal(extra, other) and not torch.equal(extra, torch.ones_like(extra))
+
+
+def test_state_dict_continues_where_it_was_and_refuses_another_order():
+    def run(model, optimizer, seeds):
+        for seed in seeds:
+            with using_task(model, "second" if seed % 2 else "default"):
+                optimizer.backward(error(model, *batch(model, seed)))
+
+    def make(names):
+        model = mlp()
+        for name in names:
+            add_task(model, name, init="copy:default")
+        return model
+
+    whole = make(["second"])
+    optimizer = FusedMaskedSGD(whole, **SETTINGS)
+    run(whole, optimizer, range(6))
+
+    # The task is added after the optimiser was made: its state must still meet that of a model that has it from the beginning
+    half = mlp()
+    first = FusedMaskedSGD(half, **SETTINGS)
+    add_task(half, "second", init="copy:default")
+    run(half, first, range(3))
+    other = make(["second"])
+    other.load_state_dict(half.state_dict())
+    second = FusedMaskedSGD(other, lr=1.0)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(other, second, range(3, 6))
+    assert_equal_models(other, whole, tolerance=0.0)
+
+    with pytest.raises(ValueError, match=r"state_dict has other parameters in group 1 .*masks\.third"):
+        FusedMaskedSGD(make(["third"]), 0.1).load_state_dict(first.state_dict())
+
+
+def test_a_copy_of_model_and_optimiser_goes_on_alone():
+    model = mlp()
+    optimizer = FusedMaskedSGD(model, **SETTINGS)
+    optimizer.backward(error(model, *batch(model, 0)))
+    twin, other = copy.deepcopy((model, optimizer))
+    assert other.model is twin
+    before = copy.deepcopy(model)
+    add_task(twin, "second", init="copy:default")
+    with using_task(twin, "second"):
+        assert set(ops_of(lambda: other.backward(error(twin, *batch(twin, 1))))) & set(FUSED)
+    assert_equal_models(model, before, tolerance=0.0)
+    assert not torch.equal(twin[0].weight, model[0].weight)
+
+
+def test_two_optimisers_in_two_threads():
+    """The steps are on the nodes: one optimiser's do not reach the other's backward."""
+    models = [mlp() for _ in range(2)]
+    optimizers = [FusedMaskedSGD(model, lr) for model, lr in zip(models, (0.1, 0.01))]
+
+    def train(model, optimizer):
+        for seed in range(50):
+            optimizer.backward(error(model, *batch(model, seed)))
+
+    threads = [threading.Thread(target=train, args=pair) for pair in zip(models, optimizers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for model, lr in zip(models, (0.1, 0.01)):
+        alone = mlp()
+        plain = torch_sgd(alone, lr)
+        for seed in range(50):
+            plain.zero_grad()
+            error(alone, *batch(alone, seed)).backward()
+            plain.step()
+        assert_equal_models(model, alone, tolerance=1e-10)
+
+
+def test_a_failed_backward_leaves_no_steps_behind():
+    """A graph that is used again by an ordinary backward gives ordinary gradients."""
+    model = mlp()
+    optimizer = FusedMaskedSGD(model, 0.1)
+    x, y = batch(model, 0)
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if Fails.armed:
+                raise RuntimeError("no")
+            return grad
+
+    Fails.armed = True
+    value = Fails.apply(error(model, x, y))
+    with pytest.raises(RuntimeError, match="no"):
+        optimizer.backward(value)
+    Fails.armed = False
+    before = copy.deepcopy(model)
+    value.backward()
+    assert_equal_models(model, before, tolerance=0.0)
+    assert model[0].weight.grad is not None
+
+
+def test_a_fused_step_allocates_nothing_of_the_weights_size():
+    torch.manual_seed(0)
+    model = nn.Sequential(MaskedLinear(1024, 4096), MaskedLinear(4096, 8))
+    optimizer = FusedMaskedSGD(model, 0.1)
+    x = torch.randn(4, 1024)
+    size = model[0].weight.numel() * 4
+
+    def largest(function):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+        return max(event.cpu_memory_usage for event in profiler.events())
+
+    assert largest(lambda: optimizer.backward(model(x).square().mean())) < size / 8
+    plain = torch_sgd(model, 0.1)
+
+    def ordinary():
+        model(x).square().mean().backward()
+        plain.step()
+
+    assert largest(ordinary) >= size, "the measurement sees what an ordinary step stores"
+
+
+@pytest.mark.parametrize(
+    ("error_type", "message", "call"),
+    [
+        (TypeError, "model must be a torch.nn.Module, got list", lambda m: FusedMaskedSGD([m], 0.1)),
+        (ValueError, "model must have a masked layer", lambda m: FusedMaskedSGD(nn.Linear(2, 2), 0.1)),
+        (ValueError, "lr must be at least 0, got -1", lambda m: FusedMaskedSGD(m, -1)),
+        (ValueError, "weight_decay must be at least 0, got nan", lambda m: FusedMaskedSGD(m, 0.1, weight_decay=float("nan"))),
+        (ValueError, "mask_weight_decay must be at least 0, got -0.5", lambda m: FusedMaskedSGD(m, 0.1, mask_weight_decay=-0.5)),
+        (ValueError, "momentum must be at least 0, got -0.1", lambda m: FusedMaskedSGD(m, 0.1, momentum=-0.1)),
+        (TypeError, "loss must be a tensor, got float", lambda m: FusedMaskedSGD(m, 0.1).backward(1.0)),
+        (ValueError, "loss must depend on a parameter", lambda m: FusedMaskedSGD(m, 0.1).backward(torch.ones(()))),
+        (ValueError, r"loss must be a scalar .*got shape \[4, 3\]", lambda m: FusedMaskedSGD(m, 0.1).backward(m(batch(m, 0)[0]))),
+    ],
+)
+def test_bad_arguments(error_type, message, call):
+    model = mlp()
+    before = copy.deepcopy(model)
+    with pytest.raises(error_type, match=message):
+        call(model)
+    assert_equal_models(model, before, tolerance=0.0)
+
+
+def test_a_gradient_instead_of_a_scalar():
+    ours, theirs = mlp(), mlp()
+    x, y = batch(ours, 0)
+    FusedMaskedSGD(ours, 0.1).backward(ours(x), y)
+    theirs(x).backward(y)
+    torch_sgd(theirs, 0.1).step()
+    assert_equal_models(ours, theirs)
+
+
+def test_distributed_data_parallel_is_refused(monkeypatch):
+    model = mlp()
+
+    class Wrapper(nn.parallel.DistributedDataParallel):
+        def __init__(self, module):
+            nn.Module.__init__(self)
+            self.module = module
+
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        FusedMaskedSGD(Wrapper(model), 0.1)
+
+
+def test_public_name():
+    assert mm.optim.FusedMaskedSGD is FusedMaskedSGD

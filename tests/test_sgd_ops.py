@@ -1,0 +1,161 @@
+"""The raw ops whose backward takes a step of SGD: against float64, every dtype and instruction set, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from samples import DEVICES, DTYPES, GATE_IDS, GATES
+from test_linear_ops import assert_near, inputs
+
+from metamask_ext import _ops, build_info, reference
+from metamask_ext.reference import SIGMOID
+
+SETTINGS = ((0.1, 0.01, 0.9), (0.2, 0.02, 0.8), (0.3, 0.03, 0.7), (0.4, 0.04, 0.6))
+EVERY = (True,) * 5
+each_device = pytest.mark.parametrize("device", DEVICES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def descend(p, grad, velocity, settings):
+    """One step in float64: the parameter and its momentum buffer afterwards."""
+    lr, weight_decay, momentum = settings
+    v = momentum * velocity.double().cpu() + grad + weight_decay * p
+    return p - lr * v, v
+
+
+def near(got, wanted, dtype, what):
+    # Gradients are sums; the largest of them gives the scale.
+    bound = 8 * torch.finfo(dtype).eps * (1 + wanted.abs().amax().item())
+    difference = (got.double().cpu() - wanted).abs().max().item()
+    assert difference <= bound, f"{what}: {difference:.3g} off, allowed {bound:.3g}"
+
+
+def check(shape, out, gate, dtype, momentum=True, device="cpu"):
+    x, w, m, b, bm, grad = inputs(shape, out, dtype, device)
+    parameters = [w, m, b, bm]
+    settings = [its if momentum else (*its[:2], 0.0) for its in SETTINGS]
+    velocities = [torch.full_like(p, 0.25) if momentum else None for p in parameters]
+    before = [p.double().cpu().clone() for p in parameters]
+    leaves = [t.double().cpu().clone().requires_grad_() for t in (x, *parameters)]
+    grads = torch.autograd.grad(reference.masked_linear(*leaves, *gate), leaves, grad.double().cpu())
+    got = _ops.masked_linear_backward_sgd_(grad, x, *parameters, *gate, EVERY, (True,) * 4, velocities, settings)
+    assert got[1:] == (None,) * 4
+    assert_near(got[0], grads[0], out, "dx")
+    for name, p, start, grad_p, velocity, its in zip("W M b Mb".split(), parameters, before, grads[1:], velocities, settings):
+        expected, v = descend(start, grad_p, torch.zeros_like(p) if velocity is None else torch.full_like(p, 0.25), its)
+        near(p, expected, dtype, name)
+        if velocity is not None:
+            near(velocity, v, dtype, f"momentum of {name}")
+
+
+SHAPES = (((3, 129), 257), ((2, 5, 17), 33), ((40, 96), 1134))
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("gate", GATES[::2], ids=GATE_IDS[::2])
+@pytest.mark.parametrize("momentum", [False, True], ids=["no momentum", "momentum"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_step_of_every_parameter_of_masked_linear(shape, momentum, gate, dtype, device):
+    check(*shape, gate, dtype, momentum, device)
+
+
+CHILD = """
+import sys; sys.path.insert(0, sys.argv[1])
+import test_sgd_ops, torch
+from samples import DTYPES, GATES
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for shape in test_sgd_ops.SHAPES:
+        for dtype in DTYPES:
+            test_sgd_ops.check(*shape, GATES[1], dtype)
+print("all equal")
+"""
+
+
+@pytest.mark.parametrize("capability", build_info()["cpu_capabilities"])
+def test_every_instruction_set_and_one_and_two_threads(capability):
+    here = os.path.dirname(os.path.abspath(__file__))
+    environment = {**os.environ, "METAMASK_CPU_CAPABILITY": capability}
+    child = subprocess.run([sys.executable, "-c", CHILD, here], env=environment, capture_output=True, text=True)
+    assert child.stdout.strip() == "all equal", child.stderr
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("updates", [(True, False), (False, True), (True, True)], ids=["weight", "mask", "both"])
+def test_masked_weight_updates_what_is_asked_for_and_gives_the_rest(updates, dtype, device):
+    generator = torch.Generator().manual_seed(1)
+    g, w, m = (torch.randn(6, 2, 3, 5, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(3))
+    g, w, m = (t.to(memory_format=torch.channels_last) for t in (g, w, m))
+    before = [p.double().cpu().clone() for p in (w, m)]
+    velocities = [torch.full_like(p, 0.25) if update else None for p, update in zip((w, m), updates)]
+    exact = reference.masked_weight_backward(g.double().cpu(), *before, SIGMOID, 0.5)
+    got = _ops.masked_weight_backward_sgd_(g, w, m, SIGMOID, 0.5, (True, True), updates, velocities, SETTINGS[:2])
+    for p, start, grad, update, result, its in zip((w, m), before, exact, updates, got, SETTINGS):
+        if update:
+            assert result is None
+            near(p, descend(start, grad, torch.full_like(p, 0.25), its)[0], dtype, "parameter")
+        else:
+            near(result, grad, dtype, "gradient")
+            assert torch.equal(p.double().cpu(), start)
+
+
+@each_device
+def test_a_gradient_that_is_not_needed_is_not_given_and_does_not_move(device):
+    x, w, m, b, bm, grad = inputs((3, 17), 9, torch.float32, device)
+    start = m.clone()
+    needs, updates = (False, True, False, False, True), (True, False, False, True)
+    settings = [(0.1, 0.0, 0.0)] * 4
+    got = _ops.masked_linear_backward_sgd_(grad, x, w, m, b, bm, SIGMOID, 1.0, needs, updates, [None] * 4, settings)
+    assert got == (None,) * 5 and torch.equal(m, start)
+
+
+@each_device
+def test_opcheck(device):
+    x, w, m, b, bm, grad = inputs((3, 5), 4, torch.float32, device)
+    linear, weight = torch.ops.metamask.masked_linear_backward_sgd_, torch.ops.metamask.masked_weight_backward_sgd_
+    numbers = [number for its in SETTINGS for number in its]
+    velocities = [torch.zeros_like(p) for p in (w, m, b, bm)]
+    torch.library.opcheck(
+        linear.default, (grad, x, w, m, b, bm, *velocities, SIGMOID, 1.0, EVERY, (True, False, True, True), numbers)
+    )
+    plain = [number for its in SETTINGS for number in (*its[:2], 0.0)]
+    torch.library.opcheck(
+        linear.default,
+        (grad, x, w, m, None, None, *[None] * 4, SIGMOID, 1.0, (True, True, True, False, False), (True, True, False, False), plain),
+    )
+    both = (True, True)
+    arguments = (torch.ones_like(w), w, m, *velocities[:2], SIGMOID, 1.0, both, (True, False), SETTINGS[0], SETTINGS[1])
+    torch.library.opcheck(weight.default, arguments)
+
+
+def test_refusals_change_nothing():
+    x, w, m, b, bm, grad = inputs((3, 5), 4, torch.float32)
+    both, pairs = (True, True), [(0.1, 0.0, 0.0)] * 2
+    g = torch.ones(4, 5)
+    start = [t.clone() for t in (w, m)]
+    with pytest.raises(ValueError, match="weight has momentum 0.9 and no buffer"):
+        _ops.masked_weight_backward_sgd_(g, w, m, SIGMOID, 1.0, both, both, [None] * 2, [(0.1, 0.0, 0.9)] * 2)
+    with pytest.raises(ValueError, match="momentum buffer of mask_logits must have its shape"):
+        _ops.masked_weight_backward_sgd_(g, w, m, SIGMOID, 1.0, both, both, [None, torch.zeros(5)], pairs)
+    with pytest.raises(ValueError, match="mask_logits must have the strides of weight to be updated in place"):
+        _ops.masked_weight_backward_sgd_(g, w, m.t().contiguous().t(), SIGMOID, 1.0, both, both, [None] * 2, pairs)
+    with pytest.raises(ValueError, match="weight must be dense"):
+        _ops.masked_weight_backward_sgd_(g, torch.zeros(4, 10)[:, ::2], m, SIGMOID, 1.0, both, both, [None] * 2, pairs)
+    with pytest.raises(ValueError, match="weight and mask_logits must be contiguous"):
+        transposed = w.t().contiguous().t()
+        _ops.masked_linear_backward_sgd_(
+            grad, x, transposed, m, b, bm, SIGMOID, 1.0, EVERY, (True, False, False, False), [None] * 4, [*pairs, *pairs]
+        )
+    with pytest.raises(ValueError, match="bias must have logits to be updated here"):
+        _ops.masked_linear_backward_sgd_(
+            grad, x, w, m, b, None, SIGMOID, 1.0, EVERY, (False, False, True, False), [None] * 4, [*pairs, *pairs]
+        )
+    with pytest.raises(RuntimeError, match="masked_weight_backward_sgd_ has no derivative"):
+        _ops.masked_weight_backward_sgd_(g, w.clone().requires_grad_(), m, SIGMOID, 1.0, both, both, [None] * 2, pairs)
+    assert torch.equal(w, start[0]) and torch.equal(m, start[1])
