@@ -47,9 +47,9 @@ struct MaskedWeight {
                                                          double parameter, std::array<bool, 2> needs, std::array<bool, 2> updates,
                                                          at::ArrayRef<double> weight_settings, at::ArrayRef<double> mask_settings) {
     check_pair(weight, mask_logits);
-    return backward_or_update(grad, weight, mask_logits, Gate{GateKind(gate), parameter}, needs,
-                              update("weight", updates[0], weight_velocity, weight_settings, weight),
-                              update("mask_logits", updates[1], mask_velocity, mask_settings, mask_logits));
+    const Update weight_update = update("weight", updates[0], weight_velocity, weight_settings, weight);
+    const Update mask_update = update("mask_logits", updates[1], mask_velocity, mask_settings, mask_logits);
+    return backward_or_update(grad, weight, mask_logits, Gate{GateKind(gate), parameter}, needs, weight_update, mask_update);
   }
 
   static std::tuple<at::Tensor, at::Tensor> backward_or_update(const at::Tensor& grad, const at::Tensor& weight,

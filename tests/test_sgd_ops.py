@@ -45,7 +45,7 @@ def check(shape, out, gate, dtype, momentum=True, device="cpu"):
     got = _ops.masked_linear_backward_sgd_(grad, x, *parameters, *gate, EVERY, (True,) * 4, velocities, settings)
     assert got[1:] == (None,) * 4
     assert_near(got[0], grads[0], out, "dx")
-    for name, p, start, grad_p, velocity, its in zip("W M b Mb".split(), parameters, before, grads[1:], velocities, settings):
+    for name, p, start, grad_p, velocity, its in zip(["W", "M", "b", "Mb"], parameters, before, grads[1:], velocities, settings):
         expected, v = descend(start, grad_p, torch.zeros_like(p) if velocity is None else torch.full_like(p, 0.25), its)
         near(p, expected, dtype, name)
         if velocity is not None:
