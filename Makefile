@@ -12,11 +12,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test bench lint format types cuda-check install-check clean
+.PHONY: help demo test test-instruction-sets bench lint format types cuda-check install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1|/' | awk -F'|' '{printf "make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1|/' | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -45,7 +45,18 @@ demo: $(VENV)/.built  ## the seeds' main job on real digits, with figures, and a
 test: $(VENV)/.test  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
-bench: $(VENV)/.built  ## the benchmark suite, with its table and plot
+CORE := $(addprefix tests/test_,$(addsuffix .py,ops linear_ops sgd_ops autograd functional layers optim optim_graphs))
+
+# The best instruction set with all threads is what `make test` runs.
+test-instruction-sets: $(VENV)/.test  ## the core tests on every instruction set of this machine, with one thread and with two
+	for set in $$($(BIN)/python -c "import metamask_ext; print(*metamask_ext.build_info()['cpu_capabilities'])"); do \
+	  for threads in 1 2; do \
+	    echo "$$set, $$threads threads"; \
+	    METAMASK_CPU_CAPABILITY=$$set OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -q -n 2 $(CORE) || exit 1; \
+	  done; \
+	done
+
+bench: $(VENV)/.test  ## the benchmark suite, with its table and plot
 	$(BIN)/metamask bench --out $(OUT)/bench
 
 lint: $(VENV)/.test  ## ruff, and clang-format in check mode

@@ -400,7 +400,15 @@ class TestAutocast:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got, wanted = layer(input), plain(input)
         assert got.dtype == wanted.dtype == torch.bfloat16
-        torch.testing.assert_close(got, wanted)
+        # Input, weight and result are rounded to 8 bits: three half units of the terms (ours may round theta later, or not at all).
+        plain.double()
+        exact = plain(input.double())
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter.abs_()
+        bound = 3 * 2**-9 * plain(input.double().abs())
+        for result in (got, wanted):
+            assert bool(((result.double() - exact).abs() <= bound).all())
         got.float().sum().backward()
         assert layer.weight.grad.dtype == layer.masks["default"].grad.dtype == torch.float32
 

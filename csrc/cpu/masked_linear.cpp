@@ -39,14 +39,19 @@ const ProductKernels<T>& product_kernels() {
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-constexpr int64_t kForwardTile = 128 * 1024, kForwardRow = 64 * 1024, kBackwardTile = 64 * 1024, kBackwardRow = 4096;
+// A tile of theta takes an eighth of the second-level cache: the rows of x that it meets, and what streams by, need the rest.
+// Backward has two tiles, theta's and its gradient's.
+int64_t forward_tile() { return second_level_cache() / 8; }
+int64_t backward_tile() { return second_level_cache() / 16; }
+// Forward, W and M are read in whole rows where they are not longer than this: prefetching stops at the end of a shorter piece.
+// Backward, a tile needs many rows, because each panel passes once over dx.
+constexpr int64_t kForwardRow = 64 * 1024, kBackwardRow = 4 * 1024;
 
 // How theta, [out, in], is cut: a panel has `rows` rows; its columns are worked on `columns` at a time, so that a tile of
 // rows x columns stays in cache. One scratch a thread.
 struct Panels {
   int64_t out, rows, columns, count, threads;
 
-  // tile_bytes: what a tile may take; row_bytes: what one of its rows may take.
   Panels(int64_t out, int64_t in, int64_t batch, int64_t element, int64_t tile_bytes, int64_t row_bytes) : out(out) {
     columns = std::clamp<int64_t>(row_bytes / element, 1, std::max<int64_t>(in, 1));
     const int64_t fits = std::max<int64_t>(tile_bytes / (columns * element), 1);
@@ -176,7 +181,7 @@ struct Linear {
     const at::Tensor b = bias.defined() ? bias.to(kScalar<T>) : bias;
     at::Tensor y = at::empty({batch, out}, input.options().dtype(kScalar<T>));
     if (y.numel() == 0) return y;
-    const Panels panels(out, in, batch, sizeof(T), kForwardTile, kForwardRow);
+    const Panels panels(out, in, batch, sizeof(T), forward_tile(), kForwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const Scratch<T> scratch(panels.threads * tile_size);
     const T* b_data = b.defined() ? b.const_data_ptr<T>() : nullptr;
@@ -205,7 +210,7 @@ struct Linear {
     const bool needs_g = dw.wanted() || dm.wanted();
     const at::Tensor dy = grad.scalar_type() == kScalar<T> ? grad : grad.to(kScalar<T>);
     const Rows<T> x(input);
-    const Panels panels(out, in, batch, sizeof(T), kBackwardTile, kBackwardRow);
+    const Panels panels(out, in, batch, sizeof(T), backward_tile(), kBackwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const Scratch<T> scratch(panels.threads * 2 * tile_size);
     // Each thread adds to a dx of its own; they are added up in the order of the threads.
