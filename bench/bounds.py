@@ -81,6 +81,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
             cells.append(f"{value:.2f} ({'at most' if bound.ratio == 'ours/dense' else 'at least'} {limit:g})")
             held.append("yes" if holds else "**no**")
         bounded = bound.ratio + (", each" if bound.each else ", geometric mean" if len(bound.shapes) > 1 else "")
+        cells += ["" for _ in range(2 - len(cells))]
         lines.append([bound.title, " ".join(bound.shapes), bounded, *cells, ", ".join(dict.fromkeys(held))])
     return lines
 

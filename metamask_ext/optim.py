@@ -35,6 +35,9 @@ class FusedMaskedSGD(torch.optim.SGD):
     ``loss.backward()`` and ``step()`` work as with ``torch.optim.SGD``; so do ``param_groups``, schedulers and state dicts, whose
     momentum buffers have torch's names. Tasks that are added to the model later are picked up.
 
+    Hooks on autograd's own nodes (``AccumulateGrad``) cannot be seen from here; a parameter that has one must be kept out by a hook
+    on its gradient.
+
     What must see whole gradients between backward and step, cannot: clip or scale gradients with ``loss.backward()`` and
     ``step()``. That includes ``torch.amp.GradScaler``; bfloat16 needs none.
 
