@@ -14,7 +14,7 @@ import pytest
 from metamask_ext import build_info
 
 ROOT = Path(__file__).parent.parent
-SETS = ["default", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["default"]
+SETS = ["default", "avx2", "avx512", "avx512_bf16"] if platform.machine() in ("x86_64", "AMD64") else ["default"]
 
 
 def needs(*programs):
@@ -53,11 +53,19 @@ def registers(path):
 
 @pytest.mark.skipif(len(SETS) == 1, reason="vector registers have these names on x86-64 only")
 def test_each_object_uses_the_registers_of_its_set():
-    for isa, widest, absent in (("default", "xmm", {"ymm", "zmm"}), ("avx2", "ymm", {"zmm"}), ("avx512", "zmm", set())):
+    sets = (("default", "xmm", {"ymm", "zmm"}), ("avx2", "ymm", {"zmm"}), ("avx512", "zmm", set()), ("avx512_bf16", "zmm", set()))
+    for isa, widest, absent in sets:
         for path in objects(isa):
             used = registers(path)
             assert widest in used, f"{path} is not vectorised: {used}"
             assert not used & absent, path
+
+
+@pytest.mark.skipif(len(SETS) == 1, reason="an instruction of x86-64")
+def test_only_its_own_set_multiplies_bfloat16():
+    for isa in SETS:
+        texts = [subprocess.run(["objdump", "-d", str(path)], capture_output=True, text=True, check=True).stdout for path in objects(isa)]
+        assert any("vdpbf16ps" in text for text in texts) == (isa == "avx512_bf16"), isa
 
 
 @pytest.fixture(scope="module")

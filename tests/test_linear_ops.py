@@ -120,6 +120,46 @@ def test_16_bit_gradient_of_the_input_is_as_accurate_as_a_dense_layers(dtype, de
     assert (ours - exact).norm() <= 1.5 * (dense - exact).norm()
 
 
+# Odd batches, odd and even rows, widths on both sides of a vector of 32, rows of several tiles
+@each_device
+@each_gate
+@pytest.mark.parametrize("shape", [((1, 31), 1), ((5, 33), 7), ((7, 64), 33), ((8, 512), 12), ((3, 2081), 65), ((65, 1024), 130)], ids=str)
+@pytest.mark.parametrize("param", [torch.bfloat16, torch.float16, torch.float32], ids=lambda dtype: str(dtype)[6:])
+def test_bfloat16_products_of_any_parameters(param, shape, gate, device):
+    (shape, out), product = shape, torch.bfloat16
+    x, w, m, b, bm, grad = inputs(shape, out, product, device)
+    tensors = [x, w.to(param), m.to(param), b.to(param), bm.to(param), grad]
+    y, grads = expected(tensors, gate)
+    *arguments, grad = tensors
+    got = _ops.masked_linear(*arguments, *gate, product)
+    assert got.dtype == product
+    assert_near(got, y, shape[-1], "y")
+    got = _ops.masked_linear_backward(grad, *arguments, *gate)
+    for name, one, other, reduction in zip(("dx", "dW", "dM"), got, grads, (out, shape[0], shape[0])):
+        assert_near(one if one.dtype == product else one.to(product), other, reduction, name)
+
+
+@each_device
+def test_bfloat16_saturates_exactly_and_keeps_nan_where_it_is(device):
+    x, w, m, _, _, grad = inputs((3, 70), 9, torch.bfloat16, device)
+    on = torch.arange(70, device=device) % 3 == 0
+    for size in (200.0, 1e4, 3e38, float("inf")):
+        saturated = torch.where(on, size, -size).to(m.dtype).expand_as(m).contiguous()
+        dense = (x.double() * on) @ w.double().t()
+        assert_near(_ops.masked_linear(x, w, saturated, None, None, SIGMOID, 1.0), dense.cpu(), 70, "y")
+        alone = torch.eye(70, dtype=x.dtype, device=device)
+        assert torch.equal(_ops.masked_linear(alone, w, saturated, None, None, SIGMOID, 1.0), (w * on).t())
+        dx, dw, dm, *_ = _ops.masked_linear_backward(grad, x, w, saturated, None, None, SIGMOID, 1.0)
+        assert bool(torch.isfinite(dx).all()) and bool((dw[:, ~on] == 0).all()) and bool((dm == 0).all())
+    m[4, 69] = float("nan")
+    bad = torch.isnan(_ops.masked_linear(x, w, m, None, None, SIGMOID, 1.0))
+    assert bool(bad[:, 4].all()) and int(bad.sum()) == 3
+    dx, dw, dm, *_ = _ops.masked_linear_backward(grad, x, w, m, None, None, SIGMOID, 1.0)
+    assert bool(torch.isnan(dx[:, 69]).all()) and int(torch.isnan(dx).sum()) == 3
+    for one in (dw, dm):
+        assert bool(torch.isnan(one[4, 69])) and int(torch.isnan(one).sum()) == 1
+
+
 @each_device
 def test_bias_without_logits_and_no_bias(device):
     x, w, m, b, _, grad = inputs((4, 17), 129, torch.float64, device)

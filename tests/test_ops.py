@@ -362,4 +362,4 @@ def test_an_unknown_instruction_set_is_refused():
         text=True,
     )
     assert child.returncode != 0
-    assert "METAMASK_CPU_CAPABILITY must be default, avx2 or avx512, got 'avx9'" in child.stderr
+    assert "METAMASK_CPU_CAPABILITY must be default, avx2, avx512 or avx512_bf16, got 'avx9'" in child.stderr

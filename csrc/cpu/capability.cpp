@@ -9,7 +9,7 @@
 namespace metamask::cpu {
 namespace {
 
-constexpr Capability kAll[] = {Capability::kDefault, Capability::kAvx2, Capability::kAvx512};
+constexpr Capability kAll[] = {Capability::kDefault, Capability::kAvx2, Capability::kAvx512, Capability::kAvx512Bf16};
 
 bool supported(Capability capability) {
   switch (capability) {
@@ -19,6 +19,7 @@ bool supported(Capability capability) {
     case Capability::kAvx512:
       return supported(Capability::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Capability::kAvx512Bf16: return supported(Capability::kAvx512) && __builtin_cpu_supports("avx512bf16");
 #endif
     default: return false;
   }
@@ -40,7 +41,7 @@ Capability choose() {
       return capability;
     }
   }
-  TORCH_CHECK_VALUE(false, "METAMASK_CPU_CAPABILITY must be default, avx2 or avx512, got '", wanted, "'");
+  TORCH_CHECK_VALUE(false, "METAMASK_CPU_CAPABILITY must be default, avx2, avx512 or avx512_bf16, got '", wanted, "'");
 }
 
 }  // namespace
@@ -54,6 +55,7 @@ const char* name_of(Capability capability) {
   switch (capability) {
     case Capability::kAvx2: return "avx2";
     case Capability::kAvx512: return "avx512";
+    case Capability::kAvx512Bf16: return "avx512_bf16";
     default: return "default";
   }
 }

@@ -13,6 +13,7 @@ namespace metamask::cpu {
 inline const MaskedWeightKernels& masked_weight_kernels() {
 #if defined(METAMASK_X86)
   switch (capability()) {
+    case Capability::kAvx512Bf16: return kMaskedWeight_avx512_bf16;
     case Capability::kAvx512: return kMaskedWeight_avx512;
     case Capability::kAvx2: return kMaskedWeight_avx2;
     default: break;

@@ -23,6 +23,7 @@ extern const MaskedWeightKernels kMaskedWeight_default;
 #if defined(METAMASK_X86)
 extern const MaskedWeightKernels kMaskedWeight_avx2;
 extern const MaskedWeightKernels kMaskedWeight_avx512;
+extern const MaskedWeightKernels kMaskedWeight_avx512_bf16;
 #endif
 
 }  // namespace metamask::cpu

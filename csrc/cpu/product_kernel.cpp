@@ -5,7 +5,9 @@
 // instruction set on some processors (docs/cpu.md has the measurements).
 #include "product_kernel.h"
 
-#include "../gate.h"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace metamask::cpu {
 namespace {
@@ -26,10 +28,22 @@ constexpr int64_t kBlockTerms = 64;        // rows of `b` likewise
 // The compilers' own vector type: one source for every instruction set.
 template <class T>
 struct Vector {
+  using Sum = T;
   typedef T type __attribute__((vector_size(kVectorBytes)));
   typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
   static constexpr int64_t kLanes = kVectorBytes / sizeof(T);
 };
+
+template <>
+struct Vector<Pair> {
+  using Sum = float;
+  typedef uint32_t type __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(Pair)), may_alias));
+  static constexpr int64_t kLanes = kVectorBytes / sizeof(Pair);
+};
+
+template <class T>
+using SumVector = typename Vector<typename Vector<T>::Sum>::type;
 
 template <class T>
 METAMASK_INLINE typename Vector<T>::type load(const T* from) {
@@ -40,6 +54,28 @@ template <class T>
 METAMASK_INLINE void store(T* to, typename Vector<T>::type value) {
   *reinterpret_cast<typename Vector<T>::unaligned*>(to) = value;
 }
+
+template <class V>
+METAMASK_INLINE void multiply_add(V& sum, V a, V b) {
+  sum += a * b;
+}
+
+template <class T>
+METAMASK_INLINE typename Vector<T>::type everywhere(T value) {
+  return value - typename Vector<T>::type{};
+}
+
+#if defined(__AVX512BF16__)
+METAMASK_INLINE void multiply_add(Vector<float>::type& sum, Vector<Pair>::type a, Vector<Pair>::type b) {
+  sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+METAMASK_INLINE Vector<Pair>::type everywhere(Pair value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits | Vector<Pair>::type{};
+}
+#endif
 
 // The sum of a vector's lanes. The vector is stored first: taken apart in registers, GCC keeps it in memory through the loop
 // before.
@@ -56,10 +92,33 @@ METAMASK_INLINE T sum(typename Vector<T>::type value) {
   else return total[0] + total[1];
 }
 
+// y[c] += the sum of vectors[c]'s lanes.
+template <int C, class T, class V>
+METAMASK_INLINE void add_sums(T* y, const V* vectors) {
+#pragma GCC unroll 16
+  for (int c = 0; c < C; ++c) y[c] += sum<T>(vectors[c]);
+}
+
+#if defined(__AVX512F__)
+// Four at a time, transposed: a quarter of the instructions.
+template <int C>
+METAMASK_INLINE void add_sums(float* y, const Vector<float>::type* vectors) {
+  const __m512 a = vectors[0], b = C > 1 ? vectors[1] : a, c = C > 2 ? vectors[2] : a, d = C > 3 ? vectors[3] : a;
+  const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+  const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+  const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  const __m128 total = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  constexpr __mmask8 kSome = (1 << C) - 1;
+  _mm_mask_storeu_ps(y, kSome, _mm_add_ps(_mm_maskz_loadu_ps(kSome, y), total));
+}
+#endif
+
 template <class T, int R, int C>
-METAMASK_INLINE void inner_tile(const T* a, int64_t a_row, const T* b, int64_t b_row, T* y, int64_t y_row, int64_t length) {
+METAMASK_INLINE void inner_tile(const T* a, int64_t a_row, const T* b, int64_t b_row, typename Vector<T>::Sum* y, int64_t y_row,
+                                int64_t length) {
   using V = typename Vector<T>::type;
-  V sums[R][C] = {};
+  SumVector<T> sums[R][C] = {};
   for (int64_t k = 0; k < length; k += Vector<T>::kLanes) {
     V columns[C];
 #pragma GCC unroll 16
@@ -68,26 +127,23 @@ METAMASK_INLINE void inner_tile(const T* a, int64_t a_row, const T* b, int64_t b
     for (int r = 0; r < R; ++r) {
       const V row = load(a + r * a_row + k);
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) sums[r][c] += row * columns[c];
+      for (int c = 0; c < C; ++c) multiply_add(sums[r][c], row, columns[c]);
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) y[r * y_row + c] += sum<T>(sums[r][c]);
-  }
+  for (int r = 0; r < R; ++r) add_sums<C>(y + r * y_row, sums[r]);
 }
 
 template <class T, int R, int C>
-METAMASK_INLINE void outer_tile(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, T* y, int64_t y_row,
-                                int64_t terms, bool add) {
+METAMASK_INLINE void outer_tile(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, typename Vector<T>::Sum* y,
+                                int64_t y_row, int64_t terms, bool add) {
   using V = typename Vector<T>::type;
   constexpr int64_t kLanes = Vector<T>::kLanes;
-  V sums[R][C];
+  SumVector<T> sums[R][C];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) sums[r][c] = add ? load(y + r * y_row + c * kLanes) : V{};
+    for (int c = 0; c < C; ++c) sums[r][c] = add ? load(y + r * y_row + c * kLanes) : SumVector<T>{};
   }
   for (int64_t j = 0; j < terms; ++j) {
     V columns[C];
@@ -95,9 +151,9 @@ METAMASK_INLINE void outer_tile(const T* a, int64_t a_row, int64_t a_next, const
     for (int c = 0; c < C; ++c) columns[c] = load(b + j * b_row + c * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const T factor = a[r * a_row + j * a_next];
+      const V factor = everywhere(a[r * a_row + j * a_next]);
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) sums[r][c] += factor * columns[c];
+      for (int c = 0; c < C; ++c) multiply_add(sums[r][c], factor, columns[c]);
     }
   }
 #pragma GCC unroll 16
@@ -122,8 +178,8 @@ METAMASK_INLINE void with_count(int64_t count, Work work) {
 }
 
 template <class T>
-void inner(const T* a, int64_t a_row, const T* b, int64_t b_row, T* y, int64_t y_row, int64_t rows, int64_t columns,
-           int64_t length) {
+void inner(const T* a, int64_t a_row, const T* b, int64_t b_row, typename Vector<T>::Sum* y, int64_t y_row, int64_t rows,
+           int64_t columns, int64_t length) {
   for (int64_t block = 0; block < rows; block += kBlockRows) {
     const int64_t end = block + kBlockRows < rows ? block + kBlockRows : rows;
     for (int64_t j = 0; j < columns; j += kColumns) {
@@ -140,8 +196,8 @@ void inner(const T* a, int64_t a_row, const T* b, int64_t b_row, T* y, int64_t y
 }
 
 template <class T>
-void outer(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, T* y, int64_t y_row, int64_t rows, int64_t terms,
-           int64_t length, bool add) {
+void outer(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, typename Vector<T>::Sum* y, int64_t y_row,
+           int64_t rows, int64_t terms, int64_t length, bool add) {
   constexpr int64_t kLanes = Vector<T>::kLanes;
   for (int64_t j = 0; j == 0 || j < terms; j += kBlockTerms) {
     const int64_t some = terms - j < kBlockTerms ? terms - j : kBlockTerms;
@@ -162,6 +218,14 @@ void outer(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row,
 
 #define TABLE_NAME_(isa) kProducts_##isa
 #define TABLE_NAME(isa) TABLE_NAME_(isa)
-const Products TABLE_NAME(METAMASK_ISA) = {{&inner<float>, &outer<float>}, {&inner<double>, &outer<double>}};
+const Products TABLE_NAME(METAMASK_ISA) = {
+    {&inner<float>, &outer<float>},
+    {&inner<double>, &outer<double>},
+#if defined(__AVX512BF16__)
+    {&inner<Pair>, &outer<Pair>},
+#else
+    {nullptr, nullptr},
+#endif
+};
 
 }  // namespace metamask::cpu

@@ -1,0 +1,27 @@
+// What masked_linear needs, beside its products, to work in bfloat16 throughout: for processors that multiply it.
+#pragma once
+
+#include <cstdint>
+
+#include "product_kernel.h"
+#include "storage.h"
+
+namespace metamask::cpu {
+
+struct BFloat16Kernels {
+  // As forward and backward in masked_weight_kernel.h, on the first n elements: the gradient g is float32, theta bfloat16. The
+  // sigmoid is right to 3e-6, a thousandth of the unit that theta is rounded to.
+  void (*theta)(Gate gate, Type param, const void* w, const void* m, BFloat16* theta, int64_t n);
+  void (*backward)(Gate gate, Type param, const float* g, const void* w, const void* m, BFloat16* theta, const Sink& dw,
+                   const Sink& dm, int64_t n);
+  // Rows 2i and 2i + 1 of a matrix as row i of pairs; an odd last row is paired with zeros. A row of pairs is
+  // filled with zeros to the end of its last vector.
+  void (*pair_rows)(const BFloat16* from, int64_t row, int64_t rows, int64_t columns, Pair* to, int64_t to_row);
+  void (*round)(const float* from, BFloat16* to, int64_t n);
+};
+
+#if defined(METAMASK_X86)
+extern const BFloat16Kernels kBFloat16_avx512_bf16;
+#endif
+
+}  // namespace metamask::cpu

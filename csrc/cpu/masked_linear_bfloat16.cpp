@@ -1,0 +1,150 @@
+// masked_linear in bfloat16 on processors that multiply it: the panels of masked_linear.cpp, whose tiles of theta are bfloat16, so
+// that a product takes half the loads and half the instructions. All sums are float32, and each result is rounded once. theta's
+// gradient stays float32.
+#include "bfloat16_kernel.h"
+#include "panels.h"
+
+namespace metamask::cpu {
+namespace {
+
+const BFloat16Kernels* bfloat16_kernels() {
+#if defined(METAMASK_X86)
+  if (capability() == Capability::kAvx512Bf16) return &kBFloat16_avx512_bf16;
+#endif
+  return nullptr;
+}
+
+constexpr int64_t kVector = kRowBytes / int64_t(sizeof(BFloat16));
+
+// Larger tiles than float32's: products this fast pay more for reading x again at each panel. Measured on Zen 5, 1 MiB of L2.
+constexpr int64_t kForwardTile = 256 * 1024, kForwardRow = 4096, kBackwardTile = 128 * 1024, kBackwardRow = 4096;
+
+// Rows a multiple of 2 KiB apart would fall into a few sets of the first-level cache.
+int64_t pitch(int64_t row) { return row % 512 == 0 ? row + kVector : row; }
+
+const BFloat16* bits(const at::BFloat16* data) { return reinterpret_cast<const BFloat16*>(data); }
+BFloat16* bits(at::BFloat16* data) { return reinterpret_cast<BFloat16*>(data); }
+const Pair* pairs(const BFloat16* row) { return reinterpret_cast<const Pair*>(row); }
+
+struct Linear {
+  const at::Tensor w, m;
+  const Gate gate;
+  const BFloat16Kernels& kernels = *bfloat16_kernels();
+  const ProductKernels<Pair, float>& product = products().bfloat16;
+  const int64_t out = w.size(0), in = w.size(1), bytes = w.element_size();
+  const Type param = type_of(w.scalar_type());
+  const void *weight = w.const_data_ptr(), *mask = m.const_data_ptr();
+
+  void build_theta(const Tile& tile, BFloat16* theta) const {
+    tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
+      kernels.theta(gate, param, at_element(weight, element, bytes), at_element(mask, element, bytes), theta + at, n);
+    });
+  }
+
+  at::Tensor forward(const at::Tensor& input, const at::Tensor& bias) const {
+    const int64_t batch = input.size(0);
+    const Rows<at::BFloat16> x(input);
+    at::Tensor y = at::empty({batch, out}, input.options());
+    if (y.numel() == 0) return y;
+    const Panels panels(out, in, batch, sizeof(BFloat16), kForwardTile, kForwardRow);
+    const int64_t tile_row = round_up(panels.columns, kVector), tile_size = panels.rows * tile_row;
+    const int64_t sums_size = batch * round_up(panels.rows, kRowBytes / int64_t(sizeof(float)));
+    const Scratch<BFloat16> scratch(panels.threads * tile_size);
+    const Scratch<float> sums_scratch(panels.threads * sums_size);
+    const at::BFloat16* b = bias.defined() ? bias.const_data_ptr<at::BFloat16>() : nullptr;
+    BFloat16* y_data = bits(y.mutable_data_ptr<at::BFloat16>());
+    panels.run([&](int64_t thread, int64_t first, int64_t rows) {
+      BFloat16* theta = scratch.data + thread * tile_size;
+      float* sums = sums_scratch.data + thread * sums_size;
+      for (int64_t i = 0; i < batch; ++i) {
+        for (int64_t j = 0; j < rows; ++j) sums[i * rows + j] = b != nullptr ? widen(bits(b)[first + j]) : 0.0f;
+      }
+      for (int64_t column = 0; column < in; column += panels.columns) {
+        const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
+        const int64_t wide = round_up(tile.columns, kVector);
+        build_theta(tile, theta);
+        // The padding meets that of x; what lies there, of another tile, may not be finite.
+        for (int64_t i = 0; i < rows; ++i) std::fill_n(theta + i * tile_row + tile.columns, wide - tile.columns, BFloat16{0});
+        product.inner(pairs(bits(x.data) + column), x.row / 2, pairs(theta), tile_row / 2, sums, rows, batch, rows, wide / 2);
+      }
+      for (int64_t i = 0; i < batch; ++i) kernels.round(sums + i * rows, y_data + i * out + first, rows);
+    });
+    return y;
+  }
+
+  // Gives dx, if it is wanted.
+  at::Tensor backward(const at::Tensor& grad, const at::Tensor& input, bool needs_dx, const Sink& dw, const Sink& dm) const {
+    const int64_t batch = input.size(0), batch_pairs = (batch + 1) / 2;
+    const bool needs_g = dw.wanted() || dm.wanted();
+    const Rows<at::BFloat16> dy(grad), x(input);
+    const Panels panels(out, in, batch, sizeof(BFloat16), kBackwardTile, kBackwardRow);
+    const int64_t tile_row = pitch(round_up(panels.columns, kVector)), tile_size = round_up(panels.rows, 2) * tile_row;
+    const int64_t dy_row = round_up(panels.rows, kVector), wide_row = pitch(x.row);
+    // A thread's theta, theta's gradient, theta's rows by pairs, and the panel's dy by pairs of rows.
+    const Scratch<BFloat16> theta_scratch(panels.threads * tile_size);
+    const Scratch<float> g_scratch(panels.threads * tile_size);
+    const Scratch<Pair> pairs_scratch(panels.threads * tile_size / 2), dy_scratch(panels.threads * batch_pairs * dy_row);
+    const Scratch<Pair> x_pairs(needs_g ? batch_pairs * wide_row : 0);
+    if (needs_g) kernels.pair_rows(bits(x.data), x.row, batch, x.row, x_pairs.data, wide_row);
+    // Each thread adds to a dx of its own; they are added up in the order of the threads.
+    const int64_t dx_size = needs_dx ? batch * wide_row : 0;
+    const Scratch<float> dx(panels.threads * dx_size);
+    std::fill_n(dx.data, panels.threads * dx_size, 0.0f);
+    panels.run([&](int64_t thread, int64_t first, int64_t rows) {
+      BFloat16* theta = theta_scratch.data + thread * tile_size;
+      float* g = g_scratch.data + thread * tile_size;
+      Pair *theta_pairs = pairs_scratch.data + thread * tile_size / 2, *dy_pairs = dy_scratch.data + thread * batch_pairs * dy_row;
+      const BFloat16* dy_panel = bits(dy.data) + first;
+      if (needs_g) kernels.pair_rows(dy_panel, dy.row, batch, rows, dy_pairs, dy_row);
+      for (int64_t column = 0; column < in; column += panels.columns) {
+        const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
+        const int64_t wide = round_up(tile.columns, kVector);
+        if (needs_g) {
+          product.outer(dy_pairs, 1, dy_row, x_pairs.data + column, wide_row, g, tile_row, rows, batch_pairs, wide, false);
+          tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
+            kernels.backward(gate, param, g + at, at_element(weight, element, bytes), at_element(mask, element, bytes),
+                             needs_dx ? theta + at : nullptr, at_element(dw, element, bytes), at_element(dm, element, bytes), n);
+          });
+        } else {
+          build_theta(tile, theta);
+        }
+        if (needs_dx) {
+          kernels.pair_rows(theta, tile_row, rows, wide, theta_pairs, tile_row);
+          product.outer(pairs(dy_panel), dy.row / 2, 1, theta_pairs, tile_row, dx.data + thread * dx_size + column, wide_row, batch,
+                        (rows + 1) / 2, wide, true);
+        }
+      }
+    });
+    if (!needs_dx) return at::Tensor();
+    at::Tensor total = at::empty({batch, in}, input.options());
+    BFloat16* total_data = bits(total.mutable_data_ptr<at::BFloat16>());
+    const auto add_up = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* sum = dx.data + i * wide_row;
+        for (int64_t thread = 1; thread < panels.threads; ++thread) {
+          const float* more = sum + thread * dx_size;
+          for (int64_t k = 0; k < in; ++k) sum[k] += more[k];
+        }
+        kernels.round(sum, total_data + i * in, in);
+      }
+    };
+    if (panels.threads == 1) add_up(0, batch);
+    else at::parallel_for(0, batch, std::max<int64_t>(kGrain / std::max<int64_t>(in, 1), 1), add_up);
+    return total;
+  }
+};
+
+}  // namespace
+
+bool multiplies_bfloat16() { return bfloat16_kernels() != nullptr; }
+
+at::Tensor linear_bfloat16(const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, const at::Tensor& b, Gate gate) {
+  return Linear{w, m, gate}.forward(x, b);
+}
+
+at::Tensor linear_backward_bfloat16(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate,
+                                    bool needs_dx, const Sink& dw, const Sink& dm) {
+  return Linear{w, m, gate}.backward(dy, x, needs_dx, dw, dm);
+}
+
+}  // namespace metamask::cpu

@@ -1,0 +1,152 @@
+// What the two ways of masked_linear on the CPU share: how theta is cut into panels, and their memory.
+#pragma once
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "masked_weight.h"
+#include "product_kernel.h"
+
+namespace metamask::cpu {
+
+inline const Products& products() {
+#if defined(METAMASK_X86)
+  switch (capability()) {
+    case Capability::kAvx512Bf16: return kProducts_avx512_bf16;
+    case Capability::kAvx512: return kProducts_avx512;
+    case Capability::kAvx2: return kProducts_avx2;
+    default: break;
+  }
+#endif
+  return kProducts_default;
+}
+
+inline int64_t second_level_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t bytes = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 0);
+  if (bytes > 0) return bytes;
+#endif
+  return int64_t(1) << 20;
+}
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// How theta, [out, in], is cut: a panel has `rows` rows; its columns are worked on `columns` at a time, so that a tile of
+// rows x columns stays in cache. One scratch a thread.
+struct Panels {
+  int64_t out, rows, columns, count, threads;
+
+  // tile_bytes: what a tile may take; row_bytes: what one of its rows may take.
+  Panels(int64_t out, int64_t in, int64_t batch, int64_t element, int64_t tile_bytes, int64_t row_bytes) : out(out) {
+    columns = std::clamp<int64_t>(row_bytes / element, 1, std::max<int64_t>(in, 1));
+    const int64_t fits = std::max<int64_t>(tile_bytes / (columns * element), 1);
+    // Below about 10 microseconds of work, waking another thread costs more than it does.
+    const double nanoseconds = double(out) * double(in) * (0.25 + 0.01 * double(batch));
+    const int64_t pool = at::in_parallel_region() || nanoseconds < 10000 ? 1 : at::get_num_threads();
+    // Several panels for each thread, so that a late one costs little.
+    const int64_t share = pool > 1 ? (out + 4 * pool - 1) / (4 * pool) : out;
+    rows = std::clamp<int64_t>(round_up(std::min(fits, share), 4), 4, std::max<int64_t>(out, 4));
+    count = (out + rows - 1) / rows;
+    threads = std::min(pool, std::max<int64_t>(count, 1));
+  }
+
+  // work(thread, first row, number of rows) for every panel; the division among threads depends on their number only.
+  template <class Work>
+  void run(const Work& work) const {
+    const auto some = [&](int64_t thread, int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) work(thread, panel * rows, std::min(rows, out - panel * rows));
+    };
+    if (threads == 1) return some(0, 0, count);
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { some(at::get_thread_num(), begin, end); });
+  }
+};
+
+template <class T>
+constexpr at::ScalarType kScalar = c10::CppTypeToScalarType<T>::value;
+
+// Uninitialised memory: of a small layer on the stack, because torch's allocator takes as long as its arithmetic.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) {
+    if (n <= kSmall) return;
+    large_ = at::empty({n * int64_t(sizeof(T))}, at::TensorOptions().dtype(at::kByte));
+    data = static_cast<T*>(large_.mutable_data_ptr());
+  }
+  Scratch(const Scratch&) = delete;
+
+ private:
+  static constexpr int64_t kSmall = 16 * 1024 / int64_t(sizeof(T));
+  at::Tensor large_;
+  alignas(64) T small_[kSmall];
+
+ public:
+  T* data = small_;
+};
+
+// A contiguous matrix as T, its rows padded by zeros to whole vectors; the matrix itself where it is that already.
+template <class T>
+class Rows {
+ public:
+  explicit Rows(const at::Tensor& from)
+      : source_(from.scalar_type() == kScalar<T> ? from : from.to(kScalar<T>)),
+        row(round_up(from.size(1), kRowBytes / int64_t(sizeof(T)))),
+        copy_(row == from.size(1) ? 0 : from.size(0) * row) {
+    const int64_t rows = from.size(0), columns = from.size(1);
+    data = source_.template const_data_ptr<T>();
+    if (row == columns) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      std::copy_n(data + i * columns, columns, copy_.data + i * row);
+      std::fill_n(copy_.data + i * row + columns, row - columns, T(0));
+    }
+    data = copy_.data;
+  }
+
+ private:
+  at::Tensor source_;
+
+ public:
+  const T* data;
+  const int64_t row;
+
+ private:
+  Scratch<T> copy_;
+};
+
+// A parameter of 1, 2, 4 or 8 bytes an element, from one of its elements on.
+template <class Pointer>
+Pointer at_element(Pointer base, int64_t element, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  return base == nullptr ? nullptr : static_cast<Byte*>(base) + element * bytes;
+}
+
+inline Sink at_element(const Sink& sink, int64_t element, int64_t bytes) {
+  Sink moved = sink;
+  moved.gradient = at_element(sink.gradient, element, bytes);
+  moved.parameter = at_element(sink.parameter, element, bytes);
+  moved.velocity = at_element(sink.velocity, element, bytes);
+  return moved;
+}
+
+// theta's tile, or its gradient's: `rows` x `columns` of the parameters from (first, column) on, in scratch rows of `tile_row`.
+struct Tile {
+  int64_t first, rows, column, columns, in, tile_row;
+
+  // work(element of the parameters, element of the tile, number) for each contiguous piece: one where the tile has whole rows
+  // without padding, else one a row.
+  template <class Work>
+  void each_piece(const Work& work) const {
+    if (columns == in && tile_row == in) return work(first * in, 0, rows * in);
+    for (int64_t i = 0; i < rows; ++i) work((first + i) * in + column, i * tile_row, columns);
+  }
+};
+
+// masked_linear where the processor multiplies bfloat16 (masked_linear_bfloat16.cpp).
+bool multiplies_bfloat16();
+at::Tensor linear_bfloat16(const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, const at::Tensor& b, Gate gate);
+at::Tensor linear_backward_bfloat16(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate,
+                                    bool needs_dx, const Sink& dw, const Sink& dm);
+
+}  // namespace metamask::cpu
