@@ -17,7 +17,7 @@ const BFloat16Kernels* bfloat16_kernels() {
 constexpr int64_t kVector = kRowBytes / int64_t(sizeof(BFloat16));
 
 // Larger tiles than float32's: products this fast pay more for reading x again at each panel. Measured on Zen 5, 1 MiB of L2.
-constexpr int64_t kForwardTile = 256 * 1024, kForwardRow = 4096, kBackwardTile = 128 * 1024, kBackwardRow = 4096;
+constexpr int64_t kForwardTile = 256 * 1024, kForwardRow = 16 * 1024, kBackwardTile = 128 * 1024, kBackwardRow = 4096;
 
 // Rows a multiple of 2 KiB apart would fall into a few sets of the first-level cache.
 int64_t pitch(int64_t row) { return row % 512 == 0 ? row + kVector : row; }
