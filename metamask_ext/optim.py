@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ class FusedMaskedSGD(torch.optim.SGD):
     ``loss.backward()`` and ``step()`` work as with ``torch.optim.SGD``; so do ``param_groups``, schedulers and state dicts, whose
     momentum buffers have torch's names. Tasks that are added to the model later are picked up.
 
-    Hooks on autograd's own nodes (``AccumulateGrad``) cannot be seen from here; a parameter that has one must be kept out by a hook
-    on its gradient.
+    Two things cannot be seen from here: hooks on autograd's own nodes (``AccumulateGrad``), and functions of other packages whose
+    backward runs a backward of its own over the same parameters. Keep such a parameter out by a hook on its gradient.
 
     What must see whole gradients between backward and step, cannot: clip or scale gradients with ``loss.backward()`` and
     ``step()``. That includes ``torch.amp.GradScaler``; bfloat16 needs none.
@@ -189,6 +190,9 @@ class FusedMaskedSGD(torch.optim.SGD):
         uses, nodes = _walk(root)
         if nodes and any(variable not in self._group_of for variable in uses):
             self._update_groups()
+        # Two parameters over one memory: an update of one changes what the other's backward reads, and no version counter shows it.
+        memory = Counter(variable.data_ptr() for variable in uses)
+        uses = {variable: max(count, memory[variable.data_ptr()]) for variable, count in uses.items()}
         found = []
         for node, variables in nodes:
             taken = [self._can_update(node, variable, uses) for variable in variables]

@@ -46,8 +46,12 @@ def test_an_object_gives_the_linker_only_its_table(isa):
         assert all(re.fullmatch(rf"metamask::cpu::k\w+_{isa}", name) for name in given), given
 
 
+def disassembled(path):
+    return subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True).stdout
+
+
 def registers(path):
-    text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True).stdout
+    text = disassembled(path)
     return {kind for kind in ("xmm", "ymm", "zmm") if f"%{kind}" in text}
 
 
@@ -64,7 +68,7 @@ def test_each_object_uses_the_registers_of_its_set():
 @pytest.mark.skipif(len(SETS) == 1, reason="an instruction of x86-64")
 def test_only_its_own_set_multiplies_bfloat16():
     for isa in SETS:
-        texts = [subprocess.run(["objdump", "-d", str(path)], capture_output=True, text=True, check=True).stdout for path in objects(isa)]
+        texts = [disassembled(path) for path in objects(isa)]
         assert any("vdpbf16ps" in text for text in texts) == (isa == "avx512_bf16"), isa
 
 

@@ -121,9 +121,12 @@ def test_16_bit_gradient_of_the_input_is_as_accurate_as_a_dense_layers(dtype, de
 
 
 # Odd batches, odd and even rows, widths on both sides of a vector of 32, rows of several tiles
+BFLOAT16_SHAPES = (((1, 31), 1), ((5, 33), 7), ((7, 64), 33), ((8, 512), 12), ((3, 2081), 65), ((65, 1024), 130))
+
+
 @each_device
 @each_gate
-@pytest.mark.parametrize("shape", [((1, 31), 1), ((5, 33), 7), ((7, 64), 33), ((8, 512), 12), ((3, 2081), 65), ((65, 1024), 130)], ids=str)
+@pytest.mark.parametrize("shape", BFLOAT16_SHAPES, ids=str)
 @pytest.mark.parametrize("param", [torch.bfloat16, torch.float16, torch.float32], ids=lambda dtype: str(dtype)[6:])
 def test_bfloat16_products_of_any_parameters(param, shape, gate, device):
     (shape, out), product = shape, torch.bfloat16

@@ -54,6 +54,16 @@ def test_other_dtypes(dtype):
     assert FUSED[0] in compare(lambda: mlp(dtype), SETTINGS, tolerance=tolerance)
 
 
+def test_under_autocast():
+    """float32 parameters, products in bfloat16: the steps differ from torch's by the roundings of the gradients' inputs."""
+
+    def loss(model, x, y):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return (model(x).float() - y).square().mean()
+
+    assert FUSED[0] in compare(lambda: mlp(torch.float32), SETTINGS, loss, tolerance=2**-6)
+
+
 def test_a_scheduler_changes_the_learning_rate():
     schedulers = []
 

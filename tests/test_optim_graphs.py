@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from steps import (
     FUSED,
+    PLAIN,
     SETTINGS,
     assert_equal_models,
     batch,
@@ -96,6 +97,20 @@ def test_tied_weights(settings):
         return nn.Sequential(MaskedLinear(5, 3, dtype=torch.float64), layer, nn.Tanh(), layer)
 
     assert FUSED[0] in compare(make, settings)
+
+
+def test_two_parameters_over_one_memory():
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(MaskedLinear(5, 5, dtype=torch.float64), nn.Tanh(), MaskedLinear(5, 3, dtype=torch.float64))
+        twin = MaskedLinear(5, 5, dtype=torch.float64)
+        twin.weight = nn.Parameter(model[0].weight.data)
+        return model.insert(1, twin)
+
+    compare(make, PLAIN)
+    model = make()
+    nodes = FusedMaskedSGD(model, 0.1)._fused_nodes(error(model, *batch(model, 0)).grad_fn)
+    assert sorted(steps.updates for _, steps in nodes) == [(False, True, True, True)] * 2 + [(True,) * 4]
 
 
 @each_setting
