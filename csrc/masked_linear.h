@@ -57,9 +57,11 @@ struct MaskedLinear {
                                   update("mask_logits", updates[1], mask_velocity, settings.slice(3, 3), mask_logits)};
     if (updates[2]) made[2] = update("bias", true, bias_velocity, settings.slice(6, 3), *bias);
     if (updates[3]) made[3] = update("bias_mask_logits", true, bias_mask_velocity, settings.slice(9, 3), *bias_mask_logits);
-    TORCH_CHECK_VALUE(!(updates[0] || updates[1]) || (weight.is_contiguous() && mask_logits.is_contiguous()),
-                      "weight and mask_logits must be contiguous to be updated in place, got strides ", weight.strides(), " and ",
-                      mask_logits.strides());
+    for (const auto& [name, updated, parameter] :
+         {std::tuple{"weight", updates[0], weight}, std::tuple{"mask_logits", updates[1], mask_logits}}) {
+      TORCH_CHECK_VALUE(!updated || parameter.is_contiguous(), name, " must be contiguous to be updated in place, got strides ",
+                        parameter.strides());
+    }
     return backward_or_update(grad, input, weight, mask_logits, bias, bias_mask_logits, Gate{GateKind(gate), parameter}, needs,
                               made);
   }

@@ -22,16 +22,11 @@ class Steps(NamedTuple):
     """Steps of SGD that a node's backward takes instead of giving gradients, set by :class:`metamask_ext.optim.FusedMaskedSGD`.
 
     For each parameter of the node, in its order: whether it takes a step, its momentum buffer, and ``lr, weight_decay, momentum``.
-    A node's ``in_place`` says whether its parameters lie in memory so that they can be updated there.
     """
 
     updates: tuple[bool, ...]
     velocities: tuple[Tensor | None, ...]
     settings: tuple[tuple[float, float, float], ...]
-
-
-def _dense(weight: Tensor) -> bool:
-    return weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
 
 
 class MaskedWeight(Function):
@@ -40,8 +35,8 @@ class MaskedWeight(Function):
     @staticmethod
     def forward(ctx, weight, mask_logits, gate, parameter, dtype=None):
         ctx.save_for_backward(weight, mask_logits)
-        ctx.gate, ctx.parameter, ctx.steps = gate, parameter, None
-        ctx.in_place = _dense(weight) and weight.stride() == mask_logits.stride()
+        ctx.gate, ctx.parameter = gate, parameter
+        ctx.same_order = weight.stride() == mask_logits.stride()
         return _ops.masked_weight(weight, mask_logits, gate, parameter, dtype)
 
     @staticmethod
@@ -60,6 +55,10 @@ class MaskedWeight(Function):
             None,  # parameter
             None,  # dtype
         )
+
+
+# A node without steps. On the class of the nodes: set in every forward, it would cost a small layer time.
+MaskedWeight._backward_cls.steps = None  # type: ignore[attr-defined]
 
 
 class MaskedWeightBackward(Function):
@@ -131,8 +130,7 @@ class MaskedLinear(Function):
     @staticmethod
     def forward(ctx, input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, dtype):
         ctx.save_for_backward(input, weight, mask_logits, bias, bias_mask_logits)
-        ctx.gate, ctx.parameter, ctx.steps = gate, parameter, None
-        ctx.in_place = weight.is_contiguous() and mask_logits.is_contiguous()
+        ctx.gate, ctx.parameter = gate, parameter
         return _ops.masked_linear(input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, dtype)
 
     @staticmethod
@@ -151,6 +149,9 @@ class MaskedLinear(Function):
             None,  # parameter
             None,  # dtype
         )
+
+
+MaskedLinear._backward_cls.steps = None  # type: ignore[attr-defined]
 
 
 def _differentiable_linear_backward(

@@ -22,6 +22,8 @@ __all__ = ["masked_conv2d", "masked_linear", "masked_weight"]
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _no_kernels = BACKEND == "reference"
 _is_compiling = torch.compiler.is_compiling
+# One call instead of four where autocast is off
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _functorch_level = torch._C._functorch.maybe_current_level
 
 
@@ -36,6 +38,8 @@ def _use_reference() -> bool:
 
 def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """The dtype in which a GEMM or convolution over ``weight`` runs under autocast; None: no autocast (as for float64)."""
+    if not _is_any_autocast_enabled():
+        return None
     kind = weight.device.type
     if _is_autocast_enabled(kind) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)

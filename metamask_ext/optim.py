@@ -121,7 +121,7 @@ class FusedMaskedSGD(torch.optim.SGD):
             loss.backward(gradient)
         finally:
             for node, _ in nodes:
-                node.steps = None
+                del node.steps
         self.step()
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -210,7 +210,7 @@ class FusedMaskedSGD(torch.optim.SGD):
         return found
 
     def _can_update(self, node: Any, variable: Tensor | None, uses: dict[Tensor, int]) -> bool:
-        if variable is None or uses[variable] != 1 or not node.in_place:
+        if variable is None or uses[variable] != 1 or not _dense(variable) or not getattr(node, "same_order", True):
             return False
         group = self._group_of.get(variable)
         return not (
@@ -229,6 +229,10 @@ class FusedMaskedSGD(torch.optim.SGD):
         if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
         return state["momentum_buffer"]
+
+
+def _dense(p: Tensor) -> bool:
+    return p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
 
 
 def _settings(group: dict[str, Any]) -> tuple[float, float, float]:
@@ -258,8 +262,8 @@ def _walk(root: Any) -> tuple[dict[Tensor, int], list[tuple[Any, list[Tensor | N
         kind = type(node)
         if getattr(kind, "_forward_cls", None) in _PARAMETERS:
             # An absent bias, the last of the inputs, has no edge.
-            edges = dict(enumerate(edge for edge, _ in node.next_functions))
-            inputs = [edges.get(index) for index in _PARAMETERS[kind._forward_cls]]
+            edges: dict[int, Any] = dict(enumerate(edge for edge, _ in node.next_functions))
+            inputs: list[Any] = [edges.get(index) for index in _PARAMETERS[kind._forward_cls]]
             nodes.append((node, [edge.variable if _is_leaf(edge) else None for edge in inputs]))
         # A reentrant checkpoint runs a backward of its own, over a graph that does not exist yet.
         hidden = hidden or kind.__name__ == "CheckpointFunctionBackward"
