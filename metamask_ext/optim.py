@@ -188,7 +188,8 @@ class FusedMaskedSGD(torch.optim.SGD):
     def _fused_nodes(self, root: Any) -> list[tuple[Any, Steps]]:
         """The masked layers' nodes of the graph that can update parameters, with the steps they are to take."""
         uses, nodes = _walk(root)
-        if nodes and any(variable not in self._group_of for variable in uses):
+        # Not for an input that requires a gradient: looking through the model costs as much as a small step.
+        if any(isinstance(variable, nn.Parameter) and variable not in self._group_of for variable in uses):
             self._update_groups()
         # Two parameters over one memory: an update of one changes what the other's backward reads, and no version counter shows it.
         memory = Counter(variable.data_ptr() for variable in uses)

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,25 @@ def test_build_info_says_which_sets_this_machine_has():
     assert info["cpu_capabilities"][0] == "default"
     assert info["cpu_capability"] in info["cpu_capabilities"]
     assert set(info["cpu_capabilities"]) <= set(SETS)
+
+
+CHILD = """
+import sys; sys.path.insert(0, sys.argv[1])
+import test_linear_ops, test_sgd_ops, torch
+from samples import DTYPES, GATES
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for module in (test_linear_ops, test_sgd_ops):
+        for shape in module.SHAPES.values():
+            for dtype in DTYPES:
+                module.check(*shape, GATES[1], dtype)
+print("all equal")
+"""
+
+
+@pytest.mark.parametrize("capability", build_info()["cpu_capabilities"])
+def test_the_linear_ops_on_every_instruction_set_with_one_and_two_threads(capability):
+    """In every run of the suite; ``make test-instruction-sets`` runs all core tests so."""
+    environment = {**os.environ, "METAMASK_CPU_CAPABILITY": capability}
+    child = subprocess.run([sys.executable, "-c", CHILD, str(ROOT / "tests")], env=environment, capture_output=True, text=True)
+    assert child.stdout.strip() == "all equal", child.stderr

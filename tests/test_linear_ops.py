@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from samples import DEVICES, DTYPES, GATE_IDS, GATES, offset, transposed, wider
 from torch.profiler import ProfilerActivity, profile
 
 import metamask_ext as mm
-from metamask_ext import _ops, build_info, reference
+from metamask_ext import _ops, reference
 from metamask_ext.reference import SIGMOID
 
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -193,27 +189,6 @@ def test_the_same_numbers_every_time_for_a_number_of_threads():
         for _ in range(3):
             again = [_ops.masked_linear(*arguments, *GATES[0]), *_ops.masked_linear_backward(grad, *arguments, *GATES[0])]
             assert all(torch.equal(one, other) for one, other in zip(first, again))
-
-
-CHILD = """
-import sys; sys.path.insert(0, sys.argv[1])
-import test_linear_ops, torch
-from samples import DTYPES, GATES
-for threads in (1, 2):
-    torch.set_num_threads(threads)
-    for shape in test_linear_ops.SHAPES.values():
-        for dtype in DTYPES:
-            test_linear_ops.check(*shape, GATES[1], dtype)
-print("all equal")
-"""
-
-
-@pytest.mark.parametrize("capability", build_info()["cpu_capabilities"])
-def test_every_instruction_set_and_one_and_two_threads(capability):
-    here = os.path.dirname(os.path.abspath(__file__))
-    environment = {**os.environ, "METAMASK_CPU_CAPABILITY": capability}
-    child = subprocess.run([sys.executable, "-c", CHILD, here], env=environment, capture_output=True, text=True)
-    assert child.stdout.strip() == "all equal", child.stderr
 
 
 @each_device

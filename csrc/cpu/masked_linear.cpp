@@ -108,17 +108,8 @@ struct Linear {
     if (!needs_dx) return at::Tensor();
     at::Tensor total = at::empty({batch, in}, input.options().dtype(kScalar<T>));
     T* total_data = total.mutable_data_ptr<T>();
-    const auto add_up = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        std::copy_n(dx.data + i * x.row, in, total_data + i * in);
-        for (int64_t thread = 1; thread < panels.threads; ++thread) {
-          const T* more = dx.data + thread * dx_size + i * x.row;
-          for (int64_t k = 0; k < in; ++k) total_data[i * in + k] += more[k];
-        }
-      }
-    };
-    if (panels.threads == 1) add_up(0, batch);
-    else at::parallel_for(0, batch, std::max<int64_t>(kGrain / std::max<int64_t>(in, 1), 1), add_up);
+    add_threads(dx.data, panels.threads, batch, x.row, in,
+                [&](int64_t i, const T* sum) { std::copy_n(sum, in, total_data + i * in); });
     return total;
   }
 };

@@ -118,18 +118,8 @@ struct Linear {
     if (!needs_dx) return at::Tensor();
     at::Tensor total = at::empty({batch, in}, input.options());
     BFloat16* total_data = bits(total.mutable_data_ptr<at::BFloat16>());
-    const auto add_up = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        float* sum = dx.data + i * wide_row;
-        for (int64_t thread = 1; thread < panels.threads; ++thread) {
-          const float* more = sum + thread * dx_size;
-          for (int64_t k = 0; k < in; ++k) sum[k] += more[k];
-        }
-        kernels.round(sum, total_data + i * in, in);
-      }
-    };
-    if (panels.threads == 1) add_up(0, batch);
-    else at::parallel_for(0, batch, std::max<int64_t>(kGrain / std::max<int64_t>(in, 1), 1), add_up);
+    add_threads(dx.data, panels.threads, batch, wide_row, in,
+                [&](int64_t i, const float* sum) { kernels.round(sum, total_data + i * in, in); });
     return total;
   }
 };

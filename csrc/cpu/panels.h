@@ -115,7 +115,7 @@ class Rows {
   Scratch<T> copy_;
 };
 
-// A parameter of 1, 2, 4 or 8 bytes an element, from one of its elements on.
+// A parameter of 2, 4 or 8 bytes an element, from one of its elements on.
 template <class Pointer>
 Pointer at_element(Pointer base, int64_t element, int64_t bytes) {
   using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
@@ -142,6 +142,24 @@ struct Tile {
     for (int64_t i = 0; i < rows; ++i) work((first + i) * in + column, i * tile_row, columns);
   }
 };
+
+// The sum of the threads' dx, [batch] rows of `row` each, in the order of the threads: into the first one's, row by row, each then
+// given to finish(row number, sums).
+template <class T, class Finish>
+void add_threads(T* dx, int64_t threads, int64_t batch, int64_t row, int64_t in, const Finish& finish) {
+  const auto add_up = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* sum = dx + i * row;
+      for (int64_t thread = 1; thread < threads; ++thread) {
+        const T* more = sum + thread * batch * row;
+        for (int64_t k = 0; k < in; ++k) sum[k] += more[k];
+      }
+      finish(i, sum);
+    }
+  };
+  if (threads == 1) return add_up(0, batch);
+  at::parallel_for(0, batch, std::max<int64_t>(kGrain / std::max<int64_t>(in, 1), 1), add_up);
+}
 
 // masked_linear where the processor multiplies bfloat16 (masked_linear_bfloat16.cpp).
 bool multiplies_bfloat16();

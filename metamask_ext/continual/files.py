@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from ..nn import MaskedLayer
 
 MAGIC = b"metamask_ext checkpoint 1\n"
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
@@ -106,6 +110,32 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if data[:start] != header:
         raise CheckpointError(f"the checkpoint {str(path)!r} is damaged (its checksum is wrong): delete it to start again")
     return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+
+
+def name_of(function: Any) -> str:
+    """A function's name, or the type of a module or another object that can be called."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def describe_settings(tasks: Mapping[str, Any], shared: Mapping[str, nn.Parameter], model: nn.Module) -> dict[str, str]:
+    """The data and the model, in settings that can be compared: a checksum, a name or a shape each."""
+    described = {f"shape of {name}": f"{list(parameter.shape)} {parameter.dtype}" for name, parameter in shared.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedLayer):
+            described[f"gate of {name or 'the model'}"] = f"{module.gate}, {module.temperature:g}, {module.threshold:g}"
+    for name, data in tasks.items():
+        if callable(data):
+            digest = f"a function, {name_of(data)}"
+        else:
+            checksum = hashlib.sha256()
+            for tensor in data:
+                checksum.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
+                checksum.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest = checksum.hexdigest()
+        described[f"data of task {name!r}"] = digest
+    return described
 
 
 def check_same_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib.util
 import math
 import operator
@@ -32,8 +30,10 @@ from .files import (
     MetricsFile,
     OutputError,
     check_same_settings,
+    describe_settings,
     load_checkpoint,
     locked,
+    name_of,
     prepare_folder,
     save_checkpoint,
 )
@@ -178,7 +178,7 @@ class TaskLoop:
         self._whole = self.out is None
         self._described = False
         self._settings: dict[str, Any] = {
-            "loss": _name_of(loss),
+            "loss": name_of(loss),
             "optimizer": optimizer,
             "lr": lr,
             "mask_lr": mask_lr,
@@ -343,7 +343,7 @@ class TaskLoop:
         stack.enter_context(locked(self.out))
         if not self._whole:
             if not self._described:  # once: what is annealed during the run is no other setting
-                self._settings.update(_describe(self.tasks, self._shared, self.model))
+                self._settings.update(describe_settings(self.tasks, self._shared, self.model))
                 self._described = True
             path = self.out / CHECKPOINT
             if path.exists():
@@ -459,32 +459,6 @@ def _integer(name: str, value: Any) -> int:
 
 def _has_tensorboard() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
-
-
-def _name_of(function: Any) -> str:
-    """A function's name, or the type of a module or another object that can be called."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _describe(tasks: Mapping[str, TaskData], shared: Mapping[str, nn.Parameter], model: nn.Module) -> dict[str, str]:
-    """The data and the model, in settings that can be compared: a checksum, a name or a shape each."""
-    described = {f"shape of {name}": f"{list(parameter.shape)} {parameter.dtype}" for name, parameter in shared.items()}
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedLayer):
-            described[f"gate of {name or 'the model'}"] = f"{module.gate}, {module.temperature:g}, {module.threshold:g}"
-    for name, data in tasks.items():
-        if callable(data):
-            digest = f"a function, {_name_of(data)}"
-        else:
-            checksum = hashlib.sha256()
-            for tensor in data:
-                checksum.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
-                checksum.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-            digest = checksum.hexdigest()
-        described[f"data of task {name!r}"] = digest
-    return described
 
 
 @contextmanager
