@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 
 #include "masked_weight.h"
@@ -65,6 +67,26 @@ struct Panels {
 
 template <class T>
 constexpr at::ScalarType kScalar = c10::CppTypeToScalarType<T>::value;
+
+// A thread's own memory for tiles, uninitialised, kept from call to call: its size is bounded by the caches. Freed after each call,
+// it would let malloc give back to the system what others have freed before, in the middle of a small layer's forward: measured, up
+// to four times the forward's own time.
+template <class T>
+T* thread_tiles(int64_t n) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  static thread_local std::unique_ptr<void, Free> memory;
+  static thread_local int64_t size = 0;
+  const int64_t wanted = round_up(n * int64_t(sizeof(T)), 64);
+  if (wanted > size) {
+    size = 0;
+    memory.reset(std::aligned_alloc(64, wanted));
+    TORCH_CHECK(memory != nullptr, "cannot allocate ", wanted, " bytes for a tile of the weight");
+    size = wanted;
+  }
+  return static_cast<T*>(memory.get());
+}
 
 // Uninitialised memory: of a small layer on the stack, because torch's allocator takes as long as its arithmetic.
 template <class T>
