@@ -21,7 +21,7 @@ from . import nn, optim
 from .functional import masked_conv2d, masked_linear, masked_weight
 from .nn.active import using_task
 from .nn.convert import convert, merge
-from .nn.tasks import add_task, remove_task, tasks
+from .nn.tasks import add_task, remove_task, slots, tasks
 
 __version__ = build_info()["version"]
 
@@ -36,6 +36,7 @@ __all__ = [
     "nn",
     "optim",
     "remove_task",
+    "slots",
     "tasks",
     "using_task",
 ]

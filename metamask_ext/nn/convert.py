@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .. import functional
 from ..reference import DTYPES
 from .layers import DEFAULT_TASK, MaskedConv2d, MaskedLayer, MaskedLinear, ReadThroughConv2d, ReadThroughLinear
 from .tasks import masked_layers, tasks
@@ -139,7 +138,7 @@ def _fill_plain(plain: nn.Module, layer: MaskedLayer, task: str, memo: dict[int,
         key = (id(shared), id(masks[task]), *gate.values())
         if key not in baked:
             with torch.no_grad():
-                theta = functional.masked_weight(shared, masks[task], **gate)
+                theta = layer._theta(name, layer._task_key(task))
             baked[key] = nn.Parameter(theta, requires_grad=shared.requires_grad)
         plain._parameters[name] = baked[key]
 
