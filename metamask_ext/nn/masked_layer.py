@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ MaskInit = str | float | Callable[[Tensor], Any]
 DEFAULT_TASK = "default"
 
 LARGEST_COMBINED = 4.0
-"""How far from 0, in units of the temperature, a sigmoid gate's logits begin at most that come from a combination of masks (of bits,
-say): sigmoid(4) = 0.982, near on and with a gradient still, as where convert begins."""
+"""How far from 0, in units of the temperature, a sigmoid gate's logits begin at most that come from a combination of masks (of
+bits, say): sigmoid(4) = 0.982, near on and with a gradient still, as where convert begins."""
 
 
 class TaskMasks(TaskDict):
@@ -40,7 +40,6 @@ class MaskedLayer(TaskLayer):
     State dicts are loaded as :class:`TaskLayer` says; a uint8 mask makes the task a packed one, another makes it one with logits.
     """
 
-    kinds = ("masks", "bias_masks")
     plain_type: type[nn.Module]
     """What :func:`metamask_ext.merge` makes of the layer."""
     weight: Any  # what torch's layers declare differs from what they hold
@@ -78,6 +77,9 @@ class MaskedLayer(TaskLayer):
     def _dicts(self) -> dict[str, TaskDict]:
         return {"masks": self.masks} if self.bias_masks is None else {"masks": self.masks, "bias_masks": self.bias_masks}
 
+    def _kinds(self) -> Iterable[str]:
+        return "masks", "bias_masks"
+
     def _task_dict(self) -> TaskDict:
         return self._modules["masks"]  # type: ignore[return-value]
 
@@ -90,7 +92,7 @@ class MaskedLayer(TaskLayer):
                     self._init_logits(logits)
                 else:
                     init(self, masks, logits)
-            new.append((masks, nn.Parameter(logits)))
+            new.append((masks, logits))
         return new
 
     def _combine(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], out: Tensor) -> None:
@@ -201,13 +203,12 @@ class MaskedLayer(TaskLayer):
         """The output with the bits ``masks[slots[b]]`` for sample ``b``."""
         raise NotImplementedError
 
-    def _pack(self, task: str) -> None:
-        """Turn a task's logits into bits."""
+    def _bits(self, task: str) -> list[tuple[TaskDict, Tensor]]:
+        """The bits of a task that has logits, and where they belong."""
         key = escape(task)
         threshold = self.threshold if self.gate == "hard" else 0.0
-        for masks in self._dicts().values():
-            if not masks._is_bits(key):  # layers may share their masks
-                masks[task] = pack_mask(masks._tensor(key).detach(), threshold=threshold)
+        found = [masks for masks in self._dicts().values() if not masks._is_bits(key)]
+        return [(masks, pack_mask(masks._tensor(key).detach(), threshold=threshold)) for masks in found]
 
     def _theta(self, what: str, key: str) -> Any:
         """The masked ``weight`` or ``bias`` of one task."""

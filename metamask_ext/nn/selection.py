@@ -53,6 +53,7 @@ class TaskBatch(Selection):
         self.size = len(positions)
         self._positions = torch.tensor(positions, dtype=torch.int64)
         self._on_device: dict[torch.device, Tensor] = {}
+        self._groups: dict[torch.device, tuple[list[Tensor], Tensor]] = {}
         self._splits: dict[tuple[torch.device, tuple[bool, ...]], tuple[Tensor, ...]] = {}
 
     def positions(self, device: torch.device) -> Tensor:
@@ -74,6 +75,15 @@ class TaskBatch(Selection):
             back = torch.cat(parts).argsort()
             found = tuple(tensor.to(device) for tensor in (parts[0], slots[0], parts[1], slots[1], back))
             self._splits[device, first] = found
+        return found
+
+    def groups(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        """For each of ``names`` its rows; and the way back from those rows one after another."""
+        found = self._groups.get(device)
+        if found is None:
+            order = self._positions.argsort(stable=True)
+            rows = order.split(torch.bincount(self._positions, minlength=len(self.names)).tolist())
+            found = self._groups[device] = [part.to(device) for part in rows], order.argsort().to(device)
         return found
 
     def check_size(self, layer: nn.Module, samples: int) -> None:
@@ -108,7 +118,7 @@ class TaskBatch(Selection):
 
     def forward_per_task(self, layer: PerTask, input: Tensor) -> Tensor:
         self.check_size(layer, len(input))
-        return layer._by_task(input, self)
+        return layer._forward_batch(input, self)
 
     def read(self, layer: TaskLayer, what: str) -> Any:
         raise RuntimeError(
@@ -204,7 +214,7 @@ class Superposition(Selection):
         return layer._plain(input, self.read(layer, "weight"), self.read(layer, "bias"))
 
     def forward_per_task(self, layer: PerTask, input: Tensor) -> Tensor:
-        if layer.training and layer._buffers_of_tasks():
+        if layer.training and layer._has_buffers_of_tasks():
             raise RuntimeError(
                 f"{type(layer).__name__} has statistics of tasks, and a superposition has none to update: call the "
                 "model in eval mode"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from .active import active_key, describe, only_key
 from .names import check_name, escape, unescape
-from .selection import Selection
+from .selection import Selection, Superposition
 from .task_dict import TaskDict
 
 SLOTS = "task_slots"
@@ -29,11 +29,12 @@ class TaskLayer(nn.Module):
     stay, and new tasks get new ones in the order of the keys.
     """
 
-    kinds: tuple[str, ...] = ()
-    """The paths of the layer's TaskDicts, whether it has them or not."""
-
     def _dicts(self) -> dict[str, TaskDict]:
         """The layer's TaskDicts by path."""
+        raise NotImplementedError
+
+    def _kinds(self) -> Iterable[str]:
+        """Their paths, whether this layer has them or not (as bias masks without a bias)."""
         raise NotImplementedError
 
     def _task_dict(self) -> TaskDict:
@@ -46,6 +47,10 @@ class TaskLayer(nn.Module):
 
     def _combine(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], out: Tensor) -> None:
         """Fill ``out`` for a new task that begins as this linear combination of tasks."""
+        raise NotImplementedError
+
+    def _mixed(self, superposition: Superposition, what: str) -> Any:
+        """The tensor ``what`` that forward uses under a superposition."""
         raise NotImplementedError
 
     def _new_task(self, task: str) -> None:
@@ -91,12 +96,14 @@ class TaskLayer(nn.Module):
                 tensors._renumber(local_metadata.get(SLOTS, []))
         else:
             self._load_plain(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        # Not BatchNorm's own, which fills up states of old torch versions and reads its buffers for it.
+        load = nn.Module._load_from_state_dict
+        load(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _saved_tasks(self, state_dict: dict[str, Any], prefix: str) -> tuple[bool, list[str]]:
         """Whether the state has an entry of a task, and the tasks in it; their keys become those of this torch."""
         given, names = False, dict[str, None]()
-        for start in (f"{prefix}{kind}." for kind in self.kinds):
+        for start in (f"{prefix}{kind}." for kind in self._kinds()):
             for key in [key for key in state_dict if key.startswith(start)]:
                 given = True
                 task = unescape(key[len(start) :])

@@ -151,6 +151,21 @@ def check_amounts(known: list[str], amounts: Mapping[str, float | Tensor], argum
     return checked
 
 
+def pack_task(model: nn.Module, name: str) -> None:
+    """Replace a task's logits by bits, one for each weight: 1 where the hard gate is on; for the sigmoid gate, where ``M > 0``.
+
+    The parameters go away; what an optimiser keeps for them stays with it. A task that is packed stays as it is.
+
+    Raises:
+        ValueError: the task is unknown, or ``model`` has no masked layer.
+    """
+    known = tasks(model)
+    if name not in known:
+        raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
+    for masks, bits in [entry for _, layer in masked_layers(model) for entry in layer._bits(name)]:
+        masks[name] = bits
+
+
 def remove_task(model: nn.Module, name: str) -> None:
     """Remove a task's masks from every masked layer of ``model``. Its slot stays empty.
 
