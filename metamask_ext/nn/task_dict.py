@@ -74,7 +74,7 @@ class TaskDict(nn.ParameterDict):
 
     def _tensor(self, key: str) -> Tensor:
         """The tensor of the task with this key."""
-        tensor = self._parameters.get(key)
+        tensor: Tensor | None = self._parameters.get(key)
         if tensor is None:
             tensor = self._buffers.get(key)
         return self._fetch_now(key) if tensor is None else tensor
