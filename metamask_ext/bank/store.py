@@ -327,7 +327,8 @@ class _Writer:
                     raise BankError(f"{self.folder / INDEX}: was saved again since this bank was opened. Open it again")
                 if shared == store.shared_sha256:
                     return Task(name, self._kept(store._task(self.before, store._slot(source)).file), info)
-            tensors: Mapping[str, Tensor] = store.task(source)
+            # Checked again: a file damaged since its first use must not get a new checksum.
+            tensors: Mapping[str, Tensor] = Store(store.directory, store._opened).task(source)
         else:
             tensors, info = data[0], dict(data[1])
             if reserved := sorted({"file", "bytes"} & info.keys()):
@@ -345,7 +346,7 @@ class _Writer:
         return file
 
     def _add(self, name: Callable[[str], str], data: bytes) -> File:
-        """Write ``data``, unless the committed bank has it. (What a killed save left is not used: it may not be on the disk yet.)"""
+        """Write ``data``, unless the committed bank has it. (What a killed save left is not used: it may not be synced.)"""
         sha256 = hashlib.sha256(data).hexdigest()
         file = File(name(sha256), sha256, len(data))
         if file.path not in self.new and not (file.path in self.present and self._holds(file.path, data)):
