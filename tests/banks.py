@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,3 +52,16 @@ def files(folder: Path) -> dict[str, bytes]:
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     found.pop("bank.lock", None)
     return found
+
+
+def read_body(folder: Path) -> dict[str, Any]:
+    """``bank.json`` without its version and checksum."""
+    body = json.loads((folder / "bank.json").read_bytes())
+    return {key: value for key, value in body.items() if key not in ("metamask_bank", "sha256")}
+
+
+def write_body(folder: Path, body: dict[str, Any]) -> None:
+    """What a foreign writer that knows the format would write: the checksum is right."""
+    first, rest = b'{"metamask_bank": 1,\n', json.dumps(body)[1:].encode()
+    checksum = hashlib.sha256(first + rest).hexdigest().encode()
+    (folder / "bank.json").write_bytes(first + b'"sha256": "%s",\n' % checksum + rest)

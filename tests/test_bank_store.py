@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -149,28 +147,6 @@ def test_a_reference_under_other_shared_weights_is_written_for_them(tmp_path):
     assert torch.equal(store.task("a")["bits/fc.weight"], packed(0)[0]["bits/fc.weight"])
     assert store.entry("a")["file"] != was and store.entry("a")["packed"] is True
     store.verify()
-
-
-def test_a_task_file_says_which_weights_it_is_of(tmp_path):
-    """Tasks of other weights put together by hand, with every checksum right."""
-    one = save(tmp_path / "one", META, shared(0), [("a", packed(0))])
-    save(tmp_path / "two", META, shared(1), [("a", packed(0))])
-    described = json.loads((tmp_path / "one" / "bank.json").read_bytes())
-    other = json.loads((tmp_path / "two" / "bank.json").read_bytes())
-    described["tasks"] = other["tasks"]
-    file = other["tasks"][0]["file"]
-    (tmp_path / "one" / file).write_bytes((tmp_path / "two" / file).read_bytes())
-    write_index(tmp_path / "one", described)
-    store = Store.open(tmp_path / "one")
-    with pytest.raises(BankError, match=f"{Path(file).name}: belongs to the shared weights .*{one.shared_sha256}"):
-        store.task("a")
-
-
-def write_index(folder: Path, described: dict) -> None:
-    """What a foreign writer that knows the format would write: the checksum is right."""
-    body = {key: value for key, value in described.items() if key not in ("metamask_bank", "sha256")}
-    first, rest = b'{"metamask_bank": 1,\n', json.dumps(body)[1:].encode()
-    (folder / "bank.json").write_bytes(first + b'"sha256": "%s",\n' % hashlib.sha256(first + rest).hexdigest().encode() + rest)
 
 
 def test_opening_reads_only_the_index(tmp_path):

@@ -183,7 +183,10 @@ class Store:
             with safe_open(path, "pt") as opened:
                 belongs = (opened.metadata() or {}).get("shared")
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  not a dict
-        except FileNotFoundError as error:
+        except (FileNotFoundError, RuntimeError) as error:
+            # safetensors opens the file, then torch maps it by name: deleted in between, it is a RuntimeError.
+            if path.exists():
+                raise
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
         except SafetensorError as error:
             raise BankError(f"{path}: not a safetensors file ({error})") from error
