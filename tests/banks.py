@@ -26,7 +26,7 @@ def packed(seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randint(0, 256, (5, 2), dtype=torch.uint8, generator=generator)
     weight[:, 1] &= 1
-    bias = torch.randint(0, 32, (1, 1), dtype=torch.uint8, generator=generator)
+    bias = torch.randint(0, 32, (1,), dtype=torch.uint8, generator=generator)
     return {"bits/fc.weight": weight, "bits/fc.bias": bias}, {"packed": True}
 
 

@@ -301,7 +301,7 @@ class _Writer:
         (self.folder / TASKS).mkdir(exist_ok=True)
         if (self.folder / TASKS).is_symlink():
             raise BankError(f"{self.folder / TASKS}: a symbolic link; a bank's folder must hold its own files")
-        file = self._add(shared_path, _serialise("shared", shared, None))
+        file = self._add(shared_path, serialise("shared", shared, None))
         entries = [None if task is None else self._task(file.sha256, *task) for task in tasks]
         commit = 0 if self.before is None else self.before.commit + 1
         data = encode(commit, dict(meta), file, entries)
@@ -336,7 +336,7 @@ class _Writer:
             tensors, info = data[0], dict(data[1])
             if reserved := sorted({"file", "bytes"} & info.keys()):
                 raise ValueError(f"the info of task {name!r} must not have the key {reserved[0]!r}")
-        serialised = _serialise(f"task {name!r}", tensors, shared)
+        serialised = serialise(f"task {name!r}", tensors, shared)
         return Task(name, self._add(lambda sha256: task_path(name, sha256), serialised), info)
 
     def _kept(self, file: File) -> File:
@@ -379,7 +379,7 @@ class _Writer:
             os.close(descriptor)
 
 
-def _serialise(owner: str, tensors: Mapping[str, Tensor], shared: str | None) -> bytes:
+def serialise(owner: str, tensors: Mapping[str, Tensor], shared: str | None) -> bytes:
     """A safetensors file; ``shared`` is the SHA-256 of the shared weights that it belongs to."""
     prepared: dict[str, Tensor] = {}
     storages = set()
