@@ -18,6 +18,7 @@ check_build()
 _import_module(".tasks", __name__)
 
 from . import nn, optim
+from .bank import MaskBank
 from .functional import masked_conv2d, masked_linear, masked_weight
 from .nn.active import using_task
 from .nn.convert import convert, merge
@@ -26,6 +27,7 @@ from .nn.tasks import add_task, remove_task, slots, tasks
 __version__ = build_info()["version"]
 
 __all__ = [
+    "MaskBank",
     "add_task",
     "build_info",
     "convert",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class TaskDict(nn.ParameterDict):
         self._waiting: dict[str, None] = {}
         """The names of tasks that are still to be fetched."""
         self._fetched: dict[str, Tensor] = {}
-        """By name, what fetching gave, while the entry is still that very tensor."""
+        """By name, the bits that are as they are in the file."""
 
     def _key_to_attr(self, key: str) -> str:
         return escape(key)
@@ -89,7 +89,7 @@ class TaskDict(nn.ParameterDict):
 
     # Tasks in a file
 
-    def _wait_for(self, names: list[str | None], fetch: Callable[[str], Tensor]) -> None:
+    def _wait_for(self, names: Sequence[str | None], fetch: Callable[[str], Tensor]) -> None:
         """Have these tasks and no other, by slot; ``fetch(name)`` gives the tensor of one when it is used."""
         self._parameters.clear()
         self._buffers.clear()
@@ -109,7 +109,8 @@ class TaskDict(nn.ParameterDict):
             tensor = self._buffers.setdefault(key, tensor)  # type: ignore[assignment]
         else:
             tensor = self._parameters.setdefault(key, nn.Parameter(tensor))  # type: ignore[assignment]
-        self._fetched[name] = tensor
+        if tensor.dtype == torch.uint8:
+            self._fetched[name] = tensor
         self._waiting.pop(name, None)
         return tensor
 
