@@ -41,7 +41,7 @@ class _Sum:
             self.bits, gone, new = {}, [], list(bits)
             total = torch.zeros_like(like, requires_grad=False)
         for key in gone:
-            total -= unpack_mask(self.bits[key], like.shape)
+            total -= unpack_mask(self.bits[key], like.shape).to(total.dtype)
         for key in new:
             total += unpack_mask(bits[key], like.shape)
         self.bits, self.total = dict(bits), total
