@@ -414,6 +414,7 @@ class TestPerTask:
         bank = MaskBank(self.model(), "head.bias")
         assert "head.weight" in dict(bank.model.named_parameters())
         assert list(bank.model["head"].per_task) == ["bias"]
+        assert bank.per_task == ["head.bias"]
 
     @pytest.mark.parametrize(
         ("patterns", "error", "words"),

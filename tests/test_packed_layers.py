@@ -120,7 +120,7 @@ class TestTasks:
             torch.testing.assert_close(merge(model, "b")(x), wanted(x))
 
     def test_a_new_task_can_begin_with_a_mixture_of_bits_and_not_with_their_logits(self):
-        layer = MaskedLinear(2, 1, bias=False, temperature=2.0)
+        layer = MaskedLinear(2, 1, bias=False, temperature=2.0).double()
         with torch.no_grad():
             layer.masks["default"].copy_(torch.tensor([[3.0, -3.0]]))
         add_task(layer, "b", init="copy:default")
@@ -130,9 +130,9 @@ class TestTasks:
                 add_task(layer, "new", init=init)
         assert tasks(layer) == ["default", "b"]
         add_task(layer, "new", init={"default": 1.0})
-        torch.testing.assert_close(layer.masks["new"], torch.tensor([[8.0, -8.0]]))  # 4 temperatures
-        add_task(layer, "half", init={"default": 0.25, "b": 0.75})
-        s = torch.tensor([[3.0, -3.0]]).div(2).sigmoid() * 0.75 + torch.tensor([[0.25, 0.0]])
+        torch.testing.assert_close(layer.masks["new"], torch.tensor([[8.0, -8.0]], dtype=torch.float64))  # 4 temperatures
+        add_task(layer, "half", init={"default": 0.2, "b": 0.7})
+        s = torch.tensor([[1.5, -1.5]], dtype=torch.float64).sigmoid() * 0.7 + torch.tensor([[0.2, 0.0]], dtype=torch.float64)
         torch.testing.assert_close(layer.masks["half"], 2 * torch.logit(s))
 
     def test_what_has_no_logits_cannot_be_read_as_logits(self):

@@ -13,7 +13,7 @@ from ..nn.names import escape
 from ..nn.selection import Superposition
 from . import folder
 from .inference import Sums, infer
-from .per_task import keep_matching
+from .per_task import keep_matching, per_task_names
 from .store import Store
 
 
@@ -56,6 +56,11 @@ class MaskBank:
     def slots(self) -> list[str | None]:
         """The names by slot; None where a task was removed."""
         return model_tasks.slots(self.model)
+
+    @property
+    def per_task(self) -> list[str]:
+        """The names, in the plain model, of the parameters and buffers that belong to tasks beside the masks."""
+        return per_task_names(self.model)
 
     def add_task(self, name: str, init: str | Mapping[str, float] = "random") -> None:
         """See :func:`metamask_ext.add_task`; ``init={task: alpha}`` begins with a combination of known tasks."""

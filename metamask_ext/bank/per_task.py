@@ -26,6 +26,12 @@ def shared_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tens
                     yield (f"{path}.{name}" if path else name), module, name, tensor
 
 
+def per_task_names(model: nn.Module) -> list[str]:
+    """What :func:`keep_matching` has made belong to tasks, and what does in layers made for it."""
+    modules = [(path, module) for path, module in model.named_modules() if isinstance(module, PerTask)]
+    return [f"{path}.{name}" if path else name for path, module in modules for name in module._own()]
+
+
 def keep_matching(model: nn.Module, patterns: str | Iterable[str]) -> None:
     """Let the tensors whose names match belong to tasks. Nothing is changed if a pattern is refused."""
     found: dict[nn.Module, dict[str, None]] = {}

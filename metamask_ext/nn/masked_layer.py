@@ -96,12 +96,14 @@ class MaskedLayer(TaskLayer):
         return new
 
     def _combine(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], out: Tensor) -> None:
-        shape = out.shape
-        total: Any = 0.0
+        total = torch.zeros_like(out)
         for task, amount in amounts.items():
             mask = tensors[task]
-            gate = unpack_mask(mask, shape) if mask.dtype == torch.uint8 else reference.gate_values(mask, *self._resolved())[0]
-            total = total + amount * gate
+            if mask.dtype == torch.uint8:
+                gate = unpack_mask(mask, out.shape).to(out.dtype)
+            else:
+                gate = reference.gate_values(mask, *self._resolved())[0]
+            total += amount * gate
         if self.gate == "hard":
             out.copy_(total - 0.5 + self.threshold)
         else:
