@@ -18,14 +18,16 @@ check_build()
 _import_module(".tasks", __name__)
 
 from . import nn, optim
+from .bank import MaskBank
 from .functional import masked_conv2d, masked_linear, masked_weight
 from .nn.active import using_task
 from .nn.convert import convert, merge
-from .nn.tasks import add_task, remove_task, tasks
+from .nn.tasks import add_task, remove_task, slots, tasks
 
 __version__ = build_info()["version"]
 
 __all__ = [
+    "MaskBank",
     "add_task",
     "build_info",
     "convert",
@@ -36,6 +38,7 @@ __all__ = [
     "nn",
     "optim",
     "remove_task",
+    "slots",
     "tasks",
     "using_task",
 ]
