@@ -19,6 +19,7 @@ _import_module(".tasks", __name__)
 
 from . import nn, optim
 from .functional import masked_conv2d, masked_linear, masked_weight
+from .mixed import task_masked_conv2d, task_masked_linear
 from .nn.active import using_task
 from .nn.convert import convert, merge
 from .nn.tasks import add_task, remove_task, tasks
@@ -36,6 +37,8 @@ __all__ = [
     "nn",
     "optim",
     "remove_task",
+    "task_masked_conv2d",
+    "task_masked_linear",
     "tasks",
     "using_task",
 ]
