@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch.autograd import Function
 
 from . import _task_ops, reference_tasks
@@ -39,7 +40,10 @@ class TaskMaskedLinear(Function):
         call, needs = ctx.call, ctx.needs_input_grad
         of_weight, of_bias = needs[6 : 6 + call.masks], needs[6 + call.masks :]
         wanted = needs[2], needs[4], any(of_weight), needs[5], any(of_bias)
-        dx, dw, db, *dmasks = TaskMaskedLinearBackward.apply(call, wanted, grad, *ctx.saved_tensors)
+        if _is_batched(grad):
+            dx, dw, db, *dmasks = _backward(reference_tasks.task_masked_linear_backward, call, (grad, *ctx.saved_tensors), wanted)
+        else:
+            dx, dw, db, *dmasks = TaskMaskedLinearBackward.apply(call, wanted, grad, *ctx.saved_tensors)
         return (
             None,  # call
             None,  # dtype
@@ -59,11 +63,8 @@ class TaskMaskedLinearBackward(Function):
         ctx.save_for_backward(grad, input, slots, weight, bias, *masks)
         ctx.set_materialize_grads(False)
         ctx.call = call
-        of_weight, of_bias = masks[: call.masks], masks[call.masks :]
-        dx, dw, dmasks, db, dbias_masks = _task_ops.task_masked_linear_backward(
-            grad, input, slots, weight, of_weight, bias, of_bias, call.gate, call.parameter, call.groups, needs
-        )
-        return dx, dw, db, *(dmasks or [None] * len(of_weight)), *(dbias_masks or [None] * len(of_bias))
+        tensors = grad, input, slots, weight, bias, *masks
+        return _backward(_task_ops.task_masked_linear_backward, call, tensors, needs)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -72,7 +73,12 @@ class TaskMaskedLinearBackward(Function):
         if any(cotangent is not None for cotangent in cotangents):
             of_weight, of_bias = needs[7 : 7 + ctx.call.masks], needs[7 + ctx.call.masks :]
             wanted = needs[2], needs[3], needs[5], any(of_weight), needs[6], any(of_bias)
-            ddy, dx, dw, db, *dmasks = TaskMaskedLinearDoubleBackward.apply(ctx.call, wanted, *cotangents, *ctx.saved_tensors)
+            tensors = *cotangents, *ctx.saved_tensors
+            if _is_batched(*tensors):
+                second = _double_backward(reference_tasks.task_masked_linear_double_backward, ctx.call, tensors, wanted)
+            else:
+                second = TaskMaskedLinearDoubleBackward.apply(ctx.call, wanted, *tensors)
+            ddy, dx, dw, db, *dmasks = second
             grads = ddy, dx, None, dw, db, *(dmask if need else None for dmask, need in zip(dmasks, needs[7:]))
         return (
             None,  # call
@@ -91,20 +97,14 @@ class TaskMaskedLinearDoubleBackward(Function):
     def forward(ctx, call, needs, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.call, ctx.needs = call, needs
-        outputs = _double_backward(_task_ops.task_masked_linear_double_backward, call, tensors, needs)
-        ddy, dx, dw, dmasks, db, dbias_masks = outputs
-        count = len(tensors) // 2 - 4
-        return ddy, dx, dw, db, *(dmasks or [None] * call.masks), *(dbias_masks or [None] * (count - call.masks))
+        return _double_backward(_task_ops.task_masked_linear_double_backward, call, tensors, needs)
 
     @staticmethod
     def backward(ctx, *cotangents):
         def double_backward(*tensors):
             return _double_backward(reference_tasks.task_masked_linear_double_backward, ctx.call, tensors, ctx.needs)
 
-        ddy, dx, dw, db, *dmasks = cotangents
-        n = ctx.call.masks
-        # In the order of the outputs of the op
-        grads = reference_tasks.pull_back(double_backward, ctx.saved_tensors, (ddy, dx, dw, dmasks[:n], db, dmasks[n:]))
+        grads = reference_tasks.pull_back(double_backward, ctx.saved_tensors, cotangents)
         grads = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[2:])]
         return (
             None,  # call
@@ -113,13 +113,32 @@ class TaskMaskedLinearDoubleBackward(Function):
         )
 
 
+# The Functions' tensors, and results, in the order of the ops and their references; None for each mask's that is not needed.
+
+
+def _backward(function, call, tensors, needs):
+    """``tensors``: grad, input, slots, weight, bias and all masks; gives dx, dW, db and the masks' gradients."""
+    grad, input, slots, weight, bias, *masks = tensors
+    n = call.masks
+    dx, dw, dmasks, db, dbias_masks = function(
+        grad, input, slots, weight, masks[:n], bias, masks[n:], call.gate, call.parameter, call.groups, needs
+    )
+    return dx, dw, db, *(dmasks or [None] * n), *(dbias_masks or [None] * (len(masks) - n))
+
+
 def _double_backward(function, call, tensors, needs):
-    """Calls an op, or its reference, with the tensors of :class:`TaskMaskedLinearDoubleBackward`."""
+    """``tensors``: the cotangents of what :func:`_backward` gives, and its tensors; gives ddy, dx, dW, db and the masks'."""
     count = len(tensors) // 2 - 4  # of all masks: 3 cotangents and 5 arguments are not of masks
     c_input, c_weight, c_bias, *c_masks = tensors[: 3 + count]
     grad, input, slots, weight, bias, *masks = tensors[3 + count :]
     n = call.masks
-    return function(
-        c_input, c_weight, c_masks[:n], c_bias, c_masks[n:], grad, input, slots, weight, masks[:n], bias, masks[n:],
-        call.gate, call.parameter, call.groups, needs,
-    )  # fmt: skip
+    cotangents = c_input, c_weight, c_masks[:n], c_bias, c_masks[n:]
+    ddy, dx, dw, dmasks, db, dbias_masks = function(
+        *cotangents, grad, input, slots, weight, masks[:n], bias, masks[n:], call.gate, call.parameter, call.groups, needs
+    )
+    return ddy, dx, dw, db, *(dmasks or [None] * n), *(dbias_masks or [None] * (count - n))
+
+
+def _is_batched(*tensors):
+    """Whether autograd runs this backward for a batch of gradients at once (``is_grads_batched``): only plain torch can."""
+    return any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
