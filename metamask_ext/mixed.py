@@ -126,7 +126,9 @@ def task_masked_conv2d(
         for length, pad, step, width, by in zip(batch.shape[2:], padding, dilation, kernel, stride)
     ]
     if min(size) < 1:
-        raise ValueError(f"input must not be smaller than the kernel {list(kernel)} with dilation={dilation}, got {list(input.shape)}")
+        raise ValueError(
+            f"input must not be smaller than the kernel {list(kernel)} with dilation={dilation}, got {list(input.shape)}"
+        )
     # Made contiguous once: the op would do it forward and backward.
     patches = F.unfold(batch, kernel, dilation, padding, stride).transpose(1, 2).contiguous()
     stacked = reference_tasks.is_stacked(given, weight)
@@ -151,9 +153,7 @@ def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int
     return pair
 
 
-def _padded(
-    batch: Tensor, padding: str, kernel: Sequence[int], stride: tuple[int, int], dilation: tuple[int, int]
-) -> Tensor:
+def _padded(batch: Tensor, padding: str, kernel: Sequence[int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
     if padding == "valid":
         return batch
     if padding != "same":

@@ -75,9 +75,7 @@ def check_slot_values(slots: Tensor, tasks: int) -> None:
             raise ValueError(f"slots must be in [0, {tasks}), got {slot} at position {position}")
 
 
-def check_task_bias(
-    weight: Tensor, masks: Sequence[Tensor], bias: Tensor | None, bias_masks: Sequence[Tensor] | None
-) -> None:
+def check_task_bias(weight: Tensor, masks: Sequence[Tensor], bias: Tensor | None, bias_masks: Sequence[Tensor] | None) -> None:
     """Refuse a bias that is not ``[out]``, and masks that do not belong to it, or are of another number of tasks."""
     if bias is None:
         if bias_masks is not None:
