@@ -116,8 +116,23 @@ if BACKEND != "reference":
 
     @torch.library.register_fake("metamask::task_masked_linear_double_backward")
     def _(
-        c_input, c_weight, c_masks, c_bias, c_bias_masks, grad, input, slots, weight, masks, bias, bias_masks, gate, parameter, groups, needs
-    ):  # fmt: skip
+        c_input,
+        c_weight,
+        c_masks,
+        c_bias,
+        c_bias_masks,
+        grad,
+        input,
+        slots,
+        weight,
+        masks,
+        bias,
+        bias_masks,
+        gate,
+        parameter,
+        groups,
+        needs,
+    ):
         check_task_linear(input, slots, weight, masks, bias, bias_masks or None, groups)
         return grad.new_empty(grad.shape) if needs[0] else None, *_gradients(input, weight, masks, bias, bias_masks, needs[1:])
 

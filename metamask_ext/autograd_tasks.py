@@ -1,7 +1,7 @@
 """The autograd Functions of batches that mix tasks, closed under differentiation as those of :mod:`metamask_ext.autograd`.
 
-``TaskMaskedLinear`` -> ``TaskMaskedLinearBackward`` -> ``TaskMaskedLinearDoubleBackward`` -> plain torch. A Function sees tensors among
-its arguments, not in lists: the masks and the bias masks come last, one by one.
+``TaskMaskedLinear`` -> ``TaskMaskedLinearBackward`` -> ``TaskMaskedLinearDoubleBackward`` -> plain torch. A Function sees tensors
+among its arguments, not in lists: the masks and the bias masks come last, one by one.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """The ops on batches that mix tasks in plain PyTorch: their specification, oracle, and path where a Function cannot go.
 
-``theta_t = W * g(M_t)`` as in :mod:`metamask_ext.reference`, one mask ``M_t`` for each of ``T`` tasks; sample ``b`` of the batch uses
-that of task ``slots[b]``. ``masks`` is a list: of one tensor ``[T, *W.shape]``, or of ``T`` tensors of the shape of ``W``. With
-``G_t = dy_t.T @ x_t`` over the rows of task ``t``, the gradients are
+``theta_t = W * g(M_t)`` as in :mod:`metamask_ext.reference`, one mask ``M_t`` for each of ``T`` tasks; sample ``b`` of the batch
+uses that of task ``slots[b]``. ``masks`` is a list: of one tensor ``[T, *W.shape]``, or of ``T`` tensors of the shape of ``W``.
+With ``G_t = dy_t.T @ x_t`` over the rows of task ``t``, the gradients are
 
 * ``dx = dy_t @ theta_t`` row by row, ``dW = sum_t G_t * s_t``, ``dM_t = G_t * W * d_t``,
 
-and with cotangents ``X`` of dx, ``A`` of dW, ``B_t`` of dM_t, ``H_t = dy_t.T @ X_t`` and ``C_t = A * s_t + B_t * W * d_t``, theirs are
+and with cotangents ``X`` of dx, ``A`` of dW, ``B_t`` of dM_t, ``H_t = dy_t.T @ X_t`` and ``C_t = A * s_t + B_t * W * d_t``,
+theirs are
 
 * to dy: ``X @ theta_t.T + x @ C_t.T``; to x: ``dy @ C_t``; to W: ``sum_t B_t * G_t * d_t + H_t * s_t``;
 * to M_t: ``A * G_t * d_t + B_t * G_t * W * d2_t + H_t * W * d_t``.
@@ -144,10 +145,9 @@ def task_masked_linear(
 
 def _gated(weight: Tensor, masks: Sequence[Tensor], slots: Tensor, gate: int, parameter: float) -> Tensor:
     """``theta_slots[b]`` for each sample."""
-    if is_stacked(masks, weight):
-        stack = masks[0]
-    else:
-        stack = torch.stack(list(masks)) if masks else weight.new_empty((0, *weight.shape))
+    stack = weight.new_empty((0, *weight.shape))
+    if masks:
+        stack = masks[0] if is_stacked(masks, weight) else torch.stack(list(masks))
     theta = masked_weight(weight.expand_as(stack), stack, gate, parameter)
     # A negative index would count from the end: this one is out of range, which is an error also where nobody can look.
     return theta[torch.where(slots < 0, len(stack), slots)]
