@@ -46,8 +46,9 @@ struct Panels {
     // Below about 10 microseconds of work, waking another thread costs more than it does.
     const double nanoseconds = double(out) * double(in) * (0.25 * double(masks) + 0.01 * double(batch));
     const int64_t pool = at::in_parallel_region() || nanoseconds < 10000 ? 1 : at::get_num_threads();
-    // Several panels for each thread, so that a late one costs little.
-    const int64_t share = pool > 1 ? (out + 4 * pool - 1) / (4 * pool) : out;
+    // Several panels for each thread, so that a late one costs little; of a small layer one, which has the fewest calls.
+    const int64_t pieces = pool > 1 ? std::clamp<int64_t>(int64_t(nanoseconds / 5000), pool, 4 * pool) : 1;
+    const int64_t share = (out + pieces - 1) / pieces;
     rows = std::clamp<int64_t>(round_up(std::min(fits, share), 4), 4, std::max<int64_t>(out, 4));
     count = (out + rows - 1) / rows;
     threads = std::min(pool, std::max<int64_t>(count, 1));
