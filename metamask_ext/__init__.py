@@ -20,6 +20,7 @@ _import_module(".tasks", __name__)
 from . import nn, optim
 from .bank import MaskBank
 from .functional import masked_conv2d, masked_linear, masked_weight
+from .mixed import task_masked_conv2d, task_masked_linear
 from .nn.active import using_task
 from .nn.convert import convert, merge
 from .nn.tasks import add_task, remove_task, slots, tasks
@@ -39,6 +40,8 @@ __all__ = [
     "optim",
     "remove_task",
     "slots",
+    "task_masked_conv2d",
+    "task_masked_linear",
     "tasks",
     "using_task",
 ]
