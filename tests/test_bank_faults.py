@@ -19,6 +19,8 @@ from bank_processes import at_call
 from banks import META, contents, files, logits, new_bank, packed, read_body, shared, write_body
 
 from metamask_ext.bank import BankError, BankNotFoundError, Store, save
+from metamask_ext.bank import store as store_module
+from metamask_ext.bank.index import Index
 from metamask_ext.bank.store import _locked
 
 
@@ -67,6 +69,15 @@ def test_truncated_and_grown_files(tmp_path):
         _assert_refused(tmp_path, name)
         (tmp_path / name).write_bytes(data)
     Store.open(tmp_path).verify()
+
+
+def test_verify_reads_again_what_was_used(tmp_path):
+    store = new_bank(tmp_path)
+    store.task("a")
+    path = tmp_path / store.entry("a")["file"]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(BankError, match=f"{path.name}: damaged"):
+        store.verify()
 
 
 def test_swapped_files(tmp_path):
@@ -264,6 +275,20 @@ def test_a_full_disk_at_every_write(tmp_path):
     Store.open(tmp_path).verify()
 
 
+def test_what_killed_saves_left_makes_room_first(tmp_path):
+    new_bank(tmp_path)
+    left = [tmp_path / "tasks" / f"a-{'0' * 32}.safetensors{end}" for end in ("", ".tmp")]
+    for path in left:
+        path.write_bytes(b"x")
+
+    def full() -> None:
+        assert not any(path.exists() for path in left)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space"), at_call(2, full):  # the first call makes the folder, before it is locked
+        save(tmp_path, META, shared(1), [])
+
+
 def test_an_interrupt_removes_what_was_written(tmp_path):
     new_bank(tmp_path)
     before = files(tmp_path)
@@ -296,6 +321,21 @@ def test_a_reader_follows_a_task(tmp_path):
     save(tmp_path, META, shared(), [("a", packed(0)), ("b", packed(1))])
     assert torch.equal(reader.task("a")["bits/fc.weight"], packed(0)[0]["bits/fc.weight"])
     del writer
+
+
+def test_a_file_that_is_gone_and_comes_back(tmp_path, monkeypatch):
+    """The bank of the beginning is saved again while the reader turns to the index: that is no missing file."""
+    reader = new_bank(tmp_path)
+    save(tmp_path, META, shared(), [("a", packed(5)), ("b", packed(1))])
+    read_index = store_module.read_index
+
+    def late(folder: Path) -> Index:
+        monkeypatch.undo()
+        new_bank(tmp_path)
+        return read_index(folder)
+
+    monkeypatch.setattr(store_module, "read_index", late)
+    assert torch.equal(reader.task("a")["bits/fc.weight"], packed(0)[0]["bits/fc.weight"])
 
 
 @pytest.mark.parametrize(
