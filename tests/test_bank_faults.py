@@ -224,8 +224,7 @@ def test_a_reference_to_a_lost_file(tmp_path, damage):
 
 
 def test_killed_at_random_moments(tmp_path):
-    counts = _run("random_kills", tmp_path)
-    assert counts["moved"] > 10 and counts["debris"] > 5, f"the kills hit saves in progress: {counts}"
+    assert _run("random_kills", tmp_path)["debris"] > 0, "the kills hit saves in progress"
 
 
 def test_killed_before_every_change_of_the_disk(tmp_path):
@@ -304,7 +303,7 @@ def test_an_interrupt_removes_what_was_written(tmp_path):
 
 def test_readers_while_one_writes(tmp_path):
     counts = _run("readers", tmp_path)
-    assert counts["read"] > 100 and counts["newer"] > 0 and counts["changed"] > 0, counts
+    assert counts["read"] >= 600 and counts["newer"] >= 3 and counts["changed"] >= 3, counts
 
 
 def test_a_reader_follows_a_task(tmp_path):
