@@ -181,8 +181,11 @@ def test_links_are_not_followed(tmp_path):
     (folder / "tasks").rename(outside / "tasks")
     (folder / "tasks").symlink_to(outside / "tasks")
     _assert_refused(folder, "tasks: a symbolic link")
+    theirs = outside / "tasks" / f"a-{'0' * 32}.safetensors"
+    theirs.write_bytes(b"another bank's")
     with pytest.raises(BankError, match="tasks: a symbolic link"):
         save(folder, META, shared(), [("a", (store, "a"))])
+    theirs.unlink()
     (folder / "tasks").unlink()
     (outside / "tasks").rename(folder / "tasks")
     assert files(folder) == before
@@ -335,6 +338,14 @@ def test_a_file_that_is_gone_and_comes_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(store_module, "read_index", late)
     assert torch.equal(reader.task("a")["bits/fc.weight"], packed(0)[0]["bits/fc.weight"])
+
+
+def test_a_copy_of_a_task_that_was_saved_again(tmp_path):
+    """The newer tensors come with the newer info."""
+    one = new_bank(tmp_path / "one")
+    save(tmp_path / "one", META, shared(), [("a", logits(5)), ("b", packed(1))])
+    two = save(tmp_path / "two", META, shared(), [("a", (one, "a"))])
+    assert two.task("a").keys() == logits(5)[0].keys() and two.entry("a")["packed"] is False
 
 
 @pytest.mark.parametrize(
