@@ -19,6 +19,8 @@ from bank_processes import at_call
 from banks import META, contents, files, logits, new_bank, packed, read_body, shared, write_body
 
 from metamask_ext.bank import BankError, BankNotFoundError, Store, save
+from metamask_ext.bank import store as store_module
+from metamask_ext.bank.index import Index
 from metamask_ext.bank.store import _locked
 
 
@@ -67,6 +69,15 @@ def test_truncated_and_grown_files(tmp_path):
         _assert_refused(tmp_path, name)
         (tmp_path / name).write_bytes(data)
     Store.open(tmp_path).verify()
+
+
+def test_verify_reads_again_what_was_used(tmp_path):
+    store = new_bank(tmp_path)
+    store.task("a")
+    path = tmp_path / store.entry("a")["file"]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(BankError, match=f"{path.name}: damaged"):
+        store.verify()
 
 
 def test_swapped_files(tmp_path):
@@ -170,8 +181,11 @@ def test_links_are_not_followed(tmp_path):
     (folder / "tasks").rename(outside / "tasks")
     (folder / "tasks").symlink_to(outside / "tasks")
     _assert_refused(folder, "tasks: a symbolic link")
+    theirs = outside / "tasks" / f"a-{'0' * 32}.safetensors"
+    theirs.write_bytes(b"another bank's")
     with pytest.raises(BankError, match="tasks: a symbolic link"):
         save(folder, META, shared(), [("a", (store, "a"))])
+    theirs.unlink()
     (folder / "tasks").unlink()
     (outside / "tasks").rename(folder / "tasks")
     assert files(folder) == before
@@ -213,8 +227,7 @@ def test_a_reference_to_a_lost_file(tmp_path, damage):
 
 
 def test_killed_at_random_moments(tmp_path):
-    counts = _run("random_kills", tmp_path)
-    assert counts["moved"] > 10 and counts["debris"] > 5, f"the kills hit saves in progress: {counts}"
+    assert _run("random_kills", tmp_path)["debris"] > 0, "the kills hit saves in progress"
 
 
 def test_killed_before_every_change_of_the_disk(tmp_path):
@@ -264,6 +277,20 @@ def test_a_full_disk_at_every_write(tmp_path):
     Store.open(tmp_path).verify()
 
 
+def test_what_killed_saves_left_makes_room_first(tmp_path):
+    new_bank(tmp_path)
+    left = [tmp_path / "tasks" / f"a-{'0' * 32}.safetensors{end}" for end in ("", ".tmp")]
+    for path in left:
+        path.write_bytes(b"x")
+
+    def full() -> None:
+        assert not any(path.exists() for path in left)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space"), at_call(2, full):  # the first call makes the folder, before it is locked
+        save(tmp_path, META, shared(1), [])
+
+
 def test_an_interrupt_removes_what_was_written(tmp_path):
     new_bank(tmp_path)
     before = files(tmp_path)
@@ -279,7 +306,7 @@ def test_an_interrupt_removes_what_was_written(tmp_path):
 
 def test_readers_while_one_writes(tmp_path):
     counts = _run("readers", tmp_path)
-    assert counts["read"] > 100 and counts["newer"] > 0 and counts["changed"] > 0, counts
+    assert counts["read"] >= 600 and counts["newer"] >= 3 and counts["changed"] >= 3, counts
 
 
 def test_a_reader_follows_a_task(tmp_path):
@@ -296,6 +323,29 @@ def test_a_reader_follows_a_task(tmp_path):
     save(tmp_path, META, shared(), [("a", packed(0)), ("b", packed(1))])
     assert torch.equal(reader.task("a")["bits/fc.weight"], packed(0)[0]["bits/fc.weight"])
     del writer
+
+
+def test_a_file_that_is_gone_and_comes_back(tmp_path, monkeypatch):
+    """The bank of the beginning is saved again while the reader turns to the index: that is no missing file."""
+    reader = new_bank(tmp_path)
+    save(tmp_path, META, shared(), [("a", packed(5)), ("b", packed(1))])
+    read_index = store_module.read_index
+
+    def late(folder: Path) -> Index:
+        monkeypatch.undo()
+        new_bank(tmp_path)
+        return read_index(folder)
+
+    monkeypatch.setattr(store_module, "read_index", late)
+    assert torch.equal(reader.task("a")["bits/fc.weight"], packed(0)[0]["bits/fc.weight"])
+
+
+def test_a_copy_of_a_task_that_was_saved_again(tmp_path):
+    """The newer tensors come with the newer info."""
+    one = new_bank(tmp_path / "one")
+    save(tmp_path / "one", META, shared(), [("a", logits(5)), ("b", packed(1))])
+    two = save(tmp_path / "two", META, shared(), [("a", (one, "a"))])
+    assert two.task("a").keys() == logits(5)[0].keys() and two.entry("a")["packed"] is False
 
 
 @pytest.mark.parametrize(

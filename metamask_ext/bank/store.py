@@ -219,9 +219,9 @@ def save(
 ) -> Store:
     """Make the folder hold this bank, whatever it held before. Files whose contents are there already are not written again.
 
-    After a kill at any moment, and after a power failure once the file system's own promises hold, the folder holds the old bank or
-    the new one, whole. When this returns, the new one is on the disk (fsync). One process writes at a time; a second one is refused
-    at once. Files that no ``bank.json`` names, left by killed saves, are deleted; files with names that no bank gives are left.
+    After a kill at any moment, and after a power failure if the disk has kept what it said was synced, the folder holds the old
+    bank or the new one, whole. When this returns, the new one is on the disk (fsync). One process writes at a time; a second one is
+    refused at once. Files that no ``bank.json`` names, left by killed saves, are deleted; files with names that no bank gives stay.
 
     Args:
         directory: the folder; it and its parents are made if they are not there.
@@ -250,13 +250,15 @@ def save(
     for path in made:
         sync_folder(path.parent)
     with _locked(folder):
-        before = read_index(folder) if (folder / INDEX).exists() else None
+        if (folder / TASKS).is_symlink():
+            raise BankError(f"{folder / TASKS}: a symbolic link; a bank's folder must hold its own files")
+        before = _committed(folder)
         _sweep(folder, before)
         try:
             index = _Writer(folder, before).commit(meta, shared, tasks)
         except BaseException:
             # Where the last fsync failed, the rename of bank.json may be on the disk or not: the files of both states stay.
-            _sweep(folder, before, read_index(folder) if (folder / INDEX).exists() else None)
+            _sweep(folder, before, _committed(folder))
             raise
         _sweep(folder, index)
     return Store(folder, index)
@@ -275,6 +277,10 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _committed(folder: Path) -> Index | None:
+    return read_index(folder) if (folder / INDEX).exists() else None
 
 
 def _sweep(folder: Path, *keep: Index | None) -> None:
@@ -297,10 +303,7 @@ class _Writer:
         self.new: dict[str, None] = {}  # in order, each once: two tasks may have one file
 
     def commit(self, meta: Mapping[str, Any], shared: Mapping[str, Tensor], tasks: Sequence[tuple[str, TaskData] | None]) -> Index:
-        made = not (self.folder / TASKS).exists()
         (self.folder / TASKS).mkdir(exist_ok=True)
-        if (self.folder / TASKS).is_symlink():
-            raise BankError(f"{self.folder / TASKS}: a symbolic link; a bank's folder must hold its own files")
         file = self._add(shared_path, serialise("shared", shared, None))
         entries = [None if task is None else self._task(file.sha256, *task) for task in tasks]
         commit = 0 if self.before is None else self.before.commit + 1
@@ -313,8 +316,7 @@ class _Writer:
         for path in self.new:
             os.replace(self._temporary(path), self.folder / path)
         sync_folder(self.folder / TASKS)
-        if made or self.before is None or self.before.shared != file:
-            sync_folder(self.folder)
+        sync_folder(self.folder)
         self._write(INDEX, data)
         self._sync(INDEX)
         os.replace(self._temporary(INDEX), self.folder / INDEX)
@@ -324,14 +326,16 @@ class _Writer:
     def _task(self, shared: str, name: str, data: TaskData) -> Task:
         if isinstance(data[0], Store):
             store, source = data
-            info = dict(store._task(store._index, store._slot(source)).info)
             if store.directory == self.folder:
                 if self.before is None or store._opened.data != self.before.data:
                     raise BankError(f"{self.folder / INDEX}: was saved again since this bank was opened. Open it again")
                 if shared == store.shared_sha256:
-                    return Task(name, self._kept(store._task(self.before, store._slot(source)).file), info)
+                    kept = store._task(self.before, store._slot(source))
+                    return Task(name, self._kept(kept.file), kept.info)
             # Checked again: a file damaged since its first use must not get a new checksum.
-            tensors: Mapping[str, Tensor] = Store(store.directory, store._opened).task(source)
+            store = Store(store.directory, store._opened)
+            tensors: Mapping[str, Tensor] = store.task(source)
+            info = store._task(store._index, store._slot(source)).info
         else:
             tensors, info = data[0], dict(data[1])
             if reserved := sorted({"file", "bytes"} & info.keys()):
