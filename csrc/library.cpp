@@ -32,6 +32,17 @@ TORCH_LIBRARY(metamask, m) {
       "Tensor(d!)? bias_mask_logits, Tensor(e!)? weight_velocity, Tensor(f!)? mask_velocity, Tensor(g!)? bias_velocity, "
       "Tensor(h!)? bias_mask_velocity, int gate, float parameter, bool[5] needs, bool[4] updates, float[] settings) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // Masks of one bit a weight. `packed` is one tensor with a dimension of tasks in front, or a list of one tensor a task.
+  m.def("pack_mask(Tensor mask_logits, float threshold) -> Tensor");
+  m.def("unpack_mask(Tensor packed, int[] shape) -> Tensor");
+  m.def(
+      "packed_masked_linear(Tensor input, Tensor slots, Tensor weight, Tensor[] packed, Tensor? bias, Tensor[]? packed_bias, "
+      "int groups, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "packed_masked_linear_backward(Tensor grad, Tensor input, Tensor slots, Tensor weight, Tensor[] packed, Tensor? bias, "
+      "Tensor[]? packed_bias, int groups, bool[3] needs) -> (Tensor, Tensor, Tensor)");
+  m.def("packed_superposition_gradient(Tensor grad, Tensor input, Tensor weight, Tensor[] packed, int groups) -> Tensor");
 }
 
 namespace metamask {
@@ -62,8 +73,9 @@ void without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 #endif
 
 constexpr const char* kOps[] = {
-    "masked_weight", "masked_weight_backward", "masked_weight_backward_sgd_", "masked_weight_double_backward",
-    "masked_linear", "masked_linear_backward", "masked_linear_backward_sgd_"};
+    "masked_weight", "masked_weight_backward", "masked_weight_backward_sgd_",   "masked_weight_double_backward",
+    "masked_linear", "masked_linear_backward", "masked_linear_backward_sgd_",   "pack_mask",
+    "unpack_mask",   "packed_masked_linear",   "packed_masked_linear_backward", "packed_superposition_gradient"};
 
 TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
   for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());

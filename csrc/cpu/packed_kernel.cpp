@@ -1,0 +1,403 @@
+// Compiled once for each instruction set, with METAMASK_ISA its name. Everything but the table is local to the object.
+//
+// With AVX-512 the bits of 16 weights are a mask register as they lie in memory; elsewhere each lane tests its bit.
+#include "packed_kernel.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace metamask::cpu {
+namespace {
+
+// Tiles of results in registers: forward, sample rows by rows of W; the gradients, rows by vectors of columns.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kRows = 4, kOutputs = 2, kColumns = 4;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kRows = 2, kOutputs = 2, kColumns = 2;
+#else
+constexpr int kVectorBytes = 16, kRows = 2, kOutputs = 2, kColumns = 2;
+#endif
+
+template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+  static constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+  static constexpr int64_t kPad = kRowBytes / sizeof(T);
+};
+
+template <class T>
+METAMASK_INLINE typename Vector<T>::type load(const T* from) {
+  return *reinterpret_cast<const typename Vector<T>::unaligned*>(from);
+}
+
+template <class T>
+METAMASK_INLINE void store(T* to, typename Vector<T>::type value) {
+  *reinterpret_cast<typename Vector<T>::unaligned*>(to) = value;
+}
+
+template <class T>
+METAMASK_INLINE typename Vector<T>::type everywhere(T value) {
+  return value - typename Vector<T>::type{};
+}
+
+template <class T>
+METAMASK_INLINE T sum(typename Vector<T>::type value) {
+  typedef T Part __attribute__((vector_size(16), may_alias));
+  alignas(kVectorBytes) T lanes[Vector<T>::kLanes];
+  store(lanes, value);
+  constexpr int kLanes = 16 / sizeof(T);
+  Part total = *reinterpret_cast<const Part*>(lanes);
+#pragma GCC unroll 4
+  for (int i = kLanes; i < Vector<T>::kLanes; i += kLanes) total += *reinterpret_cast<const Part*>(lanes + i);
+  if constexpr (kLanes == 4) return (total[0] + total[2]) + (total[1] + total[3]);
+  else return total[0] + total[1];
+}
+
+// The first n lanes, the others zero.
+template <class T>
+METAMASK_INLINE typename Vector<T>::type load_some(const T* from, int64_t n) {
+  alignas(kVectorBytes) T lanes[Vector<T>::kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = from[i];
+  return load(lanes);
+}
+
+#if defined(__AVX512F__)
+
+template <class T>
+struct Mask {
+  __mmask16 lanes;
+};
+template <>
+struct Mask<double> {
+  __mmask8 lanes;
+};
+
+METAMASK_INLINE Mask<float> mask_of(const float*, const uint8_t* bits, int64_t k) {
+  uint16_t lanes;
+  std::memcpy(&lanes, bits + k / 8, sizeof(lanes));
+  return {lanes};
+}
+
+// The last n columns of a row: not a byte behind them is read.
+METAMASK_INLINE Mask<float> mask_of(const float*, const uint8_t* bits, int64_t k, int64_t n) {
+  return {__mmask16(bits[k / 8] | (n > 8 ? bits[k / 8 + 1] << 8 : 0))};
+}
+
+METAMASK_INLINE Mask<double> mask_of(const double*, const uint8_t* bits, int64_t k) { return {bits[k / 8]}; }
+METAMASK_INLINE Mask<double> mask_of(const double*, const uint8_t* bits, int64_t k, int64_t) { return {bits[k / 8]}; }
+
+METAMASK_INLINE Vector<float>::type select(Mask<float> mask, Vector<float>::type v) { return _mm512_maskz_mov_ps(mask.lanes, v); }
+METAMASK_INLINE Vector<double>::type select(Mask<double> mask, Vector<double>::type v) {
+  return _mm512_maskz_mov_pd(mask.lanes, v);
+}
+
+// sum += a b where the mask is set.
+METAMASK_INLINE void add_product(Vector<float>::type& sum, Mask<float> mask, Vector<float>::type a, Vector<float>::type b) {
+  sum = _mm512_mask3_fmadd_ps(a, b, sum, mask.lanes);
+}
+METAMASK_INLINE void add_product(Vector<double>::type& sum, Mask<double> mask, Vector<double>::type a, Vector<double>::type b) {
+  sum = _mm512_mask3_fmadd_pd(a, b, sum, mask.lanes);
+}
+
+#else
+
+template <class T>
+struct Lane;
+template <>
+struct Lane<float> {
+  typedef int32_t Integer;
+};
+template <>
+struct Lane<double> {
+  typedef int64_t Integer;
+};
+
+template <class T>
+struct Mask {
+  typedef typename Lane<T>::Integer Integer;
+  typedef Integer type __attribute__((vector_size(kVectorBytes)));
+  type lanes;  // all bits of a lane set, or none
+};
+
+// At most 8 lanes, which never cross a byte.
+template <class T>
+METAMASK_INLINE Mask<T> mask_of(const T*, const uint8_t* bits, int64_t k) {
+  using Integer = typename Mask<T>::Integer;
+  typename Mask<T>::type own;
+#pragma GCC unroll 8
+  for (int i = 0; i < Vector<T>::kLanes; ++i) own[i] = Integer(1) << i;
+  return {((Integer(bits[k / 8] >> (k % 8)) - typename Mask<T>::type{}) & own) == own};
+}
+
+template <class T>
+METAMASK_INLINE Mask<T> mask_of(const T* kind, const uint8_t* bits, int64_t k, int64_t) {
+  return mask_of(kind, bits, k);
+}
+
+template <class T, class V>
+METAMASK_INLINE V select(Mask<T> mask, V v) {
+  return (V)((typename Mask<T>::type)v & mask.lanes);
+}
+
+template <class T, class V>
+METAMASK_INLINE void add_product(V& sum, Mask<T> mask, V a, V b) {
+  sum += select(mask, a * b);
+}
+
+#endif
+
+template <int value>
+struct Constant {
+  static constexpr int kValue = value;
+};
+
+// Calls work with the constant min(count, Most).
+template <int Most, class Work>
+METAMASK_INLINE void with_count(int64_t count, Work work) {
+  if constexpr (Most > 1) {
+    if (count < Most) return with_count<Most - 1>(count, work);
+  }
+  work(Constant<Most>());
+}
+
+template <class T, int R, int C>
+METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* const* bits, int64_t offset, int64_t bits_row,
+                                  const T* w, int64_t w_row, T* y, int64_t y_row, int64_t columns) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  V sums[R][C] = {};
+  const uint8_t* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = bits[r] + offset;
+  int64_t k = 0;
+  for (; k + kLanes <= columns; k += kLanes) {
+    V weights[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) weights[c] = load(w + c * w_row + k);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const V input = load(x + r * x_row + k);
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) sums[r][c] += select(mask_of(x, rows[r] + c * bits_row, k), weights[c]) * input;
+    }
+  }
+  if (const int64_t n = columns - k; n > 0) {
+    for (int c = 0; c < C; ++c) {
+      const V weights = load_some(w + c * w_row + k, n);
+      for (int r = 0; r < R; ++r) {
+        sums[r][c] += select(mask_of(x, rows[r] + c * bits_row, k, n), weights) * load(x + r * x_row + k);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) y[r * y_row + c] += sum<T>(sums[r][c]);
+  }
+}
+
+template <class T>
+void forward(const T* x, int64_t x_row, BitRows bits, const T* w, int64_t w_row, T* y, int64_t y_row, int64_t rows, int64_t outputs,
+             int64_t columns) {
+  // A few rows of x stay in the first-level cache while the tile of W streams from the second, and each mask is read in order.
+  for (int64_t i = 0; i < rows; i += kRows) {
+    with_count<kRows>(rows - i, [&](auto r) {
+      for (int64_t j = 0; j < outputs; j += kOutputs) {
+        with_count<kOutputs>(outputs - j, [&](auto c) {
+          forward_tile<T, decltype(r)::kValue, decltype(c)::kValue>(x + i * x_row, x_row, bits.bits + i, bits.offset + j * bits.row,
+                                                                    bits.row, w + j * w_row, w_row, y + i * y_row + j, y_row,
+                                                                    columns);
+        });
+      }
+    });
+  }
+}
+
+// C vectors of columns from k on; `n` of them, less than a vector, where they are the last.
+template <class T, int R, int C, bool kLast>
+METAMASK_INLINE void input_gradient_tile(const T* dy, int64_t dy_row, const uint8_t* const* bits, int64_t offset, int64_t bits_row,
+                                         const T* w, int64_t w_row, T* dx, int64_t dx_row, int64_t outputs, int64_t k, int64_t n) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  V sums[R][C];
+  const uint8_t* rows[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    rows[r] = bits[r] + offset;
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) sums[r][c] = load(dx + r * dx_row + k + c * kLanes);
+  }
+  for (int64_t j = 0; j < outputs; ++j) {
+    V weights[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) {
+      const T* from = w + j * w_row + k + c * kLanes;
+      weights[c] = kLast ? load_some(from, n) : load(from);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const V factor = everywhere(dy[r * dy_row + j]);
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) {
+        const uint8_t* row = rows[r] + j * bits_row;
+        const auto mask = kLast ? mask_of(dy, row, k, n) : mask_of(dy, row, k + c * kLanes);
+        sums[r][c] += select(mask, weights[c]) * factor;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) store(dx + r * dx_row + k + c * kLanes, sums[r][c]);
+  }
+}
+
+template <class T>
+void input_gradient(const T* dy, int64_t dy_row, BitRows bits, const T* w, int64_t w_row, T* dx, int64_t dx_row, int64_t rows,
+                    int64_t outputs, int64_t columns) {
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  const int64_t whole = columns / kLanes * kLanes;
+  for (int64_t i = 0; i < rows; i += kRows) {
+    with_count<kRows>(rows - i, [&](auto r) {
+      const T* some = dy + i * dy_row;
+      for (int64_t k = 0; k < whole; k += kColumns * kLanes) {
+        with_count<kColumns>((whole - k) / kLanes, [&](auto c) {
+          input_gradient_tile<T, decltype(r)::kValue, decltype(c)::kValue, false>(
+              some, dy_row, bits.bits + i, bits.offset, bits.row, w, w_row, dx + i * dx_row, dx_row, outputs, k, 0);
+        });
+      }
+      if (whole < columns) {
+        input_gradient_tile<T, decltype(r)::kValue, 1, true>(some, dy_row, bits.bits + i, bits.offset, bits.row, w, w_row,
+                                                             dx + i * dx_row, dx_row, outputs, whole, columns - whole);
+      }
+    });
+  }
+}
+
+// Here R counts rows of dw, and the sum runs over the samples.
+template <class T, int R, int C, bool kLast>
+METAMASK_INLINE void weight_gradient_tile(const T* dy, int64_t dy_row, BitRows bits, const T* x, int64_t x_row, T* dw,
+                                          int64_t dw_row, int64_t rows, int64_t k, int64_t n) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  V sums[R][C];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) sums[r][c] = load(dw + r * dw_row + k + c * kLanes);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const uint8_t* its = bits.bits[i] + bits.offset;
+    V inputs[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) inputs[c] = load(x + i * x_row + k + c * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const V factor = everywhere(dy[i * dy_row + r]);
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) {
+        const uint8_t* row = its + r * bits.row;
+        const auto mask = kLast ? mask_of(dy, row, k, n) : mask_of(dy, row, k + c * kLanes);
+        add_product(sums[r][c], mask, factor, inputs[c]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) store(dw + r * dw_row + k + c * kLanes, sums[r][c]);
+  }
+}
+
+template <class T>
+void weight_gradient(const T* dy, int64_t dy_row, BitRows bits, const T* x, int64_t x_row, T* dw, int64_t dw_row, int64_t rows,
+                     int64_t outputs, int64_t columns) {
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  const int64_t whole = columns / kLanes * kLanes;
+  for (int64_t j = 0; j < outputs; j += kRows) {
+    const BitRows some{bits.bits, bits.offset + j * bits.row, bits.row};
+    with_count<kRows>(outputs - j, [&](auto r) {
+      for (int64_t k = 0; k < whole; k += kColumns * kLanes) {
+        with_count<kColumns>((whole - k) / kLanes, [&](auto c) {
+          weight_gradient_tile<T, decltype(r)::kValue, decltype(c)::kValue, false>(dy + j, dy_row, some, x, x_row, dw + j * dw_row,
+                                                                                   dw_row, rows, k, 0);
+        });
+      }
+      if (whole < columns) {
+        weight_gradient_tile<T, decltype(r)::kValue, 1, true>(dy + j, dy_row, some, x, x_row, dw + j * dw_row, dw_row, rows, whole,
+                                                              columns - whole);
+      }
+    });
+  }
+}
+
+template <class T>
+void expand(const uint8_t* bits, int64_t bits_row, const T* w, int64_t w_row, T* theta, int64_t theta_row, int64_t outputs,
+            int64_t columns) {
+  constexpr int64_t kLanes = Vector<T>::kLanes, kPad = Vector<T>::kPad;
+  for (int64_t j = 0; j < outputs; ++j) {
+    const uint8_t* row = bits + j * bits_row;
+    const T* from = w + j * w_row;
+    T* to = theta + j * theta_row;
+    int64_t k = 0;
+    for (; k + kLanes <= columns; k += kLanes) store(to + k, select(mask_of(from, row, k), load(from + k)));
+    if (const int64_t n = columns - k; n > 0) {
+      store(to + k, select(mask_of(from, row, k, n), load_some(from + k, n)));
+      k += kLanes;
+    }
+    for (; k % kPad != 0; k += kLanes) store(to + k, typename Vector<T>::type{});
+  }
+}
+
+// The padding of g, which is zero, is added too.
+template <class T>
+void add_masked(const uint8_t* bits, int64_t bits_row, const T* g, int64_t g_row, T* dw, int64_t dw_row, int64_t outputs,
+                int64_t columns) {
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  for (int64_t j = 0; j < outputs; ++j) {
+    const uint8_t* row = bits + j * bits_row;
+    const T* from = g + j * g_row;
+    T* to = dw + j * dw_row;
+    for (int64_t k = 0; k < columns; k += kLanes) {
+      const int64_t n = columns - k;
+      const auto mask = n < kLanes ? mask_of(from, row, k, n) : mask_of(from, row, k);
+      store(to + k, load(to + k) + select(mask, load(from + k)));
+    }
+  }
+}
+
+template <class T, class S>
+METAMASK_INLINE void widen_all(const void* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = T(widen(static_cast<const S*>(from)[i]));
+}
+
+template <class T, class S>
+METAMASK_INLINE void narrow_all(const T* from, void* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) narrow(float(from[i]), static_cast<S*>(to)[i]);
+}
+
+template <class T>
+void widen_as(Type from, const void* w, T* to, int64_t n) {
+  switch (from) {
+    case Type::kBFloat16: return widen_all<T, BFloat16>(w, to, n);
+    case Type::kFloat16: return widen_all<T, Float16>(w, to, n);
+    default: __builtin_memcpy(to, w, n * sizeof(T));
+  }
+}
+
+template <class T>
+void narrow_as(const T* from, Type to, void* w, int64_t n) {
+  switch (to) {
+    case Type::kBFloat16: return narrow_all<T, BFloat16>(from, w, n);
+    case Type::kFloat16: return narrow_all<T, Float16>(from, w, n);
+    default: __builtin_memcpy(w, from, n * sizeof(T));
+  }
+}
+
+}  // namespace
+
+#define TABLE_NAME_(isa) kPacked_##isa
+#define TABLE_NAME(isa) TABLE_NAME_(isa)
+#define KERNELS(T) {&forward<T>, &input_gradient<T>, &weight_gradient<T>, &expand<T>, &add_masked<T>, &widen_as<T>, &narrow_as<T>}
+const Packed TABLE_NAME(METAMASK_ISA) = {KERNELS(float), KERNELS(double)};
+
+}  // namespace metamask::cpu
