@@ -12,7 +12,7 @@ namespace {
 
 // Tiles of results in registers: forward, sample rows by rows of W; the gradients, rows by vectors of columns.
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kRows = 4, kOutputs = 2, kColumns = 4;
+constexpr int kVectorBytes = 64, kRows = 4, kOutputs = 4, kColumns = 4;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32, kRows = 2, kOutputs = 2, kColumns = 2;
 #else
@@ -53,6 +53,16 @@ METAMASK_INLINE T sum(typename Vector<T>::type value) {
   for (int i = kLanes; i < Vector<T>::kLanes; i += kLanes) total += *reinterpret_cast<const Part*>(lanes + i);
   if constexpr (kLanes == 4) return (total[0] + total[2]) + (total[1] + total[3]);
   else return total[0] + total[1];
+}
+
+// Keeps a loaded vector in its register: GCC would load it again for each product, and the loads are what limits the loop.
+template <class V>
+METAMASK_INLINE void keep(V& vector) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(vector));
+#else
+  (void)vector;
+#endif
 }
 
 // The first n lanes, the others zero.
@@ -177,7 +187,8 @@ METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* cons
     for (int c = 0; c < C; ++c) weights[c] = load(w + c * w_row + k);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const V input = load(x + r * x_row + k);
+      V input = load(x + r * x_row + k);
+      keep(input);
 #pragma GCC unroll 16
       for (int c = 0; c < C; ++c) sums[r][c] += select(mask_of(x, rows[r] + c * bits_row, k), weights[c]) * input;
     }
