@@ -206,6 +206,17 @@ METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* cons
   }
 }
 
+// Asks for the bits that the next rows of x meet at these rows of W: each mask is read a few kilobytes at a time, too little for the
+// processor to see that it is read in order.
+METAMASK_INLINE void prefetch(BitRows bits, int64_t i, int64_t rows, int64_t j, int64_t outputs, int64_t columns) {
+  for (int r = 0; r < kRows && i + r < rows; ++r) {
+    for (int c = 0; c < kOutputs && j + c < outputs; ++c) {
+      const uint8_t* row = bits.bits[i + r] + bits.offset + (j + c) * bits.row;
+      for (int64_t byte = 0; byte < columns / 8; byte += kRowBytes) __builtin_prefetch(row + byte);
+    }
+  }
+}
+
 template <class T>
 void forward(const T* x, int64_t x_row, BitRows bits, const T* w, int64_t w_row, T* y, int64_t y_row, int64_t rows, int64_t outputs,
              int64_t columns) {
@@ -213,6 +224,7 @@ void forward(const T* x, int64_t x_row, BitRows bits, const T* w, int64_t w_row,
   for (int64_t i = 0; i < rows; i += kRows) {
     with_count<kRows>(rows - i, [&](auto r) {
       for (int64_t j = 0; j < outputs; j += kOutputs) {
+        prefetch(bits, i + kRows, rows, j, outputs, columns);
         with_count<kOutputs>(outputs - j, [&](auto c) {
           forward_tile<T, decltype(r)::kValue, decltype(c)::kValue>(x + i * x_row, x_row, bits.bits + i, bits.offset + j * bits.row,
                                                                     bits.row, w + j * w_row, w_row, y + i * y_row + j, y_row,
