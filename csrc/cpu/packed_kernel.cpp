@@ -57,12 +57,11 @@ METAMASK_INLINE T sum(typename Vector<T>::type value) {
 
 // Keeps a loaded vector in its register: GCC would load it again for each product, and the loads are what limits the loop.
 template <class V>
-METAMASK_INLINE void keep(V& vector) {
+METAMASK_INLINE V kept(V vector) {
 #if defined(__AVX512F__)
   asm("" : "+v"(vector));
-#else
-  (void)vector;
 #endif
+  return vector;
 }
 
 // The first n lanes, the others zero.
@@ -187,8 +186,7 @@ METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* cons
     for (int c = 0; c < C; ++c) weights[c] = load(w + c * w_row + k);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      V input = load(x + r * x_row + k);
-      keep(input);
+      const V input = kept(load(x + r * x_row + k));
 #pragma GCC unroll 16
       for (int c = 0; c < C; ++c) sums[r][c] += select(mask_of(x, rows[r] + c * bits_row, k), weights[c]) * input;
     }
@@ -206,8 +204,8 @@ METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* cons
   }
 }
 
-// Asks for the bits that the next rows of x meet at these rows of W: each mask is read a few kilobytes at a time, too little for the
-// processor to see that it is read in order.
+// Asks for the bits that the next rows of x meet at these rows of W: each mask is read a few kilobytes at a time, too little for
+// the processor to see that it is read in order.
 METAMASK_INLINE void prefetch(BitRows bits, int64_t i, int64_t rows, int64_t j, int64_t outputs, int64_t columns) {
   for (int r = 0; r < kRows && i + r < rows; ++r) {
     for (int c = 0; c < kOutputs && j + c < outputs; ++c) {
