@@ -22,6 +22,7 @@ from .functional import masked_conv2d, masked_linear, masked_weight
 from .nn.active import using_task
 from .nn.convert import convert, merge
 from .nn.tasks import add_task, remove_task, tasks
+from .packed import pack_mask, packed_masked_conv2d, packed_masked_linear, unpack_mask
 
 __version__ = build_info()["version"]
 
@@ -35,7 +36,11 @@ __all__ = [
     "merge",
     "nn",
     "optim",
+    "pack_mask",
+    "packed_masked_conv2d",
+    "packed_masked_linear",
     "remove_task",
     "tasks",
+    "unpack_mask",
     "using_task",
 ]
