@@ -45,6 +45,16 @@ TORCH_LIBRARY(metamask, m) {
       "Tensor? cotangent_bias, Tensor?[] cotangent_bias_masks, Tensor grad, Tensor input, Tensor slots, Tensor weight, "
       "Tensor[] masks, Tensor? bias, Tensor[] bias_masks, int gate, float parameter, int groups, bool[6] needs) -> "
       "(Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor[])");
+  // Masks of one bit a weight. `packed` is one tensor with a dimension of tasks in front, or a list of one tensor a task.
+  m.def("pack_mask(Tensor mask_logits, float threshold) -> Tensor");
+  m.def("unpack_mask(Tensor packed, int[] shape) -> Tensor");
+  m.def(
+      "packed_masked_linear(Tensor input, Tensor slots, Tensor weight, Tensor[] packed, Tensor? bias, Tensor[]? packed_bias, "
+      "int groups, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "packed_masked_linear_backward(Tensor grad, Tensor input, Tensor slots, Tensor weight, Tensor[] packed, Tensor? bias, "
+      "Tensor[]? packed_bias, int groups, bool[3] needs) -> (Tensor, Tensor, Tensor)");
+  m.def("packed_superposition_gradient(Tensor grad, Tensor input, Tensor weight, Tensor[] packed, int groups) -> Tensor");
 }
 
 namespace metamask {
@@ -79,16 +89,11 @@ void without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }
 #endif
 
-constexpr const char* kOps[] = {"masked_weight",
-                                "masked_weight_backward",
-                                "masked_weight_backward_sgd_",
-                                "masked_weight_double_backward",
-                                "masked_linear",
-                                "masked_linear_backward",
-                                "masked_linear_backward_sgd_",
-                                "task_masked_linear",
-                                "task_masked_linear_backward",
-                                "task_masked_linear_double_backward"};
+constexpr const char* kOps[] = {
+    "masked_weight",      "masked_weight_backward",      "masked_weight_backward_sgd_",       "masked_weight_double_backward",
+    "masked_linear",      "masked_linear_backward",      "masked_linear_backward_sgd_",       "pack_mask",
+    "unpack_mask",        "packed_masked_linear",        "packed_masked_linear_backward",     "packed_superposition_gradient",
+    "task_masked_linear", "task_masked_linear_backward", "task_masked_linear_double_backward"};
 
 TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
   for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());

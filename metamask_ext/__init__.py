@@ -24,6 +24,7 @@ from .mixed import task_masked_conv2d, task_masked_linear
 from .nn.active import using_task
 from .nn.convert import convert, merge
 from .nn.tasks import add_task, remove_task, slots, tasks
+from .packed import pack_mask, packed_masked_conv2d, packed_masked_linear, unpack_mask
 
 __version__ = build_info()["version"]
 
@@ -38,10 +39,14 @@ __all__ = [
     "merge",
     "nn",
     "optim",
+    "pack_mask",
+    "packed_masked_conv2d",
+    "packed_masked_linear",
     "remove_task",
     "slots",
     "task_masked_conv2d",
     "task_masked_linear",
     "tasks",
+    "unpack_mask",
     "using_task",
 ]

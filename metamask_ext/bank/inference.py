@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
-from .._standin import superposition_gradient, unpack_mask
 from ..nn.active import using_task
 from ..nn.layers import MaskedConv2d
 from ..nn.masked_layer import MaskedLayer
 from ..nn.selection import Superposition
 from ..nn.task_dict import TaskDict
+from ..packed import superposition_gradient, unpack_mask
 
 METHODS = ("one_shot", "binary")
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from .._standin import packed_masked_conv2d, packed_masked_linear, task_masked_conv2d, task_masked_linear
+from ..mixed import task_masked_conv2d, task_masked_linear
+from ..packed import packed_masked_conv2d, packed_masked_linear
 from .masked_layer import DEFAULT_TASK, MaskedLayer, MaskInit, TaskMasks
 
 __all__ = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, reference
-from .._standin import pack_mask, unpack_mask
+from ..packed import pack_mask, unpack_mask
 from ..reference import DTYPES, resolve_gate
 from .active import active_key, only_key
 from .names import escape
