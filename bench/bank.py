@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from metamask_ext import MaskBank, unpack_mask
 from torch import Tensor, nn
+
+from metamask_ext import MaskBank, unpack_mask
 
 from .problems import SEED
 from .tasks import lenet

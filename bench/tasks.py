@@ -59,9 +59,7 @@ def packed_forward(batch: int, width: int, tasks: int) -> Problem:
     def dense() -> tuple[Tensor, ...]:
         return (F.linear(x.double(), weight.double()),)
 
-    contenders = {
-        name: Contender(_alone(work), dense if name == "dense" else exact, ("output",)) for name, work in works.items()
-    }
+    contenders = {name: Contender(_alone(work), dense if name == "dense" else exact, ("output",)) for name, work in works.items()}
     return Problem(contenders, width, {} if few else dict.fromkeys(plain, SLOW))
 
 
