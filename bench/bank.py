@@ -55,7 +55,8 @@ def opened_bank(tasks: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         bank.save(folder)
         torch.manual_seed(SEED)
-        x, chosen = torch.randn(BATCH, 784), torch.randperm(tasks)[:BATCH]
+        chosen = torch.randperm(tasks)[:BATCH]
+        x = torch.randn(len(chosen), 784)
         names = [f"task {number}" for number in chosen.tolist()]
         expected = torch.stack([_plain(bank, name, sample) for name, sample in zip(names, x)])
         torch.save({"x": x, "names": names, "expected": expected}, Path(folder, "batch.pt"))

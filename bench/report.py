@@ -199,6 +199,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for row in results["rows"]:
         if "quantities" not in row:
             measures.setdefault(row["measure"], []).append(row)
+    if not measures:
+        return  # quantities alone
     contenders = {name: None for row in results["rows"] for name in row.get("contenders", {}) if name != "ours"}
     unstyled = iter(OTHER_STYLES * len(contenders))
     styles = {name: STYLES.get(name) or next(unstyled) for name in contenders}

@@ -37,7 +37,7 @@ console = Console()
 
 
 def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None = None) -> int:
-    """Measure ``suite`` and write ``results.json``, ``table.md`` and ``ratios.png`` into ``out``.
+    """Measure ``suite`` and write ``results.json``, ``table.md`` and, if there are ratios, ``ratios.png`` into ``out``.
 
     Args:
         suite: a key of :data:`metamask_ext.bench.cases.SUITES`.
