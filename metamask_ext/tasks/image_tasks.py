@@ -1,5 +1,7 @@
-"""Tasks made of one set of images: a permutation of the pixels for each, or a rotation. The images stay as they are; a task is applied
-to a batch when it is used."""
+"""Tasks made of one set of images: a permutation of the pixels for each, or a rotation.
+
+The images stay as they are; a task is applied to a batch when it is used.
+"""
 
 from __future__ import annotations
 
