@@ -11,7 +11,7 @@ EXPERIMENTS = {
     "linear": "linear regression whose weights are on or off in each task (section 3.1)",
     "logistic": "the same tasks with binary labels (section 3.5)",
     "mnist": "a masked and a plain CNN on handwritten digits (section 3.6)",
-    "supsup": "hundreds of tasks in a bank of one-bit masks, with and without their names (Wortsman et al.); --tasks, --rotated",
+    "supsup": "hundreds of tasks in one bank, named or inferred (Wortsman et al., arXiv:2006.14769)",
 }
 """What there is to run, with a line about each. The modules are imported when they are run: they need matplotlib."""
 

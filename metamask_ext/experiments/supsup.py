@@ -328,7 +328,7 @@ def _figure(points: list[int], measured: list[Point], rotated: bool) -> Figure:
     left, right = axes
     if not rotated:
         left.axhline(PAPER_ACCURACY, label=PAPER, color="#555555", linestyle=":", linewidth=1.2)
-    chance = {"label": "chance", "color": "#999999", "linewidth": 1.0}
+    chance: dict[str, Any] = {"label": "chance", "color": "#999999", "linewidth": 1.0}
     left.axhline(100 / CLASSES, **chance)
     right.plot(points, [100 / point for point in points], **chance)
     left.set_ylabel("test accuracy, all tasks learned so far (%)")
