@@ -49,12 +49,12 @@ LABELS = {
     "batch": f"task inferred from {BATCH} images",
     "sequence": "one net without masks, in sequence",
 }
-# Okabe and Ito's colours; lines and markers differ too.
+# Okabe and Ito's colours. The first three lie on each other: hollow markers of three sizes show all of them.
 LINES: dict[str, dict[str, Any]] = {
-    "named": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    "one image": {"color": "#E69F00", "linestyle": "--", "marker": "s"},
-    "batch": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
-    "sequence": {"color": "#D55E00", "linestyle": "--", "marker": "x"},
+    "named": {"color": "#0072B2", "linestyle": "-", "marker": "o", "markersize": 10},
+    "one image": {"color": "#E69F00", "linestyle": "--", "marker": "s", "markersize": 6},
+    "batch": {"color": "#009E73", "linestyle": "-.", "marker": "^", "markersize": 3},
+    "sequence": {"color": "#D55E00", "linestyle": ":", "marker": "x", "markersize": 5},
 }
 Point = dict[str, dict[str, float]]
 
@@ -322,17 +322,17 @@ def _figure(points: list[int], measured: list[Point], rotated: bool) -> Figure:
         for method, label in LABELS.items():
             if key in measured[0][method]:
                 values = [point[method][key] for point in measured]
-                axis.plot(points, values, label=label, linewidth=1.8, markersize=4, **LINES[method])
+                axis.plot(points, values, label=label, linewidth=1.4, markerfacecolor="none", **LINES[method])
         kind = "rotations" if rotated else "permutations"
         axis.set(xlabel=f"tasks learned ({kind}, number)", xlim=(0, None), ylim=(0, 103))
     left, right = axes
     if not rotated:
-        left.axhline(PAPER_ACCURACY, label=PAPER, color="#555555", linestyle=":", linewidth=1.2)
+        left.axhline(PAPER_ACCURACY, label=PAPER, color="#555555", linestyle=(0, (6, 3)), linewidth=1.0)
     chance: dict[str, Any] = {"label": "chance", "color": "#999999", "linewidth": 1.0}
     left.axhline(100 / CLASSES, **chance)
     right.plot(points, [100 / point for point in points], **chance)
     left.set_ylabel("test accuracy, all tasks learned so far (%)")
     right.set_ylabel("task inferred rightly (% of images, of batches)")
     for axis in axes:
-        axis.legend(fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.6))
+        axis.legend(fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.65))
     return figure
