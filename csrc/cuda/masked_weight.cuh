@@ -1,5 +1,6 @@
 // Elementwise kernels: every thread takes one pack of N neighbouring elements, with one load or store of at most 16 bytes for each
-// array. The floor is bytes over bandwidth: 3 arrays forward, 5 backward, 8 double backward.
+// array. The floor is bytes over bandwidth: 3 arrays forward, 5 backward, 8 double backward. A thread beyond the end loads zeros
+// and stores nothing.
 #pragma once
 
 #include "device.cuh"
@@ -54,7 +55,6 @@ METAMASK_INLINE int64_t first_element() {
 template <GateKind kind, int N, class P, class O>
 __global__ void masked_weight_kernel(Compute<P> parameter, const P* w, const P* m, O* theta, int64_t n) {
   const int64_t i = first_element<N>();
-  if (!IN_BOUNDS(i < n)) return;
   Compute<P> w_[N], m_[N], theta_[N];
   load<N>(w, i, n, w_);
   load<N>(m, i, n, m_);
@@ -80,7 +80,6 @@ template <GateKind kind, int N, class P, class O>
 __global__ void masked_weight_backward_kernel(Compute<P> parameter, const O* g, const P* w, const P* m, Sink dw, Sink dm,
                                               int64_t n) {
   const int64_t i = first_element<N>();
-  if (!IN_BOUNDS(i < n)) return;
   Compute<P> g_[N], w_[N], m_[N], dw_[N], dm_[N];
   load<N>(g, i, n, g_);
   load<N>(w, i, n, w_);
@@ -99,7 +98,6 @@ template <GateKind kind, int N, class P, class O>
 __global__ void masked_weight_double_backward_kernel(Compute<P> parameter, const P* a, const P* b, const O* g, const P* w,
                                                      const P* m, O* dg, P* dw, P* dm, int64_t n) {
   const int64_t i = first_element<N>();
-  if (!IN_BOUNDS(i < n)) return;
   Compute<P> a_[N], b_[N], g_[N], w_[N], m_[N], dg_[N], dw_[N], dm_[N];
   load_or_zero<N>(a, i, n, a_);
   load_or_zero<N>(b, i, n, b_);
