@@ -1,4 +1,4 @@
-"""The emulator itself: kernels with a bug planted in them are caught, correct ones are not blamed (tests/cuda_on_cpu/planted.cu)."""
+"""The emulator itself: it catches kernels with a bug planted in them, and blames no correct one (cuda_on_cpu/planted.cu)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_on_cpu"))
-from emulator import FORWARD, RANDOM_WARPS, Emulator, why_not
+from emulator import BUILDS, FORWARD, RANDOM_WARPS, Emulator, why_not
 
 if why_not():
     pytest.skip(why_not(), allow_module_level=True)
@@ -39,7 +39,7 @@ SCHEDULES = {"forward": FORWARD, "random warps": RANDOM_WARPS}
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
-@pytest.fixture(scope="module", params=["fast", "check"])
+@pytest.fixture(scope="module", params=BUILDS)
 def emulator(request):
     return Emulator(request.param)
 
@@ -107,7 +107,7 @@ def test_a_correct_kernel_is_right_and_not_blamed(emulator, case, schedule):
         assert torch.equal(got, expected)
 
 
-# Of each bug: the kernel with a size at which it acts, and what the check build says; None: the result is wrong, which any test sees
+# Of each bug: the kernel with a size at which it acts, and what the check build says; None: nothing, but the result is wrong
 PLANTED = {
     "tail off by one": (TWICE, 1, 1023, 1, "out of bounds"),
     "misaligned": (TWICE, 1, 1024, 1, "misaligned"),

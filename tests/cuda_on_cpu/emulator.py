@@ -42,8 +42,11 @@ def why_not() -> str | None:
     return None if find_nvcc() else "no CUDA toolkit: its headers are needed to compile the kernels"
 
 
-def build() -> Path:
-    """Compile what changed; the folder of the libraries. Kernels come from ``METAMASK_KERNEL_DIR`` where it is set (tests/mutate.py)."""
+def build(name: str) -> Path:
+    """Compile what changed of a build; its library.
+
+    The kernels are those of ``METAMASK_KERNEL_DIR/csrc/cuda`` where that is set (tests/mutate.py), and it gets the objects too.
+    """
     kernels = Path(os.environ.get("METAMASK_KERNEL_DIR", ROOT))
     folder = (kernels if kernels != ROOT else ROOT / "build") / "cuda_on_cpu"
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +60,7 @@ def build() -> Path:
         "KERNEL_DIR": str(kernels),
         "CMAKE_BUILD_TYPE": "None",
     }
+    target = f"cuda_on_cpu_{name}"
     configure = [
         "cmake",
         "-G",
@@ -70,11 +74,11 @@ def build() -> Path:
     # Several pytest workers start at once.
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (configure, ["cmake", "--build", str(folder)]):
+        for command in (configure, ["cmake", "--build", str(folder), "--target", target]):
             ran = subprocess.run(command, capture_output=True, text=True)
             if ran.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)}\n{ran.stdout}{ran.stderr}")
-    return folder
+    return folder / f"lib{target}.so"
 
 
 class Emulator:
@@ -83,7 +87,7 @@ class Emulator:
     floats = ctypes.c_float
 
     def __init__(self, build_name: str) -> None:
-        library = ctypes.CDLL(str(build() / f"libcuda_on_cpu_{build_name}.so"))
+        library = ctypes.CDLL(str(build(build_name)))
         self.enter, self.leave = library.cuda_on_cpu_enter, library.cuda_on_cpu_leave
         self.set = library.cuda_on_cpu_set
         self.set.argtypes = [ctypes.c_int, ctypes.c_uint64]
@@ -111,4 +115,5 @@ if __name__ == "__main__":
     reason = why_not()
     if reason is not None:
         sys.exit(reason)
-    print(build())
+    for name in BUILDS:
+        print(build(name))
