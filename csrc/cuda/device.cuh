@@ -32,6 +32,14 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // Copies kBytes (4, 8 or 16) from global to shared memory without waiting; zeros where !valid. Both addresses are aligned to
 // kBytes.
 template <int kBytes>

@@ -1,16 +1,11 @@
 // Launchers: from types and pointers known at run time to one kernel.
-#include "masked_weight.cuh"
-
 #include "masked_weight.h"
+
+#include "launch.cuh"
+#include "masked_weight.cuh"
 
 namespace metamask::cuda {
 namespace {
-
-// Whether every array (a null one is none) may be accessed by packs of kPackBytes.
-template <class... Pointers>
-bool aligned(Pointers... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) % kPackBytes == 0) && ...);
-}
 
 dim3 blocks_for(int64_t n, int per_thread) {
   const int64_t per_block = int64_t(kThreads) * per_thread;
@@ -49,16 +44,6 @@ template <class Run>
 void dispatch(Gate gate, Type param, Type other, bool packs, Run run) {
   if (gate.kind == kSigmoid) with_param<kSigmoid>(param, other, packs, run);
   else with_param<kHard>(param, other, packs, run);
-}
-
-template <class T>
-const T* in(const void* pointer) {
-  return static_cast<const T*>(pointer);
-}
-
-template <class T>
-T* out(void* pointer) {
-  return static_cast<T*>(pointer);
 }
 
 }  // namespace
