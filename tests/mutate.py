@@ -27,7 +27,9 @@ sys.path.insert(0, str(TESTS / "cuda_on_cpu"))
 
 # Of each kernel file in csrc/cuda: which tests of test_cuda_on_cpu.py, as pytest's -k takes it
 SMALLEST_TESTS = {
-    "masked_weight.cuh": "test_forward_and_derivatives and (17x3 or 2x3) and float32",
+    "masked_linear.cuh": "test_linear_of_a_small_batch and (ragged or second or odd or share)",
+    "masked_linear_backward.cuh": "test_linear_of_a_small_batch and (ragged or second or odd or share)",
+    "memory.cuh": "(test_forward_and_derivatives and (17x3 or 2x3) and float32) or (test_linear_of_a_small_batch and ragged)",
 }
 
 # Where the code removed begins, as in "masked_weight.cuh: IN_BOUNDS(i < n)": why no test can miss it

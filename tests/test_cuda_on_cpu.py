@@ -24,6 +24,7 @@ import test_linear_ops
 import test_ops
 import test_sgd_ops
 from samples import DTYPES, GATES, Sample
+from torch.profiler import ProfilerActivity, profile
 
 from metamask_ext import _ops
 
@@ -90,3 +91,77 @@ def test_the_ops_run_in_the_emulator(emulator, dtype):
     before = emulator.launches()
     assert torch.isfinite(_ops.masked_weight(weight, mask, *GATES[0])).all()
     assert emulator.launches() == before + 1
+
+
+# masked_linear's kernels for small batches: full and ragged tiles, steps and rooms of the batch, rows that are whole packs and rows
+# that are not, sums of one block and of several
+FUSED = {
+    "aligned": ((8, 64), 48),
+    "ragged rows": ((7, 64), 37),
+    "ragged columns": ((5, 67), 33),
+    "second room": ((9, 40), 19),
+    "full second room": ((32, 96), 70),
+    "odd": ((31, 33), 65),
+    "blocks share": ((3, 1100), 20),
+    "blocks share, ragged": ((17, 531), 300),
+}
+each_fused = pytest.mark.parametrize("case", FUSED.values(), ids=FUSED.keys())
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@each_fused
+@each_dtype
+def test_linear_of_a_small_batch(case, dtype):
+    test_linear_ops.check(*case, GATES[1], dtype)
+
+
+@pytest.fixture
+def _tf32():
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@each_fused
+def test_linear_of_a_small_batch_with_tf32(case, _tf32):
+    tensors = test_linear_ops.inputs(*case, torch.float32)
+    y, grads = test_linear_ops.expected(tensors, GATES[0])
+    *arguments, grad = tensors
+    (batch, columns), out = case
+    got = [_ops.masked_linear(*arguments, *GATES[0]), *_ops.masked_linear_backward(grad, *arguments, *GATES[0])]
+    for name, one, exact, terms in zip(("y", "dx", "dW", "dM"), got, (y, *grads), (columns, out, batch, batch)):
+        # Both factors are rounded to 10 bits of mantissa
+        error, unit = (one.double() - exact).abs().max(), exact.abs().max() * terms**0.5
+        assert error <= 4 * 2**-11 * unit, f"{name}: {(error / unit).item():.3g}"
+    # and not more exactly than that: the tensor cores were used
+    assert (got[0].double() - y).abs().max() > 1e-6 * y.abs().max()
+
+
+@pytest.mark.parametrize("case", [((64, 40), 33), ((33, 72), 17)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_forward_of_a_batch_that_only_tensor_cores_have_room_for(case, dtype):
+    test_linear_ops.check(*case, GATES[1], dtype)
+
+
+def aten_products(function):
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        function()
+    return sum(event.name in ("aten::mm", "aten::addmm") for event in profiler.events())
+
+
+@pytest.mark.parametrize(("batch", "products"), [(1, (0, 0)), (32, (0, 0)), (33, (1, 2))], ids=str)
+def test_a_small_batch_takes_no_gemm_and_a_large_one_does(batch, products):
+    *arguments, grad = test_linear_ops.inputs((batch, 24), 20, torch.float32)
+    assert aten_products(lambda: _ops.masked_linear(*arguments, *GATES[0])) == products[0]
+    assert aten_products(lambda: _ops.masked_linear_backward(grad, *arguments, *GATES[0])) == products[1]
+
+
+def test_sums_of_blocks_are_added_in_one_order():
+    *arguments, grad = test_linear_ops.inputs((17, 531), 300, torch.float32)
+
+    def run():
+        return [_ops.masked_linear(*arguments, *GATES[0]), *_ops.masked_linear_backward(grad, *arguments, *GATES[0])]
+
+    first = run()
+    assert all(torch.equal(one, other) for _ in range(2) for one, other in zip(first, run()))

@@ -12,6 +12,8 @@
 
 #if defined(__CUDACC__)
 
+#define DEVICE_INLINE __device__ __forceinline__
+
 // SHARED(float, tile, [16][33]) declares an array that the block shares; DYN_SHARED(float, name) is the memory whose size the
 // launch gives. The emulator has its own, and refuses __shared__.
 #define SHARED(T, name, ...) __shared__ __align__(16) T name __VA_ARGS__
@@ -43,7 +45,7 @@ inline int multiprocessors() {
 // Copies kBytes (4, 8 or 16) from global to shared memory without waiting; zeros where !valid. Both addresses are aligned to
 // kBytes.
 template <int kBytes>
-__device__ __forceinline__ void cp_async(void* to, const void* from, bool valid) {
+DEVICE_INLINE void cp_async(void* to, const void* from, bool valid) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
   const int read = valid ? kBytes : 0;
   if constexpr (kBytes == 16) {
@@ -54,16 +56,16 @@ __device__ __forceinline__ void cp_async(void* to, const void* from, bool valid)
 }
 
 // Makes a group of this thread's copies since the last commit.
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+DEVICE_INLINE void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Waits until at most kGroupsLeft of this thread's groups, the newest, are unfinished. Other threads see the data after a barrier.
 template <int kGroupsLeft>
-__device__ __forceinline__ void cp_async_wait() {
+DEVICE_INLINE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kGroupsLeft) : "memory");
 }
 
 // x rounded to tf32 (10 bits of mantissa), as the bits that mma_tf32 takes.
-__device__ __forceinline__ uint32_t to_tf32(float x) {
+DEVICE_INLINE uint32_t to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
   return bits;
@@ -71,7 +73,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 
 // c[16, 8] += a[16, 8] b[8, 8] over a warp, in tensor cores; fragments as in the PTX ISA for mma.m16n8k8. With g = lane / 4 and
 // t = lane % 4: a[i] is A[g + 8 (i % 2)][t + 4 (i / 2)], b[i] is B[t + 4 i][g], c[i] is C[g + 8 (i / 2)][2 t + i % 2].
-__device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+DEVICE_INLINE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -80,17 +82,17 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
 // c[16, 8] += a[16, 16] b[16, 8] for T __nv_bfloat16 or __half, two factors a register (the lower column of A, row of B, in the low
 // half): a[i] holds A[g + 8 (i % 2)][2 t + 8 (i / 2) + {0, 1}], b[i] holds B[2 t + 8 i + {0, 1}][g]; c as for mma_tf32.
 template <class T>
-__device__ __forceinline__ void mma_16_bit(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+DEVICE_INLINE void mma_16_bit(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 template <>
-__device__ __forceinline__ void mma_16_bit<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+DEVICE_INLINE void mma_16_bit<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 template <>
-__device__ __forceinline__ void mma_16_bit<__half>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+DEVICE_INLINE void mma_16_bit<__half>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -19,7 +19,7 @@ constexpr int kRowsOfTile = 16, kChunk = 8, kColumnsOfStep = 4 * kChunk;
 
 // N neighbours of a row of `columns` elements, zeros beyond its end. kAligned: rows are whole packs of kPackBytes, aligned.
 template <bool kAligned, int N, class T>
-METAMASK_INLINE void load_raw(const T* __restrict__ row, int64_t column, int64_t columns, T (&to)[N]) {
+DEVICE_INLINE void load_raw(const T* __restrict__ row, int64_t column, int64_t columns, T (&to)[N]) {
   constexpr int kWidest = kPackBytes / int(sizeof(T)), kPack = !kAligned ? 1 : N < kWidest ? N : kWidest;
   for (int j = 0; j < N; j += kPack) {
     const Pack<T, kPack> pack = load_pack<kPack, true>(row, column + j, columns);
@@ -28,7 +28,7 @@ METAMASK_INLINE void load_raw(const T* __restrict__ row, int64_t column, int64_t
 }
 
 template <bool kAligned, int N, class T>
-METAMASK_INLINE void load_chunk(const T* __restrict__ row, int64_t column, int64_t columns, Compute<T> (&to)[N]) {
+DEVICE_INLINE void load_chunk(const T* __restrict__ row, int64_t column, int64_t columns, Compute<T> (&to)[N]) {
   T raw[N];
   load_raw<kAligned>(row, column, columns, raw);
   for (int j = 0; j < N; ++j) to[j] = to_compute(raw[j]);
@@ -37,7 +37,7 @@ METAMASK_INLINE void load_chunk(const T* __restrict__ row, int64_t column, int64
 // c [16, 8] += A [16, 4 R] B [4 R, 8] over a warp. A lane has R factors of rows g and g + 8 of A and of column g of B; which of the
 // 4 R they are does not matter, as long as it is the same for A and B.
 template <int R>
-METAMASK_INLINE void mma_chunk(float (&c)[4], const float (&upper)[R], const float (&lower)[R], const float (&column)[R]) {
+DEVICE_INLINE void mma_chunk(float (&c)[4], const float (&upper)[R], const float (&lower)[R], const float (&column)[R]) {
   for (int j = 0; j < R; j += 2) {
     const uint32_t a[4] = {to_tf32(upper[j]), to_tf32(lower[j]), to_tf32(upper[j + 1]), to_tf32(lower[j + 1])};
     const uint32_t b[2] = {to_tf32(column[j]), to_tf32(column[j + 1])};
@@ -46,7 +46,7 @@ METAMASK_INLINE void mma_chunk(float (&c)[4], const float (&upper)[R], const flo
 }
 
 template <class T>
-METAMASK_INLINE uint32_t pair_bits(T low, T high) {
+DEVICE_INLINE uint32_t pair_bits(T low, T high) {
   const T both[2] = {low, high};
   uint32_t bits;
   memcpy(&bits, both, sizeof bits);
@@ -54,7 +54,7 @@ METAMASK_INLINE uint32_t pair_bits(T low, T high) {
 }
 
 template <int R, class T>
-METAMASK_INLINE void mma_chunk(float (&c)[4], const T (&upper)[R], const T (&lower)[R], const T (&column)[R]) {
+DEVICE_INLINE void mma_chunk(float (&c)[4], const T (&upper)[R], const T (&lower)[R], const T (&column)[R]) {
   for (int j = 0; j < R; j += 4) {
     const uint32_t a[4] = {pair_bits(upper[j], upper[j + 1]), pair_bits(lower[j], lower[j + 1]),
                            pair_bits(upper[j + 2], upper[j + 3]), pair_bits(lower[j + 2], lower[j + 3])};
@@ -75,7 +75,7 @@ struct TensorForward {
   float sums[kBatch / 8][4] = {};
 
   template <bool kAligned>
-  METAMASK_INLINE void add(const float (&theta)[2][kChunk], const X* x, int64_t column, int batch, int64_t in) {
+  DEVICE_INLINE void add(const float (&theta)[2][kChunk], const X* x, int64_t column, int batch, int64_t in) {
     X rounded[2][kChunk];
     for (int r = 0; r < 2; ++r) {
       for (int j = 0; j < kChunk; ++j) from_compute(theta[r][j], rounded[r][j]);
@@ -91,11 +91,11 @@ struct TensorForward {
     }
   }
 
-  METAMASK_INLINE void finish() {}
+  DEVICE_INLINE void finish() {}
 
   // Calls run(row, b, sum) for the lane's results.
   template <class Run>
-  METAMASK_INLINE void each(Run run) const {
+  DEVICE_INLINE void each(Run run) const {
     const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < kBatch / 8; ++n) {
@@ -113,7 +113,7 @@ struct PlainForward {
   T sums[2][kBatch] = {};
 
   template <bool kAligned>
-  METAMASK_INLINE void add(const T (&theta)[2][kChunk], const T* x, int64_t column, int batch, int64_t in) {
+  DEVICE_INLINE void add(const T (&theta)[2][kChunk], const T* x, int64_t column, int batch, int64_t in) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (b >= batch) continue;
@@ -126,7 +126,7 @@ struct PlainForward {
   }
 
   // The four lanes of a row have a quarter of its columns each.
-  METAMASK_INLINE void finish() {
+  DEVICE_INLINE void finish() {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       for (int r = 0; r < 2; ++r) {
@@ -137,7 +137,7 @@ struct PlainForward {
   }
 
   template <class Run>
-  METAMASK_INLINE void each(Run run) const {
+  DEVICE_INLINE void each(Run run) const {
     const int lane = int(threadIdx.x) % 32;
     if (lane % 4 != 0) return;
 #pragma unroll
@@ -149,7 +149,7 @@ struct PlainForward {
 
 // The sum of the warps' results, in `total`, seen by all threads.
 template <int kRows, int kColumns, class Sum, class Product>
-METAMASK_INLINE void add_warps(Sum (&total)[kRows][kColumns], const Product& product) {
+DEVICE_INLINE void add_warps(Sum (&total)[kRows][kColumns], const Product& product) {
   const int warp = int(threadIdx.x) / 32;
   for (int turn = 0; turn < kWarps; ++turn) {
     if (warp == turn) {

@@ -27,7 +27,7 @@ struct TensorBackward {
   float dx[kColumns / 2][kBatch / 8][4] = {};
 
   template <bool kAligned>
-  METAMASK_INLINE void start(const X* x, int64_t column, int batch, int64_t in) {
+  DEVICE_INLINE void start(const X* x, int64_t column, int batch, int64_t in) {
     const int t = int(threadIdx.x) % 4;
     for (int s = 0; s < kSamples; ++s) {
       const int b = kSamples * t + s;
@@ -37,8 +37,8 @@ struct TensorBackward {
 
   // G of the lane's chunk, in the step that begins at row `first`.
   template <bool kAligned>
-  METAMASK_INLINE void gradient(const X* dy, const X*, int64_t, int64_t first, int batch, int64_t out, int64_t,
-                                float (&gradient)[kRows][kColumns]) const {
+  DEVICE_INLINE void gradient(const X* dy, const X*, int64_t, int64_t first, int batch, int64_t out, int64_t,
+                              float (&gradient)[kRows][kColumns]) const {
     const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int p = 0; p < kRows / 2; ++p) {
@@ -63,7 +63,7 @@ struct TensorBackward {
     }
   }
 
-  METAMASK_INLINE void add_dx(const float (&theta)[kRows][kColumns], const X* dy, int64_t first, int batch, int64_t out) {
+  DEVICE_INLINE void add_dx(const float (&theta)[kRows][kColumns], const X* dy, int64_t first, int batch, int64_t out) {
     const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < kBatch / 8; ++n) {
@@ -87,11 +87,11 @@ struct TensorBackward {
     }
   }
 
-  METAMASK_INLINE void finish() {}
+  DEVICE_INLINE void finish() {}
 
   // Calls run(b, column of the strip, sum) for the lane's part of dx.
   template <class Run>
-  METAMASK_INLINE void each(Run run) const {
+  DEVICE_INLINE void each(Run run) const {
     const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int j = 0; j < kColumns; j += 2) {
@@ -112,11 +112,11 @@ struct PlainBackward {
   T dx[kBatch][kColumns] = {};
 
   template <bool kAligned>
-  METAMASK_INLINE void start(const T*, int64_t, int, int64_t) {}
+  DEVICE_INLINE void start(const T*, int64_t, int, int64_t) {}
 
   template <bool kAligned>
-  METAMASK_INLINE void gradient(const T* dy, const T* x, int64_t column, int64_t first, int batch, int64_t out, int64_t in,
-                                T (&gradient)[kRows][kColumns]) const {
+  DEVICE_INLINE void gradient(const T* dy, const T* x, int64_t column, int64_t first, int batch, int64_t out, int64_t in,
+                              T (&gradient)[kRows][kColumns]) const {
     for (int r = 0; r < kRows; ++r) {
       for (int j = 0; j < kColumns; ++j) gradient[r][j] = 0;
     }
@@ -130,7 +130,7 @@ struct PlainBackward {
     }
   }
 
-  METAMASK_INLINE void add_dx(const T (&theta)[kRows][kColumns], const T* dy, int64_t first, int batch, int64_t out) {
+  DEVICE_INLINE void add_dx(const T (&theta)[kRows][kColumns], const T* dy, int64_t first, int batch, int64_t out) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (b >= batch) continue;
@@ -143,7 +143,7 @@ struct PlainBackward {
   }
 
   // The four lanes of a column have other rows each.
-  METAMASK_INLINE void finish() {
+  DEVICE_INLINE void finish() {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       for (int j = 0; j < kColumns; ++j) {
@@ -154,7 +154,7 @@ struct PlainBackward {
   }
 
   template <class Run>
-  METAMASK_INLINE void each(Run run) const {
+  DEVICE_INLINE void each(Run run) const {
     const int lane = int(threadIdx.x) % 32;
     if (lane % 4 != 0) return;
 #pragma unroll
@@ -164,7 +164,7 @@ struct PlainBackward {
   }
 
  private:
-  METAMASK_INLINE static void load_dy(const T* row_of_dy, int64_t first, int64_t out, T (&to)[kRows]) {
+  DEVICE_INLINE static void load_dy(const T* row_of_dy, int64_t first, int64_t out, T (&to)[kRows]) {
     const int t = int(threadIdx.x) % 4;
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = first + kRows * t + r;
@@ -176,8 +176,8 @@ struct PlainBackward {
 
 // store_or_descend for N neighbours of a row, from element `i` on; the row ends at element `end`.
 template <bool kAligned, class P, int N>
-METAMASK_INLINE void store_or_descend_chunk(const Sink& sink, int64_t i, int64_t end, const Compute<P> (&p)[N],
-                                            const Compute<P> (&g)[N]) {
+DEVICE_INLINE void store_or_descend_chunk(const Sink& sink, int64_t i, int64_t end, const Compute<P> (&p)[N],
+                                          const Compute<P> (&g)[N]) {
   constexpr int kWidest = kPackBytes / int(sizeof(P)), kPack = !kAligned ? 1 : N < kWidest ? N : kWidest;
   for (int j = 0; j < N; j += kPack) {
     Compute<P> of_p[kPack], of_g[kPack];

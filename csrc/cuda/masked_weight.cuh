@@ -8,7 +8,7 @@
 namespace metamask::cuda {
 
 template <int N>
-METAMASK_INLINE int64_t first_element() {
+DEVICE_INLINE int64_t first_element() {
   return (int64_t(blockIdx.x) * kThreads + threadIdx.x) * N;
 }
 

@@ -8,7 +8,7 @@ namespace metamask::cuda {
 
 // Zeros beyond the bound.
 template <int N, bool kWhole = false, class T>
-METAMASK_INLINE Pack<T, N> load_pack(const T* __restrict__ from, int64_t i, int64_t n) {
+DEVICE_INLINE Pack<T, N> load_pack(const T* __restrict__ from, int64_t i, int64_t n) {
   Pack<T, N> pack;
   if IN_BOUNDS (i + N <= n) {
     pack = *reinterpret_cast<const Pack<T, N>*>(from + i);
@@ -24,14 +24,14 @@ METAMASK_INLINE Pack<T, N> load_pack(const T* __restrict__ from, int64_t i, int6
 }
 
 template <int N, bool kWhole = false, class T>
-METAMASK_INLINE void load(const T* __restrict__ from, int64_t i, int64_t n, Compute<T> (&to)[N]) {
+DEVICE_INLINE void load(const T* __restrict__ from, int64_t i, int64_t n, Compute<T> (&to)[N]) {
   const Pack<T, N> pack = load_pack<N, kWhole>(from, i, n);
   for (int k = 0; k < N; ++k) to[k] = to_compute(pack.value[k]);
 }
 
 // As load, with zeros for an array that is not there.
 template <int N, bool kWhole = false, class T>
-METAMASK_INLINE void load_or_zero(const T* __restrict__ from, int64_t i, int64_t n, Compute<T> (&to)[N]) {
+DEVICE_INLINE void load_or_zero(const T* __restrict__ from, int64_t i, int64_t n, Compute<T> (&to)[N]) {
   if (from != nullptr) {
     load<N, kWhole>(from, i, n, to);
   } else {
@@ -41,7 +41,7 @@ METAMASK_INLINE void load_or_zero(const T* __restrict__ from, int64_t i, int64_t
 
 // Does nothing for an array that is not wanted.
 template <int N, bool kWhole = false, class T>
-METAMASK_INLINE void store(T* __restrict__ to, int64_t i, int64_t n, const Compute<T> (&from)[N]) {
+DEVICE_INLINE void store(T* __restrict__ to, int64_t i, int64_t n, const Compute<T> (&from)[N]) {
   if (to == nullptr) return;
   Pack<T, N> pack;
   for (int k = 0; k < N; ++k) from_compute(from[k], pack.value[k]);
@@ -56,7 +56,7 @@ METAMASK_INLINE void store(T* __restrict__ to, int64_t i, int64_t n, const Compu
 
 // One step of a parameter, whose elements are p, along its gradient g; or the gradient, stored.
 template <int N, class P, bool kWhole = false>
-METAMASK_INLINE void store_or_descend(const Sink& sink, int64_t i, int64_t n, const Compute<P> (&p)[N], const Compute<P> (&g)[N]) {
+DEVICE_INLINE void store_or_descend(const Sink& sink, int64_t i, int64_t n, const Compute<P> (&p)[N], const Compute<P> (&g)[N]) {
   store<N, kWhole>(static_cast<P*>(sink.gradient), i, n, g);
   if (sink.parameter == nullptr) return;
   P* velocity = static_cast<P*>(sink.velocity);

@@ -23,6 +23,7 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define DEVICE_INLINE METAMASK_INLINE
 // Only a SHARED array is one for the whole block.
 #define __shared__ static_assert(false, "declare it as SHARED(type, name, [size])");
 
