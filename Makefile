@@ -59,17 +59,17 @@ test-instruction-sets: $(VENV)/.test  ## the core tests on every instruction set
 bench: $(VENV)/.test  ## the benchmark suite, with its table and plot
 	$(BIN)/metamask bench --out $(OUT)/bench
 
-CPP = $$(git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.cu' 'tests/*.h')
+FORMATTED = $$(git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.cu' 'tests/*.h')
 
 lint: $(VENV)/.test  ## ruff, and clang-format in check mode
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(VENV)/.test  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 types: $(VENV)/.test  ## mypy on metamask_ext
 	$(BIN)/mypy

@@ -25,11 +25,13 @@ ROOT = TESTS.parent
 COPY = ROOT / "build" / "mutants"
 sys.path.insert(0, str(TESTS / "cuda_on_cpu"))
 
+SMALL_BATCH = "test_linear_of_a_small_batch and forward and (float32 or bfloat16) and (ragged or odd or share)"
+
 # Of each kernel file in csrc/cuda: which tests of test_cuda_on_cpu.py, as pytest's -k takes it
 SMALLEST_TESTS = {
-    "masked_linear.cuh": "test_linear_of_a_small_batch and (ragged or second or odd or share)",
-    "masked_linear_backward.cuh": "test_linear_of_a_small_batch and (ragged or second or odd or share)",
-    "memory.cuh": "(test_forward_and_derivatives and (17x3 or 2x3) and float32) or (test_linear_of_a_small_batch and ragged)",
+    "masked_linear.cuh": SMALL_BATCH,
+    "masked_linear_backward.cuh": SMALL_BATCH,
+    "memory.cuh": "test_forward_and_derivatives and forward and (17x3 or 2x3) and float32",
 }
 
 # Where the code removed begins, as in "masked_weight.cuh: IN_BOUNDS(i < n)": why no test can miss it
@@ -109,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     some = parser.add_mutually_exclusive_group(required=True)
     some.add_argument("--all", action="store_true", help="every mutant")
+    some.add_argument("--file", help="those of one file, as in masked_linear.cuh")
     some.add_argument("--sample", type=int, metavar="N", help="N of them, drawn by --seed")
     some.add_argument("--list", action="store_true", help="only name them")
     parser.add_argument("--seed", default="")
@@ -118,6 +121,8 @@ def main() -> None:
     if options.list:
         print(*chosen, sep="\n")
         return
+    if options.file is not None:
+        chosen = [mutant for mutant in chosen if mutant.file == options.file]
     if options.sample is not None:
         chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
 

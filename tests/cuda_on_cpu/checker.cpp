@@ -20,7 +20,7 @@ struct Stamp {
 
 struct Cell {
   Stamp write, read;
-  bool atomic, copying, written;
+  bool copying, written;
 };
 
 namespace {
@@ -64,18 +64,16 @@ std::string name_of(const Stamp& stamp) {
 }
 
 void check_byte(Cell& cell, const Thread& self, Access access, const Buffer& buffer, size_t offset, const char* operation) {
-  const bool reads = access == Access::kRead || access == Access::kAtomic;
+  const bool reads = access == Access::kRead;
   if (reads && cell.copying) report("a cp.async to it has not been waited for", buffer, offset, operation);
   if (reads && !cell.written && !buffer.initialised) report("uninitialised value", buffer, offset, operation);
-  const bool both_atomic = access == Access::kAtomic && cell.atomic;
-  if (!both_atomic && unordered(cell.write, self)) report("race with a write by " + name_of(cell.write), buffer, offset, operation);
-  if (access == Access::kRead) {
+  if (unordered(cell.write, self)) report("race with a write by " + name_of(cell.write), buffer, offset, operation);
+  if (reads) {
     note_read(cell.read, self);
     return;
   }
   if (unordered(cell.read, self)) report("race with a read by " + name_of(cell.read), buffer, offset, operation);
   cell.write = now(self);
-  cell.atomic = access == Access::kAtomic;
   cell.copying = access == Access::kStartCopy;
   cell.written = true;
 }

@@ -3,6 +3,13 @@
 #include "../../csrc/cuda/device.cuh"
 #include "planted.h"
 
+#include <cstring>
+#include <utility>
+
+#if defined(__CUDACC__)
+#pragma nv_diag_suppress 549  // a variable used before its value is set: two of the bugs
+#endif
+
 namespace cuda_on_cpu {
 
 using namespace metamask::cuda;
