@@ -13,13 +13,24 @@ const ProductKernels<T>& product_kernels() {
   else return products().float32;
 }
 
-// A tile of theta takes an eighth of the second-level cache: the rows of x that it meets, and what streams by, need the rest.
-// Backward has two tiles, theta's and its gradient's.
-int64_t forward_tile() { return second_level_cache() / 8; }
-int64_t backward_tile() { return second_level_cache() / 16; }
-// Forward, W and M are read in whole rows where they are not longer than this: prefetching stops at the end of a shorter piece.
-// Backward, a tile needs many rows, because each panel passes once over dx.
-constexpr int64_t kForwardRow = 64 * 1024, kBackwardRow = 4 * 1024;
+// What a tile of theta may take, and one of its rows, in bytes.
+struct TileBytes {
+  int64_t tile, row;
+};
+
+// An eighth of the second-level cache: the rows of x that the tile meets, and what streams by, need the rest. W and M are read in
+// whole rows where they are not longer than 64 KiB: prefetching stops at the end of a shorter piece.
+TileBytes forward_tile() { return {second_level_cache() / 8, 64 * 1024}; }
+
+// Backward has two tiles, theta's and its gradient's, and each panel passes once over dx: the larger that is, the more rows a tile
+// needs, at the price of shorter ones. With 1 MiB of cache: 8 rows of up to 16 KiB, or 16 of up to 8 KiB; measured at widths 1024 to
+// 4096 (docs/cpu.md).
+TileBytes backward_tile(int64_t batch, int64_t row_bytes) {
+  const int64_t cache = second_level_cache();
+  const bool few = batch <= 8;
+  const int64_t row = std::min(row_bytes, cache / (few ? 64 : 128));
+  return {std::max(cache / 16, row * (few ? 8 : 16)), row};
+}
 
 template <class T>
 constexpr Type kType = sizeof(T) == 8 ? Type::kFloat64 : Type::kFloat32;
@@ -47,7 +58,8 @@ struct Linear {
     const at::Tensor b = bias.defined() ? bias.to(kScalar<T>) : bias;
     at::Tensor y = at::empty({batch, out}, input.options().dtype(kScalar<T>));
     if (y.numel() == 0) return y;
-    const Panels panels(out, in, batch, sizeof(T), forward_tile(), kForwardRow);
+    const TileBytes tiles = forward_tile();
+    const Panels panels(out, in, batch, sizeof(T), tiles.tile, tiles.row);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const Scratch<T> scratch(panels.threads * tile_size);
     const T* b_data = b.defined() ? b.const_data_ptr<T>() : nullptr;
@@ -76,7 +88,8 @@ struct Linear {
     const bool needs_g = dw.wanted() || dm.wanted();
     const at::Tensor dy = grad.scalar_type() == kScalar<T> ? grad : grad.to(kScalar<T>);
     const Rows<T> x(input);
-    const Panels panels(out, in, batch, sizeof(T), backward_tile(), kBackwardRow);
+    const TileBytes tiles = backward_tile(batch, in * int64_t(sizeof(T)));
+    const Panels panels(out, in, batch, sizeof(T), tiles.tile, tiles.row);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const Scratch<T> scratch(panels.threads * 2 * tile_size);
     // Each thread adds to a dx of its own; they are added up in the order of the threads.
