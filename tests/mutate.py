@@ -14,7 +14,6 @@ import argparse
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -89,6 +88,18 @@ def all_mutants() -> list[Mutant]:
     return found
 
 
+def copy_sources() -> None:
+    """Makes COPY/csrc equal csrc. What differs gets the time of now: an earlier run may have left objects of its last mutant."""
+    theirs = {path.relative_to(COPY) for path in (COPY / "csrc").rglob("*") if path.is_file()}
+    ours = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    for path in theirs - ours:
+        (COPY / path).unlink()
+    for path in ours:
+        (COPY / path).parent.mkdir(parents=True, exist_ok=True)
+        if path not in theirs or (COPY / path).read_bytes() != (ROOT / path).read_bytes():
+            (COPY / path).write_bytes((ROOT / path).read_bytes())
+
+
 def run_tests(file: str) -> str:
     """``pass`` or ``fail``, of the tests of a file's kernels on the copy; anything else ends the script."""
     from emulator import build
@@ -127,8 +138,7 @@ def main() -> None:
         chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
 
     os.environ["METAMASK_KERNEL_DIR"] = str(COPY)
-    shutil.rmtree(COPY / "csrc", ignore_errors=True)
-    shutil.copytree(ROOT / "csrc", COPY / "csrc")
+    copy_sources()
     for file in sorted({mutant.file for mutant in chosen}):
         if run_tests(file) != "pass":
             sys.exit(f"mutate: the tests of {file} fail on the kernels as they are: {SMALLEST_TESTS[file]}")
