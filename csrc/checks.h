@@ -57,6 +57,15 @@ inline void check_like(const char* name, const at::Tensor& tensor, const at::Ten
                     tensor.device());
 }
 
+inline void check_bias(const at::Tensor& weight, const at::Tensor& bias) {
+  TORCH_CHECK_TYPE(bias.scalar_type() == weight.scalar_type(), "bias must have the dtype of weight, ", weight.scalar_type(),
+                   ", got ", bias.scalar_type());
+  TORCH_CHECK_VALUE(bias.sizes() == weight.sizes().slice(0, 1), "bias must be [out] = ", weight.sizes().slice(0, 1), ", got ",
+                    bias.sizes());
+  TORCH_CHECK_VALUE(bias.device() == weight.device(), "bias must be on the device of weight, ", weight.device(), ", got ",
+                    bias.device());
+}
+
 inline void check_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                          const std::optional<at::Tensor>& bias_mask_logits) {
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [out, in], got shape ", weight.sizes());
@@ -66,14 +75,7 @@ inline void check_linear(const at::Tensor& input, const at::Tensor& weight, cons
   TORCH_CHECK_VALUE(input.device() == weight.device(), "input must be on the device of weight, ", weight.device(), ", got ",
                     input.device());
   const bool has_bias = bias.has_value() && bias->defined();
-  if (has_bias) {
-    TORCH_CHECK_TYPE(bias->scalar_type() == weight.scalar_type(), "bias must have the dtype of weight, ", weight.scalar_type(),
-                     ", got ", bias->scalar_type());
-    TORCH_CHECK_VALUE(bias->sizes() == weight.sizes().slice(0, 1), "bias must be [out] = ", weight.sizes().slice(0, 1), ", got ",
-                      bias->sizes());
-    TORCH_CHECK_VALUE(bias->device() == weight.device(), "bias must be on the device of weight, ", weight.device(), ", got ",
-                      bias->device());
-  }
+  if (has_bias) check_bias(weight, *bias);
   if (bias_mask_logits.has_value() && bias_mask_logits->defined()) {
     TORCH_CHECK_VALUE(has_bias, "bias_mask_logits needs a bias, got bias=None");
     check_pair(*bias, *bias_mask_logits, "bias", "bias_mask_logits");

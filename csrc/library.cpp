@@ -32,6 +32,29 @@ TORCH_LIBRARY(metamask, m) {
       "Tensor(d!)? bias_mask_logits, Tensor(e!)? weight_velocity, Tensor(f!)? mask_velocity, Tensor(g!)? bias_velocity, "
       "Tensor(h!)? bias_mask_velocity, int gate, float parameter, bool[5] needs, bool[4] updates, float[] settings) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // `masks` is one tensor [T, out, in] or T tensors [out, in], `bias_masks` likewise or empty; gradients come in the same form.
+  m.def(
+      "task_masked_linear(Tensor input, Tensor slots, Tensor weight, Tensor[] masks, Tensor? bias, Tensor[] bias_masks, int gate, "
+      "float parameter, int groups, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "task_masked_linear_backward(Tensor grad, Tensor input, Tensor slots, Tensor weight, Tensor[] masks, Tensor? bias, "
+      "Tensor[] bias_masks, int gate, float parameter, int groups, bool[5] needs) -> (Tensor, Tensor, Tensor[], Tensor, Tensor[])");
+  m.def(
+      "task_masked_linear_double_backward(Tensor? cotangent_input, Tensor? cotangent_weight, Tensor?[] cotangent_masks, "
+      "Tensor? cotangent_bias, Tensor?[] cotangent_bias_masks, Tensor grad, Tensor input, Tensor slots, Tensor weight, "
+      "Tensor[] masks, Tensor? bias, Tensor[] bias_masks, int gate, float parameter, int groups, bool[6] needs) -> "
+      "(Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor[])");
+  // Masks of one bit a weight. `packed` is one tensor with a dimension of tasks in front, or a list of one tensor a task.
+  m.def("pack_mask(Tensor mask_logits, float threshold) -> Tensor");
+  m.def("unpack_mask(Tensor packed, int[] shape) -> Tensor");
+  m.def(
+      "packed_masked_linear(Tensor input, Tensor slots, Tensor weight, Tensor[] packed, Tensor? bias, Tensor[]? packed_bias, "
+      "int groups, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "packed_masked_linear_backward(Tensor grad, Tensor input, Tensor slots, Tensor weight, Tensor[] packed, Tensor? bias, "
+      "Tensor[]? packed_bias, int groups, bool[3] needs) -> (Tensor, Tensor, Tensor)");
+  m.def("packed_superposition_gradient(Tensor grad, Tensor input, Tensor weight, Tensor[] packed, int groups) -> Tensor");
 }
 
 namespace metamask {
@@ -48,6 +71,11 @@ void refuse_if_differentiated(const c10::OperatorHandle& op, const at::Tensor& t
 void undifferentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   for (const c10::IValue& value : torch::jit::last(*stack, op.schema().arguments().size())) {
     if (value.isTensor()) refuse_if_differentiated(op, value.toTensor());
+    if (value.isList()) {
+      for (const c10::IValue& element : value.toListRef()) {
+        if (element.isTensor()) refuse_if_differentiated(op, element.toTensor());
+      }
+    }
   }
   at::AutoDispatchBelowADInplaceOrView below;
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
@@ -62,8 +90,10 @@ void without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 #endif
 
 constexpr const char* kOps[] = {
-    "masked_weight", "masked_weight_backward", "masked_weight_backward_sgd_", "masked_weight_double_backward",
-    "masked_linear", "masked_linear_backward", "masked_linear_backward_sgd_"};
+    "masked_weight",      "masked_weight_backward",      "masked_weight_backward_sgd_",       "masked_weight_double_backward",
+    "masked_linear",      "masked_linear_backward",      "masked_linear_backward_sgd_",       "pack_mask",
+    "unpack_mask",        "packed_masked_linear",        "packed_masked_linear_backward",     "packed_superposition_gradient",
+    "task_masked_linear", "task_masked_linear_backward", "task_masked_linear_double_backward"};
 
 TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
   for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());

@@ -18,14 +18,18 @@ check_build()
 _import_module(".tasks", __name__)
 
 from . import nn, optim
+from .bank import MaskBank
 from .functional import masked_conv2d, masked_linear, masked_weight
+from .mixed import task_masked_conv2d, task_masked_linear
 from .nn.active import using_task
 from .nn.convert import convert, merge
-from .nn.tasks import add_task, remove_task, tasks
+from .nn.tasks import add_task, remove_task, slots, tasks
+from .packed import pack_mask, packed_masked_conv2d, packed_masked_linear, unpack_mask
 
 __version__ = build_info()["version"]
 
 __all__ = [
+    "MaskBank",
     "add_task",
     "build_info",
     "convert",
@@ -35,7 +39,14 @@ __all__ = [
     "merge",
     "nn",
     "optim",
+    "pack_mask",
+    "packed_masked_conv2d",
+    "packed_masked_linear",
     "remove_task",
+    "slots",
+    "task_masked_conv2d",
+    "task_masked_linear",
     "tasks",
+    "unpack_mask",
     "using_task",
 ]

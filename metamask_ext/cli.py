@@ -5,14 +5,14 @@ from __future__ import annotations
 import platform
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ._info import build_info
+from ._terminal import fail, show
+from .bank.commands import app as bank
 from .continual.files import OutputError
 from .experiments import EXPERIMENTS
 from .experiments import run as run_experiment
@@ -23,25 +23,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-def _fail(message: object, code: int = 1) -> NoReturn:
-    """One line on stderr, not wrapped, so that it can be searched for."""
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(code)
+app.add_typer(bank, name="bank")
 
 
 @app.command(name="list")
 def list_experiments() -> None:
     """The experiments: a table on a terminal, else one name a line."""
-    console = Console()
-    if not console.is_terminal:
-        typer.echo("\n".join(EXPERIMENTS))
-        return
-    table = Table("name", "what it does")
-    for name, description in EXPERIMENTS.items():
-        table.add_row(name, description)
-    console.print(table)
+    show(("name", "what it does"), EXPERIMENTS.items())
 
 
 @app.command()
@@ -53,11 +41,11 @@ def run(
 ) -> None:
     """Run an experiment. A killed run in OUT continues; a finished one is shown; one with other settings is refused."""
     if name not in EXPERIMENTS:
-        _fail(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}", 2)
+        fail(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}", 2)
     try:
         run_experiment(name, out, seed, quick)
     except (OutputError, ImportError) as error:
-        _fail(error)
+        fail(error)
 
 
 @app.command()
@@ -94,8 +82,8 @@ def bench(
         benchmarks = import_module("metamask_ext.bench.run")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("metamask_ext"):
-            _fail(f"the benchmarks are not in this installation ({error})")
-        _fail(f'{error.name} is not installed: pip install "metamask_ext[bench]"')
+            fail(f"the benchmarks are not in this installation ({error})")
+        fail(f'{error.name} is not installed: pip install "metamask_ext[bench]"')
     raise typer.Exit(benchmarks.run(suite, out, quick))
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import MaskedLinear, MaskedWeight, Steps
-from .nn.layers import MaskedLayer, TaskMasks
+from .nn.layers import MaskedLayer
+from .nn.names import escape
+from .nn.task_dict import TaskDict
 from .nn.tasks import tasks
 
 # Where a node's parameters are among its inputs.
@@ -151,12 +153,12 @@ class FusedMaskedSGD(torch.optim.SGD):
         """What :meth:`_find_new_tasks` compares with, and each parameter's group."""
         self._group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
         self._of_model = set(self.model.parameters())
-        self._masks = [module for module in self.model.modules() if isinstance(module, TaskMasks)]
+        self._masks = [module for module in self.model.modules() if isinstance(module, TaskDict)]
         self._seen = self._fingerprint()
 
     def _fingerprint(self) -> list[tuple[int, int]]:
         # A task that is added becomes the last one. Parameters that were seen are alive in param_groups: no id is used twice.
-        return [(len(masks), id(next(reversed(masks._parameters.values()), None))) for masks in self._masks]
+        return [(len(masks._parameters), id(next(reversed(masks._parameters.values()), None))) for masks in self._masks]
 
     def _find_new_tasks(self) -> None:
         if self._fingerprint() != self._seen:
@@ -247,8 +249,9 @@ def _find_new_tasks(optimizer: FusedMaskedSGD, *_: Any) -> None:
 def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """What all tasks share, and the masks, by name; the masks task after task, so that a new task's come last."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    of_tasks = [module for module in model.modules() if isinstance(module, TaskMasks)]
-    masks = {names[masks[task]]: masks[task] for task in tasks(model) for masks in of_tasks if task in masks}
+    of_tasks = [module for module in model.modules() if isinstance(module, TaskDict)]
+    found = {task: [tensors._parameters.get(escape(task)) for tensors in of_tasks] for task in tasks(model)}
+    masks = {names[parameter]: parameter for of_task in found.values() for parameter in of_task if parameter is not None}
     return {name: parameter for parameter, name in names.items() if name not in masks}, masks
 
 

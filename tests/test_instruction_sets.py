@@ -126,7 +126,7 @@ def test_build_info_says_which_sets_this_machine_has():
 
 CHILD = """
 import sys; sys.path.insert(0, sys.argv[1])
-import test_linear_ops, test_sgd_ops, torch
+import test_linear_ops, test_packed, test_sgd_ops, test_task_linear, torch
 from samples import DTYPES, GATES
 for threads in (1, 2):
     torch.set_num_threads(threads)
@@ -134,6 +134,13 @@ for threads in (1, 2):
         for shape in module.SHAPES.values():
             for dtype in DTYPES:
                 module.check(*shape, GATES[1], dtype)
+    for case in test_task_linear.CASES:
+        for dtype in DTYPES:
+            test_task_linear.check(case, GATES[1], dtype, True)
+            test_task_linear.check_double_backward(case, GATES[1], dtype, False)
+    for shape in test_packed.SHAPES.values():
+        for dtype in DTYPES:
+            test_packed.check(shape, dtype)
 print("all equal")
 """
 

@@ -79,6 +79,7 @@ def test_what_is_no_escaped_name_is_told_apart(key):
 @given(st.text(st.characters(), min_size=1))
 @example("keys")
 @example("_")
+@example("_:")
 @example("%6Beys")
 @example("\udfff")
 def test_unescape_undoes_escape_and_keys_are_safe_for_files_and_parameters(name):
@@ -125,8 +126,8 @@ def test_names_that_differ_only_in_case_are_two_tasks():
 
 @pytest.mark.parametrize(
     ("name", "error"),
-    [("", ValueError), (None, TypeError), (3, TypeError), (b"a", TypeError), (["a"], TypeError)],
-    ids=["empty", "none", "number", "bytes", "list"],
+    [("", ValueError), (None, TypeError), (3, TypeError), (b"a", TypeError), ({"a": 1}, TypeError)],
+    ids=["empty", "none", "number", "bytes", "dict"],
 )
 def test_what_is_no_name_is_refused(name, error):
     layer = MaskedLinear(3, 2)

@@ -23,8 +23,8 @@ struct TileBytes {
 TileBytes forward_tile() { return {second_level_cache() / 8, 64 * 1024}; }
 
 // Backward has two tiles, theta's and its gradient's, and each panel passes once over dx: the larger that is, the more rows a tile
-// needs, at the price of shorter ones. With 1 MiB of cache: 8 rows of up to 16 KiB, or 16 of up to 8 KiB; measured at widths 1024 to
-// 4096 (docs/cpu.md).
+// needs, at the price of shorter ones. With 1 MiB of cache: 8 rows of up to 16 KiB, or 16 of up to 8 KiB; measured at widths 1024
+// to 4096 (docs/cpu.md).
 TileBytes backward_tile(int64_t batch, int64_t row_bytes) {
   const int64_t cache = second_level_cache();
   const bool few = batch <= 8;
@@ -61,15 +61,14 @@ struct Linear {
     const TileBytes tiles = forward_tile();
     const Panels panels(out, in, batch, sizeof(T), tiles.tile, tiles.row);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
-    const Scratch<T> scratch(panels.threads * tile_size);
     const T* b_data = b.defined() ? b.const_data_ptr<T>() : nullptr;
     T* y_data = y.mutable_data_ptr<T>();
-    panels.run([&](int64_t thread, int64_t first, int64_t rows) {
+    panels.run([&](int64_t, int64_t first, int64_t rows) {
       for (int64_t i = 0; i < batch; ++i) {
         if (b_data != nullptr) std::copy_n(b_data + first, rows, y_data + i * out + first);
         else std::fill_n(y_data + i * out + first, rows, T(0));
       }
-      T* theta = scratch.data + thread * tile_size;
+      T* theta = thread_tiles<T>(tile_size);
       for (int64_t column = 0; column < in; column += panels.columns) {
         const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
         const int64_t wide = round_up(tile.columns, kPad);
@@ -91,14 +90,13 @@ struct Linear {
     const TileBytes tiles = backward_tile(batch, in * int64_t(sizeof(T)));
     const Panels panels(out, in, batch, sizeof(T), tiles.tile, tiles.row);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
-    const Scratch<T> scratch(panels.threads * 2 * tile_size);
     // Each thread adds to a dx of its own; they are added up in the order of the threads.
     const int64_t dx_size = needs_dx ? batch * x.row : 0;
     const Scratch<T> dx(panels.threads * dx_size);
     std::fill_n(dx.data, panels.threads * dx_size, T(0));
     const T* dy_data = dy.const_data_ptr<T>();
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
-      T *g = scratch.data + 2 * thread * tile_size, *theta = g + tile_size;
+      T *g = thread_tiles<T>(2 * tile_size), *theta = g + tile_size;
       for (int64_t column = 0; column < in; column += panels.columns) {
         const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
         const int64_t wide = round_up(tile.columns, kPad);

@@ -17,7 +17,7 @@ const BFloat16Kernels* bfloat16_kernels() {
 constexpr int64_t kVector = kRowBytes / int64_t(sizeof(BFloat16));
 
 // Larger tiles than float32's: products this fast pay more for reading x again at each panel. Measured on Zen 5, 1 MiB of L2.
-constexpr int64_t kForwardTile = 256 * 1024, kForwardRow = 16 * 1024, kBackwardTile = 128 * 1024, kBackwardRow = 4096;
+constexpr int64_t kForwardTile = 256 * 1024, kForwardRow = 16 * 1024, kBackwardTile = 128 * 1024, kBackwardRow = 8 * 1024;
 
 // Rows a multiple of 2 KiB apart would fall into a few sets of the first-level cache.
 int64_t pitch(int64_t row) { return row % 512 == 0 ? row + kVector : row; }
@@ -49,12 +49,11 @@ struct Linear {
     const Panels panels(out, in, batch, sizeof(BFloat16), kForwardTile, kForwardRow);
     const int64_t tile_row = round_up(panels.columns, kVector), tile_size = panels.rows * tile_row;
     const int64_t sums_size = batch * round_up(panels.rows, kRowBytes / int64_t(sizeof(float)));
-    const Scratch<BFloat16> scratch(panels.threads * tile_size);
     const Scratch<float> sums_scratch(panels.threads * sums_size);
     const at::BFloat16* b = bias.defined() ? bias.const_data_ptr<at::BFloat16>() : nullptr;
     BFloat16* y_data = bits(y.mutable_data_ptr<at::BFloat16>());
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
-      BFloat16* theta = scratch.data + thread * tile_size;
+      BFloat16* theta = thread_tiles<BFloat16>(tile_size);
       float* sums = sums_scratch.data + thread * sums_size;
       for (int64_t i = 0; i < batch; ++i) {
         for (int64_t j = 0; j < rows; ++j) sums[i * rows + j] = b != nullptr ? widen(bits(b)[first + j]) : 0.0f;
@@ -80,10 +79,8 @@ struct Linear {
     const Panels panels(out, in, batch, sizeof(BFloat16), kBackwardTile, kBackwardRow);
     const int64_t tile_row = pitch(round_up(panels.columns, kVector)), tile_size = round_up(panels.rows, 2) * tile_row;
     const int64_t dy_row = round_up(panels.rows, kVector), wide_row = pitch(x.row);
-    // A thread's theta, theta's gradient, theta's rows by pairs, and the panel's dy by pairs of rows.
-    const Scratch<BFloat16> theta_scratch(panels.threads * tile_size);
-    const Scratch<float> g_scratch(panels.threads * tile_size);
-    const Scratch<Pair> pairs_scratch(panels.threads * tile_size / 2), dy_scratch(panels.threads * batch_pairs * dy_row);
+    // A thread's tiles: theta's gradient, theta, and theta's rows by pairs; with them the panel's dy by pairs of rows.
+    const Scratch<Pair> dy_scratch(panels.threads * batch_pairs * dy_row);
     const Scratch<Pair> x_pairs(needs_g ? batch_pairs * wide_row : 0);
     if (needs_g) kernels.pair_rows(bits(x.data), x.row, batch, x.row, x_pairs.data, wide_row);
     // Each thread adds to a dx of its own; they are added up in the order of the threads.
@@ -91,9 +88,9 @@ struct Linear {
     const Scratch<float> dx(panels.threads * dx_size);
     std::fill_n(dx.data, panels.threads * dx_size, 0.0f);
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
-      BFloat16* theta = theta_scratch.data + thread * tile_size;
-      float* g = g_scratch.data + thread * tile_size;
-      Pair *theta_pairs = pairs_scratch.data + thread * tile_size / 2, *dy_pairs = dy_scratch.data + thread * batch_pairs * dy_row;
+      float* g = thread_tiles<float>(2 * tile_size);
+      BFloat16* theta = reinterpret_cast<BFloat16*>(g + tile_size);
+      Pair *theta_pairs = reinterpret_cast<Pair*>(theta + tile_size), *dy_pairs = dy_scratch.data + thread * batch_pairs * dy_row;
       const BFloat16* dy_panel = bits(dy.data) + first;
       if (needs_g) kernels.pair_rows(dy_panel, dy.row, batch, rows, dy_pairs, dy_row);
       for (int64_t column = 0; column < in; column += panels.columns) {

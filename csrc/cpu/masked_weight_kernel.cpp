@@ -130,6 +130,32 @@ void double_backward_block(T parameter, const T* __restrict a, const T* __restri
 }
 
 template <class T, GateKind kind>
+void backward_add_block(T parameter, const T* __restrict g, const T* __restrict w, const T* __restrict m, T* __restrict theta,
+                        T* __restrict dw, T* __restrict dm, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto out = backward_of<kind>(g[i], w[i], m[i], parameter);
+    theta[i] = out.theta;
+    dw[i] += out.w;
+    dm[i] = out.m;
+  }
+}
+
+template <class T, GateKind kind>
+void second_backward_add_block(T parameter, const T* __restrict a, const T* __restrict b, const T* __restrict g,
+                               const T* __restrict h, const T* __restrict w, const T* __restrict m, T* __restrict theta,
+                               T* __restrict c, T* __restrict dw, T* __restrict dm, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    // The compiler evaluates the gate once.
+    const auto out = backward_of<kind>(h[i], w[i], m[i], parameter);
+    const auto second = double_backward_of<kind>(a[i], b[i], g[i], w[i], m[i], parameter);
+    theta[i] = out.theta;
+    c[i] = second.g;
+    dw[i] += second.w + out.w;
+    dm[i] = second.m + out.m;
+  }
+}
+
+template <class T, GateKind kind>
 void forward_range(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t begin, int64_t end) {
   Input<T> w_in(param, w), m_in(param, m);
   Output<T> theta_out(out, theta);
@@ -174,6 +200,55 @@ void double_backward_range(Gate gate, Type param, Type grad, const void* a, cons
   }
 }
 
+// An array of sums; where none is wanted, sums that nobody reads.
+template <class T>
+class Sums {
+ public:
+  explicit Sums(void* data) : data_(static_cast<T*>(data)) {
+    if (data_ == nullptr) {
+      for (int64_t i = 0; i < kBlock; ++i) copy_[i] = T(0);
+    }
+  }
+
+  T* block(int64_t begin) { return data_ == nullptr ? copy_ : data_ + begin; }
+
+ private:
+  T* data_;
+  alignas(64) T copy_[kBlock];
+};
+
+template <class T>
+constexpr Type kType = sizeof(T) == 8 ? Type::kFloat64 : Type::kFloat32;
+
+template <class T, GateKind kind>
+void backward_add_range(Gate gate, Type param, const void* g, const void* w, const void* m, void* theta, void* dw, void* dm,
+                        int64_t count) {
+  Input<T> g_in(kType<T>, g), w_in(param, w), m_in(param, m);
+  Output<T> theta_out(kType<T>, theta), dm_out(param, dm);
+  Sums<T> dw_sums(dw);
+  for (int64_t i = 0, n; i < count; i += n) {
+    n = count - i < kBlock ? count - i : kBlock;
+    backward_add_block<T, kind>(parameter_of<T>(gate), g_in.block(i, n), w_in.block(i, n), m_in.block(i, n), theta_out.block(i),
+                                dw_sums.block(i), dm_out.block(i), n);
+    dm_out.finish(i, n);
+  }
+}
+
+template <class T, GateKind kind>
+void second_backward_add_range(Gate gate, Type param, const void* a, const void* b, const void* g, const void* h, const void* w,
+                               const void* m, void* theta, void* c, void* dw, void* dm, int64_t count) {
+  Input<T> a_in(param, a), b_in(param, b), g_in(kType<T>, g), h_in(kType<T>, h), w_in(param, w), m_in(param, m);
+  Output<T> theta_out(kType<T>, theta), c_out(kType<T>, c), dm_out(param, dm);
+  Sums<T> dw_sums(dw);
+  for (int64_t i = 0, n; i < count; i += n) {
+    n = count - i < kBlock ? count - i : kBlock;
+    second_backward_add_block<T, kind>(parameter_of<T>(gate), a_in.block(i, n), b_in.block(i, n), g_in.block(i, n),
+                                       h_in.block(i, n), w_in.block(i, n), m_in.block(i, n), theta_out.block(i), c_out.block(i),
+                                       dw_sums.block(i), dm_out.block(i), n);
+    dm_out.finish(i, n);
+  }
+}
+
 // Calls RANGE<type of the arithmetic, gate>.
 #define DISPATCH(RANGE, gate, param, ...)                                                             \
   if (param == Type::kFloat64) {                                                                      \
@@ -196,10 +271,19 @@ void double_backward(Gate gate, Type param, Type grad, const void* a, const void
   DISPATCH(double_backward_range, gate, param, gate, param, grad, a, b, g, w, m, dg, dw, dm, begin, end)
 }
 
+void backward_add(Gate gate, Type param, const void* g, const void* w, const void* m, void* theta, void* dw, void* dm, int64_t n) {
+  DISPATCH(backward_add_range, gate, param, gate, param, g, w, m, theta, dw, dm, n)
+}
+
+void second_backward_add(Gate gate, Type param, const void* a, const void* b, const void* g, const void* h, const void* w,
+                         const void* m, void* theta, void* c, void* dw, void* dm, int64_t n) {
+  DISPATCH(second_backward_add_range, gate, param, gate, param, a, b, g, h, w, m, theta, c, dw, dm, n)
+}
+
 }  // namespace
 
 #define TABLE_NAME_(isa) kMaskedWeight_##isa
 #define TABLE_NAME(isa) TABLE_NAME_(isa)
-const MaskedWeightKernels TABLE_NAME(METAMASK_ISA) = {&forward, &backward, &double_backward};
+const MaskedWeightKernels TABLE_NAME(METAMASK_ISA) = {&forward, &backward, &double_backward, &backward_add, &second_backward_add};
 
 }  // namespace metamask::cpu

@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 
 #include "masked_weight.h"
@@ -38,15 +40,17 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 struct Panels {
   int64_t out, rows, columns, count, threads;
 
-  // tile_bytes: what a tile may take; row_bytes: what one of its rows may take.
-  Panels(int64_t out, int64_t in, int64_t batch, int64_t element, int64_t tile_bytes, int64_t row_bytes) : out(out) {
+  // tile_bytes: what a tile may take; row_bytes: what one of its rows may take; masks: how many are applied to the weight.
+  Panels(int64_t out, int64_t in, int64_t batch, int64_t element, int64_t tile_bytes, int64_t row_bytes, int64_t masks = 1)
+      : out(out) {
     columns = std::clamp<int64_t>(row_bytes / element, 1, std::max<int64_t>(in, 1));
     const int64_t fits = std::max<int64_t>(tile_bytes / (columns * element), 1);
     // Below about 10 microseconds of work, waking another thread costs more than it does.
-    const double nanoseconds = double(out) * double(in) * (0.25 + 0.01 * double(batch));
+    const double nanoseconds = double(out) * double(in) * (0.25 * double(masks) + 0.01 * double(batch));
     const int64_t pool = at::in_parallel_region() || nanoseconds < 10000 ? 1 : at::get_num_threads();
-    // Several panels for each thread, so that a late one costs little.
-    const int64_t share = pool > 1 ? (out + 4 * pool - 1) / (4 * pool) : out;
+    // Several panels for each thread, so that a late one costs little; of a small layer one, which has the fewest calls.
+    const int64_t pieces = pool > 1 ? std::clamp<int64_t>(int64_t(nanoseconds / 5000), pool, 4 * pool) : 1;
+    const int64_t share = (out + pieces - 1) / pieces;
     rows = std::clamp<int64_t>(round_up(std::min(fits, share), 4), 4, std::max<int64_t>(out, 4));
     count = (out + rows - 1) / rows;
     threads = std::min(pool, std::max<int64_t>(count, 1));
@@ -65,6 +69,26 @@ struct Panels {
 
 template <class T>
 constexpr at::ScalarType kScalar = c10::CppTypeToScalarType<T>::value;
+
+// A thread's own memory for tiles, uninitialised, kept from call to call: its size is bounded by the caches. Freed after each call,
+// it would let malloc give back to the system what others have freed before, in the middle of a small layer's forward: measured, up
+// to four times the forward's own time.
+template <class T>
+T* thread_tiles(int64_t n) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  static thread_local std::unique_ptr<void, Free> memory;
+  static thread_local int64_t size = 0;
+  const int64_t wanted = round_up(n * int64_t(sizeof(T)), 64);
+  if (wanted > size) {
+    size = 0;
+    memory.reset(std::aligned_alloc(64, wanted));
+    TORCH_CHECK(memory != nullptr, "cannot allocate ", wanted, " bytes for a tile of the weight");
+    size = wanted;
+  }
+  return static_cast<T*>(memory.get());
+}
 
 // Uninitialised memory: of a small layer on the stack, because torch's allocator takes as long as its arithmetic.
 template <class T>

@@ -22,8 +22,9 @@ constexpr int kVectorBytes = 16, kRows = 4, kColumns = 4;
 constexpr int kVectorBytes = 16, kRows = 3, kColumns = 3;
 #endif
 
-constexpr int64_t kBlockRows = 2 * kRows;  // rows of `a` that stay in the first-level cache while b streams by
-constexpr int64_t kBlockTerms = 64;        // rows of `b` likewise
+constexpr int64_t kBlockRows = 2 * kRows;   // rows of `a` that stay in the first-level cache while b streams by
+constexpr int64_t kBlockBytes = 32 * 1024;  // what they and one tile's columns of b may take there
+constexpr int64_t kBlockTerms = 64;         // rows of `b` likewise
 
 // The compilers' own vector type: one source for every instruction set.
 template <class T>
@@ -180,16 +181,23 @@ METAMASK_INLINE void with_count(int64_t count, Work work) {
 template <class T>
 void inner(const T* a, int64_t a_row, const T* b, int64_t b_row, typename Vector<T>::Sum* y, int64_t y_row, int64_t rows,
            int64_t columns, int64_t length) {
+  constexpr int64_t kLanes = Vector<T>::kLanes;
   for (int64_t block = 0; block < rows; block += kBlockRows) {
     const int64_t end = block + kBlockRows < rows ? block + kBlockRows : rows;
-    for (int64_t j = 0; j < columns; j += kColumns) {
-      for (int64_t i = block; i < end; i += kRows) {
-        with_count<kRows>(end - i, [&](auto r) {
-          with_count<kColumns>(columns - j, [&](auto c) {
-            inner_tile<T, decltype(r)::kValue, decltype(c)::kValue>(a + i * a_row, a_row, b + j * b_row, b_row, y + i * y_row + j,
-                                                                    y_row, length);
+    // As long as the rows of `a` and kColumns of b stay, and of whole vectors.
+    const int64_t most = kBlockBytes / int64_t(sizeof(T)) / (end - block + kColumns) / kLanes * kLanes;
+    const int64_t parts = (length + most - 1) / most, part = ((length + parts - 1) / parts + kLanes - 1) / kLanes * kLanes;
+    for (int64_t k = 0; k < length; k += part) {
+      const int64_t some = length - k < part ? length - k : part;
+      for (int64_t j = 0; j < columns; j += kColumns) {
+        for (int64_t i = block; i < end; i += kRows) {
+          with_count<kRows>(end - i, [&](auto r) {
+            with_count<kColumns>(columns - j, [&](auto c) {
+              inner_tile<T, decltype(r)::kValue, decltype(c)::kValue>(a + i * a_row + k, a_row, b + j * b_row + k, b_row,
+                                                                      y + i * y_row + j, y_row, some);
+            });
           });
-        });
+        }
       }
     }
   }

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._files import sync_folder
 from ..nn import MaskedLayer
 
 MAGIC = b"metamask_ext checkpoint 1\n"
@@ -71,19 +72,10 @@ def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

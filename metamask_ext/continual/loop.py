@@ -19,9 +19,10 @@ from torch.optim import SGD, Adam, Optimizer
 
 from ..nn import MaskedLayer
 from ..nn.active import describe, using_task
-from ..nn.layers import DEFAULT_TASK, TaskMasks
-from ..nn.names import check_name
-from ..nn.tasks import add_task, remove_task
+from ..nn.layers import DEFAULT_TASK
+from ..nn.names import check_name, escape
+from ..nn.task_dict import TaskDict
+from ..nn.tasks import add_task, masked_layers, remove_task
 from ..nn.tasks import tasks as model_tasks
 from .files import (
     CHECKPOINT,
@@ -423,18 +424,21 @@ class TaskLoop:
         self.resumed = self.round
 
 
-def _task_masks(model: nn.Module) -> list[TaskMasks]:
-    return [module for module in model.modules() if isinstance(module, TaskMasks)]
+def _task_dicts(model: nn.Module) -> list[TaskDict]:
+    return [module for module in model.modules() if isinstance(module, TaskDict)]
 
 
 def _mask_parameters(model: nn.Module, task: str) -> list[nn.Parameter]:
-    """The masks of one task, each once."""
-    return list(dict.fromkeys(masks[task] for masks in _task_masks(model)))
+    """The masks of one task, and what else belongs to it, each once."""
+    if any(layer._task_dict()._is_bits(escape(task)) for _, layer in masked_layers(model)):
+        raise ValueError(f"task {task!r} is packed: its mask cannot be trained")
+    found = (tensors._parameters.get(escape(task)) for tensors in _task_dicts(model))
+    return list(dict.fromkeys(parameter for parameter in found if parameter is not None))
 
 
 def _shared_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter that belongs to no task."""
-    of_tasks = {id(parameter) for masks in _task_masks(model) for parameter in masks.values()}
+    of_tasks = {id(parameter) for tensors in _task_dicts(model) for parameter in tensors.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in of_tasks}
 
 

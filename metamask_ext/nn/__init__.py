@@ -1,5 +1,6 @@
 """Masked layers, and the tasks of a model."""
 
+from .batch_norm import TaskBatchNorm2d
 from .layers import MaskedConv2d, MaskedLayer, MaskedLinear
 
-__all__ = ["MaskedConv2d", "MaskedLayer", "MaskedLinear"]
+__all__ = ["MaskedConv2d", "MaskedLayer", "MaskedLinear", "TaskBatchNorm2d"]

@@ -1,4 +1,5 @@
-"""Which task is active: a context variable, so that threads and coroutines do not see each other's.
+"""What is active, a task, one for each sample, or a mixture: a context variable, so that threads and coroutines do not see each
+other's.
 
 Activation checkpointing recomputes a forward during the backward, when the context may have closed or another may be open. A
 non-reentrant checkpoint is told at the forward what was active, and recomputes under that. Any other forward that runs inside a
@@ -8,7 +9,7 @@ gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from contextvars import ContextVar
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
@@ -16,10 +17,11 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .layers import MaskedLayer
+    from .selection import Selection
+    from .task_layer import TaskLayer
 
 _graph_task = torch._C._current_graph_task_id
 _autograd = torch._C._autograd
@@ -27,17 +29,17 @@ _saved_tensor_hooks = _autograd._top_saved_tensors_default_hooks
 
 
 class _Context:
-    """One open ``using_task``: the active task's key for each layer, here and in the blocks around it.
+    """One open ``using_task``: the active task's key (or a selection of several) for each layer, here and in the blocks around it.
 
     Beside each key stands the backward (-1: none) in which it was set: a key from outside a backward says nothing inside it.
     """
 
     __slots__ = ("depth", "keys", "opener", "outer", "own")
 
-    def __init__(self, own: dict[nn.Module, tuple[str, int]], outer: _Context | None, opener: using_task | None):
+    def __init__(self, own: dict[nn.Module, tuple[str | Selection, int]], outer: _Context | None, opener: using_task | None):
         self.own, self.outer, self.opener = own, outer, opener
         self.depth: int = 1 if outer is None else outer.depth + 1
-        self.keys: dict[nn.Module, tuple[str, int]] = own if outer is None else {**outer.keys, **own}
+        self.keys: dict[nn.Module, tuple[str | Selection, int]] = own if outer is None else {**outer.keys, **own}
 
 
 _current: ContextVar[_Context | None] = ContextVar("metamask_ext.active_task", default=None)
@@ -45,6 +47,10 @@ _current: ContextVar[_Context | None] = ContextVar("metamask_ext.active_task", d
 
 class using_task(ContextDecorator):
     """Make ``task`` the active task of every masked layer of ``model``, for this thread, until the block ends.
+
+    A sequence names a task for each sample of a mixed batch: sample ``b``, entry ``b`` of the first dimension of every layer's
+    input, uses the masks of ``task[b]``. Tasks may come in any order and repeat. Inside such a block a layer's ``mask_logits``, and
+    the masked ``weight`` of layers that other code reads past forward, cannot be read: there is more than one.
 
     Blocks nest; the inner one wins for the layers of its model. ``model`` may be any module that holds the layers: the model, a
     wrapper around it (``DistributedDataParallel``, ``torch.compile``) or one block. Threads do not inherit the block they are
@@ -56,21 +62,35 @@ class using_task(ContextDecorator):
 
     Args:
         model: a module with masked layers.
-        task: the name of one of its tasks.
+        task: the name of one of its tasks; or for each sample a name, or a slot (:func:`metamask_ext.slots`): a sequence of
+            strings or integers, or an int64 tensor ``[B]``.
 
     Raises:
-        TypeError: ``task`` is no string.
-        ValueError: ``model`` has no masked layer, or the task is unknown to one of them.
+        TypeError: ``task``, or an entry, is neither name nor slot, or a tensor is not int64.
+        ValueError: ``model`` has no masked layer, a task is unknown to one of them, a slot is out of range or of a removed task,
+            or a tensor is not one-dimensional.
+        RuntimeError: from a layer whose input has another number of samples than ``task``.
     """
 
-    def __init__(self, model: nn.Module, task: str):
-        self._model, self._task = model, task
+    def __init__(self, model: nn.Module, task: str | Sequence[str | int] | Tensor | Selection):
+        from .selection import Selection, batch_of
+
+        self._model = model
+        self._task: str | Selection = task if isinstance(task, (str, Selection)) else batch_of(model, task)
         self._keys()
 
-    def _keys(self) -> dict[nn.Module, str]:
-        from .tasks import masked_layers
+    def _keys(self) -> dict[nn.Module, str | Selection]:
+        from .tasks import task_layers
 
-        return {layer: layer._task_key(self._task) for _, layer in masked_layers(self._model)}
+        task = self._task
+        layers = task_layers(self._model)
+        if isinstance(task, str):
+            return {layer: layer._task_key(task) for _, layer in layers}
+        for _, layer in layers:
+            if not layer._task_dict()._slots.keys() >= task.key_set:
+                for name in task.names:
+                    layer._task_key(name)
+        return {layer: task for _, layer in layers}
 
     def __call__(self, function: Callable[..., Any]) -> Any:
         # ContextDecorator would close the block before such a function's body runs: under another block, a wrong task.
@@ -101,8 +121,11 @@ def _without(context: _Context | None, opener: using_task) -> _Context | None:
     return _Context(context.own, _without(context.outer, opener), context.opener)
 
 
-def active_key(layer: MaskedLayer) -> str:
-    """The key of the task that is active for ``layer``, which has several; RuntimeError if there is none to be trusted."""
+def active_key(layer: TaskLayer) -> str | Selection:
+    """The key of the task that is active for ``layer``, which has several, or the selection.
+
+    RuntimeError if there is none to be trusted.
+    """
     context = _current.get()
     key, graph_task = (None, -1) if context is None else context.keys.get(layer, (None, -1))
     if key is not None and graph_task != _graph_task():
@@ -111,38 +134,53 @@ def active_key(layer: MaskedLayer) -> str:
             "torch.utils.checkpoint with use_reentrant=False, or enter metamask_ext.using_task inside the function that is "
             "recomputed"
         )
+    known = layer._task_dict()
     if key is None:
         raise RuntimeError(
-            f"{type(layer).__name__} has {len(layer.masks)} tasks, {describe(layer.masks)}, and none is active: call the model "
+            f"{type(layer).__name__} has {len(known)} tasks, {describe(known)}, and none is active: call the model "
             "inside 'with metamask_ext.using_task(model, task):' (threads and recomputations do not inherit the block)"
         )
-    if key not in layer.masks._parameters:
+    if key not in known._slots if isinstance(key, str) else not known._slots.keys() >= key.key_set:
         _raise_removed(layer)
     for recompute in _enclosing_checkpoints():
         recompute.remember(context, graph_task)
     return key
 
 
-def check_only_key(layer: MaskedLayer, only: str) -> None:
-    """RuntimeError if the block around names another task than the only one of ``layer``: one removed by another thread, say."""
+def only_key(layer: TaskLayer, only: str) -> str | Selection:
+    """The key of the only task of ``layer``, or the selection around.
+
+    RuntimeError if the block around names another task: one removed by another thread, say.
+    """
     context = _current.get()
-    if context is not None and context.keys.get(layer, (only, -1))[0] != only:
-        _raise_removed(layer)
+    key: str | Selection = only
+    if context is not None:
+        found, graph_task = context.keys.get(layer, (only, -1))
+        if not isinstance(found, str):
+            if not found.key_set <= {only}:
+                _raise_removed(layer)
+            # In a backward the samples may be other ones.
+            if graph_task == _graph_task():
+                key = found
+        elif found != only:
+            _raise_removed(layer)
     # By the recomputation the layer may have other tasks.
     for recompute in _enclosing_checkpoints():
-        recompute.keys[layer] = only
+        recompute.keys[layer] = key
+    return key
 
 
-def _raise_removed(layer: MaskedLayer) -> None:
-    raise RuntimeError(f"the active task was removed; {type(layer).__name__} has {describe(layer.masks)}")
+def _raise_removed(layer: TaskLayer) -> None:
+    raise RuntimeError(f"the active task was removed; {type(layer).__name__} has {describe(layer._task_dict())}")
 
 
-def is_active(layers: list[MaskedLayer], task: str) -> bool:
-    """Whether ``task`` is the active task of any of ``layers`` in this thread."""
+def is_active(layers: list[TaskLayer], task: str) -> bool:
+    """Whether ``task`` is the active task, or one of several, of any of ``layers`` in this thread."""
     context = _current.get()
-    return context is not None and any(
-        layer in context.keys and context.keys[layer][0] == layer.masks._key_to_attr(task) for layer in layers
-    )
+    if context is None:
+        return False
+    found = [(layer._task_dict()._key_to_attr(task), context.keys[layer][0]) for layer in layers if layer in context.keys]
+    return any(key == active if isinstance(active, str) else key in active.key_set for key, active in found)
 
 
 def describe(names: Any) -> str:
@@ -197,7 +235,7 @@ class _Recompute:
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
-        self.keys: dict[nn.Module, str] = {}
+        self.keys: dict[nn.Module, str | Selection] = {}
         """Of layers that had one task."""
         self.contexts: list[_Context | None] = []
         """The common context, once there is one."""

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .. import functional
 from ..reference import DTYPES
 from .layers import DEFAULT_TASK, MaskedConv2d, MaskedLayer, MaskedLinear, ReadThroughConv2d, ReadThroughLinear
-from .tasks import masked_layers, tasks
+from .per_task import keep_per_task, plain_copy
+from .task_layer import TaskLayer
+from .tasks import slots, task_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,6 +33,7 @@ def convert(
     exclude: str | Iterable[str] | None = None,
     *,
     mask_init: Any = CONVERTED_MASK_INIT,
+    batch_norm: str = "shared",
     **options: Any,
 ) -> Model:
     """Make the Linear and Conv2d layers of ``model`` masked, in place, and return it.
@@ -51,6 +53,9 @@ def convert(
         include: glob patterns of qualified names of layers (``"layer4.*"``); None: all.
         exclude: patterns of names to leave plain.
         mask_init: see :class:`metamask_ext.nn.MaskedLinear`; +4 unless given, which keeps the output near the original's.
+        batch_norm: ``"shared"`` leaves BatchNorm2d as it is: training a task moves the statistics that all tasks use, and earlier
+            tasks lose accuracy down to chance, unless they are frozen by ``eval()``. ``"task"`` makes each chosen BatchNorm2d a
+            :class:`metamask_ext.nn.TaskBatchNorm2d`, whose first task begins with what is there.
         options: ``gate``, ``temperature``, ``threshold`` of the new layers.
 
     Returns:
@@ -68,17 +73,26 @@ def convert(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     settings.update(options)
 
+    if batch_norm not in ("shared", "task"):
+        raise ValueError(f"batch_norm must be 'shared' or 'task', got {batch_norm!r}")
+    kinds = (nn.Linear, nn.Conv2d, nn.BatchNorm2d) if batch_norm == "task" else (nn.Linear, nn.Conv2d)
+
     # A layer may be reached by several names: it is one layer, and read if it is read under any of them.
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, kinds):
             names.setdefault(module, []).append(name)
-    chosen = [module for module in _select(names, include, exclude) if not isinstance(module, MaskedLayer)]
+    selected = [module for module in _select(names, include, exclude) if not isinstance(module, TaskLayer)]
+    chosen = [module for module in selected if not isinstance(module, nn.BatchNorm2d)]
     for module in chosen:
         _check_convertible(names[module][0], module)
+    normalising = [module for module in selected if isinstance(module, nn.BatchNorm2d)]
+    for module in normalising:
+        _check_batch_norm(names[module][0], module)
 
-    present = any(isinstance(module, MaskedLayer) for module in names)
-    task_names = tasks(model) if present else [DEFAULT_TASK]
+    present = any(isinstance(module, TaskLayer) for module in model.modules())
+    by_slot: list[str | None] = slots(model) if present else [DEFAULT_TASK]
+    task_names = [name for name in by_slot if name is not None]
     made: list[tuple[nn.Module, MaskedLayer]] = []
     for module in chosen:
         read = any(_is_read(model, name) for name in names[module])
@@ -90,6 +104,8 @@ def convert(
         masked = kind.__new__(kind)
         masked.__dict__.update(module.__dict__, _modules=dict(module._modules))
         masked._init_masked(**settings, tasks=task_names)
+        for tensors in masked._dicts().values():
+            tensors._renumber(by_slot)
         if type(module) is not kind.plain_type:
             masked.plain_type = type(module)
         made.append((module, masked))
@@ -99,6 +115,8 @@ def convert(
         module._modules.update(masked._modules)
         module.__class__ = type(masked)
         module.__dict__.update({key: value for key, value in masked.__dict__.items() if key != "_modules"})
+    for module in normalising:
+        keep_per_task(module, _tensor_names(module), by_slot)
     return model
 
 
@@ -115,14 +133,17 @@ def merge(model: Model, task: str) -> Model:
         ValueError: the task is unknown, or ``model`` has no masked layer.
     """
     memo: dict[int, Any] = {}
-    layers = [layer for _, layer in masked_layers(model)]
+    layers: list[Any] = [layer for _, layer in task_layers(model)]
     for layer in layers:
         layer._task_key(task)
     for layer in layers:
         memo[id(layer)] = layer.plain_type.__new__(layer.plain_type)
     baked: dict[Any, nn.Parameter] = {}
     for layer in layers:
-        _fill_plain(memo[id(layer)], layer, task, memo, baked)
+        if isinstance(layer, MaskedLayer):
+            _fill_plain(memo[id(layer)], layer, task, memo, baked)
+        else:
+            plain_copy(layer, task, memo[id(layer)], memo)
     return copy.deepcopy(model, memo)
 
 
@@ -139,7 +160,7 @@ def _fill_plain(plain: nn.Module, layer: MaskedLayer, task: str, memo: dict[int,
         key = (id(shared), id(masks[task]), *gate.values())
         if key not in baked:
             with torch.no_grad():
-                theta = functional.masked_weight(shared, masks[task], **gate)
+                theta = layer._theta(name, layer._task_key(task))
             baked[key] = nn.Parameter(theta, requires_grad=shared.requires_grad)
         plain._parameters[name] = baked[key]
 
@@ -182,6 +203,16 @@ def _check_convertible(name: str, module: nn.Module) -> None:
         reason = f"its weight is {weight.dtype}, not float64, float32, bfloat16 or float16"
     if reason is not None:
         raise ValueError(f"cannot mask {name or 'the model'!r}, a {kind.__name__}: {reason}. Leave it plain with exclude={name!r}")
+
+
+def _check_batch_norm(name: str, module: nn.Module) -> None:
+    if type(module) is not nn.BatchNorm2d or "forward" in module.__dict__ or not _tensor_names(module):
+        reason = "it has no statistics and no affine part" if type(module) is nn.BatchNorm2d else f"it is a {type(module).__name__}"
+        raise ValueError(f"batch_norm='task' cannot make a TaskBatchNorm2d of {name or 'the model'!r}: {reason}. exclude={name!r}")
+
+
+def _tensor_names(module: nn.Module) -> list[str]:
+    return [name for kept in (module._parameters, module._buffers) for name, tensor in kept.items() if tensor is not None]
 
 
 _CALLED = ("forward", "_conv_forward", "weight", "bias", "__call__", "_call_impl", "__getattr__")

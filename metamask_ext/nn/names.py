@@ -25,9 +25,13 @@ def escape(name: str) -> str:
     torch refuses keys with a dot, and keys that are attributes of a ParameterDict (``keys``, ``type``): of those, and of names
     that start with an underscore, the first character is escaped too. :func:`unescape` gives every name back.
     """
-    text = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else _percent(c) for c in check_name(name))
-    if text == name and (name[0] == "_" or name == "training" or hasattr(nn.ParameterDict, name)):
-        text = _percent(name[0]) + name[1:]
+    # A mixed batch escapes the name of every task in it: most names need no look at each character.
+    if check_name(name).isascii() and name.replace("_", "").replace("-", "").isalnum():
+        text = name
+    else:
+        text = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else _percent(c) for c in name)
+    if name[0] == "_" or (text == name and (name == "training" or hasattr(nn.ParameterDict, name))):
+        text = _percent(name[0]) + text[1:]
     return text
 
 

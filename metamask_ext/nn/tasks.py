@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import NoReturn
+
+import torch
 from torch import Tensor, nn
 
 from .active import describe, is_active
-from .layers import MaskedLayer, TaskMasks
+from .masked_layer import MaskedLayer
 from .names import check_name
+from .task_dict import TaskDict
+from .task_layer import TaskLayer
 
 
 def masked_layers(model: nn.Module) -> list[tuple[str, MaskedLayer]]:
     """The masked layers of ``model`` with their names, each once. ValueError if there is none."""
+    layers = [(name, layer) for name, layer in task_layers(model) if isinstance(layer, MaskedLayer)]
+    return layers or _raise_no_layer(model)
+
+
+def task_layers(model: nn.Module) -> list[tuple[str, TaskLayer]]:
+    """The layers of ``model`` with tensors of tasks, masked ones and others, with their names, each once. ValueError if none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, MaskedLayer)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no masked layer: build it with metamask_ext.nn, or metamask_ext.convert it")
-    return layers
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, TaskLayer)]
+    return layers or _raise_no_layer(model)
+
+
+def _raise_no_layer(model: nn.Module) -> NoReturn:
+    raise ValueError(f"{type(model).__name__} has no masked layer: build it with metamask_ext.nn, or metamask_ext.convert it")
 
 
 def tasks(model: nn.Module) -> list[str]:
@@ -25,21 +40,34 @@ def tasks(model: nn.Module) -> list[str]:
     Raises:
         ValueError: ``model`` has no masked layer, or its layers have different tasks.
     """
-    layers = masked_layers(model)
+    layers = task_layers(model)
     first_name, first = layers[0]
-    names = list(first.masks)
+    names = list(first._task_dict())
     known = set(names)
     for name, layer in layers:
-        for _, masks in layer._groups():
-            if masks.keys() != known:
+        for tensors in layer._dicts().values():
+            if tensors.keys() != known:
                 raise ValueError(
                     f"the masks of the model have different tasks: those of {first_name or 'the model'!r} {describe(names)}, "
-                    f"those of {name or 'the model'!r} {describe(masks)}"
+                    f"those of {name or 'the model'!r} {describe(tensors)}"
                 )
     return names
 
 
-def add_task(model: nn.Module, name: str, init: str = "random") -> None:
+def slots(model: nn.Module) -> list[str | None]:
+    """The names of the model's tasks by slot: the numbers that :class:`metamask_ext.using_task` takes for each sample.
+
+    A new task gets the next slot. That of a removed task is None, and is not used again, also not after a state dict was saved and
+    loaded.
+
+    Raises:
+        ValueError: as :func:`tasks`.
+    """
+    tasks(model)
+    return list(task_layers(model)[0][1]._task_dict()._names)
+
+
+def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "random") -> None:
     """Give every masked layer of ``model`` a mask for a new task. Masks that exist are not moved.
 
     An optimiser built before does not know the new parameters: add them to it (``metamask_ext.continual.TaskLoop`` does).
@@ -48,40 +76,98 @@ def add_task(model: nn.Module, name: str, init: str = "random") -> None:
         model: a module with masked layers.
         name: the new task; any non-empty string.
         init: ``"random"``: by each layer's ``mask_init`` (for a new layer a normal distribution; for a converted one +4
-            everywhere); ``"mean"``: the mean of the logits of the tasks that exist; ``"copy:<task>"``: those of that task.
+            everywhere); ``"mean"``: the mean of the logits of the tasks that exist; ``"copy:<task>"``: those of that task; a
+            mapping ``{task: alpha}``: logits whose gate is ``sum_t alpha_t g(M_t)``, a linear combination of known tasks from
+            which an unseen one can be tuned (Blum and Law, section 2.1, "During test time"). For the sigmoid gate that sum is
+            kept within sigmoid(-4) and sigmoid(4); the hard gate is on where it is above 1/2. Packed tasks may be combined too.
 
     Raises:
-        ValueError: the task exists, ``init`` is unknown or names an unknown task, or ``model`` has no masked layer.
+        ValueError: the task exists, ``init`` is unknown or names an unknown task, logits are asked of a packed task, or ``model``
+            has no masked layer.
     """
     known = tasks(model)
     if check_name(name) in known:
         raise ValueError(f"task {name!r} exists; the model has {describe(known)}")
-    if not isinstance(init, str):
+    amounts, source = None, None
+    if isinstance(init, Mapping):
+        amounts = check_amounts(known, init, "init")
+    elif not isinstance(init, str):
         raise TypeError(f"init must be a string, got {type(init).__name__}")
-    source = init[len("copy:") :] if init.startswith("copy:") else None
-    if source is not None and source not in known:
-        raise ValueError(f"init must copy one of {describe(known)}, got {init!r}")
-    if source is None and init not in ("random", "mean"):
-        raise ValueError(f"init must be 'random', 'mean' or 'copy:<task>', got {init!r}")
+    elif init.startswith("copy:"):
+        source = init[len("copy:") :]
+        if source not in known:
+            raise ValueError(f"init must copy one of {describe(known)}, got {init!r}")
+    elif init not in ("random", "mean"):
+        raise ValueError(f"init must be 'random', 'mean', 'copy:<task>' or a mapping of tasks, got {init!r}")
 
-    def mean(masks: TaskMasks, logits: Tensor) -> None:
-        for given in masks.values():
-            logits += given / len(masks)
-
-    def fill(masks: TaskMasks, logits: Tensor) -> None:
-        if source is None:
-            mean(masks, logits.zero_())
+    def fill(layer: TaskLayer, tensors: TaskDict, out: Tensor) -> None:
+        if amounts is not None:
+            layer._combine(tensors, amounts, out)
+        elif source is not None:
+            out.copy_(_values(layer, tensors, source))
+        elif out.is_floating_point():
+            out.zero_()
+            for task in tensors:
+                out += _values(layer, tensors, task) / len(tensors)
         else:
-            logits.copy_(masks[source])
+            out.zero_()  # a count
 
-    layers = masked_layers(model)
-    new = [mask for _, layer in layers for mask in layer._new_masks(None if init == "random" else fill)]
-    for masks, logits in new:
-        masks[name] = logits
+    new = [entry for _, layer in task_layers(model) for entry in layer._new_tensors(None if init == "random" else fill)]
+    for tensors, tensor in new:
+        tensors[name] = tensor
+
+
+def _values(layer: TaskLayer, tensors: TaskDict, task: str) -> Tensor:
+    tensor = tensors[task]
+    if isinstance(layer, MaskedLayer) and tensor.dtype == torch.uint8:
+        raise ValueError(f"task {task!r} is packed, and has no logits to begin with: use init={{{task!r}: 1.0}}")
+    return tensor
+
+
+def check_amounts(known: list[str], amounts: Mapping[str, float | Tensor], argument: str) -> dict[str, float | Tensor]:
+    """The coefficients of a combination of tasks, each a number or a tensor of one; TypeError or ValueError if they are not."""
+    if not isinstance(amounts, Mapping):
+        raise TypeError(f"{argument} must be a mapping from task to coefficient, got {type(amounts).__name__}")
+    if not amounts:
+        raise ValueError(f"{argument} must name at least one task, got an empty mapping")
+    checked: dict[str, float | Tensor] = {}
+    for task, amount in amounts.items():
+        if task not in known:
+            raise ValueError(f"{argument} must name tasks among {describe(known)}, got {task!r}")
+        if isinstance(amount, Tensor):
+            if amount.numel() != 1 or not amount.is_floating_point():
+                raise ValueError(
+                    f"{argument}[{task!r}] must be one floating-point number, got {amount.dtype} of shape {list(amount.shape)}"
+                )
+            checked[task] = amount.reshape(())
+        else:
+            try:
+                finite = math.isfinite(amount)
+            except TypeError:
+                raise TypeError(f"{argument}[{task!r}] must be a number, got {type(amount).__name__}") from None
+            if not finite:
+                raise ValueError(f"{argument}[{task!r}] must be finite, got {amount}")
+            checked[task] = float(amount)
+    return checked
+
+
+def pack_task(model: nn.Module, name: str) -> None:
+    """Replace a task's logits by bits, one for each weight: 1 where the hard gate is on; for the sigmoid gate, where ``M > 0``.
+
+    The parameters go away; what an optimiser keeps for them stays with it. A task that is packed stays as it is.
+
+    Raises:
+        ValueError: the task is unknown, or ``model`` has no masked layer.
+    """
+    known = tasks(model)
+    if name not in known:
+        raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
+    for masks, bits in [entry for _, layer in masked_layers(model) for entry in layer._bits(name)]:
+        masks[name] = bits
 
 
 def remove_task(model: nn.Module, name: str) -> None:
-    """Remove a task's masks from every masked layer of ``model``.
+    """Remove a task's masks from every masked layer of ``model``. Its slot stays empty.
 
     Raises:
         ValueError: the task is unknown, or the last one.
@@ -92,7 +178,7 @@ def remove_task(model: nn.Module, name: str) -> None:
         raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
     if len(known) == 1:
         raise ValueError(f"task {name!r} is the model's last one: a masked layer needs a mask")
-    layers = [layer for _, layer in masked_layers(model)]
+    layers = [layer for _, layer in task_layers(model)]
     if is_active(layers, name):
         raise RuntimeError(f"task {name!r} is active: leave its using_task block before removing it")
     for layer in layers:

@@ -1,0 +1,176 @@
+// Vectors and bit masks of the objects compiled per instruction set: everything is local to the object that includes it.
+//
+// With AVX-512 the bits of 16 weights are a mask register as they lie in memory; elsewhere each lane tests its bit.
+#pragma once
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "product_kernel.h"
+
+namespace metamask::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+  static constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+  static constexpr int64_t kPad = kRowBytes / sizeof(T);
+};
+
+template <class T>
+METAMASK_INLINE typename Vector<T>::type load(const T* from) {
+  return *reinterpret_cast<const typename Vector<T>::unaligned*>(from);
+}
+
+template <class T>
+METAMASK_INLINE void store(T* to, typename Vector<T>::type value) {
+  *reinterpret_cast<typename Vector<T>::unaligned*>(to) = value;
+}
+
+template <class T>
+METAMASK_INLINE typename Vector<T>::type everywhere(T value) {
+  return value - typename Vector<T>::type{};
+}
+
+template <class T>
+METAMASK_INLINE T sum(typename Vector<T>::type value) {
+  typedef T Part __attribute__((vector_size(16), may_alias));
+  alignas(kVectorBytes) T lanes[Vector<T>::kLanes];
+  store(lanes, value);
+  constexpr int kLanes = 16 / sizeof(T);
+  Part total = *reinterpret_cast<const Part*>(lanes);
+#pragma GCC unroll 4
+  for (int i = kLanes; i < Vector<T>::kLanes; i += kLanes) total += *reinterpret_cast<const Part*>(lanes + i);
+  if constexpr (kLanes == 4) return (total[0] + total[2]) + (total[1] + total[3]);
+  else return total[0] + total[1];
+}
+
+// Keeps a loaded vector in its register: GCC would load it again for each product, and the loads are what limits the loop.
+template <class V>
+METAMASK_INLINE V kept(V vector) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(vector));
+#endif
+  return vector;
+}
+
+// The first n lanes, the others zero.
+template <class T>
+METAMASK_INLINE typename Vector<T>::type load_some(const T* from, int64_t n) {
+  alignas(kVectorBytes) T lanes[Vector<T>::kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = from[i];
+  return load(lanes);
+}
+
+#if defined(__AVX512F__)
+
+template <class T>
+struct Mask {
+  __mmask16 lanes;
+};
+template <>
+struct Mask<double> {
+  __mmask8 lanes;
+};
+
+METAMASK_INLINE Mask<float> mask_of(const float*, const uint8_t* bits, int64_t k) {
+  uint16_t lanes;
+  std::memcpy(&lanes, bits + k / 8, sizeof(lanes));
+  return {lanes};
+}
+
+// The last n columns of a row: not a byte behind them is read.
+METAMASK_INLINE Mask<float> mask_of(const float*, const uint8_t* bits, int64_t k, int64_t n) {
+  return {__mmask16(bits[k / 8] | (n > 8 ? bits[k / 8 + 1] << 8 : 0))};
+}
+
+METAMASK_INLINE Mask<double> mask_of(const double*, const uint8_t* bits, int64_t k) { return {bits[k / 8]}; }
+METAMASK_INLINE Mask<double> mask_of(const double*, const uint8_t* bits, int64_t k, int64_t) { return {bits[k / 8]}; }
+
+METAMASK_INLINE Vector<float>::type select(Mask<float> mask, Vector<float>::type v) { return _mm512_maskz_mov_ps(mask.lanes, v); }
+METAMASK_INLINE Vector<double>::type select(Mask<double> mask, Vector<double>::type v) {
+  return _mm512_maskz_mov_pd(mask.lanes, v);
+}
+
+// sum += a b where the mask is set.
+METAMASK_INLINE void add_product(Vector<float>::type& sum, Mask<float> mask, Vector<float>::type a, Vector<float>::type b) {
+  sum = _mm512_mask3_fmadd_ps(a, b, sum, mask.lanes);
+}
+METAMASK_INLINE void add_product(Vector<double>::type& sum, Mask<double> mask, Vector<double>::type a, Vector<double>::type b) {
+  sum = _mm512_mask3_fmadd_pd(a, b, sum, mask.lanes);
+}
+
+#else
+
+template <class T>
+struct Lane;
+template <>
+struct Lane<float> {
+  typedef int32_t Integer;
+};
+template <>
+struct Lane<double> {
+  typedef int64_t Integer;
+};
+
+template <class T>
+struct Mask {
+  typedef typename Lane<T>::Integer Integer;
+  typedef Integer type __attribute__((vector_size(kVectorBytes)));
+  type lanes;  // all bits of a lane set, or none
+};
+
+// At most 8 lanes, which never cross a byte.
+template <class T>
+METAMASK_INLINE Mask<T> mask_of(const T*, const uint8_t* bits, int64_t k) {
+  using Integer = typename Mask<T>::Integer;
+  typename Mask<T>::type own;
+#pragma GCC unroll 8
+  for (int i = 0; i < Vector<T>::kLanes; ++i) own[i] = Integer(1) << i;
+  return {((Integer(bits[k / 8] >> (k % 8)) - typename Mask<T>::type{}) & own) == own};
+}
+
+template <class T>
+METAMASK_INLINE Mask<T> mask_of(const T* kind, const uint8_t* bits, int64_t k, int64_t) {
+  return mask_of(kind, bits, k);
+}
+
+template <class T, class V>
+METAMASK_INLINE V select(Mask<T> mask, V v) {
+  return (V)((typename Mask<T>::type)v & mask.lanes);
+}
+
+template <class T, class V>
+METAMASK_INLINE void add_product(V& sum, Mask<T> mask, V a, V b) {
+  sum += select(mask, a * b);
+}
+
+#endif
+
+template <int value>
+struct Constant {
+  static constexpr int kValue = value;
+};
+
+// Calls work with the constant min(count, Most).
+template <int Most, class Work>
+METAMASK_INLINE void with_count(int64_t count, Work work) {
+  if constexpr (Most > 1) {
+    if (count < Most) return with_count<Most - 1>(count, work);
+  }
+  work(Constant<Most>());
+}
+
+}  // namespace
+}  // namespace metamask::cpu

@@ -1,0 +1,266 @@
+// Compiled once for each instruction set, with METAMASK_ISA its name. Everything but the table is local to the object.
+#include "packed_kernel.h"
+
+#include "mask_vector.h"
+
+namespace metamask::cpu {
+namespace {
+
+// Tiles of results in registers: forward, sample rows by rows of W; the gradients, rows by vectors of columns.
+#if defined(__AVX512F__)
+constexpr int kRows = 4, kOutputs = 4, kColumns = 4;
+#else
+constexpr int kRows = 2, kOutputs = 2, kColumns = 2;
+#endif
+
+template <class T, int R, int C>
+METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* const* bits, int64_t offset, int64_t bits_row,
+                                  const T* w, int64_t w_row, T* y, int64_t y_row, int64_t columns) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  V sums[R][C] = {};
+  const uint8_t* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = bits[r] + offset;
+  int64_t k = 0;
+  for (; k + kLanes <= columns; k += kLanes) {
+    V weights[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) weights[c] = load(w + c * w_row + k);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const V input = kept(load(x + r * x_row + k));
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) sums[r][c] += select(mask_of(x, rows[r] + c * bits_row, k), weights[c]) * input;
+    }
+  }
+  if (const int64_t n = columns - k; n > 0) {
+    for (int c = 0; c < C; ++c) {
+      const V weights = load_some(w + c * w_row + k, n);
+      for (int r = 0; r < R; ++r) {
+        sums[r][c] += select(mask_of(x, rows[r] + c * bits_row, k, n), weights) * load(x + r * x_row + k);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) y[r * y_row + c] += sum<T>(sums[r][c]);
+  }
+}
+
+// Asks for the bits that the next rows of x meet at these rows of W: each mask is read a few kilobytes at a time, too little for
+// the processor to see that it is read in order.
+METAMASK_INLINE void prefetch(BitRows bits, int64_t i, int64_t rows, int64_t j, int64_t outputs, int64_t columns) {
+  for (int r = 0; r < kRows && i + r < rows; ++r) {
+    for (int c = 0; c < kOutputs && j + c < outputs; ++c) {
+      const uint8_t* row = bits.bits[i + r] + bits.offset + (j + c) * bits.row;
+      for (int64_t byte = 0; byte < columns / 8; byte += kRowBytes) __builtin_prefetch(row + byte);
+    }
+  }
+}
+
+template <class T>
+void forward(const T* x, int64_t x_row, BitRows bits, const T* w, int64_t w_row, T* y, int64_t y_row, int64_t rows, int64_t outputs,
+             int64_t columns) {
+  // A few rows of x stay in the first-level cache while the tile of W streams from the second, and each mask is read in order.
+  for (int64_t i = 0; i < rows; i += kRows) {
+    with_count<kRows>(rows - i, [&](auto r) {
+      for (int64_t j = 0; j < outputs; j += kOutputs) {
+        prefetch(bits, i + kRows, rows, j, outputs, columns);
+        with_count<kOutputs>(outputs - j, [&](auto c) {
+          forward_tile<T, decltype(r)::kValue, decltype(c)::kValue>(x + i * x_row, x_row, bits.bits + i, bits.offset + j * bits.row,
+                                                                    bits.row, w + j * w_row, w_row, y + i * y_row + j, y_row,
+                                                                    columns);
+        });
+      }
+    });
+  }
+}
+
+// C vectors of columns from k on; `n` of them, less than a vector, where they are the last.
+template <class T, int R, int C, bool kLast>
+METAMASK_INLINE void input_gradient_tile(const T* dy, int64_t dy_row, const uint8_t* const* bits, int64_t offset, int64_t bits_row,
+                                         const T* w, int64_t w_row, T* dx, int64_t dx_row, int64_t outputs, int64_t k, int64_t n) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  V sums[R][C];
+  const uint8_t* rows[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    rows[r] = bits[r] + offset;
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) sums[r][c] = load(dx + r * dx_row + k + c * kLanes);
+  }
+  for (int64_t j = 0; j < outputs; ++j) {
+    V weights[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) {
+      const T* from = w + j * w_row + k + c * kLanes;
+      weights[c] = kLast ? load_some(from, n) : load(from);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const V factor = everywhere(dy[r * dy_row + j]);
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) {
+        const uint8_t* row = rows[r] + j * bits_row;
+        const auto mask = kLast ? mask_of(dy, row, k, n) : mask_of(dy, row, k + c * kLanes);
+        sums[r][c] += select(mask, weights[c]) * factor;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) store(dx + r * dx_row + k + c * kLanes, sums[r][c]);
+  }
+}
+
+template <class T>
+void input_gradient(const T* dy, int64_t dy_row, BitRows bits, const T* w, int64_t w_row, T* dx, int64_t dx_row, int64_t rows,
+                    int64_t outputs, int64_t columns) {
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  const int64_t whole = columns / kLanes * kLanes;
+  for (int64_t i = 0; i < rows; i += kRows) {
+    with_count<kRows>(rows - i, [&](auto r) {
+      const T* some = dy + i * dy_row;
+      for (int64_t k = 0; k < whole; k += kColumns * kLanes) {
+        with_count<kColumns>((whole - k) / kLanes, [&](auto c) {
+          input_gradient_tile<T, decltype(r)::kValue, decltype(c)::kValue, false>(
+              some, dy_row, bits.bits + i, bits.offset, bits.row, w, w_row, dx + i * dx_row, dx_row, outputs, k, 0);
+        });
+      }
+      if (whole < columns) {
+        input_gradient_tile<T, decltype(r)::kValue, 1, true>(some, dy_row, bits.bits + i, bits.offset, bits.row, w, w_row,
+                                                             dx + i * dx_row, dx_row, outputs, whole, columns - whole);
+      }
+    });
+  }
+}
+
+// Here R counts rows of dw, and the sum runs over the samples.
+template <class T, int R, int C, bool kLast>
+METAMASK_INLINE void weight_gradient_tile(const T* dy, int64_t dy_row, BitRows bits, const T* x, int64_t x_row, T* dw,
+                                          int64_t dw_row, int64_t rows, int64_t k, int64_t n) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  V sums[R][C];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) sums[r][c] = load(dw + r * dw_row + k + c * kLanes);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const uint8_t* its = bits.bits[i] + bits.offset;
+    V inputs[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) inputs[c] = load(x + i * x_row + k + c * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const V factor = everywhere(dy[i * dy_row + r]);
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) {
+        const uint8_t* row = its + r * bits.row;
+        const auto mask = kLast ? mask_of(dy, row, k, n) : mask_of(dy, row, k + c * kLanes);
+        add_product(sums[r][c], mask, factor, inputs[c]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) store(dw + r * dw_row + k + c * kLanes, sums[r][c]);
+  }
+}
+
+template <class T>
+void weight_gradient(const T* dy, int64_t dy_row, BitRows bits, const T* x, int64_t x_row, T* dw, int64_t dw_row, int64_t rows,
+                     int64_t outputs, int64_t columns) {
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  const int64_t whole = columns / kLanes * kLanes;
+  for (int64_t j = 0; j < outputs; j += kRows) {
+    const BitRows some{bits.bits, bits.offset + j * bits.row, bits.row};
+    with_count<kRows>(outputs - j, [&](auto r) {
+      for (int64_t k = 0; k < whole; k += kColumns * kLanes) {
+        with_count<kColumns>((whole - k) / kLanes, [&](auto c) {
+          weight_gradient_tile<T, decltype(r)::kValue, decltype(c)::kValue, false>(dy + j, dy_row, some, x, x_row, dw + j * dw_row,
+                                                                                   dw_row, rows, k, 0);
+        });
+      }
+      if (whole < columns) {
+        weight_gradient_tile<T, decltype(r)::kValue, 1, true>(dy + j, dy_row, some, x, x_row, dw + j * dw_row, dw_row, rows, whole,
+                                                              columns - whole);
+      }
+    });
+  }
+}
+
+template <class T>
+void expand(const uint8_t* bits, int64_t bits_row, const T* w, int64_t w_row, T* theta, int64_t theta_row, int64_t outputs,
+            int64_t columns) {
+  constexpr int64_t kLanes = Vector<T>::kLanes, kPad = Vector<T>::kPad;
+  for (int64_t j = 0; j < outputs; ++j) {
+    const uint8_t* row = bits + j * bits_row;
+    const T* from = w + j * w_row;
+    T* to = theta + j * theta_row;
+    int64_t k = 0;
+    for (; k + kLanes <= columns; k += kLanes) store(to + k, select(mask_of(from, row, k), load(from + k)));
+    if (const int64_t n = columns - k; n > 0) {
+      store(to + k, select(mask_of(from, row, k, n), load_some(from + k, n)));
+      k += kLanes;
+    }
+    for (; k % kPad != 0; k += kLanes) store(to + k, typename Vector<T>::type{});
+  }
+}
+
+// The padding of g, which is zero, is added too.
+template <class T>
+void add_masked(const uint8_t* bits, int64_t bits_row, const T* g, int64_t g_row, T* dw, int64_t dw_row, int64_t outputs,
+                int64_t columns) {
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  for (int64_t j = 0; j < outputs; ++j) {
+    const uint8_t* row = bits + j * bits_row;
+    const T* from = g + j * g_row;
+    T* to = dw + j * dw_row;
+    for (int64_t k = 0; k < columns; k += kLanes) {
+      const int64_t n = columns - k;
+      const auto mask = n < kLanes ? mask_of(from, row, k, n) : mask_of(from, row, k);
+      store(to + k, load(to + k) + select(mask, load(from + k)));
+    }
+  }
+}
+
+template <class T, class S>
+METAMASK_INLINE void widen_all(const void* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = T(widen(static_cast<const S*>(from)[i]));
+}
+
+template <class T, class S>
+METAMASK_INLINE void narrow_all(const T* from, void* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) narrow(float(from[i]), static_cast<S*>(to)[i]);
+}
+
+template <class T>
+void widen_as(Type from, const void* w, T* to, int64_t n) {
+  switch (from) {
+    case Type::kBFloat16: return widen_all<T, BFloat16>(w, to, n);
+    case Type::kFloat16: return widen_all<T, Float16>(w, to, n);
+    default: __builtin_memcpy(to, w, n * sizeof(T));
+  }
+}
+
+template <class T>
+void narrow_as(const T* from, Type to, void* w, int64_t n) {
+  switch (to) {
+    case Type::kBFloat16: return narrow_all<T, BFloat16>(from, w, n);
+    case Type::kFloat16: return narrow_all<T, Float16>(from, w, n);
+    default: __builtin_memcpy(w, from, n * sizeof(T));
+  }
+}
+
+}  // namespace
+
+#define TABLE_NAME_(isa) kPacked_##isa
+#define TABLE_NAME(isa) TABLE_NAME_(isa)
+#define KERNELS(T) {&forward<T>, &input_gradient<T>, &weight_gradient<T>, &expand<T>, &add_masked<T>, &widen_as<T>, &narrow_as<T>}
+const Packed TABLE_NAME(METAMASK_ISA) = {KERNELS(float), KERNELS(double)};
+
+}  // namespace metamask::cpu

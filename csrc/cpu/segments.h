@@ -1,0 +1,117 @@
+// The rows of a batch that mixes tasks, ordered by task: those of one task are one matrix.
+#pragma once
+
+#include <vector>
+
+#include "panels.h"
+
+namespace metamask::cpu {
+
+struct Segment {
+  int64_t task, begin, rows;  // begin: its first row in the order
+};
+
+// A counting sort of the samples by slot, in which those of one task keep their order; each sample has `each` rows. Throws
+// c10::ValueError for a slot outside [0, tasks).
+class Segments {
+ public:
+  Segments(const at::Tensor& slots, int64_t tasks, int64_t each) : rows(slots.numel() * each), each_(each), counts_(tasks, 0) {
+    const int64_t samples = slots.numel();
+    const int64_t* slot = slots.const_data_ptr<int64_t>();
+    int64_t used = 0;
+    for (int64_t i = 0; i < samples; ++i) {
+      TORCH_CHECK_VALUE(slot[i] >= 0 && slot[i] < tasks, "slots must be in [0, ", tasks, "), got ", slot[i], " at position ", i);
+      used += counts_[slot[i]]++ == 0;
+      sorted = sorted && (i == 0 || slot[i - 1] <= slot[i]);
+    }
+    list_.reserve(used);
+    int64_t begin = 0;
+    for (int64_t task = 0; task < tasks; ++task) {
+      if (counts_[task] == 0) continue;
+      list_.push_back({task, begin * each, counts_[task] * each});
+      const int64_t end = begin + counts_[task];
+      if (!sorted) counts_[task] = begin;  // from here on, where the task's next sample goes
+      begin = end;
+    }
+    if (sorted) return;
+    order_.resize(samples);
+    for (int64_t i = 0; i < samples; ++i) order_[counts_[slot[i]]++] = i;
+    for (const Segment& segment : list_) counts_[segment.task] = 1;
+  }
+
+  int64_t size() const { return int64_t(list_.size()); }
+  const Segment* begin() const { return list_.data(); }
+  const Segment* end() const { return list_.data() + list_.size(); }
+  const Segment& operator[](int64_t i) const { return list_[i]; }
+
+  bool uses(int64_t task) const { return counts_[task] != 0; }
+
+  // Where row i of the order is in the batch.
+  int64_t source(int64_t i) const { return sorted ? i : order_[i / each_] * each_ + i % each_; }
+
+  // work(row of the order, row of the batch) for all rows, of `columns` elements each.
+  template <class Work>
+  void each_row(int64_t columns, const Work& work) const {
+    const auto some = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) work(i, source(i));
+    };
+    if (rows * columns < kGrain) return some(0, rows);
+    at::parallel_for(0, rows, std::max<int64_t>(kGrain / std::max<int64_t>(columns, 1), 1), some);
+  }
+
+  // A matrix whose rows are in the order, in that of the batch.
+  template <class T>
+  at::Tensor put_back(const at::Tensor& ordered) const {
+    if (sorted) return ordered;
+    at::Tensor batch = at::empty_like(ordered);
+    const int64_t columns = ordered.size(1);
+    const T* from = ordered.const_data_ptr<T>();
+    T* to = batch.mutable_data_ptr<T>();
+    each_row(columns, [&](int64_t i, int64_t source) { std::copy_n(from + i * columns, columns, to + source * columns); });
+    return batch;
+  }
+
+  const int64_t rows;
+  bool sorted = true;
+
+ private:
+  const int64_t each_;
+  std::vector<int64_t> counts_, order_;
+  std::vector<Segment> list_;
+};
+
+// The rows of a contiguous matrix [rows, groups * columns] as T, in the segments' order, the columns of each group padded with
+// zeros to a multiple of `unit`; the matrix itself where it is that already.
+template <class T>
+class OrderedRows {
+ public:
+  OrderedRows(const at::Tensor& from, const Segments& segments, int64_t groups, int64_t columns, int64_t unit)
+      : source_(from.scalar_type() == kScalar<T> ? from : from.to(kScalar<T>)),
+        group(round_up(columns, unit)),
+        row(groups * group),
+        copy_(segments.sorted && group == columns ? 0 : segments.rows * row) {
+    const T* const given = source_.template const_data_ptr<T>();
+    data = given;
+    if (segments.sorted && group == columns) return;
+    data = copy_.data;
+    segments.each_row(row, [&](int64_t i, int64_t source) {
+      for (int64_t g = 0; g < groups; ++g) {
+        T* to = copy_.data + i * row + g * group;
+        std::copy_n(given + (source * groups + g) * columns, columns, to);
+        std::fill_n(to + columns, group - columns, T(0));
+      }
+    });
+  }
+
+ private:
+  at::Tensor source_;
+
+ public:
+  const T* data;
+  const int64_t group, row;  // of a group of columns, and of a row
+
+ private:
+  Scratch<T> copy_;
+};
+
+}  // namespace metamask::cpu

@@ -1,0 +1,395 @@
+// task_masked_linear and its derivatives on the CPU, by panels as masked_linear: a tile of W serves all tasks of the batch in turn,
+// so that W is read from memory once, and the gradient of W is added up where the tile is. Of theta and its gradients there is only
+// ever one tile, of one task. The rows of a task are one matrix (segments.h).
+#include "../task_masked_linear.h"
+
+#include "segments.h"
+
+namespace metamask::cpu {
+namespace {
+
+// A tile takes this part of the second-level cache, so that all tiles of a pass (theta; theta and its gradient; four of them), with
+// what streams by, take about a quarter.
+int64_t tile_bytes(int64_t tiles) { return second_level_cache() / (8 * tiles); }
+// docs/cpu.md: whole rows forward, many rows backward.
+constexpr int64_t kForwardRow = 64 * 1024, kBackwardRow = 4 * 1024;
+
+template <class T>
+constexpr Type kType = sizeof(T) == 8 ? Type::kFloat64 : Type::kFloat32;
+
+template <class T>
+const ProductKernels<T>& product_kernels() {
+  if constexpr (sizeof(T) == 8) return products().float64;
+  else return products().float32;
+}
+
+template <class T>
+T* offset(T* base, int64_t elements) {
+  return base == nullptr ? nullptr : base + elements;
+}
+
+// Uninitialised gradients in the form of `masks`; zeros for the tasks that the batch does not have.
+TaskArrays gradients_like(const TaskArrays& masks, const Segments& segments) {
+  TaskArrays made{{}, masks.stacked, masks.tasks, masks.bytes};
+  if (masks.stacked) {
+    made.tensors.push_back(Cpu::gradient_like(masks.tensors[0]));
+    for (int64_t task = 0; task < masks.tasks; ++task) {
+      if (!segments.uses(task)) std::memset(made.mutable_data(task), 0, masks.bytes);
+    }
+    return made;
+  }
+  made.tensors.reserve(masks.tensors.size());
+  for (int64_t task = 0; task < masks.tasks; ++task) {
+    const at::Tensor& mask = masks.tensors[task];
+    made.tensors.push_back(segments.uses(task) ? Cpu::gradient_like(mask) : at::zeros_like(mask));
+  }
+  return made;
+}
+
+// The arrays of the batch's tasks, in the order of the segments; null where there is none.
+std::vector<const void*> of_segments(const TaskArrays& arrays, const Segments& segments) {
+  std::vector<const void*> pointers(segments.size(), nullptr);
+  for (int64_t i = 0; arrays.given() && i < segments.size(); ++i) pointers[i] = arrays.data(segments[i].task);
+  return pointers;
+}
+
+std::vector<void*> of_segments(TaskArrays& arrays, const Segments& segments) {
+  std::vector<void*> pointers(segments.size(), nullptr);
+  for (int64_t i = 0; arrays.given() && i < segments.size(); ++i) pointers[i] = arrays.mutable_data(segments[i].task);
+  return pointers;
+}
+
+// The sum, in the type of the arithmetic, that becomes the gradient of a parameter that the tasks share.
+template <class T>
+struct Sum {
+  at::Tensor total;
+
+  Sum(const at::Tensor& parameter, bool wanted) {
+    if (!wanted) return;
+    total = parameter.scalar_type() == kScalar<T> ? Cpu::gradient_like(parameter)
+                                                  : at::empty(parameter.sizes(), parameter.options().dtype(kScalar<T>));
+  }
+
+  T* data() { return total.defined() ? total.mutable_data_ptr<T>() : nullptr; }
+  at::Tensor as(at::ScalarType type) const { return total.defined() ? total.to(type) : total; }
+};
+
+template <class T>
+struct TaskLinear {
+  static constexpr int64_t kPad = kRowBytes / int64_t(sizeof(T));
+
+  const TaskArguments& given;
+  const Gate gate = given.gate;
+  const int64_t out = given.weight.size(0), in = given.weight.size(1), bytes = given.weight.element_size(), groups = given.groups;
+  const int64_t group_out = std::max<int64_t>(out / groups, 1);
+  const Type param = type_of(given.weight.scalar_type());
+  const void *weight = given.weight.const_data_ptr(), *bias = metamask::data(given.bias);
+  const Segments segments{given.slots, given.masks.tasks, given.rows_per_sample};
+  const std::vector<const void*> masks = of_segments(given.masks, segments), bias_masks = of_segments(given.bias_masks, segments);
+
+  Panels panels(int64_t tiles, int64_t row_bytes) const {
+    return Panels(out, in, segments.rows, sizeof(T), tile_bytes(tiles), row_bytes, segments.size());
+  }
+
+  // work(group, first row, number) for the rows of a panel in each group of columns of x.
+  template <class Work>
+  void each_group(const Tile& tile, const Work& work) const {
+    for (int64_t row = tile.first, end = tile.first + tile.rows, n; row < end; row += n) {
+      const int64_t group = row / group_out;
+      n = std::min((group + 1) * group_out, end) - row;
+      work(group, row, n);
+    }
+  }
+
+  // work(element of the parameters, element of the tiles, number) over a tile. Whole rows are worked on at once: short ones one by
+  // one would cost more in calls than in arithmetic. So the padding is taken out of `read`, and put, as zeros, into `written`.
+  template <class Work>
+  static void each_piece(const Tile& tile, std::initializer_list<T*> read, std::initializer_list<T*> written, const Work& work) {
+    const bool whole = tile.columns == tile.in;
+    for (T* t : read) {
+      if (!whole || tile.tile_row == tile.in || t == nullptr) continue;
+      for (int64_t i = 1; i < tile.rows; ++i) std::memmove(t + i * tile.in, t + i * tile.tile_row, tile.in * sizeof(T));
+    }
+    if (whole) work(tile.first * tile.in, 0, tile.rows * tile.in);
+    else tile.each_piece(work);
+    const int64_t padding = round_up(tile.columns, kPad) - tile.columns;
+    for (T* t : written) {
+      if (padding == 0 || t == nullptr) continue;
+      for (int64_t i = tile.rows - 1; i >= 0; --i) {
+        if (whole) std::memmove(t + i * tile.tile_row, t + i * tile.in, tile.in * sizeof(T));
+        std::fill_n(t + i * tile.tile_row + tile.columns, padding, T(0));
+      }
+    }
+  }
+
+  void build_theta(const Tile& tile, int64_t task, T* theta) const {
+    each_piece(tile, {}, {theta}, [&](int64_t element, int64_t at, int64_t n) {
+      masked_weight_kernels().forward(gate, param, kType<T>, at_element(weight, element, bytes),
+                                      at_element(masks[task], element, bytes), theta + at, 0, n);
+    });
+  }
+
+  // What backward does to a tile, from the gradient g of theta.
+  void backward_tile(const Tile& tile, int64_t task, T* g, T* theta, T* dw, void* dm) const {
+    each_piece(tile, {g}, {theta}, [&](int64_t element, int64_t at, int64_t n) {
+      masked_weight_kernels().backward_add(gate, param, g + at, at_element(weight, element, bytes),
+                                           at_element(masks[task], element, bytes), offset(theta, at), offset(dw, element),
+                                           at_element(dm, element, bytes), n);
+    });
+  }
+
+  static void clear(const Tile& tile, T* dw) {
+    for (int64_t i = 0; dw != nullptr && i < tile.rows; ++i) {
+      std::fill_n(dw + (tile.first + i) * tile.in + tile.column, tile.columns, T(0));
+    }
+  }
+
+  // y[rows of the task, rows of the tile] += x tile^T.
+  void multiply(const Tile& tile, int64_t task, const OrderedRows<T>& x, const T* t, T* y) const {
+    const Segment& s = segments[task];
+    each_group(tile, [&](int64_t group, int64_t row, int64_t n) {
+      product_kernels<T>().inner(x.data + s.begin * x.row + group * x.group + tile.column, x.row,
+                                 t + (row - tile.first) * tile.tile_row, tile.tile_row, y + s.begin * out + row, out, s.rows, n,
+                                 round_up(tile.columns, kPad));
+    });
+  }
+
+  // The gradient of theta: tile = dy^T x over the rows of the task.
+  void gradient(const Tile& tile, int64_t task, const OrderedRows<T>& dy, const OrderedRows<T>& x, T* t) const {
+    const Segment& s = segments[task];
+    each_group(tile, [&](int64_t group, int64_t row, int64_t n) {
+      product_kernels<T>().outer(
+          dy.data + s.begin * dy.row + row, 1, dy.row, x.data + s.begin * x.row + group * x.group + tile.column, x.row,
+          t + (row - tile.first) * tile.tile_row, tile.tile_row, n, s.rows, round_up(tile.columns, kPad), false);
+    });
+  }
+
+  // dx[rows of the task] += dy tile, in the columns of the tile; dx has the rows of `x`.
+  void add_to_input(const Tile& tile, int64_t task, const OrderedRows<T>& dy, const T* t, const OrderedRows<T>& x, T* dx) const {
+    const Segment& s = segments[task];
+    each_group(tile, [&](int64_t group, int64_t row, int64_t n) {
+      product_kernels<T>().outer(dy.data + s.begin * dy.row + row, dy.row, 1, t + (row - tile.first) * tile.tile_row, tile.tile_row,
+                                 dx + s.begin * x.row + group * x.group + tile.column, x.row, s.rows, n,
+                                 round_up(tile.columns, kPad), true);
+    });
+  }
+
+  // The threads' dx, added up in the order of the threads, as the rows of the batch.
+  at::Tensor input_gradient(T* dx, int64_t threads, const OrderedRows<T>& x) const {
+    at::Tensor total = at::empty({segments.rows, groups * in}, given.weight.options().dtype(kScalar<T>));
+    T* data = total.mutable_data_ptr<T>();
+    add_threads(dx, threads, segments.rows, x.row, x.row, [&](int64_t i, const T* sum) {
+      T* to = data + segments.source(i) * groups * in;
+      for (int64_t group = 0; group < groups; ++group) std::copy_n(sum + group * x.group, in, to + group * in);
+    });
+    return total;
+  }
+
+  // Fills y[rows of the task, rows of the panel]: with a row of the bias, or zeros.
+  void fill(int64_t task, int64_t first, int64_t n, const T* row, T* y) const {
+    const Segment& s = segments[task];
+    for (int64_t i = s.begin; i < s.begin + s.rows; ++i) {
+      if (row == nullptr) std::fill_n(y + i * out + first, n, T(0));
+      else std::copy_n(row, n, y + i * out + first);
+    }
+  }
+
+  // The gradient of the task's bias: the sum of its rows of dy.
+  void sum_rows(int64_t task, int64_t first, int64_t n, const OrderedRows<T>& dy, T* sum) const {
+    const Segment& s = segments[task];
+    std::fill_n(sum, n, T(0));
+    for (int64_t i = s.begin; i < s.begin + s.rows; ++i) {
+      for (int64_t j = 0; j < n; ++j) sum[j] += dy.data[i * dy.row + first + j];
+    }
+  }
+
+  // A vector [out] that all tasks share, as T: the bias without masks, or its cotangent.
+  static at::Tensor shared_row(const at::Tensor& row) { return row.defined() ? row.to(kScalar<T>) : row; }
+
+  at::Tensor forward(const at::Tensor& input) const {
+    const OrderedRows<T> x(input, segments, groups, in, kPad);
+    at::Tensor y = at::empty({segments.rows, out}, input.options().dtype(kScalar<T>));
+    if (y.numel() == 0) return y;
+    const bool masked_bias = given.bias_masks.given();
+    const at::Tensor plain_bias = masked_bias ? at::Tensor() : shared_row(given.bias);
+    const T* const plain = plain_bias.defined() ? plain_bias.const_data_ptr<T>() : nullptr;
+    const Panels panels = this->panels(1, kForwardRow);
+    const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
+    const int64_t scratch_size = tile_size + round_up(panels.rows, kPad);
+    const Scratch<T> scratch(panels.threads * scratch_size);
+    T* y_data = y.mutable_data_ptr<T>();
+    panels.run([&](int64_t thread, int64_t first, int64_t rows) {
+      T *theta = scratch.data + thread * scratch_size, *row = theta + tile_size;
+      for (int64_t task = 0; task < segments.size(); ++task) {
+        if (masked_bias) {
+          masked_weight_kernels().forward(gate, param, kType<T>, at_element(bias, first, bytes),
+                                          at_element(bias_masks[task], first, bytes), row, 0, rows);
+        }
+        fill(task, first, rows, masked_bias ? row : offset(plain, first), y_data);
+      }
+      for (int64_t column = 0; column < in; column += panels.columns) {
+        const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
+        for (int64_t task = 0; task < segments.size(); ++task) {
+          build_theta(tile, task, theta);
+          multiply(tile, task, x, theta, y_data);
+        }
+      }
+    });
+    return segments.template put_back<T>(y);
+  }
+
+  TaskGradients backward(const at::Tensor& grad, const at::Tensor& input, std::array<bool, 5> needs) const {
+    const OrderedRows<T> dy(grad, segments, 1, out, 1), x(input, segments, groups, in, kPad);
+    const bool has_bias = given.bias.defined(), masked_bias = given.bias_masks.given();
+    Sum<T> dw(given.weight, needs[1]), db(given.bias, has_bias && needs[3]);
+    TaskGradients made;
+    if (needs[2]) made.masks = gradients_like(given.masks, segments);
+    if (needs[4] && masked_bias) made.bias_masks = gradients_like(given.bias_masks, segments);
+    const std::vector<void*> dm = of_segments(made.masks, segments), dbm = of_segments(made.bias_masks, segments);
+    T *dw_data = dw.data(), *db_data = db.data();
+    const bool needs_g = needs[1] || needs[2], needs_bias = db_data != nullptr || made.bias_masks.given();
+
+    const Panels panels = this->panels(2, kBackwardRow);
+    const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
+    const int64_t scratch_size = 2 * tile_size + round_up(panels.rows, kPad);
+    const Scratch<T> scratch(panels.threads * scratch_size);
+    const int64_t dx_size = needs[0] ? segments.rows * x.row : 0;
+    const Scratch<T> dx(panels.threads * dx_size);
+    std::fill_n(dx.data, panels.threads * dx_size, T(0));
+    panels.run([&](int64_t thread, int64_t first, int64_t rows) {
+      T *g = scratch.data + thread * scratch_size, *theta = g + tile_size, *row = theta + tile_size;
+      if (db_data != nullptr) std::fill_n(db_data + first, rows, T(0));
+      for (int64_t task = 0; needs_bias && task < segments.size(); ++task) {
+        sum_rows(task, first, rows, dy, row);
+        if (masked_bias) {
+          masked_weight_kernels().backward_add(gate, param, row, at_element(bias, first, bytes),
+                                               at_element(bias_masks[task], first, bytes), nullptr, offset(db_data, first),
+                                               at_element(dbm[task], first, bytes), rows);
+        } else {
+          for (int64_t j = 0; j < rows; ++j) db_data[first + j] += row[j];
+        }
+      }
+      for (int64_t column = 0; column < in; column += panels.columns) {
+        const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
+        clear(tile, dw_data);
+        for (int64_t task = 0; task < segments.size(); ++task) {
+          if (needs_g) {
+            gradient(tile, task, dy, x, g);
+            backward_tile(tile, task, g, needs[0] ? theta : nullptr, dw_data, dm[task]);
+          } else if (needs[0]) {
+            build_theta(tile, task, theta);
+          }
+          if (needs[0]) add_to_input(tile, task, dy, theta, x, dx.data + thread * dx_size);
+        }
+      }
+    });
+    if (needs[0]) made.input = input_gradient(dx.data, panels.threads, x);
+    made.weight = dw.as(given.weight.scalar_type());
+    if (has_bias) made.bias = db.as(given.bias.scalar_type());
+    return made;
+  }
+
+  std::pair<at::Tensor, TaskGradients> double_backward(const TaskGradients& cotangents, const at::Tensor& grad,
+                                                       const at::Tensor& input, std::array<bool, 6> needs) const {
+    const OrderedRows<T> dy(grad, segments, 1, out, 1), x(input, segments, groups, in, kPad);
+    const bool has_x = cotangents.input.defined(), has_parameters = cotangents.weight.defined() || cotangents.masks.given();
+    std::optional<OrderedRows<T>> cx;
+    if (has_x) cx.emplace(cotangents.input, segments, groups, in, kPad);
+    const bool has_bias = given.bias.defined(), masked_bias = given.bias_masks.given();
+    const void* const a = metamask::data(cotangents.weight);
+    const void* const a_bias = metamask::data(cotangents.bias);
+    const std::vector<const void*> b = of_segments(cotangents.masks, segments),
+                                   b_bias = of_segments(cotangents.bias_masks, segments);
+    const at::Tensor plain_cotangent = masked_bias ? at::Tensor() : shared_row(cotangents.bias);
+    const T* const plain = plain_cotangent.defined() ? plain_cotangent.const_data_ptr<T>() : nullptr;
+
+    Sum<T> dw(given.weight, needs[2]), db(given.bias, has_bias && needs[4]);
+    TaskGradients made;
+    if (needs[3]) made.masks = gradients_like(given.masks, segments);
+    if (needs[5] && masked_bias) made.bias_masks = gradients_like(given.bias_masks, segments);
+    const std::vector<void*> dm = of_segments(made.masks, segments), dbm = of_segments(made.bias_masks, segments);
+    T *dw_data = dw.data(), *db_data = db.data();
+    at::Tensor ddy;
+    if (needs[0]) ddy = at::empty({segments.rows, out}, given.weight.options().dtype(kScalar<T>));
+    T* const ddy_data = needs[0] ? ddy.mutable_data_ptr<T>() : nullptr;
+    // The tiles that are needed: theta and h meet the cotangent of dx, c and g those of dW and dM.
+    const bool needs_w = needs[2] || needs[3], needs_theta = has_x && needs[0], needs_h = has_x && needs_w;
+    const bool needs_c = has_parameters && (needs[0] || needs[1]), needs_g = has_parameters && needs_w;
+
+    const Panels panels = this->panels(4, kBackwardRow);
+    const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
+    const int64_t scratch_size = 4 * tile_size + 2 * round_up(panels.rows, kPad);
+    const Scratch<T> scratch(panels.threads * scratch_size);
+    const int64_t dx_size = needs[1] ? segments.rows * x.row : 0;
+    const Scratch<T> dx(panels.threads * dx_size);
+    std::fill_n(dx.data, panels.threads * dx_size, T(0));
+    panels.run([&](int64_t thread, int64_t first, int64_t rows) {
+      T* const tiles = scratch.data + thread * scratch_size;
+      T* const g = needs_g ? tiles : nullptr;
+      T* const h = needs_h ? tiles + tile_size : nullptr;
+      T* const theta = needs_theta ? tiles + 2 * tile_size : nullptr;
+      T* const c = needs_c ? tiles + 3 * tile_size : nullptr;
+      T *row = tiles + 4 * tile_size, *c_row = row + round_up(panels.rows, kPad);
+      if (db_data != nullptr) std::fill_n(db_data + first, rows, T(0));
+      for (int64_t task = 0; task < segments.size(); ++task) {
+        if (masked_bias) {
+          sum_rows(task, first, rows, dy, row);
+          masked_weight_kernels().second_backward_add(
+              gate, param, at_element(a_bias, first, bytes), at_element(b_bias[task], first, bytes), row, nullptr,
+              at_element(bias, first, bytes), at_element(bias_masks[task], first, bytes), nullptr, c_row, offset(db_data, first),
+              at_element(dbm[task], first, bytes), rows);
+        }
+        if (needs[0]) fill(task, first, rows, masked_bias ? c_row : offset(plain, first), ddy_data);
+      }
+      for (int64_t column = 0; column < in; column += panels.columns) {
+        const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
+        clear(tile, dw_data);
+        for (int64_t task = 0; task < segments.size(); ++task) {
+          if (needs_g) gradient(tile, task, dy, x, g);
+          if (needs_h) gradient(tile, task, dy, *cx, h);
+          each_piece(tile, {g, h}, {theta, c}, [&](int64_t element, int64_t at, int64_t n) {
+            masked_weight_kernels().second_backward_add(
+                gate, param, at_element(a, element, bytes), at_element(b[task], element, bytes), offset(g, at), offset(h, at),
+                at_element(weight, element, bytes), at_element(masks[task], element, bytes), offset(theta, at), offset(c, at),
+                offset(dw_data, element), at_element(dm[task], element, bytes), n);
+          });
+          if (needs_theta) multiply(tile, task, *cx, theta, ddy_data);
+          if (needs_c && needs[0]) multiply(tile, task, x, c, ddy_data);
+          if (needs_c && needs[1]) add_to_input(tile, task, dy, c, x, dx.data + thread * dx_size);
+        }
+      }
+    });
+    if (needs[0]) ddy = segments.template put_back<T>(ddy);
+    if (needs[1]) made.input = input_gradient(dx.data, panels.threads, x);
+    made.weight = dw.as(given.weight.scalar_type());
+    if (has_bias) made.bias = db.as(given.bias.scalar_type());
+    return {ddy, made};
+  }
+};
+
+struct CpuTaskLinear : Cpu {
+  static bool is_double(const TaskArguments& given) { return given.weight.scalar_type() == at::kDouble; }
+
+  static at::Tensor task_linear(const TaskArguments& given, const at::Tensor& x) {
+    if (is_double(given)) return TaskLinear<double>{given}.forward(x);
+    return TaskLinear<float>{given}.forward(x).to(x.scalar_type());
+  }
+
+  static TaskGradients task_linear_backward(const TaskArguments& given, const at::Tensor& dy, const at::Tensor& x,
+                                            std::array<bool, 5> needs) {
+    return is_double(given) ? TaskLinear<double>{given}.backward(dy, x, needs) : TaskLinear<float>{given}.backward(dy, x, needs);
+  }
+
+  static std::pair<at::Tensor, TaskGradients> task_linear_double_backward(const TaskArguments& given,
+                                                                          const TaskGradients& cotangents, const at::Tensor& dy,
+                                                                          const at::Tensor& x, std::array<bool, 6> needs) {
+    return is_double(given) ? TaskLinear<double>{given}.double_backward(cotangents, dy, x, needs)
+                            : TaskLinear<float>{given}.double_backward(cotangents, dy, x, needs);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(metamask, CPU, library) { TaskMaskedLinear<CpuTaskLinear>::register_in(library); }
+
+}  // namespace metamask::cpu

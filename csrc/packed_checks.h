@@ -1,0 +1,107 @@
+// Argument checks of the ops on bit-packed masks (metamask_ext/reference_packed.py words them the same way), and the masks of a
+// bank as the ops take them.
+#pragma once
+
+#include "checks.h"
+
+namespace metamask {
+
+inline int64_t packed_bytes(int64_t bits) { return (bits + 7) / 8; }
+
+// Masks of one bit a weight by task: one tensor with a dimension of tasks in front, or a list of one tensor a task. `task` is the
+// shape of one of them.
+class PackedMasks {
+ public:
+  PackedMasks(const char* name, at::TensorList tensors, std::vector<int64_t> task, const char* task_words, const at::Tensor& weight)
+      : tensors_(tensors), stacked_(tensors.size() == 1 && tensors[0].dim() == int64_t(task.size()) + 1) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const at::Tensor& tensor = tensors[i];
+      const std::string which = stacked_ ? std::string(name) : std::string(name) + "[" + std::to_string(i) + "]";
+      TORCH_CHECK_TYPE(tensor.scalar_type() == at::kByte, which, " must be uint8, as pack_mask gives it, got ",
+                       tensor.scalar_type());
+      const at::IntArrayRef sizes = stacked_ ? tensor.sizes().slice(1) : tensor.sizes();
+      TORCH_CHECK_VALUE(sizes == at::IntArrayRef(task), which, " must be ", stacked_ ? "[tasks, " : "[", task_words,
+                        "], a task's being ", at::IntArrayRef(task), ", got ", tensor.sizes());
+      TORCH_CHECK_VALUE(tensor.device() == weight.device(), which, " must be on the device of weight, ", weight.device(), ", got ",
+                        tensor.device());
+    }
+  }
+
+  int64_t tasks() const { return stacked_ ? tensors_[0].size(0) : int64_t(tensors_.size()); }
+  at::Tensor task(int64_t slot) const { return (stacked_ ? tensors_[0].select(0, slot) : tensors_[slot]).contiguous(); }
+
+ private:
+  at::TensorList tensors_;
+  bool stacked_;
+};
+
+inline PackedMasks packed_weight_masks(at::TensorList packed, const at::Tensor& weight) {
+  return PackedMasks("packed", packed, {weight.size(0), packed_bytes(weight.size(1))}, "out, ceil(in / 8)", weight);
+}
+
+inline PackedMasks packed_bias_masks(at::TensorList packed, const at::Tensor& weight) {
+  return PackedMasks("packed_bias", packed, {packed_bytes(weight.size(0))}, "ceil(out / 8)", weight);
+}
+
+inline void check_packed_weight(const at::Tensor& weight, int64_t groups) {
+  TORCH_CHECK_TYPE(is_masked_type(weight.scalar_type()), "weight must be float64, float32, bfloat16 or float16, got ",
+                   weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [out, in], got shape ", weight.sizes());
+  TORCH_CHECK_VALUE(groups >= 1 && weight.size(0) % groups == 0, "groups must be at least 1 and divide out = ", weight.size(0),
+                    ", got ", groups);
+}
+
+inline void check_packed_input(const at::Tensor& input, const at::Tensor& weight, int64_t groups) {
+  check_storage("input", input.scalar_type(), weight);
+  TORCH_CHECK_VALUE(input.dim() > 1 && input.size(-1) == groups * weight.size(1),
+                    "input must be [B, ..., in] with in = ", groups * weight.size(1), " as in weight ", weight.sizes(),
+                    " with groups=", groups, ", got ", input.sizes());
+  TORCH_CHECK_VALUE(input.device() == weight.device(), "input must be on the device of weight, ", weight.device(), ", got ",
+                    input.device());
+}
+
+// The gradient of the output, [B, ..., out].
+inline void check_packed_grad(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) {
+  check_storage("grad", grad.scalar_type(), weight);
+  std::vector<int64_t> sizes = input.sizes().vec();
+  sizes.back() = weight.size(0);
+  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(sizes), "grad must be [B, ..., out] = ", at::IntArrayRef(sizes), ", got ",
+                    grad.sizes());
+  TORCH_CHECK_VALUE(grad.device() == weight.device(), "grad must be on the device of weight, ", weight.device(), ", got ",
+                    grad.device());
+}
+
+inline void check_slots(const at::Tensor& slots, const at::Tensor& input, const at::Tensor& weight, int64_t tasks) {
+  TORCH_CHECK_TYPE(slots.scalar_type() == at::kLong, "slots must be int64, got ", slots.scalar_type());
+  TORCH_CHECK_VALUE(slots.sizes() == input.sizes().slice(0, 1), "slots must be [B] = ", input.sizes().slice(0, 1), ", got ",
+                    slots.sizes());
+  TORCH_CHECK_VALUE(slots.device() == weight.device(), "slots must be on the device of weight, ", weight.device(), ", got ",
+                    slots.device());
+  TORCH_CHECK_VALUE(tasks > 0 || slots.numel() == 0, "packed must hold at least one task, got none");
+}
+
+// Of slots in the host's memory; a GPU's are checked where they are used.
+inline void check_slot_values(const at::Tensor& slots, int64_t tasks) {
+  const auto values = slots.accessor<int64_t, 1>();
+  for (int64_t i = 0; i < values.size(0); ++i) {
+    TORCH_CHECK_VALUE(values[i] >= 0 && values[i] < tasks, "slots must be at least 0 and less than the number of tasks, ", tasks,
+                      ", got ", values[i], " at position ", i);
+  }
+}
+
+inline void check_packed_bias(const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                              const std::optional<PackedMasks>& packed_bias, int64_t tasks) {
+  const bool has_bias = bias.has_value() && bias->defined();
+  TORCH_CHECK_VALUE(has_bias || !packed_bias.has_value(), "packed_bias needs a bias, got bias=None");
+  if (!has_bias) return;
+  TORCH_CHECK_TYPE(bias->scalar_type() == weight.scalar_type(), "bias must have the dtype of weight, ", weight.scalar_type(),
+                   ", got ", bias->scalar_type());
+  TORCH_CHECK_VALUE(bias->sizes() == weight.sizes().slice(0, 1), "bias must be [out] = ", weight.sizes().slice(0, 1), ", got ",
+                    bias->sizes());
+  TORCH_CHECK_VALUE(bias->device() == weight.device(), "bias must be on the device of weight, ", weight.device(), ", got ",
+                    bias->device());
+  TORCH_CHECK_VALUE(!packed_bias.has_value() || packed_bias->tasks() == tasks, "packed_bias must have the tasks of packed, ", tasks,
+                    ", got ", packed_bias.has_value() ? packed_bias->tasks() : 0);
+}
+
+}  // namespace metamask

@@ -1,0 +1,31 @@
+"""How the commands speak."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def fail(message: object, code: int = 1) -> NoReturn:
+    """``error: `` and a line on stderr, not wrapped, so that it can be searched for; one for each line of the message."""
+    for line in str(message).splitlines():
+        typer.echo(f"error: {line}", err=True)
+    raise typer.Exit(code)
+
+
+def show(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on a terminal, else the first column, one bare line a row."""
+    console = Console()
+    if not console.is_terminal:
+        for row in rows:
+            typer.echo(row[0])
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)

@@ -1,0 +1,105 @@
+"""The autograd Functions over the raw ops on bit-packed masks, closed under differentiation.
+
+``packed_masked_linear`` is linear in the input and in W, so that its gradients are linear in the output's gradient and one of the
+two: forward, input gradient and weight gradient are each other's derivatives, and two Functions give every order. See
+:mod:`metamask_ext.autograd` for the form that they have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _packed_ops as _ops
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """The tensors, then the masks as lists. Masks are saved like tensors: autograd then sees a change in place."""
+    tensors, first = ctx.saved_tensors, ctx.tensors
+    packed = list(tensors[first : first + ctx.tasks])
+    packed_bias = list(tensors[first + ctx.tasks :]) if ctx.masks_bias else None
+    return (*tensors[:first], packed, packed_bias)
+
+
+def _save(ctx: Any, tensors: tuple[Tensor | None, ...], packed: list[Tensor], packed_bias: list[Tensor] | None) -> None:
+    ctx.tensors, ctx.tasks, ctx.masks_bias = len(tensors), len(packed), packed_bias is not None
+    ctx.save_for_backward(*tensors, *packed, *(packed_bias or []))
+
+
+class PackedMaskedLinear(Function):
+    """``y_b = x_b @ where(bit_t, W, 0).T + where(bit_t, b, 0)`` with ``t = slots[b]``, the product in ``dtype``."""
+
+    @staticmethod
+    def forward(ctx, input, slots, weight, bias, packed, packed_bias, groups, dtype):
+        _save(ctx, (input, slots, weight, bias), packed, packed_bias)
+        ctx.groups = groups
+        return _ops.packed_masked_linear(input, slots, weight, packed, bias, packed_bias, groups, dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, slots, weight, bias, packed, packed_bias = _saved(ctx)
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
+        grad_input, grad_weight, grad_bias = PackedMaskedLinearBackward.apply(
+            grad, input, slots, weight, bias, packed, packed_bias, ctx.groups, needs
+        )
+        return (
+            grad_input,
+            None,  # slots
+            grad_weight,
+            grad_bias,
+            None,  # packed
+            None,  # packed_bias
+            None,  # groups
+            None,  # dtype
+        )
+
+
+class PackedMaskedLinearBackward(Function):
+    """``dx = dy @ theta``, ``dW = sum over samples of bit_t * (dy.T @ x)``, ``db = sum of bit_t * dy``; only those in ``needs``."""
+
+    @staticmethod
+    def forward(ctx, grad, input, slots, weight, bias, packed, packed_bias, groups, needs):
+        _save(ctx, (grad, input, slots, weight), packed, packed_bias)
+        ctx.set_materialize_grads(False)
+        ctx.groups = groups
+        return _ops.packed_masked_linear_backward(grad, input, slots, weight, packed, bias, packed_bias, groups, needs)
+
+    @staticmethod
+    def backward(ctx, for_input, for_weight, for_bias):
+        grad, input, slots, weight, packed, packed_bias = _saved(ctx)
+        to_grad: Any = None
+        to_input: Any = None
+        to_weight: Any = None
+        if ctx.needs_input_grad[0]:
+            parts = []
+            if for_input is not None:
+                parts.append((for_input, weight, None, None))
+            if for_weight is not None or for_bias is not None:
+                # of the bias alone, the product with a zero weight: the op adds the bias by task
+                with_weight = torch.zeros_like(weight) if for_weight is None else for_weight
+                parts.append((input, with_weight, for_bias, packed_bias if for_bias is not None else None))
+            for x, w, b, masks in parts:
+                part = PackedMaskedLinear.apply(x, slots, w, b, packed, masks, ctx.groups, grad.dtype)
+                to_grad = part if to_grad is None else to_grad + part
+        if ctx.needs_input_grad[1] and for_weight is not None:
+            to_input = PackedMaskedLinearBackward.apply(
+                grad, input, slots, for_weight, None, packed, None, ctx.groups, (True, False, False)
+            )[0]
+        if ctx.needs_input_grad[3] and for_input is not None:
+            to_weight = PackedMaskedLinearBackward.apply(
+                grad, for_input, slots, weight, None, packed, None, ctx.groups, (False, True, False)
+            )[1]
+        return (
+            to_grad,
+            to_input,
+            None,  # slots
+            to_weight,
+            None,  # bias, on which no gradient depends
+            None,  # packed
+            None,  # packed_bias
+            None,  # groups
+            None,  # needs
+        )

@@ -1,0 +1,7 @@
+"""Banks of tasks: one model's shared weights, and the masks of thousands of tasks."""
+
+from .bank import MaskBank
+from .index import BankError, BankNotFoundError
+from .store import Store, save
+
+__all__ = ["BankError", "BankNotFoundError", "MaskBank", "Store", "save"]

@@ -1,0 +1,192 @@
+"""The tasks of a model in one place: made, packed, mixed, inferred, saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from ..nn import tasks as model_tasks
+from ..nn.active import describe, using_task
+from ..nn.names import escape
+from ..nn.selection import Superposition
+from . import folder
+from .inference import Sums, infer
+from .per_task import keep_matching, per_task_names
+from .store import Store
+
+
+class MaskBank:
+    """A model with masked layers, as a bank of tasks: one set of shared weights, a mask for each task, bits where one is finished.
+
+    The tasks are the model's own (:func:`metamask_ext.tasks`, ``add_task``, ``using_task`` mean the same ones); several banks of
+    one model see the same tasks. To run a batch of mixed tasks: ``with using_task(bank.model, names): y = bank.model(x)``.
+
+    What else must belong to a task (a head, batch-norm statistics) is named by ``per_task``; shared, it would be the last task's,
+    and earlier tasks would fall to chance. Such a tensor ``head.weight`` becomes ``head.per_task.weight.<task>``, a parameter for
+    each task (the first keeps the tensor that is there), and ``model.head.weight`` the active task's: build optimisers afterwards.
+
+    Args:
+        model: a module with masked layers.
+        per_task: glob patterns of names of parameters and buffers (``"head.*"``). :class:`metamask_ext.nn.TaskBatchNorm2d` needs
+            none.
+
+    Attributes:
+        model: the model.
+
+    Raises:
+        TypeError: ``model`` is no module, or a pattern no string.
+        ValueError: ``model`` has no masked layer, a pattern matches nothing, or only what a masked layer shares between its tasks.
+    """
+
+    def __init__(self, model: nn.Module, per_task: str | Iterable[str] = ()):
+        model_tasks.masked_layers(model)
+        keep_matching(model, per_task)
+        self.model = model
+        self._sums = Sums()
+        self._store: Store | None = None
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks, oldest first."""
+        return model_tasks.tasks(self.model)
+
+    @property
+    def slots(self) -> list[str | None]:
+        """The names by slot; None where a task was removed."""
+        return model_tasks.slots(self.model)
+
+    @property
+    def per_task(self) -> list[str]:
+        """The names, in the plain model, of the parameters and buffers that belong to tasks beside the masks."""
+        return per_task_names(self.model)
+
+    def add_task(self, name: str, init: str | Mapping[str, float] = "random") -> None:
+        """See :func:`metamask_ext.add_task`; ``init={task: alpha}`` begins with a combination of known tasks."""
+        model_tasks.add_task(self.model, name, init)
+
+    def remove_task(self, name: str) -> None:
+        """See :func:`metamask_ext.remove_task`. In a folder the task is removed by the next :meth:`save`."""
+        model_tasks.remove_task(self.model, name)
+
+    def pack(self, task: str) -> None:
+        """Turn a finished task's logits into bits: 1 where ``M > threshold`` for the hard gate, ``M > 0`` for the sigmoid gate.
+
+        The parameters go away. With the hard gate outputs stay the same; with the sigmoid gate they change as much as the gate is
+        away from 0 and 1 (anneal the temperature first): check the accuracy before and after. A packed task stays as it is.
+
+        Raises:
+            ValueError: the task is unknown.
+        """
+        model_tasks.pack_task(self.model, task)
+
+    def is_packed(self, task: str) -> bool:
+        """Whether the task's masks are bits. ValueError if the task is unknown."""
+        self._check_task(task)
+        return all(layer._task_dict()._is_bits(escape(task)) for _, layer in model_tasks.masked_layers(self.model))
+
+    def superpose(self, alphas: Mapping[str, float | Tensor]) -> using_task:
+        """A block in which the model runs with ``theta = W * sum_t alpha_t g(M_t)``, and the same combination of biases and heads.
+
+        For a task that was not seen, from those that were (Blum and Law, EE5239 proposal, section 2.1, "During test time"; Wortsman
+        et al., arXiv:2006.14769, eq. 3): coefficients that require grad can be tuned alone. ``add_task(name, init=alphas)`` begins
+        a mask of its own there.
+
+        Args:
+            alphas: the coefficient of each task, a number or a floating-point tensor of one element.
+
+        Raises:
+            TypeError, ValueError: no such mapping, or an unknown task. In the block: RuntimeError from layers with batch statistics
+                of tasks in training mode.
+        """
+        return using_task(self.model, Superposition(model_tasks.check_amounts(self.tasks, alphas, "alphas")))
+
+    def infer_task(self, x: Tensor, method: str = "one_shot", per_sample: bool = True) -> list[str] | str:
+        """The task of each sample, when nobody names it: that whose share lowers the entropy of the output fastest.
+
+        From ``theta = W * sum_t alpha_t g(M_t)`` at ``alpha_t = 1/T``: ``"one_shot"`` takes the task of the largest
+        ``-dH/dalpha_t``, ``"binary"`` leaves the better half of the tasks at every step. Source: Wortsman et al., Supermasks in
+        Superposition, arXiv:2006.14769, sections 3.3 and 3.4. One shot is one forward and one backward for all tasks. Binary steps
+        for each sample split the batch by candidates, at worst into single samples: it is meant for few tasks, or
+        ``per_sample=False``.
+
+        The model runs as it is: call ``model.eval()`` first. Heads and statistics of tasks are averaged and held fixed.
+
+        Args:
+            x: ``[B, ...]``, the model's input; its output must be logits ``[B, classes]``.
+            method: ``"one_shot"`` or ``"binary"``.
+            per_sample: False: all samples are of one task, and their entropies are summed.
+
+        Returns:
+            A name for each sample, which ``using_task`` takes; with ``per_sample=False`` one name.
+
+        Raises:
+            TypeError, ValueError: ``x`` is no tensor or empty, an unknown method, an output that is no logits.
+            RuntimeError: a layer got another number of samples than ``x`` has.
+        """
+        return infer(self.model, self.tasks, x, method, per_sample, self._sums)
+
+    def bytes_per_task(self, task: str) -> int:
+        """The bytes of memory that the task's own tensors take: masks and what else belongs to it.
+
+        Raises:
+            ValueError: the task is unknown.
+        """
+        self._check_task(task)
+        key = escape(task)
+        own = {tensors: None for _, layer in model_tasks.task_layers(self.model) for tensors in layer._dicts().values()}
+        return sum(tensors._tensor(key).nbytes for tensors in own)
+
+    # Files
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Make the folder hold this bank; see :func:`metamask_ext.bank.save` for what that guarantees.
+
+        Packed tasks that came from the folder, or were saved into it before, are neither read nor written again, unless the shared
+        weights have changed.
+
+        Raises:
+            BankError: another process is writing, or has written since this bank was loaded; the folder's ``bank.json`` is damaged.
+            OSError: the files cannot be written. The old bank is whole.
+        """
+        self._store = folder.save(self.model, directory, self._store)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], model: nn.Module) -> MaskBank:
+        """The bank in a folder, with ``model`` to run it: its shared weights are overwritten, its tasks replaced by the bank's.
+
+        Packed tasks are mapped, and checked, when they are first used: the time does not depend on their number. Those with logits
+        become parameters. Temperature, threshold and the tensors kept per task are the bank's.
+
+        Args:
+            directory: as given to :meth:`save`.
+            model: has the masked layers that were saved, of the same names, shapes, gates and dtypes.
+
+        Raises:
+            BankError: no bank is there, it is damaged, or it is of another model; ``model`` has not changed.
+        """
+        store = Store.open(directory)
+        folder.load(store, model)
+        bank = cls(model)
+        bank._store = store
+        return bank
+
+    def verify(self) -> None:
+        """Check every file of the folder from which this bank was loaded, or into which it was last saved.
+
+        Raises:
+            BankError: that lists all damaged files.
+            RuntimeError: the bank was neither loaded nor saved.
+        """
+        if self._store is None:
+            raise RuntimeError("the bank has no folder to verify: it was neither loaded nor saved")
+        self._store.verify()
+
+    def __repr__(self) -> str:
+        return f"MaskBank({type(self.model).__name__}, {len(self.tasks)} tasks: {describe(self.tasks)})"
+
+    def _check_task(self, task: str) -> None:
+        known = self.tasks
+        if task not in known:
+            raise ValueError(f"task must be one of {describe(known)}, got {task!r}")

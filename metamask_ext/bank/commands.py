@@ -1,0 +1,117 @@
+"""``metamask bank``: a bank's folder from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .._terminal import fail, show
+from ..nn.names import escape
+from .export import task_state
+from .index import BankError
+from .store import Store, TaskData, save, serialise
+
+app = typer.Typer(help="Banks of tasks on disk.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The bank's folder.", show_default=False)]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except (BankError, OSError) as error:
+        fail(error)
+
+
+def _check_known(store: Store, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in store.tasks:
+            fail(f"{store.directory} has no task {name!r}; 'metamask bank ls' lists its tasks", 2)
+
+
+def _references(store: Store, names: Sequence[str | None]) -> list[tuple[str, TaskData] | None]:
+    return [None if name is None else (name, (store, name)) for name in names]
+
+
+def _printable(name: str) -> str:
+    """A name that would break its line, or that no terminal can show, in its escaped form."""
+    return name if name.isprintable() else escape(name)
+
+
+@app.command()
+def ls(directory: Folder) -> None:
+    """The tasks: a table on a terminal, else one name a line."""
+    with _errors():
+        store = Store.open(directory)
+    rows = []
+    for slot, name in enumerate(store.tasks):
+        if name is not None:
+            entry = store.entry(name)
+            rows.append((_printable(name), str(slot), "bits" if entry.get("packed") else "logits", str(entry["bytes"])))
+    show(("task", "slot", "masks", "bytes"), rows)
+
+
+@app.command()
+def rm(directory: Folder, names: Annotated[list[str], typer.Argument(metavar="NAME", show_default=False)]) -> None:
+    """Remove tasks. Their slots are not used again."""
+    with _errors():
+        store = Store.open(directory)
+        _check_known(store, names)
+        kept = [None if name in names else name for name in store.tasks]
+        save(directory, store.meta, store.shared(), _references(store, kept))
+
+
+@app.command()
+def add(
+    directory: Folder,
+    source: Annotated[Path, typer.Argument(metavar="FROM", help="Another bank of the same shared weights.", show_default=False)],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Its tasks to copy; all if none is named.", show_default=False)
+    ] = None,
+) -> None:
+    """Copy tasks from another bank with the same shared weights and settings."""
+    with _errors():
+        store, other = Store.open(directory), Store.open(source)
+        chosen = list(dict.fromkeys(names or (name for name in other.tasks if name is not None)))
+        _check_known(other, chosen)
+        if store.shared_sha256 != other.shared_sha256:
+            fail(f"{other.directory} has other shared weights than {store.directory}: its masks do not fit them")
+        if differing := sorted(key for key in {*store.meta, *other.meta} if store.meta.get(key) != other.meta.get(key)):
+            fail(f"{other.directory} has other settings than {store.directory}: {', '.join(differing)}")
+        if present := [name for name in chosen if name in store.tasks]:
+            fail(f"{store.directory} has a task {present[0]!r} already")
+        save(directory, store.meta, store.shared(), [*_references(store, store.tasks), *_references(other, chosen)])
+
+
+@app.command()
+def verify(directory: Folder) -> None:
+    """Check every byte of every file; each that is damaged or missing is named."""
+    with _errors():
+        store = Store.open(directory)
+        store.verify()
+    typer.echo(f"{sum(name is not None for name in store.tasks)} tasks, every file whole")
+
+
+@app.command()
+def export(
+    directory: Folder,
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new safetensors file.", show_default=False)],
+) -> None:
+    """Write one task as the state of a plain torch model: every masked weight is W * g(M)."""
+    with _errors():
+        store = Store.open(directory)
+        _check_known(store, [name])
+        data = serialise(f"task {name!r}", task_state(store, name), None)
+        with open(file, "xb") as opened:
+            try:
+                opened.write(data)
+                opened.flush()
+            except BaseException:
+                file.unlink()
+                raise

@@ -1,0 +1,56 @@
+"""Which tensors of a model belong to its tasks, by patterns of names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from ..nn.masked_layer import MaskedLayer
+from ..nn.per_task import PerTask, keep_per_task
+from ..nn.task_dict import TaskDict
+from ..nn.tasks import slots
+
+
+def shared_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Every parameter and saved buffer that belongs to no task: its state_dict name, its module, its name there, and itself."""
+    inside = {tensor for module in model.modules() if isinstance(module, TaskDict) for tensor in module.modules()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module in inside:
+            continue
+        unsaved = module._non_persistent_buffers_set
+        for kept in (module._parameters, module._buffers):
+            for name, tensor in kept.items():
+                if tensor is not None and name not in unsaved:
+                    yield (f"{path}.{name}" if path else name), module, name, tensor
+
+
+def per_task_names(model: nn.Module) -> list[str]:
+    """What :func:`keep_matching` has made belong to tasks, and what does in layers made for it."""
+    modules = [(path, module) for path, module in model.named_modules() if isinstance(module, PerTask)]
+    return [f"{path}.{name}" if path else name for path, module in modules for name in module._own()]
+
+
+def keep_matching(model: nn.Module, patterns: str | Iterable[str]) -> None:
+    """Let the tensors whose names match belong to tasks. Nothing is changed if a pattern is refused."""
+    found: dict[nn.Module, dict[str, None]] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"per_task must be patterns of names, got {type(pattern).__name__}")
+        matching = [(full, module, name) for full, module, name, _ in shared_tensors(model) if fnmatchcase(full, pattern)]
+        if not matching:
+            raise ValueError(f"per_task pattern {pattern!r} matches no parameter or buffer that the tasks share")
+        for full, module, name in matching:
+            if isinstance(module, MaskedLayer):
+                raise ValueError(
+                    f"per_task pattern {pattern!r} matches {full!r} of a masked layer, which its tasks share: each has its mask"
+                )
+            if isinstance(module, PerTask):
+                raise ValueError(
+                    f"per_task pattern {pattern!r} matches {full!r}, whose module keeps other tensors per task already"
+                )
+            found.setdefault(module, {})[name] = None
+    by_slot = slots(model)
+    for module, names in found.items():
+        keep_per_task(module, names, by_slot)

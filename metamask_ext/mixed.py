@@ -1,0 +1,218 @@
+"""Layers whose batch mixes tasks: every sample uses the mask of its own task.
+
+``theta_t = W * g(M_t)``. Source: C. Blum and A. Law, EE5239 project proposal (2020), eq. 3, one ``theta_M`` per task; that each
+sample of a batch names its task is ours. All functions can be differentiated any number of times, by autograd and by torch.func.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _task_ops, functional, reference_tasks
+from .autograd_tasks import Call, TaskMaskedLinear
+from .functional import _autocast_dtype, _check_input_dtype
+from .reference import check_input, resolve_gate
+from .reference_tasks import check_masks, check_slot_values, check_slots, check_task_bias, check_task_linear, count_tasks
+
+__all__ = ["task_masked_conv2d", "task_masked_linear"]
+
+Masks = Tensor | Sequence[Tensor]
+
+
+def task_masked_linear(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    masks: Masks,
+    bias: Tensor | None = None,
+    bias_masks: Masks | None = None,
+    *,
+    gate: str = "sigmoid",
+    temperature: float = 1.0,
+    threshold: float = 0.0,
+) -> Tensor:
+    """``y_b = x_b @ (W * g(M_t)).T + b * g(M_b,t)`` with ``t = slots[b]``: a linear layer for a batch that mixes tasks.
+
+    Nothing of the size ``T x out x in`` or ``B x out x in`` is made, forward or backward, but the gradients of the masks.
+
+    Args:
+        input: ``x``, ``[B, ..., in]``.
+        slots: the task of each sample, an index into ``masks``: int64 ``[B]``, in any order; tasks may repeat or be absent.
+        weight: ``W``, ``[out, in]``.
+        masks: logits ``M``, of the dtype and device of ``weight``: one tensor ``[T, out, in]``, or a sequence of ``T`` tensors
+            ``[out, in]``. Of a sequence, only these tensors get gradients (zero where the batch does not have the task).
+        bias: ``b``, ``[out]``, or None.
+        bias_masks: logits ``M_b``, ``[T, out]`` or a sequence of ``T`` tensors ``[out]``; None leaves the bias unmasked.
+        gate, temperature, threshold: see :func:`metamask_ext.masked_weight`.
+
+    Returns:
+        ``y``, ``[B, ..., out]``; under autocast in the autocast dtype, as ``linear`` does.
+
+    Raises:
+        TypeError: an argument is no tensor, or of the wrong dtype.
+        ValueError: a shape or device does not fit, a slot is not in ``[0, T)``, the gate is unknown, or the temperature is not
+            positive. Under torch.compile and torch.func a slot out of range is torch's own error of an index.
+    """
+    number, parameter = resolve_gate(gate, temperature, threshold)
+    given, given_bias = _listed("masks", masks), None if bias_masks is None else _listed("bias_masks", bias_masks)
+    return _linear(input, slots, weight, given, bias, given_bias, number, parameter, 1)
+
+
+def task_masked_conv2d(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    masks: Masks,
+    bias: Tensor | None = None,
+    bias_masks: Masks | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    gate: str = "sigmoid",
+    temperature: float = 1.0,
+    threshold: float = 0.0,
+) -> Tensor:
+    """``y_b = conv2d(x_b, W * g(M_t)) + b * g(M_b,t)`` with ``t = slots[b]``: a convolution for a batch that mixes tasks.
+
+    It is :func:`task_masked_linear` over the patches of the input (``unfold``), which take ``kH * kW`` times its memory.
+
+    Args:
+        input: ``x``, ``[B, C_in, H, W]``, or ``[C_in, H, W]`` with one slot.
+        slots: the task of each sample, int64 ``[B]``, as for :func:`task_masked_linear`.
+        weight: ``W``, ``[C_out, C_in / groups, kH, kW]``.
+        masks: logits ``M``: one tensor ``[T, *W.shape]``, or a sequence of ``T`` tensors of the shape of ``weight``.
+        bias: ``b``, ``[C_out]``, or None.
+        bias_masks: logits ``M_b``, ``[T, C_out]`` or a sequence of ``T`` tensors ``[C_out]``; None leaves the bias unmasked.
+        stride, padding, dilation, groups: as in ``conv2d``; padding may be ``"valid"`` or ``"same"``.
+        gate, temperature, threshold: see :func:`metamask_ext.masked_weight`.
+
+    Returns:
+        ``y``, ``[B, C_out, H', W']`` or ``[C_out, H', W']``, contiguous; under autocast in the autocast dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`task_masked_linear`.
+    """
+    number, parameter = resolve_gate(gate, temperature, threshold)
+    given, given_bias = _listed("masks", masks), None if bias_masks is None else _listed("bias_masks", bias_masks)
+    check_masks(given, weight)
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [C_out, C_in / groups, kH, kW], got shape {list(weight.shape)}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups must divide the rows of weight, {weight.shape[0]}, got {groups}")
+    check_input(input, weight)
+    _check_input_dtype(input, weight)
+    if input.dim() not in (3, 4) or input.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"input must be [B, C_in, H, W] or [C_in, H, W] with C_in = {weight.shape[1] * groups} as in weight "
+            f"{list(weight.shape)} with groups={groups}, got {list(input.shape)}"
+        )
+    batch = input if input.dim() == 4 else input[None]
+    check_slots(slots, batch, weight)
+    check_task_bias(weight, given, bias, given_bias)
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    kernel = weight.shape[2:]
+    if isinstance(padding, str):
+        batch, padding = _padded(batch, padding, kernel, stride, dilation), (0, 0)
+    else:
+        padding = _pair("padding", padding, 0)
+    size = [
+        (length + 2 * pad - step * (width - 1) - 1) // by + 1
+        for length, pad, step, width, by in zip(batch.shape[2:], padding, dilation, kernel, stride)
+    ]
+    if min(size) < 1:
+        raise ValueError(
+            f"input must not be smaller than the kernel {list(kernel)} with dilation={dilation}, got {list(input.shape)}"
+        )
+    # Made contiguous once: the op would do it forward and backward.
+    patches = F.unfold(batch, kernel, dilation, padding, stride).transpose(1, 2).contiguous()
+    stacked = reference_tasks.is_stacked(given, weight)
+    flat = [mask.flatten(2 if stacked else 1) for mask in given]
+    y = _linear(patches, slots, weight.flatten(1), flat, bias, given_bias, number, parameter, groups)
+    y = y.transpose(1, 2).contiguous().unflatten(2, size)
+    return y if input.dim() == 4 else y[0]
+
+
+def _listed(name: str, masks: Masks) -> list[Tensor]:
+    if isinstance(masks, Tensor):
+        return [masks]
+    if not isinstance(masks, Sequence):
+        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(masks).__name__}")
+    return list(masks)
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, or two, got {value!r}")
+    return pair
+
+
+def _padded(batch: Tensor, padding: str, kernel: Sequence[int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+    if padding == "valid":
+        return batch
+    if padding != "same":
+        raise ValueError(f"padding must be 'valid', 'same', an integer or two, got {padding!r}")
+    if stride != (1, 1):
+        raise ValueError(f"padding='same' needs stride 1, got {stride}")
+    (height, width) = (step * (size - 1) for step, size in zip(dilation, kernel))
+    # Of an odd number, the larger half comes last, as in conv2d.
+    return F.pad(batch, (width // 2, width - width // 2, height // 2, height - height // 2))
+
+
+def _linear(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    masks: list[Tensor],
+    bias: Tensor | None,
+    bias_masks: list[Tensor] | None,
+    gate: int,
+    parameter: float,
+    groups: int,
+) -> Tensor:
+    if functional._use_reference():
+        _check(input, slots, weight, masks, bias, bias_masks, groups)
+        return reference_tasks.task_masked_linear(input, slots, weight, masks, bias, bias_masks or [], gate, parameter, groups)
+    try:
+        if input.dtype != weight.dtype:
+            _check_input_dtype(input, weight)
+        if bias_masks is not None and len(bias_masks) == 0:  # the op would take it for a bias without masks
+            check_task_bias(weight, masks, bias, bias_masks)
+        dtype = _autocast_dtype(weight)
+        every = masks if bias_masks is None else [*masks, *bias_masks]
+        if torch.is_grad_enabled() and (
+            input.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or any(mask.requires_grad for mask in every)
+        ):
+            call = Call(gate, parameter, groups, len(masks))
+            return TaskMaskedLinear.apply(call, dtype, input, slots, weight, bias, *every)
+        return _task_ops.task_masked_linear(input, slots, weight, masks, bias, bias_masks or [], gate, parameter, groups, dtype)
+    except Exception as error:
+        failed = error
+    # The op checks its arguments in the same words. Checking here only what it did not take saves a small layer microseconds.
+    _check(input, slots, weight, masks, bias, bias_masks, groups)
+    raise failed
+
+
+def _check(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    masks: list[Tensor],
+    bias: Tensor | None,
+    bias_masks: list[Tensor] | None,
+    groups: int,
+) -> None:
+    check_task_linear(input, slots, weight, masks, bias, bias_masks, groups)
+    _check_input_dtype(input, weight)
+    # Where the values cannot be looked at, the index itself is checked by torch.
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None and slots.device.type == "cpu":
+        check_slot_values(slots, count_tasks(masks, weight))

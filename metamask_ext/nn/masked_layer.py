@@ -1,0 +1,299 @@
+"""What layers with a mask for each task have in common: the masks, and which of them a forward uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional, reference
+from ..packed import pack_mask, unpack_mask
+from ..reference import DTYPES, resolve_gate
+from .active import active_key, only_key
+from .names import escape
+from .selection import Selection, Superposition, TaskBatch
+from .task_dict import TaskDict
+from .task_layer import Init, TaskLayer
+
+MaskInit = str | float | Callable[[Tensor], Any]
+DEFAULT_TASK = "default"
+
+LARGEST_COMBINED = 4.0
+"""How far from 0, in units of the temperature, a sigmoid gate's logits begin at most that come from a combination of masks (of
+bits, say): sigmoid(4) = 0.982, near on and with a gradient still, as where convert begins."""
+
+
+class TaskMasks(TaskDict):
+    """The masks of a layer's weight, or of its bias: logits, parameters; or bits, uint8 buffers."""
+
+
+class MaskedLayer(TaskLayer):
+    """What masked layers have in common: a mask for each task, in ``masks`` and, with a bias, in ``bias_masks``.
+
+    Both are ParameterDicts by task name, one tensor per task: a task's gradient and optimiser state exist only when it was used.
+    While a layer has one task, that one is active; with several, :func:`metamask_ext.using_task` says which. A finished task may
+    be packed (:class:`metamask_ext.MaskBank`): its masks are then uint8 buffers of one bit a weight, as
+    :func:`metamask_ext.pack_mask` gives them, under the same keys; the gate is then 0 or 1, whatever ``gate`` says.
+
+    State dicts are loaded as :class:`TaskLayer` says; a uint8 mask makes the task a packed one, another makes it one with logits.
+    """
+
+    plain_type: type[nn.Module]
+    """What :func:`metamask_ext.merge` makes of the layer."""
+    weight: Any  # what torch's layers declare differs from what they hold
+    bias: Any
+    masks: TaskMasks
+    bias_masks: TaskMasks | None
+
+    def _init_masked(
+        self, gate: str, temperature: float, threshold: float, mask_init: MaskInit, tasks: list[str] | None = None
+    ) -> None:
+        """Make a torch layer into a masked one: its attributes and the masks of ``tasks``."""
+        resolve_gate(gate, temperature, threshold)
+        weight, bias = self._shared()
+        if weight.dtype not in DTYPES:
+            raise TypeError(f"weight must be float64, float32, bfloat16 or float16, got {weight.dtype}")
+        self.gate, self.temperature, self.threshold, self.mask_init = gate, temperature, threshold, mask_init
+        _check_mask_init(mask_init)
+        self.masks = TaskMasks().train(self.training)
+        self.bias_masks = None if bias is None else TaskMasks().train(self.training)
+        for task in [DEFAULT_TASK] if tasks is None else tasks:
+            self._new_task(task)
+
+    def _groups(self) -> list[tuple[Tensor, TaskMasks]]:
+        """The weight and the bias with their masks."""
+        weight, bias = self._shared()
+        groups = [(weight, self.masks)]
+        if bias is not None and self.bias_masks is not None:
+            groups.append((bias, self.bias_masks))
+        return groups
+
+    def _shared(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias that all tasks share."""
+        return self.weight, self.bias
+
+    def _dicts(self) -> dict[str, TaskDict]:
+        return {"masks": self.masks} if self.bias_masks is None else {"masks": self.masks, "bias_masks": self.bias_masks}
+
+    def _kinds(self) -> Iterable[str]:
+        return "masks", "bias_masks"
+
+    def _task_dict(self) -> TaskDict:
+        return self._modules["masks"]  # type: ignore[return-value]
+
+    def _new_tensors(self, init: Init | None = None) -> list[tuple[TaskDict, Tensor]]:
+        new: list[tuple[TaskDict, Tensor]] = []
+        for parameter, masks in self._groups():
+            logits = torch.empty_like(parameter, requires_grad=False)
+            with torch.no_grad():
+                if init is None:
+                    self._init_logits(logits)
+                else:
+                    init(self, masks, logits)
+            new.append((masks, logits))
+        return new
+
+    def _combine(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], out: Tensor) -> None:
+        total = torch.zeros_like(out)
+        for task, amount in amounts.items():
+            mask = tensors[task]
+            if mask.dtype == torch.uint8:
+                gate = unpack_mask(mask, out.shape).to(out.dtype)
+            else:
+                gate = reference.gate_values(mask, *self._resolved())[0]
+            total += amount * gate
+        if self.gate == "hard":
+            out.copy_(total - 0.5 + self.threshold)
+        else:
+            bound = torch.tensor(LARGEST_COMBINED, dtype=out.dtype).sigmoid().item()
+            out.copy_(torch.logit(total.clamp(1 - bound, bound)) * self.temperature)
+
+    def _init_logits(self, logits: Tensor) -> None:
+        if self.mask_init == "normal":
+            nn.init.normal_(logits)
+        elif callable(self.mask_init):
+            self.mask_init(logits)
+        else:
+            nn.init.constant_(logits, float(self.mask_init))
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as torch's layer does, and every task's mask by ``mask_init``."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "masks" in self._modules:  # torch's constructor calls this before there are any
+            self._reset_masks()
+
+    def _reset_masks(self) -> None:
+        with torch.no_grad():
+            for _, masks in self._groups():
+                for _, logits in masks._logits():
+                    self._init_logits(logits)
+
+    def _active(self) -> tuple[Tensor, Tensor | None] | str | Selection | None:
+        """The active task's logits of the weight and of the bias; where there are none, the key of a packed task, or a selection.
+
+        None: under torch.compile, which must leave those to eager mode.
+        """
+        masks: Any = self._modules["masks"]
+        slots = masks._slots
+        key: Any
+        if len(slots) == 1:
+            (key,) = slots
+            if not torch.compiler.is_dynamo_compiling():
+                key = only_key(self, key)
+            elif key not in masks._parameters:
+                return None
+        elif torch.compiler.is_dynamo_compiling():
+            return _active_in_eager(self)
+        else:
+            key = active_key(self)
+        if isinstance(key, str):
+            logits = masks._parameters.get(key)
+            if logits is not None:
+                bias_masks = self._modules.get("bias_masks")
+                return logits, None if bias_masks is None else bias_masks._parameters[key]  # type: ignore[return-value]
+        return key
+
+    def _active_logits(self) -> tuple[Tensor, Tensor | None]:
+        active = self._active()
+        if isinstance(active, tuple):
+            return active
+        if isinstance(active, TaskBatch):
+            return active.read(self, "mask_logits")
+        what = "the active task is packed: its mask has bits" if isinstance(active, str) else "tasks are superposed"
+        raise RuntimeError(f"mask_logits of {type(self).__name__} cannot be read: {what}")
+
+    def _forward_selected(self, input: Tensor, active: str | Selection | None) -> Tensor:
+        """The output where the active masks are no logits of one task."""
+        if active is None:
+            return _forward_in_eager(self, input)
+        return self._one_task(input, active) if isinstance(active, str) else active.forward(self, input)
+
+    def _one_task(self, input: Tensor, key: str) -> Tensor:
+        masks, bias_masks = self._task_dict(), self.bias_masks
+        mask, bias_mask = masks._tensor(key), None if bias_masks is None else bias_masks._tensor(key)
+        if not masks._is_bits(key):
+            return self._masked(input, mask, bias_mask)
+        batched = input.dim() > self.sample_dim
+        rows = input if batched else input[None]
+        slots = torch.zeros(len(rows), dtype=torch.int64, device=input.device)
+        output = self._packed(rows, slots, [mask], None if bias_mask is None else [bias_mask])
+        return output if batched else output[0]
+
+    def _samples(self, input: Tensor) -> int:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+        return input.shape[0] if input.dim() > self.sample_dim else 1
+
+    sample_dim: int
+    """The dimensions of the input of one sample."""
+
+    def _masked(self, input: Tensor, mask_logits: Tensor, bias_mask_logits: Tensor | None) -> Tensor:
+        """The output with these logits."""
+        raise NotImplementedError
+
+    def _plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output of torch's layer with these parameters."""
+        raise NotImplementedError
+
+    def _by_task(self, input: Tensor, slots: Tensor, masks: list[Tensor], bias_masks: list[Tensor] | None) -> Tensor:
+        """The output with the logits ``masks[slots[b]]`` for sample ``b``."""
+        raise NotImplementedError
+
+    def _packed(self, input: Tensor, slots: Tensor, masks: list[Tensor], bias_masks: list[Tensor] | None) -> Tensor:
+        """The output with the bits ``masks[slots[b]]`` for sample ``b``."""
+        raise NotImplementedError
+
+    def _bits(self, task: str) -> list[tuple[TaskDict, Tensor]]:
+        """The bits of a task that has logits, and where they belong."""
+        key = escape(task)
+        threshold = self.threshold if self.gate == "hard" else 0.0
+        found = [masks for masks in self._dicts().values() if not masks._is_bits(key)]
+        return [(masks, pack_mask(masks._tensor(key).detach(), threshold=threshold)) for masks in found]
+
+    def _theta(self, what: str, key: str) -> Any:
+        """The masked ``weight`` or ``bias`` of one task."""
+        shared, masks = self._group(what)
+        if shared is None or masks is None:
+            return shared
+        mask = masks._tensor(key)
+        if masks._is_bits(key):
+            return shared * unpack_mask(mask, shared.shape)
+        return functional.masked_weight(shared, mask, **self._gate())
+
+    def _mixed(self, superposition: Superposition, what: str) -> Any:
+        if self._group(what)[0] is None:
+            return None
+        return superposition.mix(self._theta(what, key) for key in superposition.keys)
+
+    def _group(self, what: str) -> tuple[Tensor | None, TaskDict | None]:
+        weight, bias = self._shared()
+        return (weight, self.masks) if what == "weight" else (bias, self.bias_masks)
+
+    @property
+    def mask_logits(self) -> Tensor:
+        """The active task's mask logits ``M``, of the shape of ``weight``."""
+        return self._active_logits()[0]
+
+    @property
+    def bias_mask_logits(self) -> Tensor | None:
+        """The active task's logits of the bias, ``M_b``; None without a bias."""
+        return self._active_logits()[1]
+
+    def _gate(self) -> dict[str, Any]:
+        return {"gate": self.gate, "temperature": self.temperature, "threshold": self.threshold}
+
+    def _resolved(self) -> tuple[int, float]:
+        return resolve_gate(self.gate, self.temperature, self.threshold)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self._mask_repr()}"
+
+    def _mask_repr(self) -> str:
+        parameter = f"temperature={self.temperature}" if self.gate == "sigmoid" else f"threshold={self.threshold}"
+        return f"gate={self.gate}, {parameter}, tasks={len(self.masks)}"
+
+    def _fit_forms(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        for shared, (kind, masks) in zip(self._shared(), self._dicts().items()):
+            assert shared is not None
+            for task in masks:
+                key = escape(task)
+                saved = state_dict.get(f"{prefix}{kind}.{key}")
+                if not isinstance(saved, Tensor) or (saved.dtype == torch.uint8) == masks._is_bits(key):
+                    continue
+                if saved.dtype == torch.uint8:
+                    masks[task] = torch.empty(packed_shape(shared.shape), dtype=torch.uint8, device=shared.device)
+                else:
+                    masks[task] = torch.empty_like(shared, requires_grad=False)
+        forms = [{key for key in masks._slots if masks._is_bits(key)} for masks in self._dicts().values()]
+        if any(form != forms[0] for form in forms):
+            return f"{prefix}masks and {prefix}bias_masks must both be bits (uint8) for a task or both logits"
+        return None
+
+
+def packed_shape(shape: torch.Size) -> list[int]:
+    """Of the bits of a mask of this shape, as :func:`metamask_ext.pack_mask` lays them out."""
+    row = torch.Size(shape[1:]).numel() if len(shape) > 1 else shape[0]
+    return [*shape[: len(shape) > 1], -(-row // 8)]
+
+
+@torch._disable_dynamo  # torch.compiler.disable would import all of Dynamo here
+def _active_in_eager(layer: MaskedLayer) -> tuple[Tensor, Tensor | None] | None:
+    """For torch.compile, which cannot read a context variable: one graph break, and the masks are inputs of what follows."""
+    active = layer._active()
+    return active if isinstance(active, tuple) else None
+
+
+@torch._disable_dynamo
+def _forward_in_eager(layer: MaskedLayer, input: Tensor) -> Tensor:
+    """For torch.compile, where a layer's masks are many, or bits that may have to be fetched."""
+    return layer.forward(input)
+
+
+def _check_mask_init(mask_init: MaskInit) -> None:
+    if not (mask_init == "normal" or callable(mask_init)):
+        try:
+            float(mask_init)
+        except (TypeError, ValueError):
+            raise ValueError(f"mask_init must be 'normal', a number or a function, got {mask_init!r}") from None

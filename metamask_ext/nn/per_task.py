@@ -1,0 +1,211 @@
+"""Modules that keep some of their parameters and buffers for each task: heads, normalisation layers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .active import using_task
+from .masked_layer import DEFAULT_TASK
+from .selection import Superposition, TaskBatch
+from .task_dict import TaskDict
+from .task_layer import Init, TaskLayer
+
+
+class PerTask(TaskLayer):
+    """A torch module of which ``per_task`` holds some parameters and buffers by their name there, a tensor for each task.
+
+    ``module.weight`` is then the active task's ``weight``. In a mixed batch the samples of each task run through the module by
+    themselves, one task after another.
+
+    A new task begins as ``reset_parameters`` of the plain module leaves it, or, where there is no such method, as the oldest task.
+    The state dict of the plain module gives its values to every task.
+    """
+
+    plain_type: Any
+    per_task: nn.ModuleDict
+
+    def _dicts(self) -> dict[str, TaskDict]:
+        return {f"per_task.{name}": tensors for name, tensors in self._own().items()}
+
+    def _own(self) -> dict[str, TaskDict]:
+        return self._modules["per_task"]._modules  # type: ignore[union-attr, return-value]
+
+    def _kinds(self) -> Iterable[str]:
+        return self._dicts()
+
+    def _keep_per_task(self, names: Iterable[str], tasks: list[str | None]) -> None:
+        """Let tensors of this module, by name, be those of the first task, and copies of them the other tasks'."""
+        own = nn.ModuleDict().train(self.training)
+        for name in names:
+            kept: Any = self._parameters if name in self._parameters else self._buffers
+            tensors = own[name] = TaskDict(buffers=kept is self._buffers).train(self.training)
+            value = kept[name]
+            for task in tasks:
+                if task is not None:
+                    tensors[task] = value
+                    value = value.detach().clone() if tensors._only_buffers else nn.Parameter(value.detach().clone())
+            tensors._renumber(tasks)
+            kept[name] = None
+        self._modules["per_task"] = own
+
+    def __getattr__(self, name: str) -> Any:
+        own: Any = self.__dict__.get("_modules", {}).get("per_task")
+        if own is None or name not in own._modules:
+            return super().__getattr__(name)
+        if torch.compiler.is_dynamo_compiling():
+            return _read_in_eager(self, name)
+        selected = self._selected()
+        return own._modules[name]._tensor(selected) if isinstance(selected, str) else selected.read(self, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time.
+        return _new, (self.plain_type,), self.__dict__
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return _forward_in_eager(self, *inputs, **options)
+        selected = self._selected()
+        if isinstance(selected, str):
+            return self._plain_forward(*inputs, **options)
+        if len(inputs) != 1 or options or not isinstance(inputs[0], Tensor):
+            raise RuntimeError(f"{type(self).__name__} must be called with one tensor where several tasks are active")
+        return selected.forward_per_task(self, inputs[0])
+
+    def _plain_forward(self, *inputs: Any, **options: Any) -> Any:
+        return super().forward(*inputs, **options)  # type: ignore[misc]
+
+    def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Any:
+        # Of no sample: any task gives the shape.
+        names = batch.names or [next(iter(self._task_dict()))]
+        if len(names) == 1:
+            with using_task(self, names[0]):
+                return self._plain_forward(input)
+        groups, back = batch.groups(input.device)
+        parts = []
+        for name, rows in zip(names, groups, strict=True):
+            with using_task(self, name):
+                parts.append(self._plain_forward(input.index_select(0, rows)))
+        return torch.cat(parts).index_select(0, back)
+
+    def _mixed(self, superposition: Superposition, what: str) -> Any:
+        return superposition.mix(self._own()[what]._tensor(key) for key in superposition.keys)
+
+    def _has_buffers_of_tasks(self) -> bool:
+        return any(tensors._only_buffers for tensors in self._own().values())
+
+    def reset_parameters(self) -> None:
+        """Reset every task's."""
+        if "per_task" not in self._modules:  # torch's constructor calls this before there are any
+            super().reset_parameters()  # type: ignore[misc]
+            return
+        for task in self._task_dict():
+            with using_task(self, task):
+                super().reset_parameters()  # type: ignore[misc]
+
+    def _new_tensors(self, init: Init | None = None) -> list[tuple[TaskDict, Tensor]]:
+        own = self._own()
+        with torch.no_grad():
+            if init is None:
+                values = self._fresh()
+            else:
+                values = {name: torch.empty_like(_first(tensors), requires_grad=False) for name, tensors in own.items()}
+                for name, tensors in own.items():
+                    init(self, tensors, values[name])
+        return [(tensors, values[name]) for name, tensors in own.items()]
+
+    def _fresh(self) -> dict[str, Tensor]:
+        values = {name: _first(tensors).detach().clone() for name, tensors in self._own().items()}
+        if hasattr(self.plain_type, "reset_parameters"):
+            plain = self._as_plain({name: tensor.detach().clone() for name, tensor in self._tensors(self._parameters)}, values)
+            plain.reset_parameters()
+        return values
+
+    def _as_plain(self, parameters: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Any:
+        """A module of the plain type with these tensors, ``own`` in the place of the tasks'."""
+        plain = self.plain_type.__new__(self.plain_type)
+        plain.__dict__.update(self.__dict__)
+        given = {**parameters, **own}
+        plain._parameters = {name: _parameter(given.get(name)) for name in self._parameters}
+        plain._buffers = {name: own.get(name, buffer) for name, buffer in self._buffers.items()}
+        plain._modules = {name: child for name, child in self._modules.items() if name != "per_task"}
+        return plain
+
+    @staticmethod
+    def _tensors(kept: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+        return [(name, tensor) for name, tensor in kept.items() if tensor is not None]
+
+    def _combine(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], out: Tensor) -> None:
+        out.zero_()
+        if out.is_floating_point():  # no count
+            for task, amount in amounts.items():
+                out += amount * tensors[task]
+
+    def _load_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
+        for name, tensors in self._own().items():
+            plain = state_dict.pop(f"{prefix}{name}", None)
+            if plain is not None:
+                for key in tensors._slots:
+                    state_dict[f"{prefix}per_task.{name}.{key}"] = plain.clone()
+
+
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+
+def _first(tensors: TaskDict) -> Tensor:
+    return tensors[next(iter(tensors))]
+
+
+@functools.cache
+def per_task_type(kind: Any) -> Any:
+    """The class that a module of class ``kind`` gets when tensors of it belong to tasks."""
+    if kind is nn.BatchNorm2d:
+        from .batch_norm import TaskBatchNorm2d
+
+        return TaskBatchNorm2d
+    return type(f"PerTask{kind.__name__}", (PerTask, kind), {"plain_type": kind})
+
+
+def _new(kind: Any) -> Any:
+    made = per_task_type(kind)
+    return made.__new__(made)
+
+
+def keep_per_task(module: nn.Module, names: Iterable[str], tasks: list[str | None] | None = None) -> None:
+    """Let parameters and buffers of ``module``, in place, belong to tasks (by slot; None: a new model's).
+
+    The tensors that are there become those of the first task; the others begin with copies.
+    """
+    plain: Any = type(module)
+    kind = per_task_type(plain)
+    module.__class__ = kind
+    PerTask._keep_per_task(module, names, [DEFAULT_TASK] if tasks is None else tasks)  # type: ignore[arg-type]
+
+
+def plain_copy(module: PerTask, task: str, plain: Any, memo: dict[int, Any]) -> None:
+    """Fill ``plain``, of the plain type, with a copy of ``module`` as it is for one task."""
+    own = {name: tensors[task] for name, tensors in module._own().items()}
+    state = {key: value for key, value in module.__dict__.items() if key not in ("_parameters", "_buffers", "_modules")}
+    plain.__dict__.update(copy.deepcopy(state, memo))
+    for kind in ("_parameters", "_buffers"):
+        kept = {name: own.get(name, tensor) for name, tensor in getattr(module, kind).items()}
+        plain.__dict__[kind] = copy.deepcopy(kept, memo)
+    children = {name: child for name, child in module._modules.items() if name != "per_task"}
+    plain.__dict__["_modules"] = copy.deepcopy(children, memo)
+
+
+@torch._disable_dynamo
+def _forward_in_eager(module: PerTask, *inputs: Any, **options: Any) -> Any:
+    """For torch.compile, which cannot read a context variable."""
+    return module.forward(*inputs, **options)
+
+
+@torch._disable_dynamo
+def _read_in_eager(module: PerTask, name: str) -> Any:
+    return getattr(module, name)

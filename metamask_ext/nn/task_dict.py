@@ -1,0 +1,139 @@
+"""The tensors that belong to tasks: one dictionary by task name for each kind (masks, bias masks, a head's weight)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .active import describe
+from .names import escape
+
+
+class TaskDict(nn.ParameterDict):
+    """A ParameterDict from task name to tensor, whose parameter keys are the escaped names; every task has a slot.
+
+    A mask is a parameter (its logits), or a uint8 buffer (its bits, :func:`metamask_ext.pack_mask`). Bits may also lie in a file:
+    they are fetched when they are first used.
+
+    Slots count up as tasks are added. That of a removed task stays empty.
+    """
+
+    # What has no leading underscore here would be in the way of a task of that name: see escape.
+
+    def __init__(self, buffers: bool = False) -> None:
+        super().__init__()
+        self._slots: dict[str, int] = {}
+        """By parameter key, in the order of the slots."""
+        self._names: list[str | None] = []
+        """By slot."""
+        self._only_buffers = buffers
+        self._fetch: Callable[[str], Tensor] | None = None
+        self._waiting: dict[str, None] = {}
+        """The names of tasks that are still to be fetched."""
+        self._fetched: dict[str, Tensor] = {}
+        """By name, the bits that are as they are in the file."""
+
+    def _key_to_attr(self, key: str) -> str:
+        return escape(key)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        key = escape(name)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"what belongs to task {name!r} must be a tensor, got {type(value).__name__}")
+        buffer = self._only_buffers or value.dtype == torch.uint8
+        if not buffer and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value)
+        kept: Any
+        other: Any
+        kept, other = (self._buffers, self._parameters) if buffer else (self._parameters, self._buffers)
+        kept[key] = value
+        other.pop(key, None)
+        self._waiting.pop(name, None)
+        self._fetched.pop(name, None)
+        if name not in self._keys:
+            self._keys[name] = None
+            self._slots[key] = len(self._names)
+            self._names.append(name)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._keys:
+            raise KeyError(name)
+        return self._tensor(escape(name))
+
+    def __delitem__(self, name: str) -> None:
+        del self._keys[name]
+        key = escape(name)
+        self._parameters.pop(key, None)
+        self._buffers.pop(key, None)
+        self._waiting.pop(name, None)
+        self._fetched.pop(name, None)
+        self._names[self._slots.pop(key)] = None
+
+    def _tensor(self, key: str) -> Tensor:
+        """The tensor of the task with this key."""
+        tensor: Tensor | None = self._parameters.get(key)
+        if tensor is None:
+            tensor = self._buffers.get(key)
+        return self._fetch_now(key) if tensor is None else tensor
+
+    def _logits(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """The tasks that have a parameter here, with it."""
+        found = ((name, self._parameters.get(escape(name))) for name in self._keys)
+        return [(name, parameter) for name, parameter in found if parameter is not None]
+
+    def _is_bits(self, key: str) -> bool:
+        return key not in self._parameters
+
+    # Tasks in a file
+
+    def _wait_for(self, names: Sequence[str | None], fetch: Callable[[str], Tensor]) -> None:
+        """Have these tasks and no other, by slot; ``fetch(name)`` gives the tensor of one when it is used."""
+        self._parameters.clear()
+        self._buffers.clear()
+        self._fetched.clear()
+        self._names = list(names)
+        self._slots = {escape(name): slot for slot, name in enumerate(names) if name is not None}
+        self._keys = {name: None for name in names if name is not None}
+        self._waiting = dict(self._keys)
+        self._fetch = fetch
+
+    def _fetch_now(self, key: str) -> Tensor:
+        name = self._names[self._slots[key]]
+        assert name is not None and self._fetch is not None
+        tensor = self._fetch(name)
+        if self._only_buffers or tensor.dtype == torch.uint8:
+            # Two threads may come here at once: both go on with what the first one left.
+            tensor = self._buffers.setdefault(key, tensor)  # type: ignore[assignment]
+        else:
+            tensor = self._parameters.setdefault(key, nn.Parameter(tensor))  # type: ignore[assignment]
+        if tensor.dtype == torch.uint8:
+            self._fetched[name] = tensor
+        self._waiting.pop(name, None)
+        return tensor
+
+    def _fetch_all(self) -> None:
+        for name in list(self._waiting):
+            self._fetch_now(escape(name))
+
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        # What is still to be fetched would come on the device and in the dtype of before.
+        self._fetch_all()
+        return super()._apply(function, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._fetch_all()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _renumber(self, names: list[str | None]) -> None:
+        """Take over these slots if they are of the same tasks. Those given out here are not given out again."""
+        slots = {name: slot for slot, name in enumerate(names) if name is not None}
+        if slots.keys() == self._keys.keys():
+            self._names = [*names, *[None] * (len(self._names) - len(names))]
+            self._slots = {escape(name): slot for name, slot in slots.items()}
+            self._keys = dict.fromkeys(slots)
+
+    def extra_repr(self) -> str:
+        return f"{len(self)} tasks: {describe(self)}"

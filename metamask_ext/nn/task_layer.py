@@ -1,0 +1,131 @@
+"""What layers with tensors of tasks have in common: the tasks themselves, their slots, and the state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .active import active_key, describe, only_key
+from .names import check_name, escape, unescape
+from .selection import Selection, Superposition
+from .task_dict import TaskDict
+
+SLOTS = "task_slots"
+"""The entry of a layer's metadata in a state dict: its tasks by slot, None where one was removed."""
+
+Init = Callable[["TaskLayer", TaskDict, Tensor], Any]
+
+
+class TaskLayer(nn.Module):
+    """A layer some of whose tensors belong to tasks.
+
+    A state dict with no such tensor of this layer (that of the plain torch layer) leaves them as they are; one that has some but
+    not all of them is an error under ``strict``; tasks that the layer lacks are created.
+
+    Slots are saved in the state dict's metadata, where torch keeps the versions of modules: ``torch.save`` takes it along, a plain
+    dictionary made of the tensors does not. A state with slots and every task of the layer brings them along; else the layer's
+    stay, and new tasks get new ones in the order of the keys.
+    """
+
+    def _dicts(self) -> dict[str, TaskDict]:
+        """The layer's TaskDicts by path."""
+        raise NotImplementedError
+
+    def _kinds(self) -> Iterable[str]:
+        """Their paths, whether this layer has them or not (as bias masks without a bias)."""
+        raise NotImplementedError
+
+    def _task_dict(self) -> TaskDict:
+        """The one whose tasks and slots are the layer's."""
+        return next(iter(self._dicts().values()))
+
+    def _new_tensors(self, init: Init | None = None) -> list[tuple[TaskDict, Tensor]]:
+        """What one more task needs, and where it belongs: made first for all layers of a model, in case one fails."""
+        raise NotImplementedError
+
+    def _combine(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], out: Tensor) -> None:
+        """Fill ``out`` for a new task that begins as this linear combination of tasks."""
+        raise NotImplementedError
+
+    def _mixed(self, superposition: Superposition, what: str) -> Any:
+        """The tensor ``what`` that forward uses under a superposition."""
+        raise NotImplementedError
+
+    def _new_task(self, task: str) -> None:
+        check_name(task)
+        for tensors, tensor in self._new_tensors():
+            tensors[task] = tensor
+
+    def _remove_task(self, task: str) -> None:
+        for tensors in self._dicts().values():
+            if task in tensors:  # layers may share their masks
+                del tensors[task]
+
+    def _task_key(self, task: str) -> str:
+        key = escape(task)
+        if key not in self._task_dict()._slots:
+            raise ValueError(f"task must be one of {describe(self._task_dict())}, got {task!r}")
+        return key
+
+    def _selected(self) -> str | Selection:
+        """The key of the active task, or the selection."""
+        slots = self._task_dict()._slots
+        if len(slots) == 1:
+            return only_key(self, next(iter(slots)))
+        return active_key(self)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {})[SLOTS] = list(self._task_dict()._names)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
+        for tensors in self._dicts().values():
+            tensors._fetch_all()
+        given, saved = self._saved_tasks(state_dict, prefix)
+        if given:
+            for task in saved:
+                if task not in self._task_dict():
+                    self._new_task(task)
+            error = self._fit_forms(state_dict, prefix)
+            if error is not None:
+                error_msgs.append(error)
+            for tensors in self._dicts().values():
+                tensors._renumber(local_metadata.get(SLOTS, []))
+        else:
+            self._load_plain(state_dict, prefix)
+        # Not BatchNorm's own, which fills up states of old torch versions and reads its buffers for it.
+        load = nn.Module._load_from_state_dict
+        load(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _saved_tasks(self, state_dict: dict[str, Any], prefix: str) -> tuple[bool, list[str]]:
+        """Whether the state has an entry of a task, and the tasks in it; their keys become those of this torch."""
+        given, names = False, dict[str, None]()
+        for start in (f"{prefix}{kind}." for kind in self._kinds()):
+            for key in [key for key in state_dict if key.startswith(start)]:
+                given = True
+                task = unescape(key[len(start) :])
+                if task:
+                    names[task] = None
+                    # A torch with other attributes may have escaped another first character.
+                    now = start + escape(task)
+                    if now not in state_dict:
+                        state_dict[now] = state_dict.pop(key)
+        return given, list(names)
+
+    def _load_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
+        # Children are loaded next, from the same dictionary: they find what they have.
+        for kind, tensors in self._dicts().items():
+            for key, tensor in _entries(tensors):
+                state_dict[f"{prefix}{kind}.{key}"] = tensor
+
+    def _fit_forms(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Make room for what the state holds in another form, bits for logits; the error message if it cannot be."""
+        return None
+
+
+def _entries(tensors: TaskDict) -> Iterator[tuple[str, Any]]:
+    yield from tensors._parameters.items()
+    yield from tensors._buffers.items()

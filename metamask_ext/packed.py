@@ -1,0 +1,243 @@
+"""Masks of one bit a weight: packing, and layers in which every sample of a batch uses its own task's bits.
+
+``theta_t = W * bit_t``: the supermasks of Supermasks in Superposition (Wortsman et al., arXiv:2006.14769), one bit for each weight
+where that paper's code stacks float masks. The bits are constants; gradients go to the input, to W and to the bias, of any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _packed_ops as _ops
+from . import functional, reference_packed
+from .autograd_packed import PackedMaskedLinear
+from .functional import _autocast_dtype, _check_input_dtype
+from .reference import check_input
+from .reference_packed import check_mask_logits, check_packed_input, check_packed_linear, check_packed_weight, check_shape
+
+__all__ = ["pack_mask", "packed_masked_conv2d", "packed_masked_linear", "superposition_gradient", "unpack_mask"]
+
+
+def pack_mask(mask_logits: Tensor, *, threshold: float = 0.0) -> Tensor:
+    """``1[M > threshold]``, eight weights to a byte.
+
+    Weight ``k`` of a row is bit ``k % 8`` (least significant first) of byte ``k // 8``; the padding of a row is zero.
+
+    Args:
+        mask_logits: ``M``, ``[out, ...]``, or ``[n]`` of a bias; floating point. A row is all that follows the first dimension.
+        threshold: ``c``, in units of a logit.
+
+    Returns:
+        uint8 ``[out, ceil(in / 8)]`` with ``in`` the product of the dimensions after the first; ``[ceil(n / 8)]`` of a vector.
+
+    Raises:
+        TypeError: ``mask_logits`` is no tensor or not floating point, or ``threshold`` is no number.
+        ValueError: ``mask_logits`` is a scalar, or ``threshold`` is NaN.
+    """
+    check_mask_logits(mask_logits, threshold)
+    if functional._use_reference():
+        return reference_packed.pack_mask(mask_logits, threshold)
+    return _ops.pack_mask(mask_logits.detach(), threshold)
+
+
+def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The mask of ``shape`` that :func:`pack_mask` packed, as bool.
+
+    Raises:
+        TypeError: ``packed`` is no tensor or not uint8.
+        ValueError: ``packed`` is not the shape of a packed mask of ``shape``.
+    """
+    check_shape(packed, shape)
+    if functional._use_reference():
+        return reference_packed.unpack_mask(packed, shape)
+    return _ops.unpack_mask(packed, shape)
+
+
+def packed_masked_linear(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    packed: Tensor | Sequence[Tensor],
+    bias: Tensor | None = None,
+    packed_bias: Tensor | Sequence[Tensor] | None = None,
+) -> Tensor:
+    """``y_b = x_b @ (W * bit_t).T + b * bit_t`` with ``t = slots[b]``: a linear layer in which each sample has its own mask.
+
+    A weight whose bit is off is zero, also where ``W`` is not finite.
+
+    Args:
+        input: ``x``, ``[B, ..., in]``.
+        slots: int64 ``[B]``, the task of each sample: an index into ``packed``.
+        weight: ``W``, ``[out, in]``.
+        packed: the masks, uint8: one tensor ``[T, out, ceil(in / 8)]`` or a sequence of ``T`` tensors from :func:`pack_mask`.
+        bias: ``b``, ``[out]``, or None.
+        packed_bias: its masks, ``[T, ceil(out / 8)]`` or a sequence; None leaves the bias unmasked.
+
+    Returns:
+        ``y``, ``[B, ..., out]``; under autocast in the autocast dtype, as ``linear`` does.
+
+    Raises:
+        TypeError: an argument is no tensor, or of the wrong dtype.
+        ValueError: shapes or devices do not fit, or a slot is no task's.
+    """
+    return _linear(input, slots, weight, _tensors("packed", packed), bias, _tensors("packed_bias", packed_bias), 1)
+
+
+def packed_masked_conv2d(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    packed: Tensor | Sequence[Tensor],
+    bias: Tensor | None = None,
+    packed_bias: Tensor | Sequence[Tensor] | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``y_b = conv2d(x_b, W * bit_t) + b * bit_t`` with ``t = slots[b]``, by ``unfold`` and :func:`packed_masked_linear`.
+
+    Args:
+        input: ``x``, ``[B, C_in, H, W]``, or ``[C_in, H, W]`` with one slot.
+        slots: int64 ``[B]``, the task of each sample.
+        weight: ``W``, ``[C_out, C_in / groups, kH, kW]``.
+        packed: the masks, uint8 ``[T, C_out, ceil(C_in / groups * kH * kW / 8)]`` or a sequence: a row is an output channel.
+        bias, packed_bias: as in :func:`packed_masked_linear`.
+        stride, padding, dilation, groups: as in ``conv2d``; padding may be ``"valid"`` or ``"same"``.
+
+    Returns:
+        ``y``, ``[B, C_out, H', W']`` or ``[C_out, H', W']``; under autocast in the autocast dtype, as ``conv2d`` does.
+
+    Raises:
+        TypeError, ValueError: as :func:`packed_masked_linear`; also when ``input`` does not fit ``weight`` or ``padding`` is no
+            padding.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [C_out, C_in / groups, kH, kW], got shape {list(weight.shape)}")
+    check_input(input, weight)
+    if input.dim() not in (3, 4) or input.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"input must be [N, C_in, H, W] or [C_in, H, W] with C_in = {weight.shape[1] * groups} as in weight "
+            f"{list(weight.shape)} with groups={groups}, got {list(input.shape)}"
+        )
+    images = input if input.dim() == 4 else input[None]
+    kernel, strides, dilations = tuple(weight.shape[2:]), _pair("stride", stride), _pair("dilation", dilation)
+    top, bottom, left, right = _margins(padding, kernel, strides, dilations)
+    if (top, left) != (bottom, right):
+        images = F.pad(images, (0, right - left, 0, bottom - top))
+    size = [
+        (n + 2 * before - d * (k - 1) - 1) // s + 1
+        for n, before, d, k, s in zip(images.shape[2:], (top, left), dilations, kernel, strides)
+    ]
+    if min(size) < 1:
+        raise ValueError(f"input must be at least as large as the kernel {list(kernel)} with its dilation, got {list(input.shape)}")
+    columns = F.unfold(images, kernel, dilations, (top, left), strides).transpose(1, 2)
+    masks, bias_masks = _tensors("packed", packed), _tensors("packed_bias", packed_bias)
+    y = _linear(columns, slots, weight.flatten(1), masks, bias, bias_masks, groups)
+    y = y.transpose(1, 2).reshape(images.shape[0], weight.shape[0], *size).contiguous()
+    return y if input.dim() == 4 else y[0]
+
+
+def superposition_gradient(
+    grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor | Sequence[Tensor], groups: int = 1
+) -> Tensor:
+    """The gradient for the coefficients of a superposition of masks, for every sample and every task.
+
+    Of a layer ``y_b = x_b @ (W * sum over t of alpha[b, t] * bit_t).T`` with ``grad = dL/dy``:
+    ``dL/dalpha[b, t] = sum over r, o, k of grad[b, r, o] * W[o, k] * bit_t[o, k] * x[b, r, k]`` (Supermasks in Superposition,
+    arXiv:2006.14769, section 3.3). No mask is expanded to floats but a tile.
+
+    Args:
+        grad: ``dL/dy``, ``[B, ..., out]``.
+        input: ``x``, ``[B, ..., groups * in]``.
+        weight: ``W``, ``[out, in]``; rows of group ``g`` read columns ``g * in`` to ``(g + 1) * in`` of the input.
+        packed: the masks of all tasks, as in :func:`packed_masked_linear`.
+        groups: of a convolution, else 1.
+
+    Returns:
+        ``[B, T]``, in the dtype of ``grad``. It has no derivative of its own: where one is asked for, it raises.
+
+    Raises:
+        TypeError, ValueError: as :func:`packed_masked_linear`.
+    """
+    masks = _tensors("packed", packed)
+    check_packed_weight(weight, masks, groups)
+    check_packed_input(input, weight, groups)
+    if not isinstance(grad, Tensor):
+        raise TypeError(f"grad must be a tensor, got {type(grad).__name__}")
+    if functional._use_reference():
+        return reference_packed.packed_superposition_gradient(grad, input, weight, masks, groups)
+    return _ops.packed_superposition_gradient(grad, input, weight, masks, groups)
+
+
+def _tensors(name: str, masks: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    """The masks as the ops take them."""
+    if masks is None:
+        return None  # type: ignore[return-value]
+    if isinstance(masks, Tensor):
+        return [masks]
+    if not isinstance(masks, Sequence):
+        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(masks).__name__}")
+    return list(masks)
+
+
+def _linear(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    packed: list[Tensor],
+    bias: Tensor | None,
+    packed_bias: list[Tensor] | None,
+    groups: int,
+) -> Tensor:
+    arguments = (input, slots, weight, packed, bias, packed_bias, groups)
+    if functional._use_reference():
+        check_packed_linear(*arguments)
+        _check_input_dtype(input, weight)
+        return reference_packed.packed_masked_linear(*arguments)
+    try:
+        if input.dtype != weight.dtype:
+            _check_input_dtype(input, weight)
+        dtype = _autocast_dtype(weight)
+        wanted = torch.is_grad_enabled() and (
+            weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        if wanted:
+            return PackedMaskedLinear.apply(input, slots, weight, bias, packed, packed_bias, groups, dtype)
+        return _ops.packed_masked_linear(*arguments, dtype)
+    except Exception as error:
+        failed = error
+    # The op checks its arguments in the same words; only what it could not take is checked here, as masked_linear does.
+    check_packed_linear(*arguments)
+    _check_input_dtype(input, weight)
+    raise failed
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a number or two, got {value!r}")
+    return pair
+
+
+def _margins(
+    padding: str | int | tuple[int, int], kernel: tuple[int, ...], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """What is added at the top, bottom, left and right; "same" adds an odd row or column at the end, as ``conv2d`` does."""
+    if padding == "valid":
+        return 0, 0, 0, 0
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"padding 'same' needs stride 1, got {stride}")
+        height, width = (d * (k - 1) for d, k in zip(dilation, kernel))
+        return height // 2, height - height // 2, width // 2, width - width // 2
+    if isinstance(padding, str):
+        raise ValueError(f"padding must be 'valid', 'same', a number or two, got {padding!r}")
+    rows, columns = _pair("padding", padding)
+    return rows, rows, columns, columns

@@ -1,0 +1,104 @@
+"""Batches that mix tasks, and what plain torch makes of them sample by sample, for the tests of the mixed-task ops."""
+
+from __future__ import annotations
+
+import torch
+from samples import wider
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from metamask_ext import reference
+
+# (B, ...), groups, in, out, slots: one row a task, all rows one task, ragged, sorted, tasks absent and repeated, tiles and panels
+# with remainders, more columns than a tile, rows between, nothing at all
+CASES = {
+    "1x1": ((1,), 1, 1, 1, [0]),
+    "one row a task": ((3,), 1, 17, 5, [2, 0, 1]),
+    "all rows one task": ((5,), 1, 3, 17, [1] * 5),
+    "sorted": ((6,), 1, 16, 33, [0, 0, 2, 2, 2, 3]),
+    "3-d": ((4, 3), 1, 17, 129, [3, 0, 3, 1]),
+    "ragged": ((7,), 1, 129, 1134, [2, 0, 2, 2, 5, 0, 2]),
+    "wide": ((3,), 1, 20011, 37, [1, 0, 1]),
+    "129 rows": ((129,), 1, 40, 40, [i * i % 7 for i in range(129)]),
+    "groups": ((3, 4), 3, 5, 12, [1, 0, 1]),
+    "depthwise": ((2, 9), 17, 9, 17, [1, 0]),
+    "groups over panels": ((2, 3), 2, 1134, 130, [1, 0]),
+    "no samples": ((0,), 1, 17, 5, []),
+    "no rows": ((2, 0), 1, 17, 5, [1, 0]),
+    "no input": ((3,), 1, 0, 5, [1, 0, 1]),
+    "no output": ((3,), 1, 17, 0, [1, 0, 1]),
+}
+TASKS = 6
+
+
+class Batch:
+    """Arguments of the op: input, slots, weight, masks, bias, bias masks and a gradient; the masks stacked, or a list."""
+
+    def __init__(self, case, dtype=torch.float64, stacked=True, bias=True, tasks=TASKS, seed=0):
+        self.shape, self.groups, columns, out, slots = CASES[case] if isinstance(case, str) else case
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.input = random(*self.shape, self.groups * columns)
+        self.slots = torch.tensor(slots, dtype=torch.int64)
+        self.weight, masks = random(out, columns), random(tasks, out, columns)
+        self.bias, bias_masks = (random(out), random(tasks, out)) if bias else (None, None)
+        self.grad = random(*self.shape, out)
+        self.masks = [masks] if stacked else list(masks)
+        self.bias_masks = [] if bias_masks is None else [bias_masks] if stacked else list(bias_masks)
+
+    def arguments(self, gate):
+        return self.input, self.slots, self.weight, self.masks, self.bias, self.bias_masks, *gate, self.groups
+
+    def tensors(self):
+        """What has a gradient, in the order of the gradients."""
+        return tree_leaves([self.input, self.weight, self.masks, *([] if self.bias is None else [self.bias]), self.bias_masks])
+
+    def with_tensors(self, tensors):
+        """The same batch of other tensors."""
+        other = Batch.__new__(Batch)
+        other.__dict__.update(self.__dict__)
+        tensors = list(tensors)
+        other.input, other.weight, *tensors = tensors
+        other.masks, tensors = tensors[: len(self.masks)], tensors[len(self.masks) :]
+        if self.bias is not None:
+            other.bias, *other.bias_masks = tensors
+        return other
+
+    def double(self):
+        other = self.with_tensors(tensor.detach().double() for tensor in self.tensors())
+        other.grad = self.grad.double()
+        return other
+
+    def wider(self):
+        """Every tensor with gaps in memory."""
+        other = self.with_tensors(wider(tensor) for tensor in self.tensors())
+        other.grad, other.slots = wider(self.grad), torch.stack([self.slots] * 2, 1)[:, 0]
+        return other
+
+
+def plain(batch: Batch, gate) -> Tensor:
+    """Sample by sample, group by group, with the formula of one masked layer."""
+    masks = batch.masks[0] if len(batch.masks) == 1 else batch.masks
+    bias_masks = batch.bias_masks[0] if len(batch.bias_masks) == 1 else batch.bias_masks
+    samples = []
+    for x, slot in zip(batch.input, batch.slots.tolist()):
+        theta = reference.masked_weight(batch.weight, masks[slot], *gate)
+        parts = zip(x.chunk(batch.groups, -1), theta.chunk(batch.groups, 0)) if batch.groups > 1 else [(x, theta)]
+        y = torch.cat([part @ rows.t() for part, rows in parts], -1)
+        if batch.bias is not None:
+            row = batch.bias
+            y = y + (reference.masked_weight(row, bias_masks[slot], *gate) if len(bias_masks) else row)
+        samples.append(y)
+    return torch.stack(samples) if samples else batch.grad.new_zeros(batch.grad.shape)
+
+
+def plain_gradients(batch: Batch, gate) -> list[Tensor]:
+    """By autograd through :func:`plain`; zero for what the batch does not use."""
+    leaves = [tensor.detach().requires_grad_() for tensor in batch.tensors()]
+    y = plain(batch.with_tensors(leaves), gate)
+    if not y.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return list(torch.autograd.grad(y, leaves, batch.grad, materialize_grads=True))

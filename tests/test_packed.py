@@ -1,0 +1,393 @@
+"""Masks of one bit a weight: packing, the linear and convolution ops as raw ops and functions against float64, and errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from samples import DTYPES, offset, transposed, wider
+from torch.profiler import ProfilerActivity, profile
+
+import metamask_ext as mm
+from metamask_ext import _packed_ops as ops
+from metamask_ext import reference_packed as reference
+from metamask_ext.packed import superposition_gradient
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+each_form = pytest.mark.parametrize("stacked", [True, False], ids=["one tensor", "list"])
+
+# slots, rows of each sample, groups, rows of W in a group, columns, tasks
+SHAPES = {
+    "1x1": ([0], (), 1, 1, 1, 1),
+    "2 columns": ([1, 0, 1], (), 1, 3, 2, 2),
+    "3 columns": ([2, 2, 0], (), 1, 17, 3, 3),
+    "17 columns": ([1, 4, 0, 4, 1], (), 1, 129, 17, 5),
+    "129 columns": (list(range(9)), (), 1, 130, 129, 9),
+    "1134 columns": ([3, 1, 0, 2, 6, 5, 4], (), 1, 37, 1134, 7),
+    "wider than a tile": ([0, 1, 2, 1], (), 1, 5, 4133, 3),
+    "all one task": ([1] * 21, (), 1, 33, 129, 2),
+    "few and many": ([3, 0, 3, 1, 3, 0, 3, 2, 3, 3, 3], (), 1, 33, 129, 5),
+    "rows": ([1, 0, 1], (2, 5), 1, 17, 65, 2),
+    "groups": ([2, 0], (3,), 4, 3, 9, 3),
+    "groups, many rows": ([1, 1, 0, 1], (20,), 3, 2, 18, 2),
+    "empty batch": ([], (), 1, 17, 5, 2),
+    "no rows": ([0, 1], (0,), 1, 17, 5, 2),
+    "no columns": ([0, 1], (), 1, 3, 0, 2),
+    "no outputs": ([0, 1], (), 1, 0, 5, 2),
+}
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def inputs(shape, dtype, stacked=True):
+    """input, slots, weight, bias, grad, packed, packed_bias."""
+    slots, rows, groups, out, columns, tasks = shape
+    generator = torch.Generator().manual_seed(7)
+    sizes = ((len(slots), *rows, groups * columns), (groups * out, columns), (groups * out,), (len(slots), *rows, groups * out))
+    x, w, b, grad = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
+    packed = [mm.pack_mask(torch.randn(w.shape, generator=generator)) for _ in range(tasks)]
+    packed_bias = [mm.pack_mask(torch.randn(b.shape, generator=generator)) for _ in range(tasks)]
+    if stacked:
+        packed, packed_bias = [torch.stack(packed)], [torch.stack(packed_bias)]
+    return x, torch.tensor(slots, dtype=torch.int64), w, b, grad, packed, packed_bias
+
+
+def expected(x, slots, w, b, grad, packed, packed_bias, groups):
+    """Output and gradients, one sample after the other, by plain torch in float64."""
+    x, w, b = (tensor.detach().double().clone().requires_grad_() for tensor in (x, w, b))
+    per_task = [packed[0][slot] if packed[0].dim() == 3 else packed[slot] for slot in slots.tolist()]
+    per_bias = [packed_bias[0][slot] if packed_bias[0].dim() == 2 else packed_bias[slot] for slot in slots.tolist()]
+    (out, columns), outputs = w.shape, []
+    for sample, bits, bias_bits in zip(x, per_task, per_bias):
+        theta = w * by_hand(bits, (out, columns))
+        each = [
+            F.linear(sample[..., g * columns : (g + 1) * columns], theta[g * out // groups : (g + 1) * out // groups])
+            for g in range(groups)
+        ]
+        outputs.append(torch.cat(each, -1) + b * by_hand(bias_bits, (out,)))
+    y = torch.stack(outputs) if outputs else x.new_zeros((*x.shape[:-1], out)) + 0 * (x.sum() + w.sum() + b.sum())
+    return y.detach(), torch.autograd.grad(y, (x, w, b), grad.double())
+
+
+def by_hand(packed, shape):
+    """The mask, bit by bit as the format says."""
+    columns = shape[-1]
+    rows = packed.reshape(-1, packed.shape[-1]).tolist()
+    bits = [[row[k // 8] >> (k % 8) & 1 for k in range(columns)] for row in rows]
+    return torch.tensor(bits, dtype=torch.float64).reshape(shape)
+
+
+def assert_near(got, wanted, reduction, what):
+    """Sums of ``reduction`` products round at each addition; the 16-bit types round the result."""
+    assert got.shape == wanted.shape
+    unit = torch.finfo(got.dtype).eps
+    bound = 4 * unit * max(reduction, 1) ** 0.5 * wanted.abs().amax().item() if wanted.numel() else 0.0
+    error = (got.double() - wanted).abs()
+    assert bool((error <= bound + 1e-30).all()), f"{what}: error {error.max().item():.3g}, allowed {bound:.3g}"
+
+
+def check(shape, dtype, stacked=True):
+    x, slots, w, b, grad, packed, packed_bias = inputs(shape, dtype, stacked)
+    groups, rows = shape[2], max(grad.numel() // max(grad.shape[-1], 1), 1)
+    y, grads = expected(x, slots, w, b, grad, packed, packed_bias, groups)
+    got = ops.packed_masked_linear(x, slots, w, packed, b, packed_bias, groups)
+    assert got.dtype == dtype
+    assert_near(got, y, x.shape[-1], "y")
+    got = ops.packed_masked_linear_backward(grad, x, slots, w, packed, b, packed_bias, groups)
+    for name, one, other, reduction in zip(("dx", "dW", "db"), got, grads, (w.shape[0], rows, rows)):
+        assert one.dtype == dtype
+        assert_near(one, other, reduction, name)
+    exact = reference.packed_superposition_gradient(grad.double(), x.double(), w.double(), packed, groups)
+    got = ops.packed_superposition_gradient(grad, x, w, packed, groups)
+    assert got.dtype == dtype
+    assert_near(got, exact, w.numel() * max(rows // max(len(slots), 1), 1), "superposition")
+
+
+@each_form
+@each_dtype
+@each_shape
+def test_output_and_gradients_equal_float64(shape, dtype, stacked):
+    check(shape, dtype, stacked)
+
+
+@each_form
+@each_shape
+def test_the_reference_equals_a_loop_over_samples(shape, stacked):
+    x, slots, w, b, grad, packed, packed_bias = inputs(shape, torch.float64, stacked)
+    y, grads = expected(x, slots, w, b, grad, packed, packed_bias, shape[2])
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, w, b)]
+    got = reference.packed_masked_linear(leaves[0], slots, leaves[1], packed, leaves[2], packed_bias, shape[2])
+    torch.testing.assert_close(got.detach(), y, rtol=1e-12, atol=1e-12)
+    for one, other in zip(torch.autograd.grad(got, leaves, grad, allow_unused=True), grads):
+        torch.testing.assert_close(torch.zeros_like(other) if one is None else one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1,), (17,), (3, 1), (5, 129), (4, 1134), (3, 2, 3, 3), (0, 5), (3, 0)], ids=str)
+@each_dtype
+def test_pack_and_unpack(shape, dtype):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    for threshold in (0.0, 0.3, -float("inf"), float("inf")):
+        on = logits.to(reference._compute_dtype(dtype)) > threshold
+        packed = mm.pack_mask(logits, threshold=threshold)
+        assert packed.dtype == torch.uint8
+        assert torch.equal(packed, reference.pack_mask(logits, threshold))
+        assert torch.equal(
+            by_hand(
+                packed, (1 if len(shape) == 1 else shape[0], on[0].numel() if len(shape) > 1 else shape[0]) if on.numel() else (0,)
+            ).flatten(),
+            on.double().flatten(),
+        )
+        for unpack in (mm.unpack_mask, reference.unpack_mask):
+            mask = unpack(packed, shape)
+            assert mask.dtype == torch.bool and torch.equal(mask, on)
+        if on.numel():
+            columns = shape[0] if len(shape) == 1 else on[0].numel()
+            assert int((packed[..., -1] >> ((columns - 1) % 8 + 1)).max()) == 0  # padding
+
+
+def test_pack_by_hand():
+    logits = torch.tensor([[1.0, -1, 0, 2, -1, -1, -1, 3, 1], [-1.0] * 8 + [float("nan")]])
+    assert mm.pack_mask(logits).tolist() == [[0b10001001, 1], [0, 0]]
+    assert mm.pack_mask(logits.t()[:, 0]).tolist() == [0b10001001, 1]
+    assert mm.pack_mask(logits.requires_grad_()).tolist() == [[137, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("layout", [transposed, wider, offset], ids=["transposed", "wider", "offset"])
+def test_any_strides(layout):
+    shape = SHAPES["few and many"]
+    x, slots, w, b, grad, packed, packed_bias = inputs(shape, torch.float32)
+    y, grads = expected(x, slots, w, b, grad, packed, packed_bias, 1)
+    spaced = torch.zeros(5, 33, 40, dtype=torch.uint8)
+    spaced[..., 3:20] = packed[0]
+    args = (layout(x), slots.repeat_interleave(2)[::2], layout(w), [spaced[..., 3:20]], wider(b), packed_bias, 1)
+    assert_near(ops.packed_masked_linear(*args), y, 129, "y")
+    for one, other in zip(ops.packed_masked_linear_backward(layout(grad), *args), grads):
+        assert_near(one, other, 129, "gradient")
+    exact = reference.packed_superposition_gradient(grad.double(), x.double(), w.double(), packed, 1)
+    got = superposition_gradient(layout(grad), layout(x), layout(w), spaced[..., 3:20])
+    assert_near(got, exact, w.numel(), "superposition")
+
+
+def test_masks_anywhere_in_memory_are_read_to_their_end_only():
+    """Rows of bits that begin at any byte, the last one at the end of its memory."""
+    x, slots, w, b, grad, packed, packed_bias = inputs(([0], (), 1, 7, 17, 1), torch.float32)
+    want = ops.packed_masked_linear(x, slots, w, packed, b, packed_bias, 1)
+    for start in range(1, 9):
+        memory = torch.full((start + packed[0].numel(),), 255, dtype=torch.uint8)
+        memory[start:] = packed[0].flatten()
+        moved = memory[start:].view(packed[0].shape)
+        assert torch.equal(ops.packed_masked_linear(x, slots, w, [moved], b, packed_bias, 1), want)
+
+
+def test_a_weight_that_is_off_is_zero_whatever_it_was_and_a_bad_input_shows():
+    """The same rule where bits are tested (few rows) and where theta is expanded (many)."""
+    for samples in (1, 30):
+        w = torch.tensor([[float("nan"), 2.0, float("inf")], [1.0, 1.0, 1.0]])
+        packed = mm.pack_mask(torch.tensor([[-1.0, 1.0, -1.0], [1.0, 1.0, -1.0]]))[None]
+        x, slots = torch.ones(samples, 3), torch.zeros(samples, dtype=torch.int64)
+        for run in (mm.packed_masked_linear, lambda *t: reference.packed_masked_linear(*t[:3], [t[3]], None, None, 1)):
+            assert run(x, slots, w, packed).tolist() == [[2.0, 2.0]] * samples
+            bad = x.clone()
+            bad[0, 2] = float("nan")
+            y = run(bad, slots, w, packed)
+            assert bool(y[0].isnan().all()) and not bool(y[1:].isnan().any())
+
+
+@each_dtype
+@pytest.mark.parametrize("batch", [3, 1, None, 0], ids=["batch", "one", "unbatched", "empty"])
+@pytest.mark.parametrize(
+    "geometry",
+    [(1, 0, 1, 1), (2, (1, 2), 1, 2), (1, "same", (2, 1), 4), ((1, 2), "valid", 1, 1), (1, 2, (1, 3), 1)],
+    ids=["plain", "groups", "same", "valid", "dilation"],
+)
+def test_conv2d(geometry, batch, dtype):
+    groups = geometry[3]
+    generator = torch.Generator().manual_seed(4)
+    sizes = ((3 if batch is None else batch, 4, 7, 8), (8, 4 // groups, 3, 2), (8,))
+    x, w, b = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
+    masks = [torch.randn(w.shape, generator=generator) for _ in range(3)]
+    bias_masks = [torch.randn(b.shape, generator=generator) for _ in range(3)]
+    x = x[0] if batch is None else x
+    slots = torch.tensor([2, 0, 2][: 1 if batch is None else batch], dtype=torch.int64)
+    y = mm.packed_masked_conv2d(x, slots, w, [*map(mm.pack_mask, masks)], b, [*map(mm.pack_mask, bias_masks)], *geometry)
+    each = [
+        F.conv2d(image[None].double(), w.double() * (masks[slot] > 0), b.double() * (bias_masks[slot] > 0), *geometry)
+        for image, slot in zip(x[None] if batch is None else x, slots.tolist())
+    ]
+    dense = torch.cat(each) if each else F.conv2d(x.double(), w.double(), b.double(), *geometry)
+    assert y.dtype == dtype and y.is_contiguous()
+    assert_near(y, dense[0] if batch is None else dense, 24, "y")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_autocast(dtype):
+    x, slots, w, b, grad, packed, packed_bias = inputs(SHAPES["17 columns"], torch.float32)
+    y, grads = expected(x, slots, w, b, grad, packed, packed_bias, 1)
+    leaves = [tensor.requires_grad_() for tensor in (x, w, b)]
+    with torch.autocast("cpu", dtype=dtype):
+        got = mm.packed_masked_linear(x, slots, w, packed[0], b, packed_bias[0])
+    assert got.dtype == dtype
+    assert_near(got.detach(), y, 17, "y")
+    for one, other in zip(torch.autograd.grad(got, leaves, grad.to(dtype)), grads):
+        assert one.dtype == torch.float32
+        assert_near(one.to(dtype), other, 129, "gradient")
+
+
+def test_the_same_numbers_every_time_for_a_number_of_threads():
+    x, slots, w, b, grad, packed, packed_bias = inputs(([i % 13 for i in range(40)], (), 1, 257, 1134, 13), torch.float32)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+
+        def run():
+            args = (x, slots, w, packed, b, packed_bias, 1)
+            backward = ops.packed_masked_linear_backward(grad, *args)
+            return [ops.packed_masked_linear(*args), *backward, ops.packed_superposition_gradient(grad, x, w, packed, 1)]
+
+        first = run()
+        for _ in range(3):
+            assert all(torch.equal(one, other) for one, other in zip(first, run()))
+
+
+def test_each_gradient_alone_equals_all_together():
+    x, slots, w, b, grad, packed, packed_bias = inputs(SHAPES["few and many"], torch.float32)
+    args = (grad, x, slots, w, packed, b, packed_bias, 1)
+    together = ops.packed_masked_linear_backward(*args)
+    for index in range(3):
+        needs = tuple(position == index for position in range(3))
+        got = ops.packed_masked_linear_backward(*args, needs)
+        assert [one is not None for one in got] == list(needs)
+        torch.testing.assert_close(got[index], together[index], rtol=1e-6, atol=1e-6)
+
+
+def largest_allocation(function):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    return max((event.cpu_memory_usage for event in profiler.events() if event.cpu_memory_usage > 0), default=0)
+
+
+def test_no_theta_is_allocated():
+    x, slots, w, b, grad, packed, packed_bias = inputs((list(range(8)), (), 1, 4096, 1024, 8), torch.float32)
+    size = w.numel() * 4
+    args = (x, slots, w, packed, b, packed_bias, 1)
+    assert largest_allocation(lambda: ops.packed_masked_linear(*args)) < size / 4
+    assert largest_allocation(lambda: ops.packed_masked_linear_backward(grad, *args, (True, False, True))) < size / 4
+    # dW alone is one array
+    assert largest_allocation(lambda: ops.packed_masked_linear_backward(grad, *args, (False, True, False))) < 1.5 * size
+    assert largest_allocation(lambda: ops.packed_superposition_gradient(grad, x, w, packed, 1)) < size / 4
+
+
+@each_form
+def test_opcheck(stacked):
+    for shape in (([0, 2], (), 1, 4, 9, 3), ([1, 1, 0], (2,), 2, 4, 5, 2)):
+        x, slots, w, b, grad, packed, packed_bias = inputs(shape, torch.float32, stacked)
+        space, groups = torch.ops.metamask, shape[2]
+        torch.library.opcheck(space.packed_masked_linear.default, (x, slots, w, packed, b, packed_bias, groups))
+        torch.library.opcheck(space.packed_masked_linear.default, (x, slots, w, packed, None, None, groups, torch.bfloat16))
+        args = (grad, x, slots, w, packed, b, packed_bias, groups)
+        torch.library.opcheck(space.packed_masked_linear_backward.default, (*args, (True, True, True)))
+        torch.library.opcheck(space.packed_masked_linear_backward.default, (*args, (False, True, False)))
+        torch.library.opcheck(space.packed_superposition_gradient.default, (grad, x, w, packed, groups))
+        torch.library.opcheck(space.pack_mask.default, (w, 0.0))
+        torch.library.opcheck(space.unpack_mask.default, (mm.pack_mask(w), w.shape))
+
+
+X, W, B, SLOTS = torch.zeros(2, 9), torch.zeros(4, 9), torch.zeros(4), torch.tensor([0, 2])
+P, PB = torch.zeros(3, 4, 2, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.uint8)
+IMAGE, KERNEL, KP = torch.zeros(2, 4, 5, 5), torch.zeros(6, 2, 3, 3), torch.zeros(3, 6, 3, dtype=torch.uint8)
+
+
+def linear(input=X, slots=SLOTS, weight=W, packed=P, bias=B, packed_bias=PB):
+    return mm.packed_masked_linear(input, slots, weight, packed, bias, packed_bias)
+
+
+LEAST = "slots must be at least 0 and less than the number of tasks, 3, got"
+REFUSED = {
+    "slot too large": (ValueError, rf"{LEAST} 3 at position 1", lambda: linear(slots=torch.tensor([0, 3]))),
+    "slot negative": (ValueError, rf"{LEAST} -1 at position 0", lambda: linear(slots=torch.tensor([-1, 0]))),
+    "slots dtype": (TypeError, "slots must be int64, got", lambda: linear(slots=SLOTS.int())),
+    "slots shape": (ValueError, r"slots must be \[B\] = \[2\], got \[3\]", lambda: linear(slots=torch.tensor([0, 1, 2]))),
+    "slots 2-d": (ValueError, r"slots must be \[B\] = \[2\], got \[2, 1\]", lambda: linear(slots=SLOTS[:, None])),
+    "slots list": (TypeError, "slots must be a tensor, got list", lambda: linear(slots=[0, 2])),
+    "slots device": (ValueError, "slots must be on the device of weight, cpu, got meta", lambda: linear(slots=SLOTS.to("meta"))),
+    "packed dtype": (TypeError, "packed must be uint8, as pack_mask gives it, got", lambda: linear(packed=P.int())),
+    "packed shape": (
+        ValueError,
+        r"packed must be \[tasks, out, ceil\(in / 8\)\], a task's being \[4, 2\], got \[3, 4, 1\]",
+        lambda: linear(packed=P[..., :1]),
+    ),
+    "packed list": (
+        ValueError,
+        r"packed\[2\] must be \[out, ceil\(in / 8\)\], a task's being \[4, 2\], got \[4, 1\]",
+        lambda: linear(packed=[P[0], P[1], P[2, :, :1]]),
+    ),
+    "packed device": (ValueError, "packed must be on the device of weight, cpu, got meta", lambda: linear(packed=P.to("meta"))),
+    "packed none": (TypeError, "packed must be a tensor or a sequence of tensors, got NoneType", lambda: linear(packed=None)),
+    "packed text": (TypeError, "packed must be a tensor or a sequence of tensors, got str in it", lambda: linear(packed="ab")),
+    "no task": (ValueError, "packed must hold at least one task, got none", lambda: linear(packed=[], packed_bias=[])),
+    "no task, stacked": (ValueError, "packed must hold at least one task", lambda: linear(packed=P[:0], packed_bias=PB[:0])),
+    "bias masks": (ValueError, "packed_bias must have the tasks of packed, 3, got 2", lambda: linear(packed_bias=PB[:2])),
+    "bias masks shape": (ValueError, r"packed_bias must be .*being \[1\], got", lambda: linear(packed_bias=PB.expand(3, 2))),
+    "bias masks alone": (ValueError, "packed_bias needs a bias, got bias=None", lambda: linear(bias=None)),
+    "bias shape": (ValueError, r"bias must be \[out\] = \[4\], got \[3\]", lambda: linear(bias=B[:3])),
+    "bias dtype": (TypeError, "bias must have the dtype of weight", lambda: linear(bias=B.double())),
+    "input width": (ValueError, r"input must be \[B, ..., in\] with in = 9 .* got \[2, 5\]", lambda: linear(X[:, :5])),
+    "input 1-d": (ValueError, r"input must be \[B, ..., in\].* got \[9\]", lambda: linear(X[0])),
+    "input dtype": (TypeError, "input must have the dtype of weight", lambda: linear(X.double())),
+    "input none": (TypeError, "input must be a tensor, got NoneType", lambda: linear(None)),
+    "weight 1-d": (ValueError, r"weight must be \[out, in\], got shape \[4\]", lambda: linear(weight=B)),
+    "weight dtype": (TypeError, "weight must be float64, float32, bfloat16 or float16, got", lambda: linear(weight=W.int())),
+    "kernel 2-d": (ValueError, "weight must be .*kH, kW", lambda: mm.packed_masked_conv2d(IMAGE, SLOTS, W, P)),
+    "channels": (ValueError, "C_in = 2 .*groups=1", lambda: mm.packed_masked_conv2d(IMAGE, SLOTS, KERNEL, KP)),
+    "padding": (
+        ValueError,
+        "padding must be 'valid', 'same', a number or two, got 'full'",
+        lambda: mm.packed_masked_conv2d(IMAGE, SLOTS, KERNEL, KP, padding="full", groups=2),
+    ),
+    "same with a stride": (
+        ValueError,
+        "padding 'same' needs stride 1",
+        lambda: mm.packed_masked_conv2d(IMAGE, SLOTS, KERNEL, KP, padding="same", stride=2, groups=2),
+    ),
+    "image too small": (
+        ValueError,
+        "input must be at least as large as the kernel",
+        lambda: mm.packed_masked_conv2d(IMAGE[..., :2, :2], SLOTS, KERNEL, KP, groups=2),
+    ),
+    "pack scalar": (ValueError, r"mask_logits must be \[out, ...\] or \[n\], got a scalar", lambda: mm.pack_mask(B[0])),
+    "pack dtype": (TypeError, "mask_logits must be float64", lambda: mm.pack_mask(P)),
+    "pack nan": (ValueError, "threshold must be a number, got nan", lambda: mm.pack_mask(B, threshold=float("nan"))),
+    "unpack shape": (ValueError, r"packed must be \[4, 2\] for the shape \[4, 9\]", lambda: mm.unpack_mask(P[0, :3], (4, 9))),
+    "unpack dtype": (TypeError, "packed must be uint8", lambda: mm.unpack_mask(W, (4, 9))),
+    "superposition groups": (ValueError, "groups must .*divide out = 4, got 3", lambda: superposition_gradient(B, X, W, P, 3)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_with_the_arguments_name(name):
+    error, message, call = REFUSED[name]
+    with pytest.raises(error, match=message):
+        call()
+    # and in the same words where plain torch runs
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(error, match=message):
+        call()
+
+
+def test_raw_ops_refuse_what_does_not_fit():
+    """The op's own checks: the functions reach some of them in Python first."""
+    args = (X, SLOTS, W, [P], B, [PB], 1)
+    with pytest.raises(ValueError, match=rf"{LEAST} 7 at position 1"):
+        ops.packed_masked_linear(X, torch.tensor([0, 7]), *args[2:])
+    with pytest.raises(ValueError, match=r"packed\[0\] must be \[out, ceil\(in / 8\)\], a task's being \[4, 2\], got \[4, 1\]"):
+        ops.packed_masked_linear(X, SLOTS, W, [P[0, :, :1], P[1]], None, None, 1)
+    with pytest.raises(ValueError, match="groups must be at least 1 and divide out = 4, got 3"):
+        ops.packed_masked_linear(X, SLOTS, W, [P], None, None, 3)
+    with pytest.raises(ValueError, match=r"grad must be \[B, ..., out\] = \[2, 4\], got \[2, 3\]"):
+        ops.packed_masked_linear_backward(torch.zeros(2, 3), *args)
+    with pytest.raises(ValueError, match=r"packed must be \[4, 2\] for the shape"):
+        ops.unpack_mask(P[0, :3], (4, 9))
+    with pytest.raises(ValueError, match="mask_logits must be"):
+        ops.pack_mask(B[0], 0.0)
+    with pytest.raises(RuntimeError, match="packed_masked_linear has no derivative"):
+        ops.packed_masked_linear(X, SLOTS, W.clone().requires_grad_(), [P], None, None, 1)
+    with pytest.raises(RuntimeError, match="packed_superposition_gradient has no derivative"):
+        superposition_gradient(torch.zeros(2, 4, requires_grad=True), X, W, P)
