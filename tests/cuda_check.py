@@ -18,7 +18,7 @@ from torch.utils.cpp_extension import include_paths
 TESTS = Path(__file__).resolve().parent
 SOURCES = TESTS.parent / "csrc" / "cuda"
 PLANTED = TESTS / "cuda_on_cpu" / "planted.cu"
-ARCHITECTURES = ("80", "86", "89", "90", "100")
+ARCHITECTURES = ("80", "90", "100")
 
 
 def run(*command: str) -> None:
