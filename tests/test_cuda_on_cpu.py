@@ -7,22 +7,13 @@ those of the CPU and of a GPU, need no change. It takes the CUDA toolkit's heade
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda_on_cpu"))
-from emulator import FORWARD, RANDOM_WARPS, Emulator, why_not
-
-if why_not():
-    pytest.skip(why_not(), allow_module_level=True)
-
 import test_autograd
 import test_linear_ops
 import test_ops
 import test_sgd_ops
+import torch
+from emulated import bring, emulator, in_the_emulator  # noqa: F401  fixtures
 from samples import DTYPES, GATES, Sample
 from torch.profiler import ProfilerActivity, profile
 
@@ -65,20 +56,7 @@ ON_EVERY_DEVICE = {
     ),
 }
 for module, names in ON_EVERY_DEVICE.items():
-    for name in names:
-        assert name not in globals()
-        globals()[name] = getattr(module, name)
-
-
-@pytest.fixture(scope="module")
-def emulator():
-    return Emulator("check")
-
-
-@pytest.fixture(autouse=True, params=[FORWARD, RANDOM_WARPS], ids=["forward", "random-warps"])
-def _in_the_emulator(emulator, request):
-    with emulator.running(request.param):
-        yield
+    bring(globals(), module, names)
 
 
 SMALLEST = Sample("2x9", (2, 9))

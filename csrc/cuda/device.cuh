@@ -12,6 +12,10 @@
 
 #if defined(__CUDACC__)
 
+#include <cassert>
+// What <cassert> declares only without NDEBUG.
+extern "C" __host__ __device__ void __assert_fail(const char*, const char*, unsigned, const char*) noexcept;
+
 #define DEVICE_INLINE __device__ __forceinline__
 
 // SHARED(float, tile, [16][33]) declares an array that the block shares; DYN_SHARED(float, name) is the memory whose size the
@@ -33,6 +37,10 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   }
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
 }
+
+// Ends the kernel, and every later use of the device's context fails, as after a device assert of torch's own. (assert() itself
+// does nothing in a release build.)
+#define DEVICE_ASSERT(...) ((__VA_ARGS__) ? static_cast<void>(0) : __assert_fail(#__VA_ARGS__, __FILE__, __LINE__, __func__))
 
 // Of the current device.
 inline int multiprocessors() {

@@ -1,18 +1,13 @@
 // Launchers: from types, sizes and pointers known at run time to one kernel, and how many blocks share a sum.
 #include "masked_linear.h"
 
-#include "launch.cuh"
 #include "masked_linear_backward.cuh"
+#include "partial.cuh"
 
 namespace metamask::cuda {
 namespace {
 
 constexpr int kFew = 8;  // samples: what one mma has room for
-
-template <class T>
-struct Tag {
-  using type = T;
-};
 
 // Calls run(Tag<P>, Tag<Product>) for the kernels of a case: Tensor<X, room> or Plain<X, room>, where room is kFew or kMany,
 // the least that holds the batch. False: there is none.
@@ -54,34 +49,11 @@ bool with_backward(const LinearCase& given, Run run) {
   return with_product<TensorBackward, 32, PlainBackward, 32>(given, run);
 }
 
-int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-// How a sum over `length` is shared out: `count` blocks, `each` of it a block.
-struct Share {
-  int count;
-  int64_t each;
-};
-
-// `step` of it is what a block takes at a time. Eight blocks for each multiprocessor keep all of them busy to the end, where there
-// is that much to do; more only make the sums of the blocks cost more.
-Share share(int64_t length, int64_t step, int64_t blocks_without) {
-  const int64_t steps = ceil_div(length, step), most = 64;
-  const int64_t wanted = ceil_div(8 * int64_t(multiprocessors()), blocks_without);
-  const int64_t count = wanted < steps ? wanted : steps, each = ceil_div(steps, count < most ? count : most) * step;
-  return {int(ceil_div(length, each)), each};
-}
-
 Share forward_share(const LinearCase& given) { return share(given.in, kWarps * kColumnsOfStep, ceil_div(given.out, kRowsOfTile)); }
 
 template <class Product>
 Share backward_share(const LinearCase& given) {
   return share(given.out, kWarps * 4 * Product::kRows, ceil_div(given.in, 8 * Product::kColumns));
-}
-
-// Rows are whole packs of both types, and begin where packs may.
-template <class P, class X, class... Pointers>
-bool rows_aligned(int64_t in, Pointers... pointers) {
-  return in * int64_t(sizeof(P)) % kPackBytes == 0 && in * int64_t(sizeof(X)) % kPackBytes == 0 && aligned(pointers...);
 }
 
 template <class Run>
@@ -93,14 +65,6 @@ void with_gate_and_alignment(GateKind kind, bool packs, Run run) {
     if (packs) run.template operator()<kHard, true>();
     else run.template operator()<kHard, false>();
   }
-}
-
-template <class X, class Sum>
-void add_partial(const Sum* partial, const void* bias, void* result, int count, int64_t rows, int64_t columns,
-                 cudaStream_t stream) {
-  const int64_t n = rows * columns;
-  launch(add_partial_kernel<X, Sum>, dim3(unsigned(ceil_div(n, kBlock))), dim3(kBlock), 0, stream, partial, in<X>(bias),
-         out<X>(result), count, n, columns);
 }
 
 }  // namespace

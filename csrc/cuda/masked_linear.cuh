@@ -63,6 +63,20 @@ DEVICE_INLINE void mma_chunk(float (&c)[4], const T (&upper)[R], const T (&lower
   }
 }
 
+// Rows of a matrix by their numbers in a batch: neighbours, or (`order`) anywhere.
+template <class X>
+struct Rows {
+  const X* first;
+  int64_t stride;
+  const int64_t* order = nullptr;
+
+  DEVICE_INLINE const X* operator[](int64_t b) const { return first + (order == nullptr ? b : order[b]) * stride; }
+  // The same from row b on.
+  DEVICE_INLINE Rows from(int64_t b) const {
+    return order == nullptr ? Rows{first + b * stride, stride} : Rows{first, stride, order + b};
+  }
+};
+
 // --- The product of a warp's theta [16, 32] and x, with room for kBatch_ rows of x. X is the type of x and y, Sum that of the
 // sums.
 
@@ -74,20 +88,32 @@ struct TensorForward {
   static constexpr int kBatch = kBatch_;
   float sums[kBatch / 8][4] = {};
 
-  template <bool kAligned>
-  DEVICE_INLINE void add(const float (&theta)[2][kChunk], const X* x, int64_t column, int batch, int64_t in) {
+  // Adds the products with rows `begin` to `end` of x. kAlone: no others are ever added to these sums; else, what is not finite in
+  // theta must not reach them (in the tensor cores it meets their rows too, as zeros).
+  template <bool kAligned, bool kAlone = true>
+  DEVICE_INLINE void add(const float (&theta)[2][kChunk], const Rows<X>& x, int64_t column, int begin, int end, int64_t in) {
     X rounded[2][kChunk];
     for (int r = 0; r < 2; ++r) {
       for (int j = 0; j < kChunk; ++j) from_compute(theta[r][j], rounded[r][j]);
     }
-    const int g = int(threadIdx.x) % 32 / 4;
+    const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < kBatch / 8; ++n) {
-      if (8 * n >= batch) continue;
+      if (8 * n >= end || 8 * (n + 1) <= begin) continue;
       const int b = 8 * n + g;
+      const bool there = IN_BOUNDS(b >= begin && b < end);
       X of_x[kChunk];
-      load_raw<kAligned>(x + b * in, column, IN_BOUNDS(b < batch) ? in : 0, of_x);
-      mma_chunk(sums[n], rounded[0], rounded[1], of_x);
+      load_raw<kAligned>(x[there ? b : begin], column, there ? in : 0, of_x);
+      if constexpr (kAlone) {
+        mma_chunk(sums[n], rounded[0], rounded[1], of_x);
+      } else {
+        float c[4] = {};
+        mma_chunk(c, rounded[0], rounded[1], of_x);
+        for (int i = 0; i < 4; ++i) {
+          const int of_c = 8 * n + 2 * t + i % 2;
+          if (of_c >= begin && of_c < end) sums[n][i] += c[i];
+        }
+      }
     }
   }
 
@@ -112,13 +138,13 @@ struct PlainForward {
   static constexpr int kBatch = kBatch_;
   T sums[2][kBatch] = {};
 
-  template <bool kAligned>
-  DEVICE_INLINE void add(const T (&theta)[2][kChunk], const T* x, int64_t column, int batch, int64_t in) {
+  template <bool kAligned, bool kAlone = true>
+  DEVICE_INLINE void add(const T (&theta)[2][kChunk], const Rows<T>& x, int64_t column, int begin, int end, int64_t in) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      if (b >= batch) continue;
+      if (b < begin || b >= end) continue;
       T of_x[kChunk];
-      load_raw<kAligned>(x + b * in, column, in, of_x);
+      load_raw<kAligned>(x[b], column, in, of_x);
       for (int j = 0; j < kChunk; ++j) {
         for (int r = 0; r < 2; ++r) sums[r][b] += theta[r][j] * of_x[j];
       }
@@ -182,7 +208,7 @@ __global__ void __launch_bounds__(kBlock)
       load_chunk<kAligned>(m + row * in, column, columns, m_);
       for (int j = 0; j < kChunk; ++j) theta[r][j] = theta_of<kind>(w_[j], m_[j], parameter);
     }
-    product.template add<kAligned>(theta, x, column, batch, in);
+    product.template add<kAligned>(theta, Rows<typename Product::X>{x, in}, column, 0, batch, in);
   }
   product.finish();
   add_warps(total, product);
@@ -198,18 +224,6 @@ __global__ void __launch_bounds__(kBlock)
       from_compute(sum, y[int64_t(b) * out + row]);
     }
   }
-}
-
-// result [rows, columns] = the sum over `count` of partial [count, rows, columns] (+ bias [columns]), n = rows * columns
-template <class X, class Sum>
-__global__ void __launch_bounds__(kBlock)
-    add_partial_kernel(const Sum* partial, const X* bias, X* result, int count, int64_t n, int64_t columns) {
-  const int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x;
-  if (!IN_BOUNDS(i < n)) return;
-  Sum sum = 0;
-  for (int part = 0; part < count; ++part) sum += partial[part * n + i];
-  if (bias != nullptr) sum += to_compute(bias[i % columns]);
-  from_compute(sum, result[i]);
 }
 
 }  // namespace metamask::cuda

@@ -27,17 +27,18 @@ struct TensorBackward {
   float dx[kColumns / 2][kBatch / 8][4] = {};
 
   template <bool kAligned>
-  DEVICE_INLINE void start(const X* x, int64_t column, int batch, int64_t in) {
+  DEVICE_INLINE void start(const Rows<X>& x, int64_t column, int batch, int64_t in) {
     const int t = int(threadIdx.x) % 4;
     for (int s = 0; s < kSamples; ++s) {
       const int b = kSamples * t + s;
-      load_raw<kAligned>(x + b * in, column, IN_BOUNDS(b < batch) ? in : 0, strip[s]);
+      const bool there = IN_BOUNDS(b < batch);
+      load_raw<kAligned>(x[there ? b : 0], column, there ? in : 0, strip[s]);
     }
   }
 
-  // G of the lane's chunk, in the step that begins at row `first`.
+  // Adds to G of the lane's chunk, in the step that begins at row `first` of theta, that of the batch whose x start() has read.
   template <bool kAligned>
-  DEVICE_INLINE void gradient(const X* dy, const X*, int64_t, int64_t first, int batch, int64_t out, int64_t,
+  DEVICE_INLINE void gradient(const Rows<X>& dy, const Rows<X>&, int64_t, int64_t first, int batch, int64_t out, int64_t,
                               float (&gradient)[kRows][kColumns]) const {
     const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -47,7 +48,7 @@ struct TensorBackward {
       for (int s = 0; s < kSamples; ++s) {
         const int b = kSamples * t + s;
         of_dy[s] = X(0.0f);
-        if IN_BOUNDS (b < batch && row < out) of_dy[s] = dy[b * out + row];
+        if IN_BOUNDS (b < batch && row < out) of_dy[s] = dy[b][row];
       }
 #pragma unroll
       for (int j = 0; j < kColumns; j += 2) {
@@ -56,14 +57,15 @@ struct TensorBackward {
           upper[s] = strip[s][j];
           lower[s] = strip[s][j + 1];
         }
-        float c[4] = {};
+        float c[4];
+        for (int i = 0; i < 4; ++i) c[i] = gradient[2 * p + i % 2][j + i / 2];
         mma_chunk(c, upper, lower, of_dy);
         for (int i = 0; i < 4; ++i) gradient[2 * p + i % 2][j + i / 2] = c[i];
       }
     }
   }
 
-  DEVICE_INLINE void add_dx(const float (&theta)[kRows][kColumns], const X* dy, int64_t first, int batch, int64_t out) {
+  DEVICE_INLINE void add_dx(const float (&theta)[kRows][kColumns], const Rows<X>& dy, int64_t first, int batch, int64_t out) {
     const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < kBatch / 8; ++n) {
@@ -73,7 +75,7 @@ struct TensorBackward {
       for (int r = 0; r < kRows; ++r) {
         const int64_t row = first + kRows * t + r;
         of_dy[r] = X(0.0f);
-        if IN_BOUNDS (b < batch && row < out) of_dy[r] = dy[b * out + row];
+        if IN_BOUNDS (b < batch && row < out) of_dy[r] = dy[b][row];
       }
 #pragma unroll
       for (int j = 0; j < kColumns; j += 2) {
@@ -112,30 +114,27 @@ struct PlainBackward {
   T dx[kBatch][kColumns] = {};
 
   template <bool kAligned>
-  DEVICE_INLINE void start(const T*, int64_t, int, int64_t) {}
+  DEVICE_INLINE void start(const Rows<T>&, int64_t, int, int64_t) {}
 
   template <bool kAligned>
-  DEVICE_INLINE void gradient(const T* dy, const T* x, int64_t column, int64_t first, int batch, int64_t out, int64_t in,
-                              T (&gradient)[kRows][kColumns]) const {
-    for (int r = 0; r < kRows; ++r) {
-      for (int j = 0; j < kColumns; ++j) gradient[r][j] = 0;
-    }
+  DEVICE_INLINE void gradient(const Rows<T>& dy, const Rows<T>& x, int64_t column, int64_t first, int batch, int64_t out,
+                              int64_t in, T (&gradient)[kRows][kColumns]) const {
     for (int b = 0; b < batch; ++b) {
       T of_x[kColumns], of_dy[kRows];
-      load_raw<kAligned>(x + b * in, column, in, of_x);
-      load_dy(dy + b * out, first, out, of_dy);
+      load_raw<kAligned>(x[b], column, in, of_x);
+      load_dy(dy[b], first, out, of_dy);
       for (int r = 0; r < kRows; ++r) {
         for (int j = 0; j < kColumns; ++j) gradient[r][j] += of_dy[r] * of_x[j];
       }
     }
   }
 
-  DEVICE_INLINE void add_dx(const T (&theta)[kRows][kColumns], const T* dy, int64_t first, int batch, int64_t out) {
+  DEVICE_INLINE void add_dx(const T (&theta)[kRows][kColumns], const Rows<T>& dy, int64_t first, int batch, int64_t out) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (b >= batch) continue;
       T of_dy[kRows];
-      load_dy(dy + b * out, first, out, of_dy);
+      load_dy(dy[b], first, out, of_dy);
       for (int r = 0; r < kRows; ++r) {
         for (int j = 0; j < kColumns; ++j) dx[b][j] += of_dy[r] * theta[r][j];
       }
@@ -203,11 +202,12 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t first_column = int64_t(blockIdx.x) * kStrip, column = first_column + kColumns * g;
   const int64_t first = blockIdx.y * rows_each, last = first + rows_each < out ? first + rows_each : out;
   const bool needs_g = dw.wanted() || dm.wanted();
+  const Rows<typename Product::X> rows_of_x{x, in}, rows_of_dy{dy, out};
   Product product;
-  product.template start<kAligned>(x, column, batch, in);
+  product.template start<kAligned>(rows_of_x, column, batch, in);
   for (int64_t step = first + warp * 4 * kRows; step < last; step += kWarps * 4 * kRows) {
     Sum gradient[kRows][kColumns] = {}, theta[kRows][kColumns];
-    if (needs_g) product.template gradient<kAligned>(dy, x, column, step, batch, out, in, gradient);
+    if (needs_g) product.template gradient<kAligned>(rows_of_dy, rows_of_x, column, step, batch, out, in, gradient);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = step + kRows * t + r, begin = row * in, columns = IN_BOUNDS(row < out) ? in : 0;
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kBlock)
       store_or_descend_chunk<kAligned, P>(dw, begin + column, begin + columns, w_, dw_);
       store_or_descend_chunk<kAligned, P>(dm, begin + column, begin + columns, m_, dm_);
     }
-    if (dx != nullptr) product.add_dx(theta, dy, step, batch, out);
+    if (dx != nullptr) product.add_dx(theta, rows_of_dy, step, batch, out);
   }
   if (dx == nullptr) return;
   product.finish();

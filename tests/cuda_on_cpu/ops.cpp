@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "../../csrc/cuda/masked_linear_torch.h"
+#include "../../csrc/cuda/task_masked_linear_torch.h"
 #include "memory.h"
 
 namespace cuda_on_cpu {
@@ -33,6 +34,7 @@ struct Entered {
     static GuardedAllocator guarded;
     metamask::MaskedWeight<metamask::cuda::Cuda>::register_in(library);
     metamask::MaskedLinear<metamask::cuda::CudaLinear>::register_in(library);
+    metamask::TaskMaskedLinear<metamask::cuda::CudaTaskLinear>::register_in(library);
     c10::SetCPUAllocator(&guarded);
   }
   // The library's end brings the CPU's own kernels back.
