@@ -188,6 +188,19 @@ DEVICE_INLINE void store_or_descend_chunk(const Sink& sink, int64_t i, int64_t e
   }
 }
 
+// Stores N neighbours of a row, from element i on; the row ends at element `end`. With `add` they are added to what is there.
+template <bool kAligned, class T, int N>
+DEVICE_INLINE void store_chunk(T* to, int64_t i, int64_t end, bool add, const Compute<T> (&from)[N]) {
+  if (to == nullptr) return;
+  constexpr int kWidest = kPackBytes / int(sizeof(T)), kPack = !kAligned ? 1 : N < kWidest ? N : kWidest;
+  for (int j = 0; j < N; j += kPack) {
+    Compute<T> some[kPack] = {};
+    if (add) load<kPack, true>(to, i + j, end, some);
+    for (int k = 0; k < kPack; ++k) some[k] += from[j + k];
+    store<kPack, true>(to, i + j, end, some);
+  }
+}
+
 // dy: [batch, out], x and dx: [batch, in], of X; w, m and what the sinks point to: [out, in] of P. dx null: it is not wanted. With
 // `partial` [gridDim.y, batch, in] the sums of dx go there instead.
 template <GateKind kind, bool kAligned, class P, class Product>

@@ -46,10 +46,6 @@ struct CudaLinear : Cuda {
     return {gate, type_of(w.scalar_type()), type_of(x.scalar_type()), tf32, x.size(0), w.size(0), w.size(1)};
   }
 
-  static at::Tensor bytes(int64_t count, const at::Tensor& like) {
-    return count > 0 ? at::empty({count}, like.options().dtype(at::kByte)) : at::Tensor();
-  }
-
   static at::Tensor with_gemm(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate,
                               bool needs_dx, const Sink& dw, const Sink& dm) {
     at::Tensor dx;

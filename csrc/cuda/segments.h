@@ -30,8 +30,8 @@ struct PointerBatch {
   void* at[kPointersAtOnce];
 };
 
-// slots: [samples], each below tasks_count, or the device asserts. used [tasks_count]: zeros, which become 1 for the tasks that have
-// rows.
+// slots: [samples], each below tasks_count, or the device asserts. used [tasks_count]: zeros, which become 1 for the tasks that
+// have rows.
 void sort_by_task(const int64_t* slots, const SortedRows& sorted, int64_t* used, cudaStream_t stream);
 
 // Copies `count` pointers from the host into the table.

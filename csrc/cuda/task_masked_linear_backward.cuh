@@ -9,19 +9,6 @@
 
 namespace metamask::cuda {
 
-// Stores N neighbours of a row, from element i on; the row ends at element `end`. kAdd: adds them to what is there.
-template <bool kAligned, class T, int N>
-DEVICE_INLINE void store_chunk(T* to, int64_t i, int64_t end, bool add, const Compute<T> (&from)[N]) {
-  if (to == nullptr) return;
-  constexpr int kWidest = kPackBytes / int(sizeof(T)), kPack = !kAligned ? 1 : N < kWidest ? N : kWidest;
-  for (int j = 0; j < N; j += kPack) {
-    Compute<T> some[kPack] = {};
-    if (add) load<kPack, true>(to, i + j, end, some);
-    for (int k = 0; k < kPack; ++k) some[k] += from[j + k];
-    store<kPack, true>(to, i + j, end, some);
-  }
-}
-
 // dw: [out, in] of the type of the arithmetic; dm: of P; dx: [rows, groups * in]. What is null is not wanted. With `partial`
 // [gridDim.y, rows, groups * in] the sums of dx go there instead.
 //

@@ -4,24 +4,10 @@
 
 #include <ATen/Context.h>
 
-#include "../task_masked_linear.h"
-#include "masked_weight_torch.h"
+#include "by_task_torch.h"
 #include "task_masked_linear.h"
 
 namespace metamask::cuda {
-
-// `arrays` as kernels take them. A list's table lies in `table`, which must live as long as it is used.
-inline ByTask by_task(const TaskArrays& arrays, const at::Tensor& on, at::Tensor& table) {
-  if (!arrays.given()) return {};
-  if (arrays.stacked) return {const_cast<void*>(data(arrays.tensors[0])), arrays.bytes, nullptr};
-  std::vector<void*> pointers;
-  pointers.reserve(arrays.tensors.size());
-  for (const at::Tensor& tensor : arrays.tensors) pointers.push_back(const_cast<void*>(data(tensor)));
-  table = at::empty({int64_t(pointers.size())}, on.options().dtype(at::kLong));
-  fill_table(pointers.data(), table.numel(), reinterpret_cast<void**>(table.mutable_data_ptr<int64_t>()),
-             c10::cuda::getCurrentCUDAStream());
-  return {nullptr, 0, reinterpret_cast<void* const*>(table.const_data_ptr<int64_t>())};
-}
 
 // The arguments of one op as the launchers take them, for products of type `product`.
 struct TaskCall {
@@ -181,10 +167,6 @@ struct CudaTaskLinear : Cuda {
  private:
   static at::ScalarType compute_type(const at::Tensor& tensor) {
     return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  }
-
-  static at::Tensor bytes(int64_t count, const at::Tensor& like) {
-    return count > 0 ? at::empty({count}, like.options().dtype(at::kByte)) : at::Tensor();
   }
 
   // Of a parameter that all tasks share, from the rows of `x`, in the type of the arithmetic.

@@ -33,8 +33,7 @@
   name##_type& name = *static_cast<name##_type*>(cuda_on_cpu::shared_array(&name##_key, sizeof(name##_type), #name))
 #define DYN_SHARED(T, name) T* name = static_cast<T*>(cuda_on_cpu::dynamic_shared_memory())
 
-#define DEVICE_ASSERT(...) \
-  ((__VA_ARGS__) ? static_cast<void>(0) : cuda_on_cpu::fail("assertion failed: " #__VA_ARGS__))
+#define DEVICE_ASSERT(...) ((__VA_ARGS__) ? static_cast<void>(0) : cuda_on_cpu::fail_assertion(#__VA_ARGS__))
 
 inline void __syncthreads(cuda_on_cpu::Location where = cuda_on_cpu::Location::current()) { cuda_on_cpu::wait_at_barrier(where); }
 

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "../../csrc/cuda/masked_linear_torch.h"
+#include "../../csrc/cuda/packed_torch.h"
 #include "../../csrc/cuda/task_masked_linear_torch.h"
 #include "memory.h"
 
@@ -35,6 +36,7 @@ struct Entered {
     metamask::MaskedWeight<metamask::cuda::Cuda>::register_in(library);
     metamask::MaskedLinear<metamask::cuda::CudaLinear>::register_in(library);
     metamask::TaskMaskedLinear<metamask::cuda::CudaTaskLinear>::register_in(library);
+    metamask::cuda::CudaPacked::register_in(library);
     c10::SetCPUAllocator(&guarded);
   }
   // The library's end brings the CPU's own kernels back.

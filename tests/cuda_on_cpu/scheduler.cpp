@@ -288,4 +288,6 @@ void fail(const std::string& message) {
   std::abort();
 }
 
+void fail_assertion(const char* condition) { fail(std::string("assertion failed: ") + condition); }
+
 }  // namespace cuda_on_cpu

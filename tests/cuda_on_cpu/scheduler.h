@@ -81,5 +81,7 @@ void wake(Thread& thread);
 
 // Ends the launch: a running thread is left where it stands.
 [[noreturn]] void fail(const std::string& message);
+// The same for kernels: what they call is compiled with them, and a string's own memory is not theirs.
+[[noreturn]] void fail_assertion(const char* condition);
 
 }  // namespace cuda_on_cpu
