@@ -237,17 +237,21 @@ def update(path: Path, results: dict[str, Any]) -> None:
     text = path.read_text()
     found = False
     for name, table in ((f"bench:{results['suite']}", markdown), (f"bench:{results['suite']}:details", details)):
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if begin not in text and end not in text:
-            continue
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ValueError(f"{path.name} must have one line {begin} and, after it, one line {end}")
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table(results)}{end}{rest.split(end)[1]}"
-        found = True
+        if f"<!-- {name} -->" in text or f"<!-- /{name} -->" in text:
+            text = between_marks(text, name, table(results), path.name)
+            found = True
     if not found:
         raise ValueError(f"{path.name} must have a line <!-- bench:{results['suite']} --> and, after it, its end")
     path.write_text(text)
+
+
+def between_marks(text: str, name: str, new: str, file: str) -> str:
+    """``text`` with ``new`` between its lines ``<!-- name -->`` and ``<!-- /name -->``. ValueError if it has not each once."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{file} must have one line {begin} and, after it, one line {end}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{new}{end}{rest.split(end)[1]}"
 
 
 def main() -> None:

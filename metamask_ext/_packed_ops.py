@@ -9,7 +9,15 @@ from torch import Tensor
 
 from . import _ops  # noqa: F401  importing it registers torch.ops.metamask
 from ._build import BACKEND
-from .reference_packed import check_packed_input, check_packed_weight, packed_shape
+from .reference_packed import (
+    check_mask_logits,
+    check_packed_grad,
+    check_packed_input,
+    check_packed_linear,
+    check_packed_weight,
+    check_shape,
+    packed_shape,
+)
 
 if BACKEND != "reference":
     _metamask = torch.ops.metamask
@@ -69,22 +77,23 @@ if BACKEND != "reference":
 
     @torch.library.register_fake("metamask::pack_mask")
     def _(mask_logits, threshold):
+        check_mask_logits(mask_logits, threshold)
         return mask_logits.new_empty(packed_shape(mask_logits.shape), dtype=torch.uint8)
 
     @torch.library.register_fake("metamask::unpack_mask")
     def _(packed, shape):
+        check_shape(packed, shape)
         return packed.new_empty(shape, dtype=torch.bool)
 
     @torch.library.register_fake("metamask::packed_masked_linear")
     def _(input, slots, weight, packed, bias, packed_bias, groups, dtype=None):
-        check_packed_weight(weight, packed, groups)
-        check_packed_input(input, weight, groups)
+        check_packed_linear(input, slots, weight, packed, bias, packed_bias, groups)
         return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or weight.dtype)
 
     @torch.library.register_fake("metamask::packed_masked_linear_backward")
     def _(grad, input, slots, weight, packed, bias, packed_bias, groups, needs):
-        check_packed_weight(weight, packed, groups)
-        check_packed_input(input, weight, groups)
+        check_packed_linear(input, slots, weight, packed, bias, packed_bias, groups)
+        check_packed_grad(grad, input, weight)
         return (
             input.new_empty(input.shape) if needs[0] else None,
             weight.new_empty(weight.shape) if needs[1] else None,
@@ -95,4 +104,5 @@ if BACKEND != "reference":
     def _(grad, input, weight, packed, groups):
         tasks = check_packed_weight(weight, packed, groups)
         check_packed_input(input, weight, groups)
+        check_packed_grad(grad, input, weight)
         return grad.new_empty((input.shape[0], tasks))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from . import _packed_ops as _ops
+from . import reference_packed as reference
+from .reference_packed import is_batched
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -42,9 +43,7 @@ class PackedMaskedLinear(Function):
     def backward(ctx, grad):
         input, slots, weight, bias, packed, packed_bias = _saved(ctx)
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
-        grad_input, grad_weight, grad_bias = PackedMaskedLinearBackward.apply(
-            grad, input, slots, weight, bias, packed, packed_bias, ctx.groups, needs
-        )
+        grad_input, grad_weight, grad_bias = _backward(grad, input, slots, weight, packed, bias, packed_bias, ctx.groups, needs)
         return (
             grad_input,
             None,  # slots
@@ -76,22 +75,18 @@ class PackedMaskedLinearBackward(Function):
         if ctx.needs_input_grad[0]:
             parts = []
             if for_input is not None:
-                parts.append((for_input, weight, None, None))
-            if for_weight is not None or for_bias is not None:
-                # of the bias alone, the product with a zero weight: the op adds the bias by task
-                with_weight = torch.zeros_like(weight) if for_weight is None else for_weight
-                parts.append((input, with_weight, for_bias, packed_bias if for_bias is not None else None))
-            for x, w, b, masks in parts:
-                part = PackedMaskedLinear.apply(x, slots, w, b, packed, masks, ctx.groups, grad.dtype)
-                to_grad = part if to_grad is None else to_grad + part
+                parts.append(_forward(for_input, slots, weight, packed, None, None, ctx.groups, grad.dtype))
+            if for_weight is not None:
+                masks = packed_bias if for_bias is not None else None
+                parts.append(_forward(input, slots, for_weight, packed, for_bias, masks, ctx.groups, grad.dtype))
+            elif for_bias is not None:
+                parts.append(reference.bias_rows(for_bias, slots, packed_bias, grad))
+            if parts:
+                to_grad = sum(parts[1:], parts[0])
         if ctx.needs_input_grad[1] and for_weight is not None:
-            to_input = PackedMaskedLinearBackward.apply(
-                grad, input, slots, for_weight, None, packed, None, ctx.groups, (True, False, False)
-            )[0]
+            to_input = _backward(grad, input, slots, for_weight, packed, None, None, ctx.groups, (True, False, False))[0]
         if ctx.needs_input_grad[3] and for_input is not None:
-            to_weight = PackedMaskedLinearBackward.apply(
-                grad, for_input, slots, weight, None, packed, None, ctx.groups, (False, True, False)
-            )[1]
+            to_weight = _backward(grad, for_input, slots, weight, packed, None, None, ctx.groups, (False, True, False))[1]
         return (
             to_grad,
             to_input,
@@ -103,3 +98,16 @@ class PackedMaskedLinearBackward(Function):
             None,  # groups
             None,  # needs
         )
+
+
+def _forward(input, slots, weight, packed, bias, packed_bias, groups, dtype) -> Tensor:
+    if is_batched(input) or is_batched(weight) or (bias is not None and is_batched(bias)):
+        # vmap over a backward (is_grads_batched): it has no way to call a raw op that takes a list
+        return reference.packed_masked_linear(input, slots, weight, packed, bias, packed_bias, groups).to(dtype)
+    return PackedMaskedLinear.apply(input, slots, weight, bias, packed, packed_bias, groups, dtype)
+
+
+def _backward(grad, input, slots, weight, packed, bias, packed_bias, groups, needs) -> tuple[Tensor | None, ...]:
+    if is_batched(grad) or is_batched(input) or is_batched(weight):
+        return reference.packed_masked_linear_backward(grad, input, slots, weight, packed, bias, packed_bias, groups, needs)
+    return PackedMaskedLinearBackward.apply(grad, input, slots, weight, bias, packed, packed_bias, groups, needs)

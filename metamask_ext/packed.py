@@ -17,7 +17,15 @@ from . import functional, reference_packed
 from .autograd_packed import PackedMaskedLinear
 from .functional import _autocast_dtype, _check_input_dtype
 from .reference import check_input
-from .reference_packed import check_mask_logits, check_packed_input, check_packed_linear, check_packed_weight, check_shape
+from .reference_packed import (
+    check_mask_logits,
+    check_packed_grad,
+    check_packed_input,
+    check_packed_linear,
+    check_packed_weight,
+    check_shape,
+    check_slot_values,
+)
 
 __all__ = ["pack_mask", "packed_masked_conv2d", "packed_masked_linear", "superposition_gradient", "unpack_mask"]
 
@@ -84,7 +92,7 @@ def packed_masked_linear(
         TypeError: an argument is no tensor, or of the wrong dtype.
         ValueError: shapes or devices do not fit, or a slot is no task's.
     """
-    return _linear(input, slots, weight, _tensors("packed", packed), bias, _tensors("packed_bias", packed_bias), 1)
+    return _linear(input, slots, weight, packed, bias, packed_bias, 1)
 
 
 def packed_masked_conv2d(
@@ -127,7 +135,7 @@ def packed_masked_conv2d(
             f"{list(weight.shape)} with groups={groups}, got {list(input.shape)}"
         )
     images = input if input.dim() == 4 else input[None]
-    kernel, strides, dilations = tuple(weight.shape[2:]), _pair("stride", stride), _pair("dilation", dilation)
+    kernel, strides, dilations = tuple(weight.shape[2:]), _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     top, bottom, left, right = _margins(padding, kernel, strides, dilations)
     if (top, left) != (bottom, right):
         images = F.pad(images, (0, right - left, 0, bottom - top))
@@ -138,8 +146,7 @@ def packed_masked_conv2d(
     if min(size) < 1:
         raise ValueError(f"input must be at least as large as the kernel {list(kernel)} with its dilation, got {list(input.shape)}")
     columns = F.unfold(images, kernel, dilations, (top, left), strides).transpose(1, 2)
-    masks, bias_masks = _tensors("packed", packed), _tensors("packed_bias", packed_bias)
-    y = _linear(columns, slots, weight.flatten(1), masks, bias, bias_masks, groups)
+    y = _linear(columns, slots, weight.flatten(1), packed, bias, packed_bias, groups)
     y = y.transpose(1, 2).reshape(images.shape[0], weight.shape[0], *size).contiguous()
     return y if input.dim() == 4 else y[0]
 
@@ -169,17 +176,14 @@ def superposition_gradient(
     masks = _tensors("packed", packed)
     check_packed_weight(weight, masks, groups)
     check_packed_input(input, weight, groups)
-    if not isinstance(grad, Tensor):
-        raise TypeError(f"grad must be a tensor, got {type(grad).__name__}")
+    check_packed_grad(grad, input, weight)
     if functional._use_reference():
         return reference_packed.packed_superposition_gradient(grad, input, weight, masks, groups)
     return _ops.packed_superposition_gradient(grad, input, weight, masks, groups)
 
 
-def _tensors(name: str, masks: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+def _tensors(name: str, masks: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """The masks as the ops take them."""
-    if masks is None:
-        return None  # type: ignore[return-value]
     if isinstance(masks, Tensor):
         return [masks]
     if not isinstance(masks, Sequence):
@@ -191,15 +195,15 @@ def _linear(
     input: Tensor,
     slots: Tensor,
     weight: Tensor,
-    packed: list[Tensor],
+    packed: Tensor | Sequence[Tensor],
     bias: Tensor | None,
-    packed_bias: list[Tensor] | None,
+    packed_bias: Tensor | Sequence[Tensor] | None,
     groups: int,
 ) -> Tensor:
-    arguments = (input, slots, weight, packed, bias, packed_bias, groups)
+    masks, bias_masks = _tensors("packed", packed), None if packed_bias is None else _tensors("packed_bias", packed_bias)
+    arguments = (input, slots, weight, masks, bias, bias_masks, groups)
     if functional._use_reference():
-        check_packed_linear(*arguments)
-        _check_input_dtype(input, weight)
+        _check(*arguments)
         return reference_packed.packed_masked_linear(*arguments)
     try:
         if input.dtype != weight.dtype:
@@ -209,20 +213,33 @@ def _linear(
             weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
         )
         if wanted:
-            return PackedMaskedLinear.apply(input, slots, weight, bias, packed, packed_bias, groups, dtype)
+            return PackedMaskedLinear.apply(input, slots, weight, bias, masks, bias_masks, groups, dtype)
         return _ops.packed_masked_linear(*arguments, dtype)
     except Exception as error:
         failed = error
     # The op checks its arguments in the same words; only what it could not take is checked here, as masked_linear does.
-    check_packed_linear(*arguments)
-    _check_input_dtype(input, weight)
+    _check(*arguments)
     raise failed
 
 
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+def _check(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    packed: list[Tensor],
+    bias: Tensor | None,
+    packed_bias: list[Tensor] | None,
+    groups: int,
+) -> None:
+    tasks = check_packed_linear(input, slots, weight, packed, bias, packed_bias, groups)
+    _check_input_dtype(input, weight)
+    check_slot_values(slots, tasks)
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be a number or two, got {value!r}")
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{name} must be a number or two, at least {least}, got {value!r}")
     return pair
 
 
@@ -239,5 +256,5 @@ def _margins(
         return height // 2, height - height // 2, width // 2, width - width // 2
     if isinstance(padding, str):
         raise ValueError(f"padding must be 'valid', 'same', a number or two, got {padding!r}")
-    rows, columns = _pair("padding", padding)
+    rows, columns = _pair("padding", padding, 0)
     return rows, rows, columns, columns

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from .reference import DTYPES, _compute_dtype, check_input
 
-is_batched = torch._C._functorch.is_batchedtensor
+_is_batched = torch._C._functorch.is_batchedtensor
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a vmap runs over ``tensor``: torch.func's, or that of autograd's ``is_grads_batched``."""
+    return _is_batched(tensor) or _is_legacy_batched(tensor)
 
 
 def packed_bytes(bits: int) -> int:
@@ -96,6 +102,20 @@ def check_packed_input(input: Tensor, weight: Tensor, groups: int) -> None:
         )
 
 
+def check_packed_grad(grad: Tensor, input: Tensor, weight: Tensor) -> None:
+    """Refuse a gradient of the output, ``[B, ..., out]``, that does not fit."""
+    if not isinstance(grad, Tensor):
+        raise TypeError(f"grad must be a tensor, got {type(grad).__name__}")
+    if grad.dtype not in DTYPES or (grad.dtype == torch.float64) != (weight.dtype == torch.float64):
+        wanted = "float64 as weight is" if weight.dtype == torch.float64 else "float32, bfloat16 or float16"
+        raise TypeError(f"grad must be {wanted}, got {grad.dtype}")
+    wanted_shape = (*input.shape[:-1], weight.shape[0])
+    if grad.shape != wanted_shape:
+        raise ValueError(f"grad must be [B, ..., out] = {list(wanted_shape)}, got {list(grad.shape)}")
+    if grad.device != weight.device:
+        raise ValueError(f"grad must be on the device of weight, {weight.device}, got {grad.device}")
+
+
 def check_slots(slots: Tensor, batch: int, weight: Tensor, tasks: int) -> None:
     """Refuse slots that do not name a task for each sample."""
     if not isinstance(slots, Tensor):
@@ -149,13 +169,14 @@ def check_packed_linear(
     bias: Tensor | None,
     packed_bias: Sequence[Tensor] | None,
     groups: int,
-) -> None:
-    """All that :func:`packed_masked_linear` asks of its arguments (csrc/packed_checks.h words it the same way)."""
+) -> int:
+    """What :func:`packed_masked_linear` asks of its arguments, all but the values of ``slots`` (csrc/packed_checks.h words it the
+    same way); the number of tasks."""
     tasks = check_packed_weight(weight, packed, groups)
     check_packed_input(input, weight, groups)
     check_slots(slots, input.shape[0], weight, tasks)
     check_packed_bias(weight, bias, packed_bias, tasks)
-    check_slot_values(slots, tasks)
+    return tasks
 
 
 def pack_mask(mask_logits: Tensor, threshold: float) -> Tensor:
@@ -191,31 +212,84 @@ def packed_masked_linear(
     packed_bias: Sequence[Tensor] | None,
     groups: int,
 ) -> Tensor:
-    """``y_b = x_b @ theta_t.T + b_t`` with ``t = slots[b]``, each group of rows of theta over its own columns of x."""
+    """``y_b = x_b @ theta_t.T + b_t`` with ``t = slots[b]``."""
     out, columns = weight.shape
-    samples = input.shape[0]
+    samples, rows = input.shape[0], prod(input.shape[1:-1])
     if samples == 0:
         # No task is looked up, and there may be none; the empty sums keep y in the graph.
         return input.new_empty((*input.shape[:-1], out)) + 0 * (weight.sum() + (0 if bias is None else bias.sum()))
+    theta = _masked(weight, packed, slots).reshape(samples, groups, out // groups, columns)
+    x = _by_group(input, samples, rows, groups, columns)
+    y = (x @ theta.transpose(-1, -2)).transpose(1, 2).reshape(*input.shape[:-1], out)
+    return y if bias is None else y + bias_rows(bias, slots, packed_bias, y)
+
+
+def _by_group(tensor: Tensor, samples: int, rows: int, groups: int, columns: int) -> Tensor:
+    """``[B, ..., groups * columns]`` as ``[B, groups, rows, columns]``: products of these are matmul, which every vmap takes."""
+    return tensor.reshape(samples, rows, groups, columns).transpose(1, 2)
+
+
+def bias_rows(bias: Tensor, slots: Tensor, packed_bias: Sequence[Tensor] | None, like: Tensor) -> Tensor:
+    """Each sample's bias, as it is added to an output of the shape and dtype of ``like``."""
+    if packed_bias is not None and len(slots) > 0:
+        bias = _masked(bias, packed_bias, slots).reshape(len(slots), *(1 for _ in like.shape[1:-1]), len(bias))
+    return bias.to(like.dtype).expand(like.shape)
+
+
+def _masked(tensor: Tensor, packed: Sequence[Tensor], slots: Tensor) -> Tensor:
+    """A weight or bias for each sample, zero where its task's bit is off."""
     # index_select refuses an index below zero, which indexing would take from the end
-    on = _unpack(_stack(packed, 2).index_select(0, slots), columns)
-    theta = torch.where(on, weight, torch.zeros_like(weight)).reshape(samples, groups, out // groups, columns)
-    x = input.reshape(samples, prod(input.shape[1:-1]), groups, columns)
-    y = torch.einsum("brgk,bgok->brgo", x, theta).reshape(samples, x.shape[1], out)
-    if bias is not None:
-        if packed_bias is not None:
-            on = _unpack(_stack(packed_bias, 1).index_select(0, slots), out)
-            bias = torch.where(on, bias, torch.zeros_like(bias))[:, None]
-        y = y + bias.to(y.dtype)
-    return y.reshape(*input.shape[:-1], out)
+    on = _unpack(_stack(packed, tensor.dim()).index_select(0, slots), tensor.shape[-1])
+    return torch.where(on, tensor, torch.zeros_like(tensor))
+
+
+def packed_masked_linear_backward(
+    grad: Tensor,
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    packed: Sequence[Tensor],
+    bias: Tensor | None,
+    packed_bias: Sequence[Tensor] | None,
+    groups: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dx_b = dy_b @ theta_t``, ``dW = sum over b of bit_t * (dy_b.T @ x_b)``, ``db = sum over b of bit_t * dy_b``.
+
+    The products are taken in the dtype of ``grad``. None where not needed.
+    """
+    (out, columns), samples, rows = weight.shape, input.shape[0], prod(input.shape[1:-1])
+    dx = input.new_zeros(input.shape) if needs[0] else None
+    dw = weight.new_zeros(weight.shape) if needs[1] else None
+    db = bias.new_zeros(bias.shape) if bias is not None and needs[2] else None
+    if samples == 0:
+        return dx, dw, db
+    dy = _by_group(grad, samples, rows, groups, out // groups)
+    if needs[0]:
+        theta = _masked(weight, packed, slots).reshape(samples, groups, out // groups, columns).to(grad.dtype)
+        dx = (dy @ theta).transpose(1, 2).reshape(input.shape).to(input.dtype)
+    if needs[1]:
+        x = _by_group(input.to(grad.dtype), samples, rows, groups, columns)
+        each = (dy.transpose(-1, -2) @ x).reshape(samples, out, columns)
+        dw = _sum_masked(each, packed, slots).to(weight.dtype)
+    if bias is not None and needs[2]:
+        sums = grad.reshape(samples, rows, out).sum(1)
+        db = (sums.sum(0) if packed_bias is None else _sum_masked(sums, packed_bias, slots)).to(bias.dtype)
+    return dx, dw, db
+
+
+def _sum_masked(each: Tensor, packed: Sequence[Tensor], slots: Tensor) -> Tensor:
+    """The sum over the samples of what each gives, zero where its task's bit is off."""
+    on = _unpack(_stack(packed, each.dim() - 1).index_select(0, slots), each.shape[-1])
+    return torch.where(on, each, torch.zeros_like(each)).sum(0)
 
 
 def packed_superposition_gradient(grad: Tensor, input: Tensor, weight: Tensor, packed: Sequence[Tensor], groups: int) -> Tensor:
     """``out[b, t] = sum over r, o, k of grad[b, r, o] * W[o, k] * bit_t[o, k] * input[b, r, k]``, ``[B, T]``."""
     samples, (out, columns) = input.shape[0], weight.shape
-    rows = prod(input.shape[1:-1])
+    rows, compute = prod(input.shape[1:-1]), _compute_dtype(weight.dtype)
     tasks = _stack(packed, 2) if len(packed) > 0 else weight.new_empty((0, *packed_shape(weight.shape)), dtype=torch.uint8)
-    x = input.reshape(samples, rows, groups, columns)
-    dy = grad.reshape(samples, rows, groups, out // groups)
-    product = torch.einsum("brgo,brgk->bgok", dy, x).reshape(samples, out, columns) * weight
-    return torch.einsum("bok,tok->bt", product, _unpack(tasks, columns).to(product.dtype))
+    x = _by_group(input.to(compute), samples, rows, groups, columns)
+    dy = _by_group(grad.to(compute), samples, rows, groups, out // groups)
+    product = (dy.transpose(-1, -2) @ x).reshape(samples, out * columns) * weight.flatten()
+    return (product @ _unpack(tasks, columns).to(compute).flatten(1).t()).to(grad.dtype)

@@ -71,7 +71,7 @@ def expected(x, slots, w, b, grad, packed, packed_bias, groups):
 def by_hand(packed, shape):
     """The mask, bit by bit as the format says."""
     columns = shape[-1]
-    rows = packed.reshape(-1, packed.shape[-1]).tolist()
+    rows = packed.reshape(shape[0] if len(shape) == 2 else 1, packed.shape[-1]).tolist()
     bits = [[row[k // 8] >> (k % 8) & 1 for k in range(columns)] for row in rows]
     return torch.tensor(bits, dtype=torch.float64).reshape(shape)
 
@@ -119,6 +119,10 @@ def test_the_reference_equals_a_loop_over_samples(shape, stacked):
     torch.testing.assert_close(got.detach(), y, rtol=1e-12, atol=1e-12)
     for one, other in zip(torch.autograd.grad(got, leaves, grad, allow_unused=True), grads):
         torch.testing.assert_close(torch.zeros_like(other) if one is None else one, other, rtol=1e-12, atol=1e-12)
+    needs = (True, True, True)
+    got = reference.packed_masked_linear_backward(grad, x, slots, w, packed, b, packed_bias, shape[2], needs)
+    for one, other in zip(got, grads):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(1,), (17,), (3, 1), (5, 129), (4, 1134), (3, 2, 3, 3), (0, 5), (3, 0)], ids=str)
@@ -131,18 +135,13 @@ def test_pack_and_unpack(shape, dtype):
         packed = mm.pack_mask(logits, threshold=threshold)
         assert packed.dtype == torch.uint8
         assert torch.equal(packed, reference.pack_mask(logits, threshold))
-        assert torch.equal(
-            by_hand(
-                packed, (1 if len(shape) == 1 else shape[0], on[0].numel() if len(shape) > 1 else shape[0]) if on.numel() else (0,)
-            ).flatten(),
-            on.double().flatten(),
-        )
+        rows = on if on.dim() == 1 else on.flatten(1)
+        assert torch.equal(by_hand(packed, rows.shape), rows.double())
         for unpack in (mm.unpack_mask, reference.unpack_mask):
             mask = unpack(packed, shape)
             assert mask.dtype == torch.bool and torch.equal(mask, on)
         if on.numel():
-            columns = shape[0] if len(shape) == 1 else on[0].numel()
-            assert int((packed[..., -1] >> ((columns - 1) % 8 + 1)).max()) == 0  # padding
+            assert int((packed[..., -1] >> ((rows.shape[-1] - 1) % 8 + 1)).max()) == 0  # padding
 
 
 def test_pack_by_hand():
@@ -170,7 +169,7 @@ def test_any_strides(layout):
 
 def test_masks_anywhere_in_memory_are_read_to_their_end_only():
     """Rows of bits that begin at any byte, the last one at the end of its memory."""
-    x, slots, w, b, grad, packed, packed_bias = inputs(([0], (), 1, 7, 17, 1), torch.float32)
+    x, slots, w, b, _, packed, packed_bias = inputs(([0], (), 1, 7, 17, 1), torch.float32)
     want = ops.packed_masked_linear(x, slots, w, packed, b, packed_bias, 1)
     for start in range(1, 9):
         memory = torch.full((start + packed[0].numel(),), 255, dtype=torch.uint8)
@@ -343,6 +342,11 @@ REFUSED = {
         "padding must be 'valid', 'same', a number or two, got 'full'",
         lambda: mm.packed_masked_conv2d(IMAGE, SLOTS, KERNEL, KP, padding="full", groups=2),
     ),
+    "stride": (
+        ValueError,
+        "stride must be .*at least 1, got 0",
+        lambda: mm.packed_masked_conv2d(IMAGE, SLOTS, KERNEL, KP, stride=0, groups=2),
+    ),
     "same with a stride": (
         ValueError,
         "padding 'same' needs stride 1",
@@ -358,6 +362,12 @@ REFUSED = {
     "pack nan": (ValueError, "threshold must be a number, got nan", lambda: mm.pack_mask(B, threshold=float("nan"))),
     "unpack shape": (ValueError, r"packed must be \[4, 2\] for the shape \[4, 9\]", lambda: mm.unpack_mask(P[0, :3], (4, 9))),
     "unpack dtype": (TypeError, "packed must be uint8", lambda: mm.unpack_mask(W, (4, 9))),
+    "superposition grad": (
+        ValueError,
+        r"grad must be \[B, ..., out\] = \[2, 4\], got \[4\]",
+        lambda: superposition_gradient(B, X, W, P),
+    ),
+    "superposition grad dtype": (TypeError, "grad must be float32,", lambda: superposition_gradient(X[:, :4].double(), X, W, P)),
     "superposition groups": (ValueError, "groups must .*divide out = 4, got 3", lambda: superposition_gradient(B, X, W, P, 3)),
 }
 
