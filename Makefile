@@ -76,7 +76,7 @@ types: $(VENV)/.test  ## mypy on metamask_ext
 	$(BIN)/mypy
 
 emulate: $(VENV)/.test  ## the CUDA kernels on this machine's CPU, under the checker, and the emulator's own tests; needs nvcc, no GPU
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/test_emulator.py tests/test_cuda_on_cpu.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/test_emulator.py tests/test_cuda_*on_cpu.py
 
 MUTANTS ?= --all
 mutate: $(VENV)/.test  ## remove each barrier, wait and bounds check of the CUDA kernels, one at a time: a test must fail; needs nvcc

@@ -26,11 +26,20 @@ sys.path.insert(0, str(TESTS / "cuda_on_cpu"))
 
 SMALL_BATCH = "test_linear_of_a_small_batch and forward and (float32 or bfloat16) and (ragged or odd or share)"
 
-# Of each kernel file in csrc/cuda: which tests of test_cuda_on_cpu.py, as pytest's -k takes it
+TASKS = "test_output_and_gradients and forward and (float32 or bfloat16) and (several or share or depthwise)"
+
+# Of each kernel file in csrc/cuda: which tests of test_cuda_*on_cpu.py, as pytest's -k takes it
 SMALLEST_TESTS = {
     "masked_linear.cuh": SMALL_BATCH,
     "masked_linear_backward.cuh": SMALL_BATCH,
     "memory.cuh": "test_forward_and_derivatives and forward and (17x3 or 2x3) and float32",
+    "packed.cu": "test_pack_and_unpack and float32",
+    "packed_linear.cuh": f"{TASKS} and stacked and packed",
+    "packed_mask.cuh": "(test_pack_and_unpack and float32) or (test_output_and_gradients and packed and many and float32)",
+    "partial.cuh": f"{SMALL_BATCH} and share",
+    "segments.cu": f"{TASKS} and several or absent_tasks",
+    "task_masked_linear.cuh": TASKS,
+    "task_masked_linear_backward.cuh": TASKS,
 }
 
 # Where the code removed begins, as in "masked_weight.cuh: IN_BOUNDS(i < n)": why no test can miss it
@@ -106,7 +115,16 @@ def run_tests(file: str) -> str:
 
     # A mutant that does not compile proves nothing.
     build("check")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / "test_cuda_on_cpu.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *map(str, sorted(TESTS.glob("test_cuda_*on_cpu.py"))),
+    ]
     try:
         ran = subprocess.run([*command, "-k", SMALLEST_TESTS[file]], capture_output=True, text=True, timeout=SECONDS, cwd=ROOT)
     except subprocess.TimeoutExpired:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import test_packed
-import test_packed_autograd
 import torch
 from emulated import FORWARD, RANDOM_WARPS, bring, emulator  # noqa: F401  a fixture
 from samples import DTYPES
@@ -26,11 +25,8 @@ bring(
         "test_masks_anywhere_in_memory_are_read_to_their_end_only",
         "test_a_weight_that_is_off_is_zero_whatever_it_was_and_a_bad_input_shows",
         "test_each_gradient_alone_equals_all_together",
-        "test_raw_ops_refuse_what_does_not_fit",
     ),
 )
-bring(globals(), test_packed_autograd, ("test_linear_gradcheck_and_gradgradcheck",))
-
 # As in test_packed.py: rows that are whole packs and rows that are not, windows of rows, sums of one block and of several, more
 # tasks and samples than a tile of the superposition has
 SHAPES = {
