@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-instruction-sets bench lint format types emulate mutate cuda-check install-check clean
+.PHONY: help demo test test-instruction-sets bench lint format types emulate mutate cuda-check cuda-report gpu install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -84,6 +84,15 @@ mutate: $(VENV)/.test  ## remove each barrier, wait and bounds check of the CUDA
 
 cuda-check: $(VENV)/.torch  ## compile the CUDA sources for every architecture; needs nvcc, no GPU
 	$(BIN)/python tests/cuda_check.py
+
+cuda-report: $(VENV)/.torch  ## registers, shared memory and spills of every CUDA kernel; needs nvcc, no GPU
+	$(BIN)/python tests/cuda_report.py
+
+# Whether there is a GPU is asked before anything is built.
+gpu: $(VENV)/.torch  ## on a machine with a GPU: build, test on it, compute-sanitizer, benchmarks into bench/results
+	$(BIN)/python tests/gpu.py --ready
+	$(MAKE) $(VENV)/.test
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/gpu.py --out $(OUT)/gpu
 
 install-check:  ## install as a user does, in fresh environments; needs pip's registry
 	TORCH="$(TORCH)" $(PYTHON) tests/install_check.py

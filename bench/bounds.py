@@ -33,6 +33,11 @@ def _both(limit: float) -> dict[str, float]:
     return {"default": limit, "tuned": limit}
 
 
+def _default(limit: float) -> dict[str, float]:
+    """On a GPU the host's allocator has no part in it."""
+    return {"default": limit}
+
+
 def _shapes(pairs: tuple[tuple[int, int], ...]) -> tuple[str, ...]:
     return tuple(f"{batch}x{width}" for batch, width in pairs)
 
@@ -40,6 +45,7 @@ def _shapes(pairs: tuple[tuple[int, int], ...]) -> tuple[str, ...]:
 _FORWARD, _STEP = "forward, no gradient", "step: FusedMaskedSGD, against torch.optim.SGD"
 _BACKWARD, _RESNET = "forward and backward, gradients written", "ResNet-18 training step, batch 16, 64x64"
 _BFLOAT16 = "bfloat16"
+_SQUARE, _FEW, _PACKED = ("4096x4096", "8192x8192"), ("1x4096", "8x4096", "16x4096"), ("64x64x4096",)
 
 BOUNDS: dict[str, list[Bound]] = {
     "cpu": [
@@ -57,7 +63,19 @@ BOUNDS: dict[str, list[Bound]] = {
         Bound(f"{_RESNET}: FusedMaskedSGD", "resnet18-fused-step", ("16x64x64",), "ours/dense", _both(1.2)),
         Bound(f"{_BFLOAT16}, forward", "bfloat16-forward", _shapes(FORWARD), "ours/dense", _both(1.3)),
         Bound(f"{_BFLOAT16}, forward and backward", "bfloat16-backward", _shapes(FORWARD), "ours/dense", _both(1.3)),
-    ]
+    ],
+    "cuda": [
+        Bound("theta, share of copy bandwidth", "masked_weight-forward", _SQUARE, "copy/ours", _default(0.85), each=True),
+        Bound("theta and its gradients, the same", "masked_weight-backward", _SQUARE, "copy/ours", _default(0.85), each=True),
+        Bound("forward, share of copy bandwidth", "masked_linear-forward", _FEW, "copy/ours", _default(0.8), each=True),
+        Bound(_FORWARD, "masked_linear-forward", _FEW, "compiled/ours", _default(1.6), each=True),
+        Bound(_STEP, "masked_linear-fused-step", ("8x4096", "32x4096"), "compiled/ours", _default(2.2), each=True),
+        Bound(f"{_STEP}, bfloat16", "bfloat16-fused-step", ("4096x4096",), "ours/dense", _default(1.15)),
+        Bound("packed, every sample its own task", "packed-forward", _PACKED, "ours/dense", _default(2.0)),
+        Bound("the same", "packed-forward", _PACKED, "loop/ours", _default(50.0)),
+        Bound("the same", "packed-forward", _PACKED, "gather/ours", _default(50.0)),
+        Bound("32 tasks x 16 rows, forward", "tasks-forward", ("32x16x1024",), "compiled/ours", _default(3.0)),
+    ],
 }
 
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from .cuda import float_tasks, linear_against_copy, packed_tasks, weight_against_copy
 from .problems import Problem, cnn, masked_linear, masked_weight
 from .training import fused_step, resnet18_step
 
@@ -76,4 +77,22 @@ def _cpu() -> list[Case]:
     return [Case("cpu", measure, shape, build, f"{measure}-{shape}" in quick) for measure, shape, build in cases]
 
 
-SUITES: dict[str, list[Case]] = {"core": _core(), "cpu": _cpu()}
+def _cuda() -> list[Case]:
+    on = "cuda"
+    cases = [
+        *(
+            (f"masked_weight-{mode}", f"{width}x{width}", partial(weight_against_copy, width, mode, on))
+            for mode in ("forward", "backward")
+            for width in (4096, 8192)
+        ),
+        *(("masked_linear-forward", f"{b}x4096", partial(linear_against_copy, b, 4096, on)) for b in (1, 8, 16)),
+        *(("masked_linear-fused-step", f"{b}x4096", partial(fused_step, b, 4096, device=on)) for b in (8, 32)),
+        ("bfloat16-fused-step", "4096x4096", partial(fused_step, 4096, 4096, torch.bfloat16, on)),
+        ("packed-forward", "64x64x4096", partial(packed_tasks, 64, 64, 4096, on)),
+        ("tasks-forward", "32x16x1024", partial(float_tasks, 32, 16, 1024, on)),
+    ]
+    quick = ("masked_weight-forward-4096x4096", "masked_linear-forward-8x4096")
+    return [Case("cuda", measure, shape, build, f"{measure}-{shape}" in quick, on) for measure, shape, build in cases]
+
+
+SUITES: dict[str, list[Case]] = {"core": _core(), "cpu": _cpu(), "cuda": _cuda()}

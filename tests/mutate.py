@@ -37,9 +37,9 @@ SMALLEST_TESTS = {
     "packed_linear.cuh": f"{TASKS} and stacked and packed",
     "packed_mask.cuh": "(test_pack_and_unpack and float32) or (test_output_and_gradients and packed and many and float32)",
     "partial.cuh": f"{SMALL_BATCH} and share",
-    "segments.cu": f"{TASKS} and several or absent_tasks",
-    "task_masked_linear.cuh": TASKS,
-    "task_masked_linear_backward.cuh": TASKS,
+    "segments.cu": f"({TASKS} and several and not packed) or absent_tasks",
+    "task_masked_linear.cuh": f"{TASKS} and not packed",
+    "task_masked_linear_backward.cuh": f"{TASKS} and not packed",
 }
 
 # Where the code removed begins, as in "masked_weight.cuh: IN_BOUNDS(i < n)": why no test can miss it

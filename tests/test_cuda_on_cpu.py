@@ -63,7 +63,7 @@ SMALLEST = Sample("2x9", (2, 9))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_the_ops_run_in_the_emulator(emulator, dtype):
+def test_the_ops_run_in_the_emulator(emulator, dtype):  # noqa: F811
     """Without this, tests that never reached it would pass too."""
     weight, mask = SMALLEST.tensors(2, dtype)
     before = emulator.launches()
