@@ -17,7 +17,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # The smallest samples, of each kind of kernel
-SANITIZED = "cuda and ((test_forward_and_derivatives and 17x3) or (test_output_and_gradients and 3-d) or test_pack_by_hand)"
+SANITIZED_FILES = ("ops", "linear_ops", "task_linear", "packed")
+SANITIZED = "cuda and ((test_forward_and_derivatives and 17x3) or (test_output_and_gradients and (3-d or groups or rows)))"
 
 
 def require_gpu() -> None:
@@ -53,7 +54,8 @@ def main() -> None:
         print("gpu: compute-sanitizer is not on PATH: not run")
     else:
         for tool in ("memcheck", "racecheck"):
-            tests = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_ops.py", "tests/test_linear_ops.py", "-k", SANITIZED]
+            files = [f"tests/test_{name}.py" for name in SANITIZED_FILES]
+            tests = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", SANITIZED]
             run(sanitizer, "--tool", tool, "--error-exitcode", "1", *tests)
     run(sys.executable, "-m", "metamask_ext", "bench", "--suite", "cuda", "--out", str(options.out))
 
