@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import test_task_autograd
 import test_task_linear
 import torch
 from emulated import FORWARD, RANDOM_WARPS, bring, emulator  # noqa: F401  a fixture
@@ -30,8 +29,6 @@ bring(
         "test_inputs_are_not_written",
     ),
 )
-bring(globals(), test_task_autograd, ("test_gradcheck_and_gradgradcheck",))
-
 # As in tasks.py: full and ragged windows of rows, tasks across windows and several in one, sums of one block and of several
 CASES = {
     "several windows": ((45,), 1, 40, 24, [i * i % 5 for i in range(45)]),
