@@ -46,6 +46,11 @@ def _both(limit: float) -> dict[str, float]:
     return {"default": limit, "tuned": limit}
 
 
+def _default(limit: float) -> dict[str, float]:
+    """On a GPU the host's allocator has no part in it."""
+    return {"default": limit}
+
+
 def _shapes(sizes: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:
     return tuple("x".join(map(str, shape)) for shape in sizes)
 
@@ -53,6 +58,7 @@ def _shapes(sizes: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:
 _FORWARD, _STEP = "forward, no gradient", "step: FusedMaskedSGD, against torch.optim.SGD"
 _BACKWARD, _RESNET = "forward and backward, gradients written", "ResNet-18 training step, batch 16, 64x64"
 _BFLOAT16 = "bfloat16"
+_SQUARE, _SMALL, _MIXED = ("4096x4096", "8192x8192"), ("1x4096", "8x4096", "16x4096"), ("64x4096x64",)
 
 _PACKED, _BY_TASK = "packed masks, every sample its own task", "float masks by task"
 _FEW, _FIRST = _shapes(PACKED[:3]), _shapes(BY_TASK[:2])
@@ -96,6 +102,17 @@ BOUNDS: dict[str, list[Bound]] = {
         Bound("a bank of 2,500 such tasks", *_BANK, "first batch, s", {"default": 0.2}),
         Bound("a bank of 2,500 such tasks", *_BANK, "resident after a batch of every task, MB", {"default": 400}),
         Bound("one-shot inference, LeNet-300-100", "one-shot-inference", _shapes((INFERENCE,)), "loop/ours", _both(5)),
+    ],
+    "cuda": [
+        Bound("theta, share of copy bandwidth", "masked_weight-forward", _SQUARE, "copy/ours", _default(0.85), each=True),
+        Bound("theta and its gradients, the same", "masked_weight-backward", _SQUARE, "copy/ours", _default(0.85), each=True),
+        Bound("forward, share of copy bandwidth", "masked_linear-forward", _SMALL, "copy/ours", _default(0.8), each=True),
+        Bound(_FORWARD, "masked_linear-forward", _SMALL, "compiled/ours", _default(1.6), each=True),
+        Bound(_STEP, "masked_linear-fused-step", ("8x4096", "32x4096"), "compiled/ours", _default(2.2), each=True),
+        Bound(f"{_STEP}, bfloat16", "bfloat16-fused-step", ("4096x4096",), "ours/dense", _default(1.15)),
+        Bound("packed, every sample its own task", "packed-forward", _MIXED, "ours/dense", _default(2.0)),
+        Bound("the same", "packed-forward", _MIXED, "loop or gather/ours", _default(50.0)),
+        Bound("32 tasks x 16 rows, forward", "by-task-forward", ("32x16x1024",), "compiled/ours", _default(3.0)),
     ],
 }
 

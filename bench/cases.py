@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .bank import OUTPUTS, opened_bank, task_bytes
+from .cuda import linear_against_copy, weight_against_copy
 from .problems import cnn, masked_linear, masked_weight
 from .tasks import inference, packed_forward, task_linear
 from .training import fused_step, resnet18_step
@@ -109,4 +110,22 @@ def _tasks() -> list[Case]:
     ]
 
 
-SUITES: dict[str, list[Case]] = {"core": _core(), "cpu": _cpu(), "tasks": _tasks()}
+def _cuda() -> list[Case]:
+    on = "cuda"
+    cases = [
+        *(
+            (f"masked_weight-{mode}", f"{width}x{width}", partial(weight_against_copy, width, mode, on))
+            for mode in ("forward", "backward")
+            for width in (4096, 8192)
+        ),
+        *(("masked_linear-forward", f"{b}x4096", partial(linear_against_copy, b, 4096, on)) for b in (1, 8, 16)),
+        *(("masked_linear-fused-step", f"{b}x4096", partial(fused_step, b, 4096, device=on)) for b in (8, 32)),
+        ("bfloat16-fused-step", "4096x4096", partial(fused_step, 4096, 4096, torch.bfloat16, on)),
+        ("packed-forward", "64x4096x64", partial(packed_forward, 64, 4096, 64, on)),
+        ("by-task-forward", "32x16x1024", partial(task_linear, 32, 16, 1024, "forward", on)),
+    ]
+    quick = ("masked_weight-forward-4096x4096", "masked_linear-forward-8x4096")
+    return [Case("cuda", measure, shape, build, f"{measure}-{shape}" in quick, on) for measure, shape, build in cases]
+
+
+SUITES: dict[str, list[Case]] = {"core": _core(), "cpu": _cpu(), "tasks": _tasks(), "cuda": _cuda()}

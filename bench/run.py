@@ -118,12 +118,24 @@ def describe_machine() -> dict[str, Any]:
         "instruction_set": info["cpu_capability"],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_state": _gpu_state(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "metamask_ext": info["version"],
         "backend": info["backend"],
         "commit": _commit(),
     }
+
+
+def _gpu_state() -> dict[str, str] | None:
+    """Driver and clocks (MHz; ``max`` what the card may reach) of the GPU in use, as nvidia-smi says; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
+    index = str(torch.cuda.current_device())
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", index]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return dict(zip(fields, (value.strip() for value in said.split(","))))
 
 
 def _commit() -> str | None:

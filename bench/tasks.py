@@ -25,13 +25,14 @@ from .problems import SEED, Contender, Problem, Work
 SLOW = "with 1,000 tasks only the floor is compared: masks of bool would take 1 GiB, of float32 4 GiB"
 
 
-def packed_forward(batch: int, width: int, tasks: int) -> Problem:
+def packed_forward(batch: int, width: int, tasks: int, device: str = "cpu") -> Problem:
     """One square linear layer, packed masks, every sample its own task, in no order."""
     generator = torch.Generator().manual_seed(SEED)
     x = torch.randn(batch, width, generator=generator)
     weight = torch.randn(width, width, generator=generator) / math.sqrt(width)
     bits = torch.randint(0, 256, (tasks, width, width // 8), dtype=torch.uint8, generator=generator)
     slots = torch.randperm(tasks, generator=generator)[:batch]
+    x, weight, bits, slots = (tensor.to(device) for tensor in (x, weight, bits, slots))
 
     def exact() -> tuple[Tensor, ...]:
         inputs = x.double(), slots, weight.double(), [bits]
@@ -43,7 +44,7 @@ def packed_forward(batch: int, width: int, tasks: int) -> Problem:
     }
     plain = ("loop", "loop-float", "gather", "compiled")
     if few := tasks <= 64:
-        masks = (bits[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).view(tasks, width, width).bool()
+        masks = (bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=device) & 1).view(tasks, width, width).bool()
         floats = masks.float()
 
         def fused(x: Tensor, slots: Tensor, weight: Tensor, masks: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def packed_forward(batch: int, width: int, tasks: int) -> Problem:
 
 
 def _loop(x: Tensor, slots: Tensor, weight: Tensor, masks: Tensor) -> Tensor:
-    y = torch.empty(len(x), len(weight))
+    y = x.new_empty(len(x), len(weight))
     for task in slots.unique().tolist():
         rows = (slots == task).nonzero()[:, 0]
         y[rows] = F.linear(x[rows], weight * masks[task])
@@ -75,7 +76,7 @@ def _alone(work: Callable[[], Tensor]) -> Work:
     return lambda: (work(),)
 
 
-def task_linear(tasks: int, rows: int, width: int, mode: str) -> Problem:
+def task_linear(tasks: int, rows: int, width: int, mode: str, device: str = "cpu") -> Problem:
     """One square linear layer, float masks, ``rows`` samples of each task, those of a task together.
 
     Args:
@@ -87,6 +88,7 @@ def task_linear(tasks: int, rows: int, width: int, mode: str) -> Problem:
     masks = torch.randn(tasks, width, width, generator=generator)
     slots = torch.arange(tasks).repeat_interleave(rows)
     gradient = torch.randn(tasks, rows, width, generator=generator) / rows
+    x, weight, masks, slots, gradient = (tensor.to(device) for tensor in (x, weight, masks, slots, gradient))
 
     def ours(x: Tensor, weight: Tensor, masks: Tensor) -> Tensor:
         return task_masked_linear(x.flatten(0, 1), slots, weight, masks).view(x.shape)

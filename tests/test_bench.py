@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from metamask_ext.bench import bank, bounds, measure, problems, report, run
+from metamask_ext.bench import bank, bounds, cuda, measure, problems, report, run
 from metamask_ext.bench.cases import SUITES, Case
 
 SMALLEST = {}
@@ -22,6 +22,9 @@ for _cases in SUITES.values():
             continue
         SMALLEST.setdefault((_case.suite, _case.measure), _case)
 SMALLEST = {case.id: case for case in SMALLEST.values()}
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="its work runs on a GPU")
 
 
 def eager_problem(case):
@@ -38,7 +41,9 @@ def test_cases_have_unique_ids_and_a_quick_form():
     assert "core/masked_linear-forward-32x1024" in ids and "cpu/masked_linear-fused-step-8x1024" in ids
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=id) for id, case in SMALLEST.items()])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=id, marks=[needs_gpu] if case.device == "cuda" else []) for id, case in SMALLEST.items()]
+)
 def test_check_passes_and_refuses_any_wrong_result(case):
     problem = eager_problem(case)
     checked = measure.check(problem)
@@ -57,6 +62,16 @@ def test_check_passes_and_refuses_any_wrong_result(case):
             damaged = replace(ours, work=lambda results=results: tuple(results), exact=lambda: exact)
             with pytest.raises(AssertionError, match=f"{what} of ours is wrong"):
                 measure.check(replace(problem, contenders={"ours": damaged}))
+
+
+def test_a_copy_moves_the_bytes_that_the_case_must():
+    for problem, arrays in (
+        (cuda.weight_against_copy(8, "forward", "cpu"), 3),
+        (cuda.weight_against_copy(8, "backward", "cpu"), 8),
+        (cuda.linear_against_copy(2, 8, "cpu"), 2),
+    ):
+        (copied,) = problem.contenders["copy"].work()
+        assert 2 * copied.numel() == arrays * 8 * 8
 
 
 def test_check_refuses_a_wrong_shape_and_dtype():
