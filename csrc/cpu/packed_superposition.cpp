@@ -1,6 +1,8 @@
 // packed_superposition_gradient on the CPU: for each sample and task, the sum of dy x W over the weights whose bit is set.
 #include <torch/library.h>
 
+#include <cstring>
+
 #include "../packed_checks.h"
 #include "packed_panels.h"
 #include "superposition_kernel.h"
@@ -25,7 +27,7 @@ const SuperpositionKernel<T>& superposition_kernel() {
   return of(kSuperposition_default);
 }
 
-// A tile of W: its bits of a few hundred tasks, each read for every block of samples, stay in the second-level cache.
+// A tile of W: its words of a few hundred tasks, each read for every block of samples, stay in the second-level cache.
 constexpr int64_t kTileWeights = 4096, kTileColumns = 1024;
 
 // [samples, rows, columns] as [blocks, rows, columns, lanes]: a block's samples side by side, the last block padded with zeros.
@@ -34,6 +36,28 @@ at::Tensor side_by_side(const at::Tensor& from, int64_t samples, int64_t blocks,
   const int64_t columns = from.size(-1), padding = blocks * kLanes<T> - samples;
   const at::Tensor padded = at::constant_pad_nd(from.to(kScalar<T>).reshape({samples, rows * columns}), {0, 0, 0, padding});
   return padded.view({blocks, kLanes<T>, rows * columns}).transpose(1, 2).contiguous();
+}
+
+// A tile's bits as words, the tasks of a word side by side: each block of samples reads them in order. Row j of a task's bits
+// begins at bits[t] + offset + j * bits_row.
+void gather(const std::vector<const uint8_t*>& bits, int64_t offset, int64_t bits_row, int64_t outputs, int64_t columns,
+            uint64_t* words) {
+  const int64_t tasks = int64_t(bits.size());
+  for (int64_t j = 0; j < outputs; ++j) {
+    for (int64_t k = 0; k < columns; k += kWord) {
+      const int64_t at = offset + j * bits_row + k / 8, bytes = packed_bytes(std::min(columns - k, kWord));
+      uint64_t* const to = words + (k / kWord * outputs + j) * tasks;
+      for (int64_t t = 0; t < tasks; ++t) {
+        uint64_t word = 0;
+        if (bytes == 8) {
+          std::memcpy(&word, bits[t] + at, 8);
+        } else {
+          for (int64_t i = 0; i < bytes; ++i) word |= uint64_t(bits[t][at + i]) << (8 * i);
+        }
+        to[t] = word;
+      }
+    }
+  }
 }
 
 template <class T>
@@ -54,17 +78,20 @@ at::Tensor gradient(const at::Tensor& grad, const at::Tensor& input, const at::T
   const Panels panels(w.out, w.in, samples * tasks, sizeof(T), kTileWeights * sizeof(T), kTileColumns * sizeof(T));
   const int64_t tile = panels.rows * round_up(panels.columns, kLanes<T>);
   const Scratch<T> scratch(panels.threads * tile);
+  const int64_t tile_words = panels.rows * ((panels.columns + kWord - 1) / kWord) * tasks;
+  const Scratch<uint64_t> words(panels.threads * tile_words);
   // Each thread has sums of its own; they are added up in the order of the threads.
   const at::Tensor sums = at::zeros({panels.threads, blocks, tasks, kLanes<T>}, dy.options());
   const T *dy_data = dy.const_data_ptr<T>(), *x_data = x.const_data_ptr<T>();
   T* const sums_data = sums.mutable_data_ptr<T>();
   w.each_tile(panels, scratch.data, tile, [&](const GroupTile<T>& part, T*) {
-    const int64_t offset = part.first * bits_row + part.column / 8;
+    uint64_t* const its = words.data + part.thread * tile_words;
+    gather(bits, part.first * bits_row + part.column / 8, bits_row, part.rows, part.columns, its);
     for (int64_t block = 0; block < blocks; ++block) {
-      superposition_kernel<T>().add(
-          dy_data + block * rows * dy_row + part.first * kLanes<T>, dy_row,
-          x_data + block * rows * x_row + (part.group * w.in + part.column) * kLanes<T>, x_row, part.w, part.w_row, bits.data(),
-          offset, bits_row, sums_data + (part.thread * blocks + block) * tasks * kLanes<T>, rows, tasks, part.rows, part.columns);
+      superposition_kernel<T>().add(dy_data + block * rows * dy_row + part.first * kLanes<T>, dy_row,
+                                    x_data + block * rows * x_row + (part.group * w.in + part.column) * kLanes<T>, x_row, part.w,
+                                    part.w_row, its, sums_data + (part.thread * blocks + block) * tasks * kLanes<T>, rows, tasks,
+                                    part.rows, part.columns);
     }
   });
   const at::Tensor total = sums.sum(0).transpose(1, 2).reshape({blocks * kLanes<T>, tasks});

@@ -10,7 +10,7 @@ namespace metamask::cpu {
 namespace {
 
 constexpr int kFour = 4, kSubsets = 16;
-constexpr int kFours = 16, kBlock = kFour * kFours;  // columns whose bits are one word; their tables fill a third of 48 KiB
+constexpr int kFours = kWord / kFour;  // their tables fill a third of 48 KiB
 
 template <class T>
 struct Tables {
@@ -51,23 +51,6 @@ METAMASK_INLINE void build(const T* products, Tables<T>& tables, int64_t fours) 
   }
 }
 
-// The bits of columns k to k + n of a row, n at most kBlock: not a byte behind them is read.
-METAMASK_INLINE uint64_t bits_of(const uint8_t* row, int64_t k, int64_t n) {
-  const int64_t bytes = (n + 7) / 8;
-  const uint8_t* from = row + k / 8;
-  uint64_t word = 0;
-  if (bytes == 8) {
-    __builtin_memcpy(&word, from, 8);
-  } else if (k > 0) {
-    // Together with those before: a block has eight bytes.
-    __builtin_memcpy(&word, from + bytes - 8, 8);
-    word >>= 8 * (8 - bytes);
-  } else {
-    for (int64_t i = 0; i < bytes; ++i) word |= uint64_t(from[i]) << (8 * i);
-  }
-  return word;
-}
-
 template <class T>
 METAMASK_INLINE void look_up(const Tables<T>& tables, uint64_t word, T* sums, int64_t fours) {
   using V = typename Vector<T>::type;
@@ -87,21 +70,20 @@ METAMASK_INLINE void look_up(const Tables<T>& tables, uint64_t word, T* sums, in
 }
 
 template <class T>
-void add(const T* dy, int64_t dy_row, const T* x, int64_t x_row, const T* w, int64_t w_row, const uint8_t* const* bits,
-         int64_t offset, int64_t bits_row, T* sums, int64_t rows, int64_t tasks, int64_t outputs, int64_t columns) {
-  alignas(64) T products[kBlock * kLanes<T>];
+void add(const T* dy, int64_t dy_row, const T* x, int64_t x_row, const T* w, int64_t w_row, const uint64_t* words, T* sums,
+         int64_t rows, int64_t tasks, int64_t outputs, int64_t columns) {
+  alignas(64) T products[kWord * kLanes<T>];
   Tables<T> tables;
   if (rows == 0) return;
-  for (int64_t k = 0; k < columns; k += kBlock) {
-    const int64_t n = columns - k < kBlock ? columns - k : kBlock, fours = (n + kFour - 1) / kFour;
-    for (int64_t j = 0; j < outputs; ++j) {
-      const int64_t row = offset + j * bits_row;
+  for (int64_t k = 0; k < columns; k += kWord) {
+    const int64_t n = columns - k < kWord ? columns - k : kWord, fours = (n + kFour - 1) / kFour;
+    for (int64_t j = 0; j < outputs; ++j, words += tasks) {
       multiply(dy + j * kLanes<T>, dy_row, x + k * kLanes<T>, x_row, w + j * w_row + k, products, rows, n);
       build(products, tables, fours);
-      if (n == kBlock) {
-        for (int64_t t = 0; t < tasks; ++t) look_up(tables, bits_of(bits[t] + row, k, kBlock), sums + t * kLanes<T>, kFours);
+      if (n == kWord) {
+        for (int64_t t = 0; t < tasks; ++t) look_up(tables, words[t], sums + t * kLanes<T>, kFours);
       } else {
-        for (int64_t t = 0; t < tasks; ++t) look_up(tables, bits_of(bits[t] + row, k, n), sums + t * kLanes<T>, fours);
+        for (int64_t t = 0; t < tasks; ++t) look_up(tables, words[t], sums + t * kLanes<T>, fours);
       }
     }
   }

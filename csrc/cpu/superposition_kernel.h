@@ -11,13 +11,15 @@ namespace metamask::cpu {
 template <class T>
 constexpr int64_t kLanes = kRowBytes / int64_t(sizeof(T));
 
+constexpr int64_t kWord = 64;  // columns whose bits are one word
+
 template <class T>
 struct SuperpositionKernel {
   // sums[t, l] += sum over j, k and r of w[j, k] dy_r[j, l] x_r[k, l] where bit (j, k) of task t is set, for t < tasks, j <
-  // outputs, k < columns, r < rows; dy_r begins r * dy_row after dy, x_r likewise. Row j of a task's bits begins at bits[t] +
-  // offset + j * bits_row, column 0 being bit 0 of that byte; w and the bits are read to their last element and no further.
-  void (*add)(const T* dy, int64_t dy_row, const T* x, int64_t x_row, const T* w, int64_t w_row, const uint8_t* const* bits,
-              int64_t offset, int64_t bits_row, T* sums, int64_t rows, int64_t tasks, int64_t outputs, int64_t columns);
+  // outputs, k < columns, r < rows; dy_r begins r * dy_row after dy, x_r likewise. Bit (j, k) of task t is bit k % kWord of the
+  // word (k / kWord * outputs + j) * tasks + t. w is read to its last element and no further.
+  void (*add)(const T* dy, int64_t dy_row, const T* x, int64_t x_row, const T* w, int64_t w_row, const uint64_t* words, T* sums,
+              int64_t rows, int64_t tasks, int64_t outputs, int64_t columns);
 };
 
 struct Superposition {
