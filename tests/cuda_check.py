@@ -40,7 +40,20 @@ def main() -> None:
         # The emulator's own kernels too: they use all of the device API.
         for source in [*sorted(SOURCES.glob("*.cu")), PLANTED]:
             # Not optimised by ptxas: that is half of the time, and finds no errors.
-            run(nvcc, "-std=c++20", "-O3", "-Xptxas", "-O1", "-c", str(source), "-o", f"{folder}/{source.stem}.o", "--threads", "2", *codes)
+            run(
+                nvcc,
+                "-std=c++20",
+                "-O3",
+                "-Xptxas",
+                "-O1",
+                "-c",
+                str(source),
+                "-o",
+                f"{folder}/{source.stem}.o",
+                "--threads",
+                "2",
+                *codes,
+            )
             print(f"{source.name}: compiles for {', '.join(ARCHITECTURES)}")
         for source in sorted(SOURCES.glob("*_torch.cpp")):
             compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-Wall", "-Wextra", "-Werror", "-c"]

@@ -206,7 +206,7 @@ def test_conv2d(geometry, batch, dtype):
     groups = geometry[3]
     generator = torch.Generator().manual_seed(4)
     sizes = ((3 if batch is None else batch, 4, 7, 8), (8, 4 // groups, 3, 2), (8,))
-    x, w, b = (torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype) for size in sizes)
+    x, w, b = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
     masks = [torch.randn(w.shape, generator=generator) for _ in range(3)]
     bias_masks = [torch.randn(b.shape, generator=generator) for _ in range(3)]
     x = x[0] if batch is None else x
