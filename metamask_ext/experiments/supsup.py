@@ -83,8 +83,9 @@ def _kaiming_uniform(logits: Tensor) -> None:
 @one_thread()
 def run(out: Path, seed: int, quick: bool, *, tasks: int | None = None, rotated: bool = False) -> dict[str, Any]:
     """Learn the tasks one after another, a mask each, and pack each when it is learned. Measured on held-out digits, at ten numbers
-    of tasks: the accuracy with the tasks named, served as mixed batches; with each image's task inferred from it alone; and with a
-    task inferred from 128 of its images. Beside it: one net without masks that learns the tasks in sequence, with the same steps.
+    of tasks: the accuracy with the tasks named, served as mixed batches; with each image's task inferred from it alone (one shot);
+    and with a task inferred from 128 of its images: in one shot for permutations; for rotations, of which neighbours are alike, by
+    halving, as the paper does. Beside it: one net without masks that learns the tasks in sequence, with the same steps.
 
     One seed, unlike the other experiments. The bank grows in ``out/bank``; ``progress.json`` and ``sequence.pt`` hold the rest of
     what a killed run needs. See :func:`metamask_ext.experiments.run`.
@@ -147,7 +148,8 @@ def run(out: Path, seed: int, quick: bool, *, tasks: int | None = None, rotated:
         }
     budget = (
         f"{len(data.digits.train[0])} training digits (the paper: 60,000); {options['steps']} steps of {options['batch_size']} a "
-        f"task, for its mask and for the net in sequence; {options['samples']} test images of all tasks at each point."
+        f"task, for its mask and for the net in sequence; {options['samples']} test images of all tasks at each point. "
+        f"Inference: one image by one_shot, {BATCH} images by {data.method}."
     )
     return output.finish(scores, ["sequence", "chance"], budget, _figure(points, measured, rotated), more)
 
@@ -160,6 +162,11 @@ class Data:
     tasks: PermutedImages | RotatedImages
     mean: Tensor
     std: Tensor
+
+    @property
+    def method(self) -> str:
+        """How the task of a batch of images is inferred."""
+        return "binary" if isinstance(self.tasks, RotatedImages) else "one_shot"
 
     @classmethod
     def of(cls, digits: Digits, tasks: PermutedImages | RotatedImages) -> Data:
@@ -272,7 +279,7 @@ def _measure(bank: MaskBank, data: Data, samples: int, seed: int) -> Point:
     batch, batch_right = [], []
     for index in torch.randperm(known, generator=generator)[:BATCHES].tolist():
         x, y = data.test(index, torch.randint(len(data.digits.test[0]), (BATCH,), generator=generator))
-        name = bank.infer_task(x, per_sample=False)
+        name = bank.infer_task(x, data.method, per_sample=False)
         batch.append(_classes(model, x, name) == y)
         batch_right.append(torch.tensor([name == names[index]]))
     return {
