@@ -340,6 +340,6 @@ def _figure(points: list[int], measured: list[Point], rotated: bool) -> Figure:
     right.plot(points, [100 / point for point in points], **chance)
     left.set_ylabel("test accuracy, all tasks learned so far (%)")
     right.set_ylabel("task inferred rightly (% of images, of batches)")
-    for axis in axes:
-        axis.legend(fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.65))
+    # Below the axes: curves may run anywhere in them. Those on the right are all on the left too.
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
