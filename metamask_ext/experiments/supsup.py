@@ -338,8 +338,8 @@ def _figure(points: list[int], measured: list[Point], rotated: bool) -> Figure:
     chance: dict[str, Any] = {"label": "chance", "color": "#999999", "linewidth": 1.0}
     left.axhline(100 / CLASSES, **chance)
     right.plot(points, [100 / point for point in points], **chance)
-    left.set_ylabel("test accuracy, all tasks learned so far (%)")
-    right.set_ylabel("task inferred rightly (% of images, of batches)")
-    for axis in axes:
-        axis.legend(fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.65))
+    left.set_ylabel("test accuracy, tasks so far (%)")
+    right.set_ylabel("task right (% of images, batches)")
+    # Below the axes: curves may run anywhere in them. Those on the right are all on the left too.
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
