@@ -170,8 +170,12 @@ def _layer_gradient(layer: MaskedLayer, input: Tensor, gradient: Tensor, keys: S
         bits = [masks._tensor(keys[index]) for index in packed]
         part = superposition_gradient(gradient_rows, rows, weight.flatten(1), bits, groups)
         if bias is not None and bias_masks is not None:
-            gates = torch.stack([unpack_mask(bias_masks._tensor(keys[index]), bias.shape) for index in packed])
-            part = part + gradient_rows.flatten(1, -2).sum(1) @ (gates * bias).t()
+            # A layer of one row, whose weight is the bias and whose input the gradient.
+            of_bias = gradient_rows.flatten(1, -2).sum(1)
+            rows_of_bits = torch.cat([bias_masks._tensor(keys[index]) for index in packed]).view(len(packed), 1, -1)
+            part = part + superposition_gradient(torch.ones_like(of_bias[:, :1]), of_bias, bias[None], rows_of_bits)
+        if len(packed) == len(keys):
+            return part
         found[:, packed] = part.to(found.dtype)
     for index in sorted(set(range(len(keys))) - set(packed)):
         key = keys[index]
