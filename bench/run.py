@@ -22,7 +22,7 @@ from rich.console import Console
 from metamask_ext import build_info
 from metamask_ext.continual.files import OutputError, prepare_folder, write_atomic
 
-from . import report
+from . import bounds, report
 from .cases import SUITES, Case
 
 ALLOCATORS: dict[str, dict[str, str]] = {
@@ -37,7 +37,7 @@ console = Console()
 
 
 def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None = None) -> int:
-    """Measure ``suite`` and write ``results.json``, ``table.md`` and ``ratios.png`` into ``out``.
+    """Measure ``suite`` and write ``results.json``, ``table.md`` and, if there are ratios, ``ratios.png`` into ``out``.
 
     Args:
         suite: a key of :data:`metamask_ext.bench.cases.SUITES`.
@@ -69,7 +69,7 @@ def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None =
         return _refuse(str(error))
 
     begin = time.perf_counter()
-    work = [(case, name) for case in cases for name in (["default"] if quick or case.device != "cpu" else ALLOCATORS)]
+    work = [(case, name) for case in cases for name in (ALLOCATORS if _both(case, quick) else ["default"])]
     rows = [_row(case, allocator, "not measured", "the run ended before it") for case, allocator in work]
     results: dict[str, Any] = {
         "format": 1,
@@ -91,6 +91,11 @@ def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None =
     for row in failed:
         console.print(f"failed: {row['case']}, {row['allocator']} allocator: {row['reason']}", style="bold red", markup=False)
     return 1 if failed else 0
+
+
+def _both(case: Case, quick: bool) -> bool:
+    """Whether the case is measured with both allocators."""
+    return not quick and case.device == "cpu" and not case.quantities
 
 
 def save(results: dict[str, Any], path: Path) -> None:
@@ -193,7 +198,9 @@ def _reason(child: subprocess.CompletedProcess[str]) -> str:
 
 def _show(row: dict[str, Any]) -> None:
     line = f"{row['case']:<44}{row['allocator']:<9}"
-    if row["status"] == "measured":
+    if "quantities" in row:
+        line += "  ".join(f"{name} {bounds.number(value)}" for name, value in row["quantities"].items())
+    elif row["status"] == "measured":
         line += "  ".join(f"{name} {ratio['of_medians']:.2f}" for name, ratio in row["ratios"].items())
         line += "".join(f"  {name} not measured: {reason}" for name, reason in row["not_measured"].items())
     else:

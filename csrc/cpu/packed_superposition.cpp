@@ -1,6 +1,7 @@
-// packed_superposition_gradient on the CPU: for each sample and task, the sum of dy x W over the weights whose bit is set. The
-// products are formed a tile at a time, and each is used for all tasks.
+// packed_superposition_gradient on the CPU: for each sample and task, the sum of dy x W over the weights whose bit is set.
 #include <torch/library.h>
+
+#include <cstring>
 
 #include "../packed_checks.h"
 #include "packed_panels.h"
@@ -26,56 +27,75 @@ const SuperpositionKernel<T>& superposition_kernel() {
   return of(kSuperposition_default);
 }
 
-// Rows of W and samples whose products are in the second-level cache together.
-constexpr int64_t kTileRows = 4, kTileSamples = 64;
+// A tile of W: its words of a few hundred tasks, each read for every block of samples, stay in the second-level cache.
+constexpr int64_t kTileWeights = 4096, kTileColumns = 1024;
+
+// [samples, rows, columns] as [blocks, rows, columns, lanes]: a block's samples side by side, the last block padded with zeros.
+template <class T>
+at::Tensor side_by_side(const at::Tensor& from, int64_t samples, int64_t blocks, int64_t rows) {
+  const int64_t columns = from.size(-1), padding = blocks * kLanes<T> - samples;
+  const at::Tensor padded = at::constant_pad_nd(from.to(kScalar<T>).reshape({samples, rows * columns}), {0, 0, 0, padding});
+  return padded.view({blocks, kLanes<T>, rows * columns}).transpose(1, 2).contiguous();
+}
+
+// A tile's bits as words, the tasks of a word side by side: each block of samples reads them in order. Row j of a task's bits
+// begins at bits[t] + offset + j * bits_row.
+void gather(const std::vector<const uint8_t*>& bits, int64_t offset, int64_t bits_row, int64_t outputs, int64_t columns,
+            uint64_t* words) {
+  const int64_t tasks = int64_t(bits.size());
+  for (int64_t j = 0; j < outputs; ++j) {
+    for (int64_t k = 0; k < columns; k += kWord) {
+      const int64_t at = offset + j * bits_row + k / 8, bytes = packed_bytes(std::min(columns - k, kWord));
+      uint64_t* const to = words + (k / kWord * outputs + j) * tasks;
+      for (int64_t t = 0; t < tasks; ++t) {
+        uint64_t word = 0;
+        if (bytes == 8) {
+          std::memcpy(&word, bits[t] + at, 8);
+        } else {
+          for (int64_t i = 0; i < bytes; ++i) word |= uint64_t(bits[t][at + i]) << (8 * i);
+        }
+        to[t] = word;
+      }
+    }
+  }
+}
 
 template <class T>
 at::Tensor gradient(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight, const PackedMasks& packed,
                     int64_t groups) {
   const int64_t samples = input.size(0), rows = c10::multiply_integers(input.sizes().slice(1, input.dim() - 2));
-  const int64_t tasks = packed.tasks(), bits_row = packed_bytes(weight.size(1));
-  at::Tensor result = at::empty({samples, tasks}, grad.options().dtype(kScalar<T>));
+  const int64_t tasks = packed.tasks(), bits_row = packed_bytes(weight.size(1)), blocks = (samples + kLanes<T> - 1) / kLanes<T>;
+  const GroupedWeight<T> w(weight, groups);
+  if (samples * tasks * rows * w.out * w.in == 0) return at::zeros({samples, tasks}, grad.options());
   std::vector<at::Tensor> masks;
   std::vector<const uint8_t*> bits;
   for (int64_t t = 0; t < tasks; ++t) {
     masks.push_back(packed.task(t));
     bits.push_back(masks.back().const_data_ptr<uint8_t>());
   }
-  const GroupedWeight<T> w(weight, groups);
-  const PackedRows<T> dy(grad, {}, rows, 1, w.out, 1), x(input, {}, rows, groups, w.in);
-  constexpr int64_t kRow = kSuperposedColumns;
-  const Panels panels(w.out, w.in, samples * tasks, sizeof(T), kTileRows * kRow * sizeof(T), kRow * sizeof(T));
-  const int64_t a_sample = panels.rows * kRow, some = std::min(samples, kTileSamples);
-  const int64_t each = some * a_sample + panels.rows * round_up(panels.columns, kRowBytes / int64_t(sizeof(T)));
-  const Scratch<T> scratch(panels.threads * each);
+  const at::Tensor dy = side_by_side<T>(grad, samples, blocks, rows), x = side_by_side<T>(input, samples, blocks, rows);
+  const int64_t dy_row = w.out * kLanes<T>, x_row = groups * w.in * kLanes<T>;
+  const Panels panels(w.out, w.in, samples * tasks, sizeof(T), kTileWeights * sizeof(T), kTileColumns * sizeof(T));
+  const int64_t tile = panels.rows * round_up(panels.columns, kLanes<T>);
+  const Scratch<T> scratch(panels.threads * tile);
+  const int64_t tile_words = panels.rows * ((panels.columns + kWord - 1) / kWord) * tasks;
+  const Scratch<uint64_t> words(panels.threads * tile_words);
   // Each thread has sums of its own; they are added up in the order of the threads.
-  const int64_t sums_row = round_up(tasks, kTaskPad);
-  const Scratch<T> sums(panels.threads * samples * sums_row);
-  std::fill_n(sums.data, panels.threads * samples * sums_row, T(0));
-  w.each_tile(panels, scratch.data, each, [&](const GroupTile<T>& part, T* a) {
-    const int64_t wide = round_up(part.columns, kRowBytes / int64_t(sizeof(T)));
-    for (int64_t first = 0; first < samples; first += some) {
-      const int64_t count = std::min(some, samples - first);
-      for (int64_t b = 0; b < count; ++b) {
-        product_kernels<T>().outer(dy.at((first + b) * rows, 0) + part.first, 1, dy.row,
-                                   x.at((first + b) * rows, part.group) + part.column, x.row, a + b * a_sample, kRow, part.rows,
-                                   rows, wide, false);
-      }
-      T* const to = sums.data + (part.thread * samples + first) * sums_row;
-      for (int64_t i = 0; i < part.rows; ++i) {
-        const int64_t offset = (part.first + i) * bits_row + part.column / 8;
-        for (int64_t t = 0; t < tasks; t += kSuperposedTasks) {
-          superposition_kernel<T>().add(a + i * kRow, a_sample, part.w + i * part.w_row, bits.data() + t, offset, to + t, sums_row,
-                                        count, std::min(kSuperposedTasks, tasks - t), part.columns);
-        }
-      }
+  const at::Tensor sums = at::zeros({panels.threads, blocks, tasks, kLanes<T>}, dy.options());
+  const T *dy_data = dy.const_data_ptr<T>(), *x_data = x.const_data_ptr<T>();
+  T* const sums_data = sums.mutable_data_ptr<T>();
+  w.each_tile(panels, scratch.data, tile, [&](const GroupTile<T>& part, T*) {
+    uint64_t* const its = words.data + part.thread * tile_words;
+    gather(bits, part.first * bits_row + part.column / 8, bits_row, part.rows, part.columns, its);
+    for (int64_t block = 0; block < blocks; ++block) {
+      superposition_kernel<T>().add(dy_data + block * rows * dy_row + part.first * kLanes<T>, dy_row,
+                                    x_data + block * rows * x_row + (part.group * w.in + part.column) * kLanes<T>, x_row, part.w,
+                                    part.w_row, its, sums_data + (part.thread * blocks + block) * tasks * kLanes<T>, rows, tasks,
+                                    part.rows, part.columns);
     }
   });
-  T* const out = result.mutable_data_ptr<T>();
-  add_threads(sums.data, panels.threads, samples, sums_row, tasks, [&](int64_t b, const T* sum) {  //
-    std::copy_n(sum, tasks, out + b * tasks);
-  });
-  return result.to(grad.scalar_type());
+  const at::Tensor total = sums.sum(0).transpose(1, 2).reshape({blocks * kLanes<T>, tasks});
+  return total.narrow(0, 0, samples).to(grad.scalar_type()).contiguous();
 }
 
 at::Tensor packed_superposition_gradient(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,

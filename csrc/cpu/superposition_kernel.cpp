@@ -1,8 +1,7 @@
 // Compiled once for each instruction set, with METAMASK_ISA its name. Everything but the table is local to the object.
 //
-// With AVX-512, float32, the sums of all 16 subsets of four neighbouring products are one register, and the four bits of 16 tasks
-// pick theirs by one permutation: an addition for 64 terms, where a masked one would take 16. Elsewhere each vector of products is
-// added to the tasks whose bits are set.
+// Of four neighbouring weights' products the sums of all 16 subsets are tabled once, and the four bits of each task pick theirs:
+// one load and addition for four weights of a vector of samples, where a masked sum would take four.
 #include "superposition_kernel.h"
 
 #include "mask_vector.h"
@@ -10,168 +9,90 @@
 namespace metamask::cpu {
 namespace {
 
-// R tasks by C samples; `products` holds the samples' products a w, padded with zeros.
-template <class T, int R, int C>
-METAMASK_INLINE void add_tile(const T* products, const uint8_t* const* bits, int64_t offset, T* sums, int64_t sums_row,
-                              int64_t columns) {
-  using V = typename Vector<T>::type;
-  constexpr int64_t kLanes = Vector<T>::kLanes;
-  V totals[R][C] = {};
-  for (int64_t k = 0; k < columns; k += kLanes) {
-    const int64_t n = columns - k;
-    V terms[C];
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) terms[c] = load(products + c * kSuperposedColumns + k);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const uint8_t* row = bits[r] + offset;
-      const auto mask = n < kLanes ? mask_of(products, row, k, n) : mask_of(products, row, k);
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) totals[r][c] += select(mask, terms[c]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) sums[c * sums_row + r] += sum<T>(totals[r][c]);
-  }
-}
-
-// A row of products a w, padded with zeros to whole vectors.
-template <class T>
-METAMASK_INLINE void multiply(const T* a, const T* w, T* products, int64_t columns) {
-  constexpr int64_t kLanes = Vector<T>::kLanes;
-  int64_t k = 0;
-  for (; k + kLanes <= columns; k += kLanes) store(products + k, load(a + k) * load(w + k));
-  if (k < columns) store(products + k, load_some(a + k, columns - k) * load_some(w + k, columns - k));
-}
+constexpr int kFour = 4, kSubsets = 16;
+constexpr int kFours = kWord / kFour;  // their tables fill a third of 48 KiB
 
 template <class T>
-void add(const T* a, int64_t a_row, const T* w, const uint8_t* const* bits, int64_t offset, T* sums, int64_t sums_row,
-         int64_t samples, int64_t tasks, int64_t columns) {
-  constexpr int kSamples = 4, kTasks = 2;
-  alignas(64) T products[kSamples * kSuperposedColumns];
-  for (int64_t b = 0; b < samples; b += kSamples) {
-    with_count<kSamples>(samples - b, [&](auto c) {
-      constexpr int kCount = decltype(c)::kValue;
-      for (int i = 0; i < kCount; ++i) multiply(a + (b + i) * a_row, w, products + i * kSuperposedColumns, columns);
-      for (int64_t t = 0; t < tasks; t += kTasks) {
-        with_count<kTasks>(tasks - t, [&](auto r) {
-          add_tile<T, decltype(r)::kValue, kCount>(products, bits + t, offset, sums + b * sums_row + t, sums_row, columns);
-        });
-      }
-    });
-  }
-}
-
-#if defined(__AVX512F__)
-
-constexpr int kWord = 32, kNibbles = 8;  // bits of a task that are kept in a lane; fours in them
-constexpr int kWords = kSuperposedColumns / kWord, kGroups = kSuperposedTasks / kTaskPad;
-
 struct Tables {
-  alignas(64) float of[kSuperposedColumns / 4][16];
+  alignas(64) T of[kFours][kSubsets][kLanes<T>];
 };
 
+// The products of `n` columns of one row of W, those up to a whole four being zero.
+template <class T>
+METAMASK_INLINE void multiply(const T* dy, int64_t dy_row, const T* x, int64_t x_row, const T* w, T* products, int64_t rows,
+                              int64_t n) {
+  using V = typename Vector<T>::type;
+  for (int64_t k = 0; k < n; ++k) {
+    for (int64_t l = 0; l < kLanes<T>; l += Vector<T>::kLanes) {
+      V total = load(dy + l) * load(x + k * kLanes<T> + l);
+      for (int64_t r = 1; r < rows; ++r) total += load(dy + r * dy_row + l) * load(x + r * x_row + k * kLanes<T> + l);
+      store(products + k * kLanes<T> + l, total * everywhere(w[k]));
+    }
+  }
+  for (int64_t i = n * kLanes<T>; i % (kFour * kLanes<T>) != 0; ++i) products[i] = T(0);
+}
+
 // Entry i of a four's table is the sum of its products whose bits are set in i.
-METAMASK_INLINE void build(const float* products, Tables& tables, int64_t columns) {
-  // Of two neighbours a and b first: 0, a, b, a + b, for four such pairs in a register.
-  const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1)), eight = _mm512_set1_epi32(8);
-  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
-  const __m512i high = _mm512_setr_epi32(4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7);
-  for (int64_t k = 0; k < columns; k += 16) {
-    const __m512 v = _mm512_load_ps(products + k);
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const __m512i from = half == 0 ? _mm512_setzero_si512() : eight;
-      const __m512 a = _mm512_maskz_permutexvar_ps(0xaaaa, _mm512_add_epi32(first, from), v);
-      const __m512 b = _mm512_maskz_permutexvar_ps(0xcccc, _mm512_add_epi32(second, from), v);
-      const __m512 pairs = _mm512_add_ps(a, b);
-#pragma GCC unroll 2
-      for (int four = 0; four < 2; ++four) {
-        const __m512i at = four == 0 ? _mm512_setzero_si512() : eight;
-        const __m512 table = _mm512_add_ps(_mm512_permutexvar_ps(_mm512_add_epi32(low, at), pairs),
-                                           _mm512_permutexvar_ps(_mm512_add_epi32(high, at), pairs));
-        _mm512_store_ps(tables.of[k / 4 + 2 * half + four], table);
-      }
-    }
-  }
-}
-
-template <int S, int G>
-METAMASK_INLINE void look_up(const Tables* tables, const uint32_t (*words)[kWords][kTaskPad], float* sums, int64_t sums_row,
-                             int64_t columns) {
-  __m512 totals[S][G];
+template <class T>
+METAMASK_INLINE void build(const T* products, Tables<T>& tables, int64_t fours) {
+  using V = typename Vector<T>::type;
+  for (int64_t four = 0; four < fours; ++four, products += kFour * kLanes<T>) {
+    for (int64_t l = 0; l < kLanes<T>; l += Vector<T>::kLanes) {
+      V sums[kSubsets] = {};
 #pragma GCC unroll 4
-  for (int s = 0; s < S; ++s) {
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) totals[s][g] = _mm512_loadu_ps(sums + s * sums_row + g * kTaskPad);
-  }
-  for (int64_t word = 0; word * kWord < columns; ++word) {
-    __m512i bits[G];
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) bits[g] = _mm512_load_si512(words[g][word]);
+      for (int i = 0; i < kFour; ++i) {
+        const V product = load(products + i * kLanes<T> + l);
 #pragma GCC unroll 8
-    for (int nibble = 0; nibble < kNibbles; ++nibble) {
-#pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) {
-        const __m512 table = _mm512_load_ps(tables[s].of[word * kNibbles + nibble]);
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) totals[s][g] = _mm512_add_ps(totals[s][g], _mm512_permutexvar_ps(bits[g], table));
+        for (int j = 0; j < 1 << i; ++j) sums[j + (1 << i)] = sums[j] + product;
       }
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) bits[g] = _mm512_srli_epi32(bits[g], 4);
+#pragma GCC unroll 16
+      for (int j = 0; j < kSubsets; ++j) store(tables.of[four][j] + l, sums[j]);
     }
-  }
-#pragma GCC unroll 4
-  for (int s = 0; s < S; ++s) {
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) _mm512_storeu_ps(sums + s * sums_row + g * kTaskPad, totals[s][g]);
   }
 }
 
-void add_by_tables(const float* a, int64_t a_row, const float* w, const uint8_t* const* bits, int64_t offset, float* sums,
-                   int64_t sums_row, int64_t samples, int64_t tasks, int64_t columns) {
-  constexpr int kSamples = 4, kTogether = 4;
-  alignas(64) uint32_t words[kGroups][kWords][kTaskPad];  // by word, the tasks of a group side by side
-  const int64_t groups = (tasks + kTaskPad - 1) / kTaskPad, bytes = (columns + 7) / 8, whole = bytes / 4;
-  for (int64_t t = 0; t < groups * kTaskPad; ++t) {
-    const uint8_t* row = t < tasks ? bits[t] + offset : nullptr;
-    uint32_t* to = &words[t / kTaskPad][0][t % kTaskPad];
-    for (int64_t i = 0; i * 4 < bytes; ++i) {
-      uint32_t word = 0;
-      if (row != nullptr) __builtin_memcpy(&word, row + 4 * i, i < whole ? 4 : bytes % 4);
-      to[i * kTaskPad] = word;
-    }
+template <class T>
+METAMASK_INLINE void look_up(const Tables<T>& tables, uint64_t word, T* sums, int64_t fours) {
+  using V = typename Vector<T>::type;
+  constexpr int kParts = kLanes<T> / Vector<T>::kLanes;
+  // Two sums each, so that an addition need not wait for the last one.
+  V even[kParts], odd[kParts] = {};
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) even[p] = load(sums + p * Vector<T>::kLanes);
+#pragma GCC unroll 16
+  for (int64_t four = 0; four < fours; ++four) {
+    const T* entry = tables.of[four][word >> (kFour * four) & (kSubsets - 1)];
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) (four % 2 == 0 ? even : odd)[p] += load(entry + p * Vector<T>::kLanes);
   }
-  alignas(64) float products[kSuperposedColumns];
-  Tables tables[kSamples];
-  // Whole words: what the last one has beyond the columns meets tables of zeros.
-  const int64_t padded = (columns + kWord - 1) / kWord * kWord;
-  for (int64_t b = 0; b < samples; b += kSamples) {
-    with_count<kSamples>(samples - b, [&](auto s) {
-      constexpr int kCount = decltype(s)::kValue;
-      for (int i = 0; i < kCount; ++i) {
-        for (int64_t k = padded - kWord; k < padded; k += 16) _mm512_store_ps(products + k, _mm512_setzero_ps());
-        multiply(a + (b + i) * a_row, w, products, columns);
-        build(products, tables[i], padded);
-      }
-      for (int64_t g = 0; g < groups; g += kTogether) {
-        with_count<kTogether>(groups - g, [&](auto count) {
-          look_up<kCount, decltype(count)::kValue>(tables, words + g, sums + b * sums_row + g * kTaskPad, sums_row, padded);
-        });
-      }
-    });
-  }
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) store(sums + p * Vector<T>::kLanes, even[p] + odd[p]);
 }
 
-#else
-constexpr auto add_by_tables = &add<float>;
-#endif
+template <class T>
+void add(const T* dy, int64_t dy_row, const T* x, int64_t x_row, const T* w, int64_t w_row, const uint64_t* words, T* sums,
+         int64_t rows, int64_t tasks, int64_t outputs, int64_t columns) {
+  alignas(64) T products[kWord * kLanes<T>];
+  Tables<T> tables;
+  if (rows == 0) return;
+  for (int64_t k = 0; k < columns; k += kWord) {
+    const int64_t n = columns - k < kWord ? columns - k : kWord, fours = (n + kFour - 1) / kFour;
+    for (int64_t j = 0; j < outputs; ++j, words += tasks) {
+      multiply(dy + j * kLanes<T>, dy_row, x + k * kLanes<T>, x_row, w + j * w_row + k, products, rows, n);
+      build(products, tables, fours);
+      if (n == kWord) {
+        for (int64_t t = 0; t < tasks; ++t) look_up(tables, words[t], sums + t * kLanes<T>, kFours);
+      } else {
+        for (int64_t t = 0; t < tasks; ++t) look_up(tables, words[t], sums + t * kLanes<T>, fours);
+      }
+    }
+  }
+}
 
 }  // namespace
 
 #define TABLE_NAME_(isa) kSuperposition_##isa
 #define TABLE_NAME(isa) TABLE_NAME_(isa)
-const Superposition TABLE_NAME(METAMASK_ISA) = {{add_by_tables}, {&add<double>}};
+const Superposition TABLE_NAME(METAMASK_ISA) = {{&add<float>}, {&add<double>}};
 
 }  // namespace metamask::cpu

@@ -152,19 +152,21 @@ def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_samp
                     f"{type(layer).__name__} was called with {len(given)} samples, x has {len(x)}: only "
                     "per_sample=False is possible"
                 )
-            rows = _layer_gradient(layer, given, gradient, probe.keys)
-            total += rows if per_sample else rows.sum(0, keepdim=True)
+            total += _layer_gradient(layer, given, gradient, probe.keys, per_sample)
     return total
 
 
-def _layer_gradient(layer: MaskedLayer, input: Tensor, gradient: Tensor, keys: Sequence[str]) -> Tensor:
-    """``[B, T]``: how the entropy changes with the amount of each task in this layer."""
+def _layer_gradient(layer: MaskedLayer, input: Tensor, gradient: Tensor, keys: Sequence[str], per_sample: bool) -> Tensor:
+    """``[B, T]`` (``[1, T]``: its sum over b): how the entropy changes with the amount of each task in this layer."""
     masks, bias_masks = layer._task_dict(), layer.bias_masks
     weight, bias = layer._shared()
-    found = gradient.new_empty(len(input), len(keys))
+    found = gradient.new_empty(len(input) if per_sample else 1, len(keys))
     packed = [index for index, key in enumerate(keys) if masks._is_bits(key)]
     if packed:
         rows, gradient_rows, groups = _rows(layer, input, gradient)
+        if not per_sample:
+            # The masks are gone through once, not once for each sample.
+            rows, gradient_rows = rows.flatten(0, 1)[None], gradient_rows.flatten(0, 1)[None]
         bits = [masks._tensor(keys[index]) for index in packed]
         part = superposition_gradient(gradient_rows, rows, weight.flatten(1), bits, groups)
         if bias is not None and bias_masks is not None:
@@ -174,7 +176,8 @@ def _layer_gradient(layer: MaskedLayer, input: Tensor, gradient: Tensor, keys: S
     for index in sorted(set(range(len(keys))) - set(packed)):
         key = keys[index]
         bias_mask = None if bias_masks is None else bias_masks._tensor(key)
-        found[:, index] = (layer._masked(input, masks._tensor(key), bias_mask) * gradient).flatten(1).sum(1)
+        change = (layer._masked(input, masks._tensor(key), bias_mask) * gradient).flatten(1).sum(1)
+        found[:, index] = change if per_sample else change.sum()
     return found
 
 
