@@ -29,8 +29,8 @@ bring(
         "test_inputs_are_not_written",
     ),
 )
-# As in tasks.py: full and ragged windows of rows, tasks across windows and several in one, sums of one block and of several; the last
-# task, behind whose mask memory ends
+# As in tasks.py: full and ragged windows of rows, tasks across windows and several in one, sums of one block and of several; the
+# last task, behind whose mask memory ends
 CASES = {
     "several windows": ((45,), 1, 40, 24, [i * i % 5 for i in range(45)]),
     "one task in several windows": ((2, 19), 1, 16, 17, [1, 1]),
