@@ -29,12 +29,13 @@ bring(
         "test_inputs_are_not_written",
     ),
 )
-# As in tasks.py: full and ragged windows of rows, tasks across windows and several in one, sums of one block and of several
+# As in tasks.py: full and ragged windows of rows, tasks across windows and several in one, sums of one block and of several; the
+# last task, behind whose mask memory ends
 CASES = {
     "several windows": ((45,), 1, 40, 24, [i * i % 5 for i in range(45)]),
     "one task in several windows": ((2, 19), 1, 16, 17, [1, 1]),
-    "blocks share": ((5,), 1, 300, 70, [2, 0, 2, 1, 1]),
-    "groups share": ((3, 2), 2, 264, 132, [1, 0, 1]),
+    "blocks share": ((5,), 1, 300, 70, [2, 0, 2, 5, 5]),
+    "groups share": ((3, 2), 2, 264, 132, [5, 0, 5]),
     **{case: case for case in ("1x1", "one row a task", "sorted", "groups", "depthwise")},
     **{case: case for case in ("no samples", "no rows", "no input", "no output")},
 }

@@ -35,9 +35,12 @@ PackedSizes sizes_of(const PackedCase& given) {
 }
 
 int64_t element(const PackedCase& given) { return given.param == Type::kFloat64 ? sizeof(double) : sizeof(float); }
-int64_t forward_windows(const PackedCase& given) { return ceil_div(given.rows(), 128 / element(given)); }
+int64_t forward_windows(const PackedCase& given) {
+  return ceil_div(given.rows(), given.param == Type::kFloat64 ? kPackedRoom<double> : kPackedRoom<float>);
+}
 int64_t backward_blocks(const PackedCase& given) {
-  return ceil_div(given.in, 8 * kChunk) * ceil_div(given.rows(), 32 / element(given));
+  return ceil_div(given.in, 8 * kChunk) *
+         ceil_div(given.rows(), given.param == Type::kFloat64 ? kPackedBackwardRoom<double> : kPackedBackwardRoom<float>);
 }
 
 Share forward_share(const PackedCase& given) {
