@@ -131,6 +131,37 @@ METAMASK_INLINE void look_up(const Tables* tables, const uint32_t (*words)[kWord
   }
 }
 
+// The `some` bytes after `offset` of kTaskPad tasks' bits, eight words each, as words[word][task]; of `tasks` if those are fewer.
+METAMASK_INLINE void side_by_side(const uint8_t* const* bits, int64_t tasks, int64_t offset, __mmask32 some,
+                                  uint32_t (*words)[kTaskPad]) {
+  constexpr int kHalf = kTaskPad / 2;
+  __m256i rows[kTaskPad];
+  for (int64_t t = 0; t < kTaskPad; ++t) {
+    rows[t] = t < tasks ? _mm256_maskz_loadu_epi8(some, bits[t] + offset) : _mm256_setzero_si256();
+    // Each task's bits are elsewhere in memory.
+    if (t + kTaskPad < tasks) __builtin_prefetch(bits[t + kTaskPad] + offset);
+  }
+  // Eight words of tasks t and t + kHalf in a register; its quarters are transposed, and then put in place.
+  __m512i quarters[2][4];  // of tasks 0 to 3 and 4 to 7, by word % 4
+  for (int half = 0; half < 2; ++half) {
+    __m512i row[4];
+    for (int t = 0; t < 4; ++t) {
+      row[t] = _mm512_inserti64x4(_mm512_castsi256_si512(rows[4 * half + t]), rows[4 * half + t + kHalf], 1);
+    }
+    const __m512i low01 = _mm512_unpacklo_epi32(row[0], row[1]), high01 = _mm512_unpackhi_epi32(row[0], row[1]);
+    const __m512i low23 = _mm512_unpacklo_epi32(row[2], row[3]), high23 = _mm512_unpackhi_epi32(row[2], row[3]);
+    quarters[half][0] = _mm512_unpacklo_epi64(low01, low23);
+    quarters[half][1] = _mm512_unpackhi_epi64(low01, low23);
+    quarters[half][2] = _mm512_unpacklo_epi64(high01, high23);
+    quarters[half][3] = _mm512_unpackhi_epi64(high01, high23);
+  }
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), second = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+  for (int word = 0; word < 4; ++word) {
+    _mm512_store_si512(words[word], _mm512_permutex2var_epi64(quarters[0][word], first, quarters[1][word]));
+    _mm512_store_si512(words[word + 4], _mm512_permutex2var_epi64(quarters[0][word], second, quarters[1][word]));
+  }
+}
+
 METAMASK_INLINE bool all_zero(const float* products, int64_t columns) {
   __mmask16 other = 0;
   for (int64_t k = 0; k < columns; k += 16) {
@@ -142,24 +173,10 @@ METAMASK_INLINE bool all_zero(const float* products, int64_t columns) {
 void add_by_tables(const float* a, int64_t a_row, const float* w, const uint8_t* const* bits, int64_t offset, float* sums,
                    int64_t sums_row, int64_t samples, int64_t tasks, int64_t columns) {
   constexpr int kSamples = 4, kTogether = 4;
-  constexpr int64_t kAhead = 8;                           // each task's row is elsewhere in memory
   alignas(64) uint32_t words[kGroups][kWords][kTaskPad];  // by word, the tasks of a group side by side
-  const int64_t groups = (tasks + kTaskPad - 1) / kTaskPad, bytes = (columns + 7) / 8, whole = bytes / 4;
-  for (int64_t t = 0; t < groups * kTaskPad; ++t) {
-    uint32_t* to = &words[t / kTaskPad][0][t % kTaskPad];
-    if (t >= tasks) {
-      for (int64_t i = 0; i * 4 < bytes; ++i) to[i * kTaskPad] = 0;
-      continue;
-    }
-    const uint8_t* row = bits[t] + offset;
-    if (t + kAhead < tasks) __builtin_prefetch(bits[t + kAhead] + offset);
-    for (int64_t i = 0; i < whole; ++i) __builtin_memcpy(to + i * kTaskPad, row + 4 * i, 4);
-    if (whole * 4 < bytes) {
-      uint32_t word = 0;
-      for (int64_t i = whole * 4; i < bytes; ++i) word |= uint32_t(row[i]) << 8 * (i % 4);
-      to[whole * kTaskPad] = word;
-    }
-  }
+  const int64_t groups = (tasks + kTaskPad - 1) / kTaskPad, bytes = (columns + 7) / 8;
+  const __mmask32 some = bytes < 32 ? (__mmask32(1) << bytes) - 1 : ~__mmask32(0);
+  for (int64_t g = 0; g < groups; ++g) side_by_side(bits + g * kTaskPad, tasks - g * kTaskPad, offset, some, words[g]);
   alignas(64) float products[kSuperposedColumns];
   Tables tables[kSamples];
   float* to[kSamples];
