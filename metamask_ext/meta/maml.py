@@ -195,7 +195,7 @@ class MAML(nn.Module):
             raise ValueError(f"adapt selects {describe(unused)}, on which the loss does not depend")
         if isinstance(self.inner_lr, Tensor):
             return [tensor - lr * grad for tensor, grad, lr in zip(state, grads, self.inner_lr.unbind())]
-        return [torch.sub(tensor, grad, alpha=self.inner_lr) for tensor, grad in zip(state, grads)]
+        return [torch.add(tensor, grad, alpha=-self.inner_lr) for tensor, grad in zip(state, grads)]
 
     def _given(self, parameters: TaskParameters) -> list[Tensor]:
         if not isinstance(parameters, TaskParameters) or list(parameters) != self._adapted.names:
