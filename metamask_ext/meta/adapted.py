@@ -116,9 +116,7 @@ class AdaptedModel:
 
     def first(self) -> list[Tensor]:
         """The tensors from which adaptation starts, differentiable for the model's and for the coefficients."""
-        return [
-            source[0]._parameters[source[1]] if len(source) == 2 else self._combined(*source[:2]) for source in self._sources
-        ]
+        return [source[0]._parameters[source[1]] if len(source) == 2 else self._combined(*source[:2]) for source in self._sources]
 
     def _combined(self, layer: MaskedLayer, kind: str) -> Tensor:
         assert isinstance(self.start, Superposition)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..nn.active import describe
 from .adapted import Adapt, AdaptedModel, Start
 from .batch_norm import Statistics
-from .steps import recomputed_steps
+from .steps import Rates, recomputed_steps, updated
 
 LossFunction = Callable[[Any, Any], Tensor]
 Samples = tuple[Tensor, Any] | tuple[Tensor, Any, Tensor]
@@ -148,15 +148,20 @@ class MAML(nn.Module):
             if len(state[0]) != len(x):
                 raise ValueError(f"support must have the tasks of parameters, {len(state[0])}, got {len(x)}")
 
-        def step(state: list[Tensor], create_graph: bool) -> list[Tensor]:
-            return self._step(loss_fn, state, x, y, weights, create_graph)
+        def gradients(state: list[Tensor], create_graph: bool) -> list[Tensor]:
+            state = _graded(state)
+            with torch.enable_grad():
+                prediction, _ = self._adapted.run(state, x, weights)
+                losses = _losses(loss_fn, prediction, y, weights)
+            return self._gradients(losses, state, create_graph)
 
+        rates = self._rates()
         second_order = torch.is_grad_enabled() and not self.first_order
         if second_order and self.checkpoint and steps:
-            state = recomputed_steps(step, steps, state, self._others(x, y, weights))
+            state = recomputed_steps(gradients, rates, steps, state, self._others(x, y, weights))
         else:
             for _ in range(steps):
-                state = step(state, second_order)
+                state = updated(state, gradients(state, second_order), rates)
         statistics: Mapping[str, Statistics] = {}
         if self._adapted.policy == "per task" and self._adapted.norms:
             statistics = self._adapted.run(state, x, weights, keep=True)[1]
@@ -178,24 +183,16 @@ class MAML(nn.Module):
         """A learner of one task that is adapted step by step: see :class:`Learner`."""
         return Learner(self)
 
-    def _step(
-        self, loss_fn: LossFunction, state: list[Tensor], x: Tensor, y: Any, weights: Tensor | None, create_graph: bool
-    ) -> list[Tensor]:
-        differentiable = torch.is_grad_enabled()
-        state = [tensor if differentiable and tensor.requires_grad else tensor.detach().requires_grad_() for tensor in state]
-        with torch.enable_grad():
-            prediction, _ = self._adapted.run(state, x, weights)
-            losses = _losses(loss_fn, prediction, y, weights)
-        return self._updated(state, losses, torch.ones_like(losses), create_graph)
+    def _rates(self) -> Rates:
+        """The rate of each adapted tensor."""
+        return self.inner_lr.unbind() if isinstance(self.inner_lr, Tensor) else [self.inner_lr] * len(self._adapted.names)
 
-    def _updated(self, state: list[Tensor], loss: Tensor, ones: Tensor, create_graph: bool) -> list[Tensor]:
-        grads = torch.autograd.grad(loss, state, ones, create_graph=create_graph, allow_unused=True)
-        if None in grads:
-            unused = [name for name, grad in zip(self._adapted.names, grads) if grad is None]
+    def _gradients(self, loss: Tensor, state: list[Tensor], create_graph: bool) -> list[Tensor]:
+        grads = torch.autograd.grad(loss, state, torch.ones_like(loss), create_graph=create_graph, allow_unused=True)
+        unused = [name for name, grad in zip(self._adapted.names, grads) if grad is None]
+        if unused:
             raise ValueError(f"adapt selects {describe(unused)}, on which the loss does not depend")
-        if isinstance(self.inner_lr, Tensor):
-            return [tensor - lr * grad for tensor, grad, lr in zip(state, grads, self.inner_lr.unbind())]
-        return [torch.add(tensor, grad, alpha=-self.inner_lr) for tensor, grad in zip(state, grads)]
+        return list(grads)
 
     def _given(self, parameters: TaskParameters) -> list[Tensor]:
         if not isinstance(parameters, TaskParameters) or list(parameters) != self._adapted.names:
@@ -241,14 +238,21 @@ class Learner:
         """
         second_order = torch.is_grad_enabled() and not self._maml.first_order
         state = list(self.parameters.values())
-        updated = self._maml._updated(state, loss, torch.ones_like(loss), second_order)
-        self.parameters = dict(zip(self.parameters, updated))
+        grads = self._maml._gradients(loss, state, second_order)
+        self.parameters = dict(zip(self.parameters, updated(state, grads, self._maml._rates())))
 
 
 def _alias(tensor: Tensor) -> Tensor:
     """The same values as no leaf: its gradient in an inner step is its own, also where the model reads the parameter elsewhere."""
     aliased = tensor.view_as(tensor)
     return aliased if aliased.requires_grad else aliased.requires_grad_()
+
+
+def _graded(state: list[Tensor]) -> list[Tensor]:
+    """The same values, that require grad; without a way back where grad mode is off."""
+    if torch.is_grad_enabled():
+        return [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in state]
+    return [tensor.detach().requires_grad_() for tensor in state]
 
 
 def _losses(loss_fn: LossFunction, prediction: Any, y: Any, weights: Tensor | None) -> Tensor:
