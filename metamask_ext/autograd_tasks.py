@@ -149,7 +149,4 @@ def _double_backward(function, call, tensors, needs):
 
 def _is_batched(*tensors):
     """Whether autograd runs this backward for a batch of gradients at once (``is_grads_batched``): only plain torch can."""
-    for tensor in tensors:
-        if tensor is not None and _is_legacy_batched(tensor):
-            return True
-    return False
+    return any(tensor is not None and _is_legacy_batched(tensor) for tensor in tensors)

@@ -359,3 +359,106 @@ def test_images_of_several_sizes_of_sets():
     wanted = by_hand(model, names, loss_fn, sets[:2], sets[2:], 2)
     assert_same(MAML(model, LR, 2, "weights")(loss_fn, support, query), wanted, model.parameters())
     assert_same(MAML(model, LR, 2, "weights", checkpoint=True)(loss_fn, support, query), wanted, model.parameters())
+
+
+# --- What is refused.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"adapt": "mask"}, ValueError, "adapt must be 'masks', 'weights', 'all' or a function .* got 'mask'"),
+        ({"adapt": lambda name: False}, ValueError, "adapt selects no parameter of Sequential"),
+        ({"inner_steps": -1}, ValueError, "inner_steps must be an integer of at least 0, got -1"),
+        ({"inner_steps": 1.0}, ValueError, r"inner_steps must be an integer of at least 0, got 1\.0"),
+        ({"start": "c"}, ValueError, "start must be one of the tasks 'a', 'b', or several with coefficients, got 'c'"),
+        ({"start": None}, ValueError, "start must be one of the tasks 'a', 'b', .* got None"),
+        ({"start": {"c": 1.0}}, ValueError, "start must name tasks among 'a', 'b', got 'c'"),
+        ({"start": {}}, ValueError, "start must name at least one task"),
+    ],
+)
+def test_arguments_of_maml(options, error, message):
+    model = two_task_model(MaskedLinear(2, 1))
+    with pytest.raises(error, match=message):
+        MAML(model, LR, **{"start": "a", **options})
+
+
+def test_models_that_do_not_fit():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):
+        MAML(F.relu, LR)
+    with pytest.raises(ValueError, match="adapt selects no parameter of Linear, got 'masks'"):
+        MAML(nn.Linear(2, 1), LR)
+    with pytest.raises(ValueError, match="start needs a model with masked layers, got Linear"):
+        MAML(nn.Linear(2, 1), LR, adapt="all", start="a")
+    bank = mm.MaskBank(two_task_model(MaskedLinear(2, 1)))
+    bank.pack("a")
+    with pytest.raises(ValueError, match=r"the masks of task 'a' are packed, .* use start=\{'a': 1\.0\}"):
+        MAML(bank.model, LR, start="a")
+    headed = mm.MaskBank(two_task_model(MaskedLinear(2, 2), nn.Linear(2, 1)), per_task="1.*").model
+    with pytest.raises(
+        ValueError, match=r"adapt selects '1\.per_task\.weight\.a', of which a start from several tasks has a mixture"
+    ):
+        MAML(headed, LR, adapt="all", start={"a": 0.5, "b": 0.5})
+
+
+GOOD = torch.zeros(3, 4, 2), torch.zeros(3, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("support", "query", "error", "message"),
+    [
+        (GOOD[0], GOOD, TypeError, r"support must be \(x, y\) or \(x, y, weights\), got Tensor"),
+        (GOOD, (GOOD[0],), TypeError, "query must be"),
+        (([1.0], GOOD[1]), GOOD, TypeError, "x of support must be a tensor, got list"),
+        ((GOOD[0][0, 0], GOOD[1]), GOOD, ValueError, r"x of support must be \[T, K, \.\.\.\] .* got shape \[2\]"),
+        ((GOOD[0][:0], GOOD[1][:0]), GOOD, ValueError, "at least one task and sample"),
+        (
+            (GOOD[0], GOOD[1][:, :3]),
+            GOOD,
+            ValueError,
+            r"y of support must be \[T, K, \.\.\.\] = \[3, 4\] as x, got shape \[3, 3, 1\]",
+        ),
+        (GOOD, (GOOD[0][:2], GOOD[1][:2]), ValueError, "query must have the tasks of support, 3, got 2"),
+        ((*GOOD, torch.ones(3)), GOOD, ValueError, r"weights of support must be \[T, K\] = \[3, 4\], got shape \[3\]"),
+        ((*GOOD, torch.ones(3, 4).bool()), GOOD, TypeError, r"weights of support must be a floating-point tensor, got torch\.bool"),
+        (GOOD, (*GOOD, torch.zeros(3, 4)), ValueError, "weights of query must not be negative, and not all zero for a task"),
+        ((*GOOD, -torch.ones(3, 4)), GOOD, ValueError, "weights of support must not be negative"),
+    ],
+)
+def test_sets_that_do_not_fit(support, query, error, message):
+    maml = MAML(linear_net(), LR)
+    with pytest.raises(error, match=message):
+        maml(F.mse_loss, support, query)
+
+
+def test_losses_and_models_that_do_not_fit():
+    maml = MAML(linear_net(), LR)
+    with pytest.raises(ValueError, match=r"loss_fn must give a scalar for one task, got shape \[4, 1\]"):
+        maml(lambda a, b: (a - b).square(), GOOD, GOOD)
+    with pytest.raises(ValueError, match=r"loss_fn must give a scalar for one task, got shape \[1, 1\]"):
+        maml(lambda a, b: (a - b).square(), (*GOOD, torch.ones(3, 4)), GOOD)
+    model = linear_net()
+    model.forward = lambda x, model=model: model[:4](x)
+    with pytest.raises(
+        ValueError, match=r"adapt selects '4\.masks\.default', '4\.bias_masks\.default', on which the loss does not"
+    ):
+        MAML(model, LR)(lambda y, target: y.square().mean(), GOOD, GOOD)
+    model = linear_net()
+    model.forward = lambda x: model[2:](model[:2](x).reshape(-1, 2, 6))
+    with pytest.raises(RuntimeError, match="MaskedLinear was called with 6 samples while 12 of several tasks are run as one batch"):
+        MAML(model, LR)(F.mse_loss, GOOD, GOOD)
+    other = linear_net()
+    other.forward = lambda x: other[:](x).mean(0)
+    with pytest.raises(RuntimeError, match=r"must give a tensor with an entry for each of its 12 samples, got shape \[1\]"):
+        MAML(other, LR)(F.mse_loss, GOOD, GOOD)
+    parameters = maml.adapt(F.mse_loss, GOOD)
+    with pytest.raises(ValueError, match="x must have the tasks of parameters, 3, got 2"):
+        maml.predict(parameters, GOOD[0][:2])
+    with pytest.raises(TypeError, match="parameters must be what adapt gave, got dict"):
+        maml.predict(dict(parameters), GOOD[0])
+    with pytest.raises(TypeError, match="parameters must be what adapt gave"):
+        MAML(linear_net(), LR, adapt="weights").predict(parameters, GOOD[0])
+    with pytest.raises(ValueError, match="support must have the tasks of parameters, 3, got 2"):
+        maml.adapt(F.mse_loss, (GOOD[0][:2], GOOD[1][:2]), parameters=parameters)
+    with pytest.raises(ValueError, match="steps must be an integer of at least 0, got True"):
+        maml.adapt(F.mse_loss, GOOD, steps=True)

@@ -172,7 +172,7 @@ class AdaptedModel:
     ) -> Any:
         if not self._active:
             return function(*arguments)
-        masks = {}
+        masks: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         for layer, (of_weight, of_bias) in self._masks.items():
             mask = self._fixed(layer, "masks", parameters) if of_weight is None else parameters[of_weight]
             bias_mask = self._fixed(layer, "bias_masks", parameters) if of_bias is None else parameters[of_bias]

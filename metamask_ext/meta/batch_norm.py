@@ -39,18 +39,22 @@ class MetaBatchNorm3d(_MetaBatchNorm, nn.BatchNorm3d):
     """A :class:`torch.nn.BatchNorm3d` of a model inside :class:`metamask_ext.meta.MAML`."""
 
 
-_TYPES = {nn.BatchNorm1d: MetaBatchNorm1d, nn.BatchNorm2d: MetaBatchNorm2d, nn.BatchNorm3d: MetaBatchNorm3d}
+_TYPES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: MetaBatchNorm1d,
+    nn.BatchNorm2d: MetaBatchNorm2d,
+    nn.BatchNorm3d: MetaBatchNorm3d,
+}
 
 
 def prepare(model: nn.Module, policy: str) -> dict[nn.Module, str]:
-    """The batch norms of ``model`` with their names, which from now on follow :class:`Normalisation` while a meta-learner runs them.
+    """The batch norms of ``model`` with their names, which from now on ask the meta-learner while that runs them.
 
     Raises:
         ValueError: an unknown policy; a batch norm that it cannot be applied to; a norm that would update statistics of its own.
     """
     if policy not in POLICIES:
         raise ValueError(f"batch_norm must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
-    found = {}
+    found: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
             raise ValueError(f"the tasks would all update the statistics of {name!r}: use track_running_stats=False there")
@@ -62,8 +66,7 @@ def prepare(model: nn.Module, policy: str) -> dict[nn.Module, str]:
             raise ValueError(f"batch_norm='frozen' needs running statistics, and {name!r} has none")
         found[module] = name
     for module in found:
-        if type(module) in _TYPES:
-            module.__class__ = _TYPES[type(module)]
+        module.__class__ = _TYPES.get(type(module), type(module))
     return found
 
 

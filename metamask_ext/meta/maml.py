@@ -24,7 +24,7 @@ class TaskParameters(dict[str, Tensor]):
         statistics: with ``batch_norm="per task"`` mean and variance ``[T, C]`` of each batch norm, by name; else empty.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], statistics: Mapping[str, Statistics] = {}):  # noqa: B006  not changed
+    def __init__(self, tensors: Mapping[str, Tensor], statistics: Mapping[str, Statistics] = {}):
         super().__init__(tensors)
         self.statistics = dict(statistics)
 
@@ -32,10 +32,10 @@ class TaskParameters(dict[str, Tensor]):
 class MAML(nn.Module):
     """Learn from where a few gradient steps on a few samples of a new task lead far.
 
-    For each task, from ``phi_0``, what is adapted of the model: ``phi_k+1 = phi_k - lr * dL(support; phi_k)/dphi``; the meta-loss is
-    the mean over tasks of ``L(query; phi_n)``, a function of ``phi_0`` and of everything that the model's tasks share. Source: Finn,
-    Abbeel and Levine, arXiv:1703.03400, algorithm 2; with ``adapt="masks"``, ``theta = W * g(M)`` (Blum and Law, EE5239 proposal,
-    eq. 3) where ``M`` is adapted and ``W`` only meta-learned: ours.
+    For each task, from ``phi_0``, what is adapted of the model: ``phi_k+1 = phi_k - lr * dL(support; phi_k)/dphi``; the meta-loss
+    is the mean over tasks of ``L(query; phi_n)``, a function of ``phi_0`` and of everything else that is learned. Source: Finn,
+    Abbeel and Levine, arXiv:1703.03400, algorithm 2. That ``adapt="masks"`` adapts only ``M`` of ``theta = W * g(M)`` (Blum and
+    Law, EE5239 proposal, eq. 3), while ``W`` is shared by the tasks and meta-learned, is ours.
 
     All tasks run at once. When only masks of masked layers are adapted, their samples are one mixed-task batch
     (:func:`metamask_ext.task_masked_linear`): the model's first dimension is then that of samples of several tasks, which it must
@@ -213,8 +213,8 @@ class MAML(nn.Module):
 class Learner:
     """One task of a :class:`MAML`, for code written for learn2learn or higher; slower, since it knows one task at a time.
 
-    ``learner = maml.clone()``; then ``learner.adapt(loss_fn(learner(x), y))`` for each inner step, and the loss of ``learner(x_query)``
-    may be differentiated for the meta-parameters. The model's own parameters are not changed.
+    ``learner = maml.clone()``; then ``learner.adapt(loss_fn(learner(x), y))`` for each inner step, and the loss of
+    ``learner(x_query)`` may be differentiated for the meta-parameters. The model's own parameters are not changed.
 
     Attributes:
         parameters: by name the adapted tensors.

@@ -32,7 +32,7 @@ def recomputed_steps(
 
     The backward keeps ``KEPT`` states of the parameters and the graph of one step. If each step is computed again at most ``r``
     times, that is enough for ``binomial(KEPT + r, r)`` steps. Source: A. Griewank and A. Walther, Algorithm 799: revolve, ACM
-    Transactions on Mathematical Software 26 (2000), pages 19 to 45, section 2. Random numbers and autocast are those of the forward.
+    Transactions on Mathematical Software 26 (2000), pages 19 to 45, section 2. Random numbers and autocast are the forward's.
 
     Args:
         gradients: of one step's loss; they may depend on ``others``, which get gradients.
@@ -147,7 +147,7 @@ class _Reverse:
             return
         outputs, given = zip(*pairs)
         del pairs
-        found = list(torch.autograd.grad(outputs, [*leaves, *self.others], given, allow_unused=True))
+        found: list[Tensor | None] = list(torch.autograd.grad(outputs, [*leaves, *self.others], given, allow_unused=True))
         del given
         for position in range(len(leaves)):
             grad, found[position] = found[position], None

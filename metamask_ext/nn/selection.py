@@ -255,8 +255,8 @@ class GivenMasks(Selection):
         samples = layer._samples(input)
         if samples != len(self.slots):
             raise RuntimeError(
-                f"{type(layer).__name__} was called with {samples} samples while {len(self.slots)} samples of several tasks are run "
-                "as one batch: the first dimension of its input must be the batch's"
+                f"{type(layer).__name__} was called with {samples} samples while {len(self.slots)} of several tasks are run as one "
+                "batch: the first dimension of its input must be the batch's"
             )
         return layer._by_task(input, self.slots, [mask], None if bias_mask is None else [bias_mask])
 
@@ -271,7 +271,8 @@ class GivenMasks(Selection):
         if isinstance(layer, MaskedLayer) and layer in self.masks:
             if self.slots is not None:
                 raise RuntimeError(
-                    f"{what} of {type(layer).__name__} was read while several tasks are run as one batch, where there is not one of it"
+                    f"{what} of {type(layer).__name__} was read while several tasks are run as one batch, where there is not one "
+                    "of it: call the layer"
                 )
             return layer._with_mask(what, self.masks[layer][what == "bias"])
         return layer._theta(what, self.keys[0]) if isinstance(self.start, str) else self.start.read(layer, what)
