@@ -24,16 +24,17 @@ struct TaskArrays {
   std::vector<at::Tensor> tensors;
   bool stacked = false;
   int64_t tasks = 0, bytes = 0;  // bytes: of one task's array
+  int64_t step = 0;              // of parts of one tensor: bytes from one to the next
 
   bool given() const { return !tensors.empty(); }
 
   const void* data(int64_t task) const {
-    if (stacked) return static_cast<const char*>(tensors[0].const_data_ptr()) + task * bytes;
+    if (stacked) return static_cast<const char*>(tensors[0].const_data_ptr()) + task * step;
     return metamask::data(tensors[task]);
   }
 
   void* mutable_data(int64_t task) {
-    if (stacked) return static_cast<char*>(tensors[0].mutable_data_ptr()) + task * bytes;
+    if (stacked) return static_cast<char*>(tensors[0].mutable_data_ptr()) + task * step;
     return metamask::mutable_data(tensors[task]);
   }
 };
@@ -52,7 +53,10 @@ inline TaskArrays task_arrays(const char* name, const char* like_name, at::Tenso
     TORCH_CHECK_VALUE(all.device() == like.device(), name, " must be on the device of ", like_name, ", ", like.device(), ", got ",
                       all.device());
     arrays.tasks = all.size(0);
-    arrays.tensors.push_back(all.contiguous());
+    // One mask expanded for all tasks, as a meta-learner starts with, stays one.
+    const bool same = arrays.tasks > 0 && all.stride(0) == 0 && all[0].is_contiguous();
+    arrays.step = same ? 0 : arrays.bytes;
+    arrays.tensors.push_back(same ? all : all.contiguous());
     return arrays;
   }
   arrays.tasks = int64_t(given.size());
@@ -72,7 +76,7 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 // Cotangents of the gradients of `masks`, in their form and dtype; nothing where none is given.
 inline TaskArrays task_cotangents(const char* name, const OptionalTensors& given, const TaskArrays& masks) {
-  TaskArrays arrays{{}, masks.stacked, masks.tasks, masks.bytes};
+  TaskArrays arrays{{}, masks.stacked, masks.tasks, masks.bytes, masks.bytes};
   bool any = false;
   TORCH_CHECK_VALUE(given.empty() || given.size() == masks.tensors.size(), name, " must be as many as the masks, ",
                     masks.tensors.size(), ", or none, got ", given.size());

@@ -17,7 +17,7 @@ check_build()
 # The contract has a function of this subpackage's name. Imported first by a user, the subpackage would take the function's place.
 _import_module(".tasks", __name__)
 
-from . import nn, optim
+from . import meta, nn, optim
 from .bank import MaskBank
 from .functional import masked_conv2d, masked_linear, masked_weight
 from .mixed import task_masked_conv2d, task_masked_linear
@@ -37,6 +37,7 @@ __all__ = [
     "masked_linear",
     "masked_weight",
     "merge",
+    "meta",
     "nn",
     "optim",
     "pack_mask",

@@ -1,7 +1,8 @@
 """The autograd Functions of batches that mix tasks, closed under differentiation as those of :mod:`metamask_ext.autograd`.
 
 ``TaskMaskedLinear`` -> ``TaskMaskedLinearBackward`` -> ``TaskMaskedLinearDoubleBackward`` -> plain torch. A Function sees tensors
-among its arguments, not in lists: the masks and the bias masks come last, one by one.
+among its arguments, not in lists: the masks and the bias masks come last, one by one. In a backward that nobody differentiates
+(grad mode is off) the ops are called as they are: a Function takes as long as a small layer's arithmetic.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch.autograd import Function
 
 from . import _task_ops, reference_tasks
+
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 class Call(NamedTuple):
@@ -40,10 +43,13 @@ class TaskMaskedLinear(Function):
         call, needs = ctx.call, ctx.needs_input_grad
         of_weight, of_bias = needs[6 : 6 + call.masks], needs[6 + call.masks :]
         wanted = needs[2], needs[4], any(of_weight), needs[5], any(of_bias)
+        tensors = grad, *ctx.saved_tensors
         if _is_batched(grad):
-            dx, dw, db, *dmasks = _backward(reference_tasks.task_masked_linear_backward, call, (grad, *ctx.saved_tensors), wanted)
+            dx, dw, db, *dmasks = _backward(reference_tasks.task_masked_linear_backward, call, tensors, wanted)
+        elif torch.is_grad_enabled():
+            dx, dw, db, *dmasks = TaskMaskedLinearBackward.apply(call, wanted, *tensors)
         else:
-            dx, dw, db, *dmasks = TaskMaskedLinearBackward.apply(call, wanted, grad, *ctx.saved_tensors)
+            dx, dw, db, *dmasks = _backward(_task_ops.task_masked_linear_backward, call, tensors, wanted)
         return (
             None,  # call
             None,  # dtype
@@ -76,8 +82,10 @@ class TaskMaskedLinearBackward(Function):
             tensors = *cotangents, *ctx.saved_tensors
             if _is_batched(*tensors):
                 second = _double_backward(reference_tasks.task_masked_linear_double_backward, ctx.call, tensors, wanted)
-            else:
+            elif torch.is_grad_enabled():
                 second = TaskMaskedLinearDoubleBackward.apply(ctx.call, wanted, *tensors)
+            else:
+                second = _double_backward(_task_ops.task_masked_linear_double_backward, ctx.call, tensors, wanted)
             ddy, dx, dw, db, *dmasks = second
             grads = ddy, dx, None, dw, db, *(dmask if need else None for dmask, need in zip(dmasks, needs[7:]))
         return (
@@ -141,4 +149,4 @@ def _double_backward(function, call, tensors, needs):
 
 def _is_batched(*tensors):
     """Whether autograd runs this backward for a batch of gradients at once (``is_grads_batched``): only plain torch can."""
-    return any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+    return any(tensor is not None and _is_legacy_batched(tensor) for tensor in tensors)

@@ -32,8 +32,8 @@ struct Cpu {
 
   // Most of the time of writing a gradient of many megabytes is the system's, which clears each page of 4 KiB when it is first
   // touched; pages of 2 MiB are cleared eight times as fast (docs/cpu.md). A system without them ignores the advice.
-  static at::Tensor gradient_like(const at::Tensor& parameter) {
-    at::Tensor gradient = at::empty_like(parameter);
+  static at::Tensor gradient_like(const at::Tensor& parameter, at::MemoryFormat format = at::MemoryFormat::Preserve) {
+    at::Tensor gradient = at::empty_like(parameter, format);
 #if defined(MADV_HUGEPAGE)
     constexpr uintptr_t kPage = uintptr_t(2) << 20;
     const uintptr_t begin = reinterpret_cast<uintptr_t>(gradient.const_data_ptr()), end = begin + gradient.nbytes();

@@ -30,9 +30,9 @@ T* offset(T* base, int64_t elements) {
 
 // Uninitialised gradients in the form of `masks`; zeros for the tasks that the batch does not have.
 TaskArrays gradients_like(const TaskArrays& masks, const Segments& segments) {
-  TaskArrays made{{}, masks.stacked, masks.tasks, masks.bytes};
+  TaskArrays made{{}, masks.stacked, masks.tasks, masks.bytes, masks.bytes};
   if (masks.stacked) {
-    made.tensors.push_back(Cpu::gradient_like(masks.tensors[0]));
+    made.tensors.push_back(Cpu::gradient_like(masks.tensors[0], at::MemoryFormat::Contiguous));  // it may be expanded
     for (int64_t task = 0; task < masks.tasks; ++task) {
       if (!segments.uses(task)) std::memset(made.mutable_data(task), 0, masks.bytes);
     }

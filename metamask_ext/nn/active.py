@@ -9,7 +9,7 @@ gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ContextDecorator
 from contextvars import ContextVar
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
@@ -110,6 +110,23 @@ class using_task(ContextDecorator):
     def __exit__(self, *error: object) -> None:
         # No token of the context variable is kept: one object may be open in several threads and coroutines.
         _current.set(_without(_current.get(), self))
+
+
+def run_selected(layers: Iterable[nn.Module], selection: Selection, function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)`` with ``selection`` active for ``layers``: a block without the search for the layers."""
+    now = _graph_task()
+    token = _current.set(_Context({layer: (selection, now) for layer in layers}, _current.get(), None))
+    try:
+        return function(*arguments)
+    finally:
+        _current.reset(token)
+
+
+def selection_of(module: nn.Module) -> Selection | None:
+    """The selection that is active for a module without tasks of its own, as :func:`run_selected` was told."""
+    context = _current.get()
+    found, graph_task = (None, -1) if context is None else context.keys.get(module, (None, -1))
+    return None if found is None or isinstance(found, str) or graph_task != _graph_task() else found
 
 
 def _without(context: _Context | None, opener: using_task) -> _Context | None:

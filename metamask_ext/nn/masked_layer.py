@@ -96,19 +96,22 @@ class MaskedLayer(TaskLayer):
         return new
 
     def _combine(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], out: Tensor) -> None:
-        total = torch.zeros_like(out)
+        out.copy_(self._combined(tensors, amounts, out))
+
+    def _combined(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], like: Tensor) -> Tensor:
+        """Logits of the shape of ``like`` whose gate is this combination of the tasks' gates, differentiable for all of it."""
+        total: Any = 0.0
         for task, amount in amounts.items():
             mask = tensors[task]
             if mask.dtype == torch.uint8:
-                gate = unpack_mask(mask, out.shape).to(out.dtype)
+                gate = unpack_mask(mask, like.shape).to(like.dtype)
             else:
                 gate = reference.gate_values(mask, *self._resolved())[0]
-            total += amount * gate
+            total = total + amount * gate
         if self.gate == "hard":
-            out.copy_(total - 0.5 + self.threshold)
-        else:
-            bound = torch.tensor(LARGEST_COMBINED, dtype=out.dtype).sigmoid().item()
-            out.copy_(torch.logit(total.clamp(1 - bound, bound)) * self.temperature)
+            return total - 0.5 + self.threshold
+        bound = torch.tensor(LARGEST_COMBINED, dtype=like.dtype).sigmoid().item()
+        return torch.logit(total.clamp(1 - bound, bound)) * self.temperature
 
     def _init_logits(self, logits: Tensor) -> None:
         if self.mask_init == "normal":
@@ -215,12 +218,15 @@ class MaskedLayer(TaskLayer):
     def _theta(self, what: str, key: str) -> Any:
         """The masked ``weight`` or ``bias`` of one task."""
         shared, masks = self._group(what)
-        if shared is None or masks is None:
-            return shared
-        mask = masks._tensor(key)
-        if masks._is_bits(key):
-            return shared * unpack_mask(mask, shared.shape)
-        return functional.masked_weight(shared, mask, **self._gate())
+        if masks is not None and masks._is_bits(key):
+            assert shared is not None
+            return shared * unpack_mask(masks._tensor(key), shared.shape)
+        return self._with_mask(what, None if masks is None else masks._tensor(key))
+
+    def _with_mask(self, what: str, mask: Tensor | None) -> Any:
+        """The masked ``weight`` or ``bias`` with these logits."""
+        shared, _ = self._group(what)
+        return shared if shared is None or mask is None else functional.masked_weight(shared, mask, **self._gate())
 
     def _mixed(self, superposition: Superposition, what: str) -> Any:
         if self._group(what)[0] is None:

@@ -61,7 +61,7 @@ class PerTask(TaskLayer):
         if torch.compiler.is_dynamo_compiling():
             return _read_in_eager(self, name)
         selected = self._selected()
-        return own._modules[name]._tensor(selected) if isinstance(selected, str) else selected.read(self, name)
+        return self._theta(name, selected) if isinstance(selected, str) else selected.read(self, name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time.
@@ -92,6 +92,9 @@ class PerTask(TaskLayer):
             with using_task(self, name):
                 parts.append(self._plain_forward(input.index_select(0, rows)))
         return torch.cat(parts).index_select(0, back)
+
+    def _theta(self, what: str, key: str) -> Any:
+        return self._own()[what]._tensor(key)
 
     def _mixed(self, superposition: Superposition, what: str) -> Any:
         return superposition.mix(self._own()[what]._tensor(key) for key in superposition.keys)

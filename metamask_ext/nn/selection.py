@@ -1,9 +1,9 @@
-"""What :class:`metamask_ext.using_task` selects where it is not one task: a task for each sample, or a mixture of tasks."""
+"""What is active where it is not one task: a task for each sample, a mixture of tasks, or masks that are no task's."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from .active import describe
 from .names import escape
 
 if TYPE_CHECKING:
-    from .layers import MaskedLayer
+    from .masked_layer import MaskedLayer
     from .per_task import PerTask
     from .task_dict import TaskDict
     from .task_layer import TaskLayer
@@ -223,3 +223,56 @@ class Superposition(Selection):
 
     def read(self, layer: TaskLayer, what: str) -> Any:
         return layer._mixed(self, what)
+
+
+class GivenMasks(Selection):
+    """Masks that are no task's: those that tasks have while a meta-learner adapts them (:mod:`metamask_ext.meta`).
+
+    Args:
+        start: what the layers use that get no mask here, and what else belongs to tasks: the name of a task, or a superposition.
+        masks: for a layer the logits of weight and bias: tensors ``[*shape]`` for all samples, or with ``slots`` ``[T, *shape]``.
+        slots: int64 ``[B]``, which of ``T`` masks a sample uses; None: all samples use the same.
+        normalise: what a batch norm computes in the place of its own forward.
+    """
+
+    def __init__(
+        self,
+        start: str | Superposition,
+        masks: Mapping[nn.Module, tuple[Tensor, Tensor | None]],
+        slots: Tensor | None,
+        normalise: Callable[[Any, Tensor], Tensor],
+    ):
+        super().__init__((start,) if isinstance(start, str) else start.names)
+        self.start, self.masks, self.slots, self.normalise = start, masks, slots, normalise
+
+    def forward(self, layer: MaskedLayer, input: Tensor) -> Tensor:
+        given = self.masks.get(layer)
+        if given is None:
+            return layer._one_task(input, self.keys[0]) if isinstance(self.start, str) else self.start.forward(layer, input)
+        mask, bias_mask = given
+        if self.slots is None:
+            return layer._masked(input, mask, bias_mask)
+        samples = layer._samples(input)
+        if samples != len(self.slots):
+            raise RuntimeError(
+                f"{type(layer).__name__} was called with {samples} samples while {len(self.slots)} of several tasks are run as one "
+                "batch: the first dimension of its input must be the batch's"
+            )
+        return layer._by_task(input, self.slots, [mask], None if bias_mask is None else [bias_mask])
+
+    def forward_per_task(self, layer: PerTask, input: Tensor) -> Tensor:
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            return self.normalise(layer, input)
+        return layer._plain_forward(input)
+
+    def read(self, layer: TaskLayer, what: str) -> Any:
+        from .masked_layer import MaskedLayer
+
+        if isinstance(layer, MaskedLayer) and layer in self.masks:
+            if self.slots is not None:
+                raise RuntimeError(
+                    f"{what} of {type(layer).__name__} was read while several tasks are run as one batch, where there is not one "
+                    "of it: call the layer"
+                )
+            return layer._with_mask(what, self.masks[layer][what == "bias"])
+        return layer._theta(what, self.keys[0]) if isinstance(self.start, str) else self.start.read(layer, what)

@@ -49,6 +49,10 @@ class TaskLayer(nn.Module):
         """Fill ``out`` for a new task that begins as this linear combination of tasks."""
         raise NotImplementedError
 
+    def _theta(self, what: str, key: str) -> Any:
+        """The tensor ``what`` that forward uses for one task."""
+        raise NotImplementedError
+
     def _mixed(self, superposition: Superposition, what: str) -> Any:
         """The tensor ``what`` that forward uses under a superposition."""
         raise NotImplementedError

@@ -1,0 +1,198 @@
+"""Inner steps that are computed again in the backward instead of being remembered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+from torch.autograd.graph import get_gradient_edge
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+Gradients = Callable[[list[Tensor], bool], list[Tensor]]
+"""``gradients(parameters, create_graph)``: of the inner loss."""
+
+Rates = Sequence["float | Tensor"]
+
+_Random = tuple[Tensor, list[int], list[Tensor]]
+
+KEPT = 2
+"""States of the parameters that a backward keeps at once, the first one included. A third would save a third of the time that 20
+steps are computed again, and cost as much memory as all masks."""
+
+
+def recomputed_steps(
+    gradients: Gradients, rates: Rates, steps: int, parameters: Sequence[Tensor], others: Sequence[Tensor]
+) -> list[Tensor]:
+    """``parameters`` after ``steps`` inner steps, in a graph whose memory does not grow with ``steps``, nor that of its backward.
+
+    The backward keeps ``KEPT`` states of the parameters and the graph of one step. If each step is computed again at most ``r``
+    times, that is enough for ``binomial(KEPT + r, r)`` steps. Source: A. Griewank and A. Walther, Algorithm 799: revolve, ACM
+    Transactions on Mathematical Software 26 (2000), pages 19 to 45, section 2. Random numbers and autocast are the forward's.
+
+    Args:
+        gradients: of one step's loss; they may depend on ``others``, which get gradients.
+        rates: of each of the parameters.
+        steps: how many, at least 1.
+        parameters: what the steps change.
+        others: every other tensor that requires grad and that ``gradients`` reads.
+    """
+    learned = torch.stack(list(rates)) if isinstance(rates[0], Tensor) else None  # type: ignore[arg-type]
+    taken: list[Tensor | None] = []
+
+    def take(cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        # The engine would keep what it gives a backward until that returns: as much as all masks.
+        taken.extend(cotangents)
+        return tuple(None if of is None else of.new_zeros(()).expand(of.shape) for of in cotangents)
+
+    made = list(_Steps.apply(gradients, rates, steps, len(parameters), taken, learned, *parameters, *others))
+    if made[0].grad_fn is not None:
+        made[0].grad_fn.register_prehook(take)
+    return made
+
+
+def updated(parameters: Sequence[Tensor], grads: Sequence[Tensor], rates: Rates) -> list[Tensor]:
+    """``parameters - rates * grads``."""
+    return [
+        tensor - rate * grad if isinstance(rate, Tensor) else torch.add(tensor, grad, alpha=-rate)
+        for tensor, grad, rate in zip(parameters, grads, rates)
+    ]
+
+
+class _Steps(Function):
+    @staticmethod
+    def forward(ctx, gradients, rates, steps, count, taken, learned, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.count, ctx.steps, ctx.taken = count, steps, taken
+        # Not the tensors of the graph outside, which would be kept by it
+        ctx.gradients, ctx.rates = gradients, [rate.detach() if isinstance(rate, Tensor) else rate for rate in rates]
+        device = tensors[0].device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.random = _random_states(tensors)
+        state = _copies(tensors[:count])
+        for _ in range(steps):
+            _advance(state, gradients(state, False), ctx.rates)
+        return tuple(state)
+
+    @staticmethod
+    def backward(ctx, *_):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a meta-gradient whose inner steps are computed again (checkpoint=True) cannot be differentiated again"
+            )
+        state, others = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        reverse = _Reverse(ctx, state, others)
+        with torch.autocast(ctx.autocast[0], ctx.autocast[1], enabled=ctx.autocast[2]):
+            reverse(0, ctx.steps, list(state), ctx.random, KEPT - 1)
+        return (
+            None,  # gradients
+            None,  # rates
+            None,  # steps
+            None,  # count
+            None,  # taken
+            reverse.of_rates,
+            *reverse.cotangents,
+            *reverse.of_others,
+        )
+
+
+class _Reverse:
+    """Pulls the cotangents back through the steps, and adds up what rates and other tensors get."""
+
+    def __init__(self, ctx: Any, state: Sequence[Tensor], others: Sequence[Tensor]):
+        self.gradients, self.rates = ctx.gradients, ctx.rates
+        self.cotangents = [torch.zeros_like(tensor) if of is None else of for of, tensor in zip(ctx.taken, state)]
+        ctx.taken.clear()
+        self.owned = False
+        """Whether ``cotangents`` are nobody else's."""
+        self.others = others
+        self.of_others: list[Tensor | None] = [None] * len(others)
+        learned = isinstance(self.rates[0], Tensor)
+        self.of_rates = torch.zeros_like(torch.stack(self.rates)) if learned else None
+
+    def __call__(self, first: int, last: int, state: Sequence[Tensor], random: _Random, spare: int) -> None:
+        """From after step ``last - 1`` to before step ``first``, where the parameters are ``state``; ``spare`` more may be kept.
+
+        ``random``: the generators' states before step ``first``.
+        """
+        while last - first > 1:
+            middle = last - 1 if spare == 0 else first + _left(last - first, spare + 1)
+            at_middle = _copies(state)
+            with _replayed(random):
+                for _ in range(first, middle):
+                    _advance(at_middle, self.gradients(at_middle, False), self.rates)
+                random_at_middle = _random_states(state)
+            self(middle, last, at_middle, random_at_middle, max(spare - 1, 0))
+            last = middle
+        self._pull_back(state, random)
+
+    def _pull_back(self, state: Sequence[Tensor], random: _Random) -> None:
+        leaves = [tensor.detach().requires_grad_() for tensor in state]
+        with torch.enable_grad(), _replayed(random):
+            grads = self.gradients(leaves, True)
+        factor, cotangents = 1.0, self.cotangents
+        if self.of_rates is None:
+            factor = -self.rates[0]
+        else:
+            cotangents = [-rate * cotangent for rate, cotangent in zip(self.rates, cotangents)]
+            self.of_rates -= torch.stack([(cotangent * grad).sum() for cotangent, grad in zip(self.cotangents, grads)])
+        # Of the gradients only their graph is needed from here on.
+        pairs = [(get_gradient_edge(grad), of) for grad, of in zip(grads, cotangents) if grad.requires_grad]
+        del grads, cotangents
+        if not pairs:
+            return
+        outputs, given = zip(*pairs)
+        del pairs
+        found: list[Tensor | None] = list(torch.autograd.grad(outputs, [*leaves, *self.others], given, allow_unused=True))
+        del given
+        for position in range(len(leaves)):
+            grad, found[position] = found[position], None
+            if grad is not None:
+                if self.owned:
+                    self.cotangents[position].add_(grad, alpha=factor)
+                else:
+                    self.cotangents[position] = torch.add(self.cotangents[position], grad, alpha=factor)
+        self.owned = True
+        for position, grad in enumerate(found[len(leaves) :]):
+            if grad is not None:
+                total = self.of_others[position]
+                self.of_others[position] = factor * grad if total is None else torch.add(total, grad, alpha=factor)
+
+
+def _random_states(tensors: Sequence[Tensor]) -> _Random:
+    return torch.get_rng_state(), *get_device_states(*tensors)
+
+
+@contextmanager
+def _replayed(random: _Random) -> Iterator[None]:
+    """A block that draws what was drawn after :func:`_random_states`."""
+    cpu, devices, states = random
+    with torch.random.fork_rng(devices):
+        torch.set_rng_state(cpu)
+        set_device_states(devices, states)
+        yield
+
+
+def _copies(state: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in state]
+
+
+def _advance(state: Sequence[Tensor], grads: Sequence[Tensor], rates: Rates) -> None:
+    """In place, so that the old state and the new need not be there together."""
+    for tensor, grad, rate in zip(state, grads, rates):
+        if isinstance(rate, Tensor):
+            tensor.sub_(rate * grad)
+        else:
+            tensor.add_(grad, alpha=-rate)
+
+
+def _left(steps: int, states: int) -> int:
+    """After how many of ``steps`` a further state is best kept, of ``states``: binomial(states + r, r) steps, split in two."""
+    again = 0
+    while math.comb(states + again, states) < steps:
+        again += 1
+    return max(1, steps - math.comb(states - 1 + again, states - 1))
