@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from metamask_ext.bench.cases import SUITES, Case
-from metamask_ext.bench.measure import Others, check_apart, choose_rounds, nanoseconds, summarise, timed
+from metamask_ext.bench.measure import Others, check_apart, choose_rounds, nanoseconds, settle_heap, summarise, timed
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for cases in SUITES.values() for case in cases])
@@ -28,6 +28,7 @@ def test_case(case: Case, benchmark) -> None:
         start = len(times[others[0]]) % len(others)
         for name in others[start:] + others[:start]:
             times[name].append(nanoseconds(units[name]))
+        settle_heap()
 
     others_cpu = Others()
     benchmark.pedantic(units["ours"], setup=time_others, rounds=rounds, iterations=1)

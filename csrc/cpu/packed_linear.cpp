@@ -86,8 +86,7 @@ class PackedLinear {
   void forward(const PackedRows<T>& x, T* y) const {
     const Panels panels(w_.out, w_.in, x.rows, sizeof(T), forward_tile(), kForwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile = panels.rows * tile_row;
-    const Scratch<T> scratch(panels.threads * 2 * tile);
-    w_.each_tile(panels, scratch.data, 2 * tile, [&](const GroupTile<T>& part, T* free) {
+    w_.each_tile(panels, 2 * tile, [&](const GroupTile<T>& part, T* free) {
       T* const to = y + part.first;
       const T* const from = x.at(0, part.group) + part.column;
       const int64_t offset = part.first * bits_row_ + part.column / 8;
@@ -105,14 +104,13 @@ class PackedLinear {
   void backward(const PackedRows<T>& dy, const PackedRows<T>& x, T* dx_result, void* dw) const {
     const Panels panels(w_.out, w_.in, x.rows, sizeof(T), backward_tile(), kBackwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile = panels.rows * tile_row;
-    const Scratch<T> scratch(panels.threads * 3 * tile);
     // Each thread adds to a dx of its own; they are added up in the order of the threads.
     const int64_t dx_size = dx_result != nullptr ? x.rows * x.row : 0;
     const Scratch<T> dx(panels.threads * dx_size);
     at::parallel_for(0, panels.threads * dx_size, kGrain, [&](int64_t begin, int64_t end) {  //
       std::fill(dx.data + begin, dx.data + end, T(0));
     });
-    w_.each_tile(panels, scratch.data, 3 * tile, [&](const GroupTile<T>& part, T* free) {
+    w_.each_tile(panels, 3 * tile, [&](const GroupTile<T>& part, T* free) {
       T *total = free, *g = free + tile;
       const int64_t wide = round_up(part.columns, kPad), offset = part.first * bits_row_ + part.column / 8;
       const BitRows bits{batch_.bits.data(), offset, bits_row_};

@@ -88,11 +88,11 @@ struct GroupedWeight {
   // work(tile, free scratch) for every tile of the panels. Each thread has `each` elements of scratch; a W that is kept in 16 bits
   // is widened into the last part of it, of a tile's size.
   template <class Work>
-  void each_tile(const Panels& panels, T* scratch, int64_t each, const Work& work) const {
+  void each_tile(const Panels& panels, int64_t each, const Work& work) const {
     const int64_t tile_row = round_up(panels.columns, kRowBytes / int64_t(sizeof(T))), bytes = tensor.element_size();
     const bool same = bytes == sizeof(T);
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
-      T* const free = scratch + thread * each;
+      T* const free = thread_tiles<T>(each);
       T* const widened = free + each - panels.rows * tile_row;
       for (int64_t end = first + rows, next; first < end; first = next) {
         const int64_t group = first / (out / groups);

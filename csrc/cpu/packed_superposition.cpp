@@ -47,12 +47,11 @@ at::Tensor gradient(const at::Tensor& grad, const at::Tensor& input, const at::T
   const Panels panels(w.out, w.in, samples * tasks, sizeof(T), kTileRows * kRow * sizeof(T), kRow * sizeof(T));
   const int64_t a_sample = panels.rows * kRow, some = std::min(samples, kTileSamples);
   const int64_t each = some * a_sample + panels.rows * round_up(panels.columns, kRowBytes / int64_t(sizeof(T)));
-  const Scratch<T> scratch(panels.threads * each);
   // Each thread has sums of its own; they are added up in the order of the threads.
   const int64_t sums_row = round_up(tasks, kTaskPad);
   const Scratch<T> sums(panels.threads * samples * sums_row);
   std::fill_n(sums.data, panels.threads * samples * sums_row, T(0));
-  w.each_tile(panels, scratch.data, each, [&](const GroupTile<T>& part, T* a) {
+  w.each_tile(panels, each, [&](const GroupTile<T>& part, T* a) {
     const int64_t wide = round_up(part.columns, kRowBytes / int64_t(sizeof(T)));
     for (int64_t first = 0; first < samples; first += some) {
       const int64_t count = std::min(some, samples - first);

@@ -216,10 +216,9 @@ struct TaskLinear {
     const Panels panels = this->panels(1, kForwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = tile_size + round_up(panels.rows, kPad);
-    const Scratch<T> scratch(panels.threads * scratch_size);
     T* y_data = y.mutable_data_ptr<T>();
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
-      T *theta = scratch.data + thread * scratch_size, *row = theta + tile_size;
+      T *theta = thread_tiles<T>(scratch_size), *row = theta + tile_size;
       for (int64_t task = 0; task < segments.size(); ++task) {
         if (masked_bias) {
           masked_weight_kernels().forward(gate, param, kType<T>, at_element(bias, first, bytes),
@@ -252,12 +251,11 @@ struct TaskLinear {
     const Panels panels = this->panels(2, kBackwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = 2 * tile_size + round_up(panels.rows, kPad);
-    const Scratch<T> scratch(panels.threads * scratch_size);
     const int64_t dx_size = needs[0] ? segments.rows * x.row : 0;
     const Scratch<T> dx(panels.threads * dx_size);
     std::fill_n(dx.data, panels.threads * dx_size, T(0));
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
-      T *g = scratch.data + thread * scratch_size, *theta = g + tile_size, *row = theta + tile_size;
+      T *g = thread_tiles<T>(scratch_size), *theta = g + tile_size, *row = theta + tile_size;
       if (db_data != nullptr) std::fill_n(db_data + first, rows, T(0));
       for (int64_t task = 0; needs_bias && task < segments.size(); ++task) {
         sum_rows(task, first, rows, dy, row);
@@ -319,12 +317,11 @@ struct TaskLinear {
     const Panels panels = this->panels(4, kBackwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = 4 * tile_size + 2 * round_up(panels.rows, kPad);
-    const Scratch<T> scratch(panels.threads * scratch_size);
     const int64_t dx_size = needs[1] ? segments.rows * x.row : 0;
     const Scratch<T> dx(panels.threads * dx_size);
     std::fill_n(dx.data, panels.threads * dx_size, T(0));
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
-      T* const tiles = scratch.data + thread * scratch_size;
+      T* const tiles = thread_tiles<T>(scratch_size);
       T* const g = needs_g ? tiles : nullptr;
       T* const h = needs_h ? tiles + tile_size : nullptr;
       T* const theta = needs_theta ? tiles + 2 * tile_size : nullptr;
