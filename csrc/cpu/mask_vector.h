@@ -99,6 +99,24 @@ METAMASK_INLINE Mask<float> mask_of(const float*, const uint8_t* bits, int64_t k
   return {__mmask16(bits[k / 8] | (n > 8 ? bits[k / 8 + 1] << 8 : 0))};
 }
 
+// Of two vectors of columns from one load: whether it is worth it, and the masks.
+template <class T>
+constexpr bool kPairs = sizeof(T) == sizeof(float);
+
+template <class T>
+struct MaskPair {
+  Mask<T> first, second;
+};
+
+METAMASK_INLINE MaskPair<float> mask_pair(const float*, const uint8_t* bits) {
+  struct __attribute__((packed, may_alias)) Lanes {
+    uint32_t of;
+  };
+  __mmask32 lanes;
+  asm("kmovd %1, %0" : "=k"(lanes) : "m"(*reinterpret_cast<const Lanes*>(bits)));
+  return {{__mmask16(lanes)}, {__mmask16(_kshiftri_mask32(lanes, 16))}};
+}
+
 METAMASK_INLINE Mask<double> mask_of(const double*, const uint8_t* bits, int64_t k) { return {bits[k / 8]}; }
 METAMASK_INLINE Mask<double> mask_of(const double*, const uint8_t* bits, int64_t k, int64_t) { return {bits[k / 8]}; }
 
@@ -134,6 +152,13 @@ struct Mask {
   typedef Integer type __attribute__((vector_size(kVectorBytes)));
   type lanes;  // all bits of a lane set, or none
 };
+
+template <class T>
+constexpr bool kPairs = false;
+template <class T>
+struct MaskPair;  // never made
+template <class T>
+MaskPair<T> mask_pair(const T*, const uint8_t* bits);
 
 // At most 8 lanes, which never cross a byte.
 template <class T>

@@ -34,36 +34,51 @@ METAMASK_INLINE const T* advance(const T* pointer, int64_t elements) {
   return pointer;
 }
 
-template <class T, int R, int C>
+// kFinite: x is, so that a product that is off may be left out instead of added as 0 times x, an operation less; and one load has
+// the bits of two vectors. Only where kPairs.
+template <class T, bool kFinite, int R, int C>
 METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* const* bits, int64_t offset, int64_t bits_row,
                                   const T* w, int64_t w_row, T* y, int64_t y_row, int64_t columns) {
   using V = typename Vector<T>::type;
   constexpr int64_t kLanes = Vector<T>::kLanes;
+  constexpr int kAtOnce = kFinite ? 2 : 1;
   static_assert(R <= 4 && C <= 4);
   V sums[R][C] = {};
   const uint8_t* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = bits[r] + offset;
   const int64_t x_three = three_of(x_row), w_three = three_of(w_row), bits_three = three_of(bits_row);
   int64_t k = 0;
-  for (; k + kLanes <= columns; k += kLanes) {
-    V weights[C];
+  for (; k + kAtOnce * kLanes <= columns; k += kAtOnce * kLanes) {
+    V weights[C][kAtOnce];
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) weights[c] = load(w + row_at(c, w_row, w_three));
+    for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 2
+      for (int h = 0; h < kAtOnce; ++h) weights[c][h] = load(w + row_at(c, w_row, w_three) + h * kLanes);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const V input = kept(load(x + row_at(r, x_row, x_three)));
+      V inputs[kAtOnce];
+#pragma GCC unroll 2
+      for (int h = 0; h < kAtOnce; ++h) inputs[h] = kept(load(x + row_at(r, x_row, x_three) + h * kLanes));
 #pragma GCC unroll 16
       for (int c = 0; c < C; ++c) {
-        sums[r][c] +=
-            select(mask_of(x, rows[r] + row_at(c, bits_row, bits_three), kLanes % 8 == 0 ? 0 : k % 8), weights[c]) * input;
+        const uint8_t* const from = rows[r] + row_at(c, bits_row, bits_three);
+        if constexpr (kFinite) {
+          const MaskPair<T> masks = mask_pair(x, from);
+          add_product(sums[r][c], masks.first, weights[c][0], inputs[0]);
+          add_product(sums[r][c], masks.second, weights[c][1], inputs[1]);
+        } else {
+          sums[r][c] += select(mask_of(x, from, kLanes % 8 == 0 ? 0 : k % 8), weights[c][0]) * inputs[0];
+        }
       }
-      rows[r] = advance(rows[r], kLanes % 8 == 0 ? kLanes / 8 : uint64_t(k % 8 + kLanes) / 8);
+      rows[r] = advance(rows[r], kLanes % 8 == 0 ? kAtOnce * kLanes / 8 : uint64_t(k % 8 + kLanes) / 8);
     }
-    x = advance(x, kLanes);
-    w = advance(w, kLanes);
+    x = advance(x, kAtOnce * kLanes);
+    w = advance(w, kAtOnce * kLanes);
   }
   // Unrolled to the end: sums that are once indexed by a variable are written to memory in each round above.
-  if (const int64_t n = columns - k; n > 0) {
+  while (k < columns) {
+    const int64_t n = columns - k < kLanes ? columns - k : kLanes;
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
       const V weights = load_some(w + c * w_row, n);
@@ -72,6 +87,8 @@ METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* cons
         sums[r][c] += select(mask_of(x, rows[r] + c * bits_row, k % 8, n), weights) * load(x + r * x_row);
       }
     }
+    for (int r = 0; r < R; ++r) rows[r] += n / 8;
+    x += n, w += n, k += n;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -80,33 +97,60 @@ METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* cons
   }
 }
 
-// Asks for the bits that the next rows of x meet at these rows of W: each mask is read a few kilobytes at a time, too little for
-// the processor to see that it is read in order.
-METAMASK_INLINE void prefetch(BitRows bits, int64_t i, int64_t rows, int64_t j, int64_t outputs, int64_t columns) {
-  for (int r = 0; r < kRows && i + r < rows; ++r) {
-    for (int c = 0; c < kOutputs && j + c < outputs; ++c) {
-      const uint8_t* row = bits.bits[i + r] + bits.offset + (j + c) * bits.row;
-      for (int64_t byte = 0; byte < columns / 8; byte += kRowBytes) __builtin_prefetch(row + byte);
+// Asks for the bits that `count` rows of samples meet at some rows of W: each mask is read a few kilobytes at a time, too little
+// for the processor to see that it is read in order.
+METAMASK_INLINE void prefetch_bits(const uint8_t* const* bits, int64_t count, int64_t offset, int64_t row, int64_t outputs,
+                                   int64_t columns) {
+  for (int r = 0; r < kRows && r < count; ++r) {
+    for (int c = 0; c < kOutputs && c < outputs; ++c) {
+      const uint8_t* from = bits[r] + offset + c * row;
+      for (int64_t byte = 0; byte < columns / 8; byte += kRowBytes) __builtin_prefetch(from + byte);
     }
   }
 }
 
-template <class T>
-void forward(const T* x, int64_t x_row, BitRows bits, const T* w, int64_t w_row, T* y, int64_t y_row, int64_t rows, int64_t outputs,
-             int64_t columns) {
-  // A few rows of x stay in the first-level cache while the tile of W streams from the second, and each mask is read in order.
+template <class T, bool kFinite>
+METAMASK_INLINE void forward_rows(const T* x, int64_t x_row, BitRows bits, const T* w, int64_t w_row, const T* next, T* y,
+                                  int64_t y_row, int64_t rows, int64_t outputs, int64_t columns) {
+  // A few rows of x stay in the first-level cache while the tile of W streams from the second, and each mask is read in order. Each
+  // group of rows asks for its share of the next tile of W, and for the bits of the next group, the last one for those of the first
+  // group in the next tile: else all arithmetic waits where a tile begins.
+  if (rows == 0) return;
+  const int64_t groups = (rows + kRows - 1) / kRows;
+  const int64_t share = ((columns + groups - 1) / groups * int64_t(sizeof(T)) + kRowBytes - 1) / kRowBytes * kRowBytes;
   for (int64_t i = 0; i < rows; i += kRows) {
+    const int64_t share_begin = i / kRows * share, share_end = share_begin + share;
     with_count<kRows>(rows - i, [&](auto r) {
       for (int64_t j = 0; j < outputs; j += kOutputs) {
-        prefetch(bits, i + kRows, rows, j, outputs, columns);
+        const bool last = i + kRows >= rows;
+        if (!last)
+          prefetch_bits(bits.bits + i + kRows, rows - i - kRows, bits.offset + j * bits.row, bits.row, outputs - j, columns);
+        if (next != nullptr) {
+          if (last) prefetch_bits(bits.bits, rows, bits.offset + (outputs + j) * bits.row, bits.row, outputs - j, columns);
+          for (int c = 0; c < kOutputs && j + c < outputs; ++c) {
+            const char* from = reinterpret_cast<const char*>(next + (j + c) * w_row);
+            for (int64_t byte = share_begin; byte < share_end && byte < columns * int64_t(sizeof(T)); byte += kRowBytes) {
+              __builtin_prefetch(from + byte, 0, 2);
+            }
+          }
+        }
         with_count<kOutputs>(outputs - j, [&](auto c) {
-          forward_tile<T, decltype(r)::kValue, decltype(c)::kValue>(x + i * x_row, x_row, bits.bits + i, bits.offset + j * bits.row,
-                                                                    bits.row, w + j * w_row, w_row, y + i * y_row + j, y_row,
-                                                                    columns);
+          forward_tile<T, kFinite, decltype(r)::kValue, decltype(c)::kValue>(x + i * x_row, x_row, bits.bits + i,
+                                                                             bits.offset + j * bits.row, bits.row, w + j * w_row,
+                                                                             w_row, y + i * y_row + j, y_row, columns);
         });
       }
     });
   }
+}
+
+template <class T>
+void forward(const T* x, int64_t x_row, bool finite, BitRows bits, const T* w, int64_t w_row, const T* next, T* y, int64_t y_row,
+             int64_t rows, int64_t outputs, int64_t columns) {
+  if constexpr (kPairs<T>) {
+    if (finite) return forward_rows<T, true>(x, x_row, bits, w, w_row, next, y, y_row, rows, outputs, columns);
+  }
+  forward_rows<T, false>(x, x_row, bits, w, w_row, next, y, y_row, rows, outputs, columns);
 }
 
 // C vectors of columns from k on; `n` of them, less than a vector, where they are the last.

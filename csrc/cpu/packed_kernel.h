@@ -19,9 +19,11 @@ struct BitRows {
 
 template <class T>
 struct PackedKernels {
-  // y[i, j] += sum over k of x[i, k] theta_i[j, k], for i < rows, j < outputs, k < columns.
-  void (*forward)(const T* x, int64_t x_row, BitRows bits, const T* w, int64_t w_row, T* y, int64_t y_row, int64_t rows,
-                  int64_t outputs, int64_t columns);
+  // y[i, j] += sum over k of x[i, k] theta_i[j, k], for i < rows, j < outputs, k < columns. finite: that all of x is; false is
+  // always right, and slower. next: where the next tile of W begins, as large as this one, whose bits follow those of this one; or
+  // null.
+  void (*forward)(const T* x, int64_t x_row, bool finite, BitRows bits, const T* w, int64_t w_row, const T* next, T* y,
+                  int64_t y_row, int64_t rows, int64_t outputs, int64_t columns);
   // dx[i, k] += sum over j of dy[i, j] theta_i[j, k].
   void (*input_gradient)(const T* dy, int64_t dy_row, BitRows bits, const T* w, int64_t w_row, T* dx, int64_t dx_row, int64_t rows,
                          int64_t outputs, int64_t columns);

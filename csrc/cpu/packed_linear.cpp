@@ -86,12 +86,13 @@ class PackedLinear {
   void forward(const PackedRows<T>& x, T* y) const {
     const Panels panels(w_.out, w_.in, x.rows, sizeof(T), forward_tile(), kForwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile = panels.rows * tile_row;
+    const bool finite = x.finite();
     w_.each_tile(panels, 2 * tile, [&](const GroupTile<T>& part, T* free) {
       T* const to = y + part.first;
       const T* const from = x.at(0, part.group) + part.column;
       const int64_t offset = part.first * bits_row_ + part.column / 8;
-      kernels().forward(from, x.row, {batch_.bits.data(), offset, bits_row_}, part.w, part.w_row, to, w_.out, batch_.few, part.rows,
-                        part.columns);
+      kernels().forward(from, x.row, finite, {batch_.bits.data(), offset, bits_row_}, part.w, part.w_row, part.next, to, w_.out,
+                        batch_.few, part.rows, part.columns);
       for (const Batch::Run& run : batch_.runs) {
         kernels().expand(run.bits + offset, bits_row_, part.w, part.w_row, free, tile_row, part.rows, part.columns);
         product_kernels<T>().inner(from + run.first * x.row, x.row, free, tile_row, to + run.first * w_.out, w_.out, run.rows,

@@ -1,6 +1,8 @@
 // What the ops on packed masks share: the rows of a batch as the kernels take them, and the tiles of a weight that may be grouped.
 #pragma once
 
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "packed_kernel.h"
@@ -53,6 +55,12 @@ class PackedRows {
     data_ = copy_.data;
   }
 
+  bool finite() const {
+    int not_finite = 0;  // without a branch, so that it is vectorised
+    for (int64_t i = 0; i < rows * row; ++i) not_finite |= !(std::abs(data_[i]) <= std::numeric_limits<T>::max());
+    return not_finite == 0;
+  }
+
   const T* at(int64_t i, int64_t of_group) const { return data_ + i * row + of_group * group; }
 
  private:
@@ -67,12 +75,14 @@ class PackedRows {
   const T* data_;
 };
 
-// A tile of W as T: rows of one group, a piece of their columns.
+// A tile of W as T: rows of one group, a piece of their columns. `next`: the tile of the rows after it, where there is one of the
+// same size in the same group and W is read as it is; else null.
 template <class T>
 struct GroupTile {
   int64_t thread, group, first, rows, column, columns;
   const T* w;
   int64_t w_row;
+  const T* next = nullptr;
 };
 
 // W, [groups * out_per_group, in].
@@ -103,6 +113,7 @@ struct GroupedWeight {
           if (same) {
             tile.w = tensor.const_data_ptr<T>() + first * in + column;
             tile.w_row = in;
+            if (first + 2 * tile.rows <= (group + 1) * (out / groups) && columns == in) tile.next = tile.w + tile.rows * in;
           } else {
             for (int64_t i = 0; i < tile.rows; ++i) {
               const void* from = at_element(tensor.const_data_ptr(), (first + i) * in + column, bytes);
