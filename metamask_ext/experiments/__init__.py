@@ -1,4 +1,5 @@
-"""The experiments of the proposal (Blum and Law, EE5239, 2020), one file each, run by ``metamask run NAME --out DIR --seed S``."""
+"""The experiments of the proposal (Blum and Law, EE5239, 2020) and of the papers around it, one file each, run by
+``metamask run NAME --out DIR --seed S``."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ EXPERIMENTS = {
     "linear": "linear regression whose weights are on or off in each task (section 3.1)",
     "logistic": "the same tasks with binary labels (section 3.5)",
     "mnist": "a masked and a plain CNN on handwritten digits (section 3.6)",
+    "maml-sine": "MAML on sine waves, adapting masks, weights or both (arXiv:1703.03400, section 5.1)",
 }
 """What there is to run, with a line about each. The modules are imported when they are run: they need matplotlib."""
 
@@ -22,7 +24,7 @@ def run(name: str, out: str | Path, seed: int = 0, quick: bool = False) -> dict[
         out: folder of the run. A run that was killed there continues; one that is finished is shown again, not repeated; one of
             another experiment, seed or setting is refused.
         seed: the first seed; a full run repeats the experiment with the next four.
-        quick: one seed instead of five.
+        quick: one seed instead of five, and where that takes long, fewer steps.
 
     Returns:
         What ``metrics.json`` holds.
@@ -34,4 +36,4 @@ def run(name: str, out: str | Path, seed: int = 0, quick: bool = False) -> dict[
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}")
-    return import_module(f".{name}", __name__).run(Path(out), seed, quick)
+    return import_module(f".{name.replace('-', '_')}", __name__).run(Path(out), seed, quick)

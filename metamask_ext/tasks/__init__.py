@@ -2,5 +2,6 @@
 
 from .digits import Digits, load_digits
 from .linear import LinearTasks, linear_tasks
+from .sine import SineTasks, sine_tasks
 
-__all__ = ["Digits", "LinearTasks", "linear_tasks", "load_digits"]
+__all__ = ["Digits", "LinearTasks", "SineTasks", "linear_tasks", "load_digits", "sine_tasks"]
