@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-instruction-sets bench lint format types cuda-check install-check clean
+.PHONY: help demo test test-instruction-sets bench lint format types emulate mutate cuda-check cuda-report gpu install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -60,21 +60,39 @@ test-instruction-sets: $(VENV)/.test  ## the core tests on every instruction set
 bench: $(VENV)/.test  ## the benchmark suite, with its table and plot
 	$(BIN)/metamask bench --out $(OUT)/bench
 
+FORMATTED = $$(git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.cu' 'tests/*.h')
+
 lint: $(VENV)/.test  ## ruff, and clang-format in check mode
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(VENV)/.test  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/*.cpp')
+	$(BIN)/clang-format -i $(FORMATTED)
 
 types: $(VENV)/.test  ## mypy on metamask_ext
 	$(BIN)/mypy
 
+emulate: $(VENV)/.test  ## the CUDA kernels on this machine's CPU, under the checker, and the emulator's own tests; needs nvcc, no GPU
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/test_emulator.py tests/test_cuda_*on_cpu.py
+
+MUTANTS ?= --all
+mutate: $(VENV)/.test  ## remove each barrier, wait and bounds check of the CUDA kernels, one at a time: a test must fail; needs nvcc
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/mutate.py $(MUTANTS)
+
 cuda-check: $(VENV)/.torch  ## compile the CUDA sources for every architecture; needs nvcc, no GPU
 	$(BIN)/python tests/cuda_check.py
+
+cuda-report: $(VENV)/.torch  ## registers, shared memory and spills of every CUDA kernel; needs nvcc, no GPU
+	$(BIN)/python tests/cuda_report.py
+
+# Whether there is a GPU is asked before anything is built.
+gpu: $(VENV)/.torch  ## on a machine with a GPU: build, test on it, compute-sanitizer, benchmarks into bench/results
+	$(BIN)/python tests/gpu.py --ready
+	$(MAKE) $(VENV)/.test
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/gpu.py --out $(OUT)/gpu
 
 install-check:  ## install as a user does, in fresh environments; needs pip's registry
 	TORCH="$(TORCH)" $(PYTHON) tests/install_check.py

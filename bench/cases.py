@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
-from .problems import Problem, cnn, masked_linear, masked_weight
+from .bank import OUTPUTS, opened_bank, task_bytes
+from .cuda import linear_against_copy, weight_against_copy
+from .problems import cnn, masked_linear, masked_weight
+from .tasks import inference, packed_forward, task_linear
 from .training import fused_step, resnet18_step
 
 
@@ -18,17 +22,19 @@ class Case:
 
     Attributes:
         suite, measure, shape: its name, ``<suite>/<measure>-<shape>``.
-        build: makes its tensors and contenders.
+        build: makes its tensors and contenders, a :class:`Problem <metamask_ext.bench.problems.Problem>`.
         quick: whether it is in the suite's short form.
         device: where its work runs; ``"cuda"`` work is waited for before the clock is read.
+        quantities: it compares no times: ``build`` measures, and gives numbers by name. They are taken with one allocator.
     """
 
     suite: str
     measure: str
     shape: str
-    build: Callable[[], Problem]
+    build: Callable[[], Any]
     quick: bool = False
     device: str = "cpu"
+    quantities: bool = False
 
     @property
     def id(self) -> str:
@@ -76,4 +82,50 @@ def _cpu() -> list[Case]:
     return [Case("cpu", measure, shape, build, f"{measure}-{shape}" in quick) for measure, shape, build in cases]
 
 
-SUITES: dict[str, list[Case]] = {"core": _core(), "cpu": _cpu()}
+# Batch x width x tasks; tasks x rows of each x width; batch x tasks.
+PACKED = ((16, 1024, 16), (64, 1024, 64), (16, 2048, 64), (64, 1024, 1000))
+BY_TASK = ((16, 16, 1024), (64, 4, 1024), (32, 16, 256))
+INFERENCE = (64, 250)
+BANK_TASKS, FEW_TASKS = 2500, 100
+
+
+def _tasks() -> list[Case]:
+    def shape(sizes: tuple[int, ...]) -> str:
+        return "x".join(map(str, sizes))
+
+    cases = [
+        *(("packed-forward", shape(sizes), partial(packed_forward, *sizes)) for sizes in PACKED),
+        *(("by-task-forward", shape(sizes), partial(task_linear, *sizes, "forward")) for sizes in BY_TASK),
+        *(("by-task-backward", shape(sizes), partial(task_linear, *sizes, "backward")) for sizes in BY_TASK[:2]),
+        ("one-shot-inference", shape(INFERENCE), partial(inference, *INFERENCE, OUTPUTS)),
+    ]
+    quantities = [("task-bytes", FEW_TASKS, task_bytes), ("bank", BANK_TASKS, opened_bank)]
+    quick = ("packed-forward-16x1024x16", "by-task-forward-32x16x256", f"task-bytes-{FEW_TASKS}")
+    return [
+        *(Case("tasks", measure, shape, build, f"{measure}-{shape}" in quick) for measure, shape, build in cases),
+        *(
+            Case("tasks", measure, str(tasks), partial(build, tasks), f"{measure}-{tasks}" in quick, quantities=True)
+            for measure, tasks, build in quantities
+        ),
+    ]
+
+
+def _cuda() -> list[Case]:
+    on = "cuda"
+    cases = [
+        *(
+            (f"masked_weight-{mode}", f"{width}x{width}", partial(weight_against_copy, width, mode, on))
+            for mode in ("forward", "backward")
+            for width in (4096, 8192)
+        ),
+        *(("masked_linear-forward", f"{b}x4096", partial(linear_against_copy, b, 4096, on)) for b in (1, 8, 16)),
+        *(("masked_linear-fused-step", f"{b}x4096", partial(fused_step, b, 4096, device=on)) for b in (8, 32)),
+        ("bfloat16-fused-step", "4096x4096", partial(fused_step, 4096, 4096, torch.bfloat16, on)),
+        ("packed-forward", "64x4096x64", partial(packed_forward, 64, 4096, 64, on)),
+        ("by-task-forward", "32x16x1024", partial(task_linear, 32, 16, 1024, "forward", on)),
+    ]
+    quick = ("masked_weight-forward-4096x4096", "masked_linear-forward-8x4096")
+    return [Case("cuda", measure, shape, build, f"{measure}-{shape}" in quick, on) for measure, shape, build in cases]
+
+
+SUITES: dict[str, list[Case]] = {"core": _core(), "cpu": _cpu(), "tasks": _tasks(), "cuda": _cuda()}

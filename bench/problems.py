@@ -114,14 +114,14 @@ class Tensors:
         return pairs if self.input is None else [self.input, *pairs]
 
 
-def masked_weight(width: int, mode: str) -> Problem:
+def masked_weight(width: int, mode: str, device: str = "cpu") -> Problem:
     """``theta`` of one square weight."""
     weight = (width, width)
     missing = {"dense": "without a mask there is no theta to compute"}
-    return _problem(lambda layers: layers.weight, None, [weight], mode, reduction=1, missing=missing)
+    return _problem(lambda layers: layers.weight, None, [weight], mode, reduction=1, missing=missing, device=device)
 
 
-def masked_linear(batch: int, width: int, mode: str, dtype: torch.dtype = torch.float32) -> Problem:
+def masked_linear(batch: int, width: int, mode: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
     """One square linear layer inside a network: its backward also gives the gradient of its input."""
     shape = (batch, width)
     missing = {name: "in bfloat16 only the floor is compared" for name in ("eager", "compiled") if dtype != torch.float32}
@@ -134,6 +134,7 @@ def masked_linear(batch: int, width: int, mode: str, dtype: torch.dtype = torch.
         input_grad=True,
         missing=missing,
         dtype=dtype,
+        device=device,
     )
 
 
@@ -166,6 +167,7 @@ def _problem(
     input_grad: bool = False,
     missing: dict[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Problem:
     """The four contenders of ``network``, a function from a contender's layers to its forward.
 
@@ -178,7 +180,7 @@ def _problem(
     generator = torch.Generator().manual_seed(SEED)
 
     def normal(shape: Sequence[int], fan_in: int = 1) -> Tensor:
-        return (torch.randn(*shape, generator=generator) / math.sqrt(fan_in)).to(dtype)
+        return (torch.randn(*shape, generator=generator) / math.sqrt(fan_in)).to(device, dtype)
 
     tensors = Tensors(
         None if input_shape is None else normal(input_shape),

@@ -57,8 +57,9 @@ def lines(results: dict[str, Any]) -> Iterator[Line]:
     """The table: for each measure its shapes, then their geometric mean."""
     rows = {(row["measure"], row["shape"], row["allocator"]): row for row in results["rows"]}
     shapes: dict[str, dict[str, None]] = {}
-    for measure, shape, _ in rows:
-        shapes.setdefault(measure, {})[shape] = None
+    for (measure, shape, _), row in rows.items():
+        if "quantities" not in row:
+            shapes.setdefault(measure, {})[shape] = None
 
     def value(measure: str, shape: str, ratio: str, allocator: str) -> float | None:
         row = rows.get((measure, shape, allocator), {})
@@ -70,8 +71,7 @@ def lines(results: dict[str, Any]) -> Iterator[Line]:
             cells, lost = [], []
             for ratio, allocator in wanted:
                 number = value(measure, shape, ratio, allocator)
-                failed = rows.get((measure, shape, allocator), {}).get("status") == "failed"
-                cells.append(two_digits(number) if number is not None else "failed" if failed else NOT_MEASURED)
+                cells.append(_why_not(rows, measure, shape, ratio, allocator) if number is None else two_digits(number))
                 lost.append(number is not None and loses(ratio, number))
             yield Line(measure, shape, cells, lost)
         if len(its_shapes) == 1:
@@ -81,9 +81,31 @@ def lines(results: dict[str, Any]) -> Iterator[Line]:
             numbers = [n for shape in its_shapes if (n := value(measure, shape, ratio, allocator)) is not None]
             mean = statistics.geometric_mean(numbers) if numbers else None
             some = "" if len(numbers) == len(its_shapes) else f" ({len(numbers)} of {len(its_shapes)})"
-            cells.append(NOT_MEASURED if mean is None else two_digits(mean) + some)
+            none = NOT_MEASURED if any(_is_missing(row, ratio) for (name, *_), row in rows.items() if name == measure) else ""
+            cells.append(none if mean is None else two_digits(mean) + some)
             lost.append(mean is not None and loses(ratio, mean))
         yield Line(measure, "geometric mean", cells, lost)
+
+
+def _why_not(rows: dict[Any, dict[str, Any]], measure: str, shape: str, ratio: str, allocator: str) -> str:
+    """What stands in the place of a ratio: nothing where the case has no such contender."""
+    row = rows.get((measure, shape, allocator))
+    if row is None or row["status"] == "failed":
+        return NOT_MEASURED if row is None else "failed"
+    return NOT_MEASURED if _is_missing(row, ratio) else ""
+
+
+def _is_missing(row: dict[str, Any], ratio: str) -> bool:
+    return row["status"] != "measured" or not row["not_measured"].keys().isdisjoint(ratio.split("/"))
+
+
+def quantities(results: dict[str, Any]) -> list[list[str]]:
+    """What is no ratio: a head, then measure, shape, name and value."""
+    rows = [row for row in results["rows"] if "quantities" in row]
+    found = [
+        [row["measure"], row["shape"], name, bounds.number(value)] for row in rows for name, value in row["quantities"].items()
+    ]
+    return [["measure", "tasks", "quantity", "value"], *found] if found else []
 
 
 def notes(results: dict[str, Any]) -> list[str]:
@@ -119,21 +141,26 @@ def markdown(results: dict[str, Any]) -> str:
     """The table with its notes, as Markdown: of a suite with bounds, theirs."""
     if results["suite"] not in bounds.BOUNDS:
         return details(results)
-    head, *rows = bounds.table(results)
-    text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
-    return "\n".join([*text, "", *notes(results)]) + "\n"
+    return "\n".join([*_table(bounds.table(results)), "", *notes(results)]) + "\n"
+
+
+def _table(cells: list[list[str]]) -> list[str]:
+    """As Markdown; the first row is the head."""
+    head, *rows = ["| " + " | ".join(row) + " |" for row in cells]
+    return [head, "|" + "---|" * len(cells[0]), *rows]
 
 
 def details(results: dict[str, Any]) -> str:
     """All ratios with the notes, as Markdown."""
     head = ["measure", "shape", *(f"{ratio}, {allocator}" for ratio, allocator in columns(results))]
-    text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    text = [head]
     for line in lines(results):
         cells = [f"{cell} slower" if lost else cell for cell, lost in zip(line.cells, line.loses)]
         if line.shape == "geometric mean":
-            cells = [f"**{cell}**" for cell in cells]
-        text.append("| " + " | ".join([line.measure, line.shape, *cells]) + " |")
-    return "\n".join([*text, "", *notes(results)]) + "\n"
+            cells = [f"**{cell}**" if cell else "" for cell in cells]
+        text.append([line.measure, line.shape, *cells])
+    more = quantities(results)
+    return "\n".join([*_table(text), "", *([*_table(more), ""] if more else []), *notes(results)]) + "\n"
 
 
 def show(results: dict[str, Any], console: Console) -> None:
@@ -148,6 +175,11 @@ def show(results: dict[str, Any], console: Console) -> None:
         mean = line.shape == "geometric mean"
         table.add_row(line.measure, line.shape, *cells, style="bold" if mean else None, end_section=mean)
     console.print(table)
+    if found := quantities(results):
+        numbers = Table(*found[0])
+        for row in found[1:]:
+            numbers.add_row(*row)
+        console.print(numbers)
     if results["suite"] in bounds.BOUNDS:
         head, *rows = bounds.table(results)
         limits = Table(*head, title="bounds")
@@ -165,7 +197,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     measures: dict[str, list[dict[str, Any]]] = {}
     for row in results["rows"]:
-        measures.setdefault(row["measure"], []).append(row)
+        if "quantities" not in row:
+            measures.setdefault(row["measure"], []).append(row)
+    if not measures:
+        return  # quantities alone
     contenders = {name: None for row in results["rows"] for name in row.get("contenders", {}) if name != "ours"}
     unstyled = iter(OTHER_STYLES * len(contenders))
     styles = {name: STYLES.get(name) or next(unstyled) for name in contenders}
@@ -198,7 +233,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(shapes)), shapes, rotation=45, ha="right")
         axis.set_xlim(-0.5, len(shapes) - 0.5)
         axis.set_title(measure, fontsize=11)
-        axis.set_xlabel("shape" if measure.startswith(("masked_weight", "cnn")) else "batch x width")
+        axis.set_xlabel("batch x width" if measure.startswith(("masked_linear", "bfloat16")) else "shape")
         axis.set_ylabel("time / time of ours")
     for axis in axes:
         axis.set_visible(False)

@@ -22,7 +22,7 @@ from rich.console import Console
 from metamask_ext import build_info
 from metamask_ext.continual.files import OutputError, prepare_folder, write_atomic
 
-from . import report
+from . import bounds, report
 from .cases import SUITES, Case
 
 ALLOCATORS: dict[str, dict[str, str]] = {
@@ -37,7 +37,7 @@ console = Console()
 
 
 def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None = None) -> int:
-    """Measure ``suite`` and write ``results.json``, ``table.md`` and ``ratios.png`` into ``out``.
+    """Measure ``suite`` and write ``results.json``, ``table.md`` and, if there are ratios, ``ratios.png`` into ``out``.
 
     Args:
         suite: a key of :data:`metamask_ext.bench.cases.SUITES`.
@@ -69,7 +69,7 @@ def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None =
         return _refuse(str(error))
 
     begin = time.perf_counter()
-    work = [(case, name) for case in cases for name in (["default"] if quick or case.device != "cpu" else ALLOCATORS)]
+    work = [(case, name) for case in cases for name in (ALLOCATORS if _both(case, quick) else ["default"])]
     rows = [_row(case, allocator, "not measured", "the run ended before it") for case, allocator in work]
     results: dict[str, Any] = {
         "format": 1,
@@ -93,6 +93,11 @@ def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None =
     return 1 if failed else 0
 
 
+def _both(case: Case, quick: bool) -> bool:
+    """Whether the case is measured with both allocators."""
+    return not quick and case.device == "cpu" and not case.quantities
+
+
 def save(results: dict[str, Any], path: Path) -> None:
     """Write ``results`` as JSON, one line for each row: the times are long lists."""
     head = json.dumps({**results, "rows": []}, indent=1)
@@ -113,12 +118,24 @@ def describe_machine() -> dict[str, Any]:
         "instruction_set": info["cpu_capability"],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_state": _gpu_state(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "metamask_ext": info["version"],
         "backend": info["backend"],
         "commit": _commit(),
     }
+
+
+def _gpu_state() -> dict[str, str] | None:
+    """Driver and clocks (MHz; ``max`` what the card may reach) of the GPU in use, as nvidia-smi says; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
+    index = str(torch.cuda.current_device())
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", index]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return dict(zip(fields, (value.strip() for value in said.split(","))))
 
 
 def _commit() -> str | None:
@@ -181,7 +198,9 @@ def _reason(child: subprocess.CompletedProcess[str]) -> str:
 
 def _show(row: dict[str, Any]) -> None:
     line = f"{row['case']:<44}{row['allocator']:<9}"
-    if row["status"] == "measured":
+    if "quantities" in row:
+        line += "  ".join(f"{name} {bounds.number(value)}" for name, value in row["quantities"].items())
+    elif row["status"] == "measured":
         line += "  ".join(f"{name} {ratio['of_medians']:.2f}" for name, ratio in row["ratios"].items())
         line += "".join(f"  {name} not measured: {reason}" for name, reason in row["not_measured"].items())
     else:

@@ -29,26 +29,28 @@ class EagerLinear(nn.Module):
         return F.linear(x, self.weight * torch.sigmoid(self.mask))
 
 
-def fused_step(batch: int, width: int) -> Problem:
+def fused_step(batch: int, width: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
     """A step of SGD on one square linear layer inside a network: ours updates W and M inside the backward.
 
     The others store gradients and call ``torch.optim.SGD``. All compute the gradient of the input too.
     """
     generator = torch.Generator().manual_seed(SEED)
-    weight = torch.randn(width, width, generator=generator) / math.sqrt(width)
-    mask = torch.randn(width, width, generator=generator)
-    x = torch.randn(batch, width, generator=generator)
-    gradient = torch.randn(batch, width, generator=generator) / batch
+
+    def normal(rows: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(rows, width, generator=generator) * scale).to(device, dtype)
+
+    weight, mask = normal(width, 1 / math.sqrt(width)), normal(width)
+    x, gradient = normal(batch), normal(batch, 1 / batch)
 
     def ours() -> nn.Module:
-        layer = MaskedLinear(width, width, bias=False)
+        layer = MaskedLinear(width, width, bias=False, device=device, dtype=dtype)
         with torch.no_grad():
             layer.weight.copy_(weight)
             layer.mask_logits.copy_(mask)
         return layer
 
     def dense() -> nn.Module:
-        layer = nn.Linear(width, width, bias=False)
+        layer = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
         with torch.no_grad():
             layer.weight.copy_(weight)
         return layer
@@ -69,7 +71,7 @@ def fused_step(batch: int, width: int) -> Problem:
     ):
         work = _step(make(), x, gradient, fused=name == "ours")
         contenders[name] = Contender(work, _exactly(plain, x, gradient), masked[: 3 if name == "dense" else 4])
-    return Problem(contenders, max(batch, width))
+    return Problem(contenders, max(batch, width), dtype=dtype)
 
 
 def _step(model: nn.Module, x: Tensor, gradient: Tensor, fused: bool) -> Work:

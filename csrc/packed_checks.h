@@ -2,6 +2,8 @@
 // bank as the ops take them.
 #pragma once
 
+#include <algorithm>
+
 #include "checks.h"
 
 namespace metamask {
@@ -27,6 +29,8 @@ class PackedMasks {
     }
   }
 
+  bool stacked() const { return stacked_; }
+  at::TensorList tensors() const { return tensors_; }
   int64_t tasks() const { return stacked_ ? tensors_[0].size(0) : int64_t(tensors_.size()); }
   at::Tensor task(int64_t slot) const { return (stacked_ ? tensors_[0].select(0, slot) : tensors_[slot]).contiguous(); }
 
@@ -102,6 +106,47 @@ inline void check_packed_bias(const at::Tensor& weight, const std::optional<at::
                     bias->device());
   TORCH_CHECK_VALUE(!packed_bias.has_value() || packed_bias->tasks() == tasks, "packed_bias must have the tasks of packed, ", tasks,
                     ", got ", packed_bias.has_value() ? packed_bias->tasks() : 0);
+}
+
+// What forward and backward of packed_masked_linear check alike, but for the values of slots.
+struct PackedArguments {
+  using OptionalTensor = std::optional<at::Tensor>;
+  using OptionalList = std::optional<std::vector<at::Tensor>>;
+
+  PackedMasks packed;
+  std::optional<PackedMasks> packed_bias;
+
+  PackedArguments(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, at::TensorList packed_list,
+                  const OptionalTensor& bias, const OptionalList& packed_bias_list, int64_t groups)
+      : packed((check_packed_weight(weight, groups), check_packed_input(input, weight, groups),
+                packed_weight_masks(packed_list, weight))) {
+    if (packed_bias_list.has_value()) packed_bias.emplace(packed_bias_masks(*packed_bias_list, weight));
+    check_slots(slots, input, weight, packed.tasks());
+    check_packed_bias(weight, bias, packed_bias, packed.tasks());
+  }
+};
+
+// Of the packed form of a mask of some shape: a vector is one row, of anything else the first dimension.
+inline int64_t packed_rows(at::IntArrayRef shape) { return shape.size() == 1 ? 1 : shape[0]; }
+inline int64_t packed_columns(at::IntArrayRef shape) { return c10::multiply_integers(shape.size() == 1 ? shape : shape.slice(1)); }
+inline std::vector<int64_t> packed_shape(at::IntArrayRef shape) {
+  if (shape.size() == 1) return {packed_bytes(shape[0])};
+  return {shape[0], packed_bytes(packed_columns(shape))};
+}
+
+inline void check_pack_mask(const at::Tensor& mask_logits, double threshold) {
+  TORCH_CHECK_TYPE(is_masked_type(mask_logits.scalar_type()), "mask_logits must be float64, float32, bfloat16 or float16, got ",
+                   mask_logits.scalar_type());
+  TORCH_CHECK_VALUE(mask_logits.dim() > 0, "mask_logits must be [out, ...] or [n], got a scalar");
+  TORCH_CHECK_VALUE(threshold == threshold, "threshold must be a number, got nan");
+}
+
+inline void check_unpack_mask(const at::Tensor& packed, at::IntArrayRef shape) {
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, "packed must be uint8, as pack_mask gives it, got ", packed.scalar_type());
+  TORCH_CHECK_VALUE(!shape.empty() && std::all_of(shape.begin(), shape.end(), [](int64_t n) { return n >= 0; }),
+                    "shape must be [out, ...] or [n], got ", shape);
+  TORCH_CHECK_VALUE(packed.sizes() == at::IntArrayRef(packed_shape(shape)), "packed must be ", at::IntArrayRef(packed_shape(shape)),
+                    " for the shape ", shape, ", got ", packed.sizes());
 }
 
 }  // namespace metamask

@@ -14,7 +14,7 @@ from ._info import build_info
 from ._terminal import fail, show
 from .bank.commands import app as bank
 from .continual.files import OutputError
-from .experiments import EXPERIMENTS
+from .experiments import EXPERIMENTS, OptionError
 from .experiments import run as run_experiment
 
 app = typer.Typer(
@@ -37,13 +37,19 @@ def run(
     name: Annotated[str, typer.Argument(help="One of 'metamask list'.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for metrics.json, the figure and the checkpoints.", show_default=False)],
     seed: Annotated[int, typer.Option(help="First seed.", min=0, max=2**62)] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="One seed instead of five.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed instead of five; supsup: 5 tasks.")] = False,
+    tasks: Annotated[int | None, typer.Option(help="supsup: the number of tasks.", show_default=False)] = None,
+    rotated: Annotated[bool, typer.Option("--rotated", help="supsup: rotations, not permutations.")] = False,
 ) -> None:
     """Run an experiment. A killed run in OUT continues; a finished one is shown; one with other settings is refused."""
     if name not in EXPERIMENTS:
         fail(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}", 2)
+    # Only what was given: an experiment that lacks an option refuses it.
+    options = {key: value for key, value in {"tasks": tasks, "rotated": rotated or None}.items() if value is not None}
     try:
-        run_experiment(name, out, seed, quick)
+        run_experiment(name, out, seed, quick, **options)
+    except OptionError as error:
+        fail(error, 2)
     except (OutputError, ImportError) as error:
         fail(error)
 

@@ -174,12 +174,19 @@ def superposition_gradient(
         TypeError, ValueError: as :func:`packed_masked_linear`.
     """
     masks = _tensors("packed", packed)
+    use_reference = functional._use_reference()
+    if not use_reference:
+        try:
+            return _ops.packed_superposition_gradient(grad, input, weight, masks, groups)
+        except Exception as error:
+            failed = error
+    # The op has checked what it took, as in _linear.
     check_packed_weight(weight, masks, groups)
     check_packed_input(input, weight, groups)
     check_packed_grad(grad, input, weight)
-    if functional._use_reference():
+    if use_reference:
         return reference_packed.packed_superposition_gradient(grad, input, weight, masks, groups)
-    return _ops.packed_superposition_gradient(grad, input, weight, masks, groups)
+    raise failed
 
 
 def _tensors(name: str, masks: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -34,15 +34,15 @@ TASKS = 6
 class Batch:
     """Arguments of the op: input, slots, weight, masks, bias, bias masks and a gradient; the masks stacked, or a list."""
 
-    def __init__(self, case, dtype=torch.float64, stacked=True, bias=True, tasks=TASKS, seed=0):
+    def __init__(self, case, dtype=torch.float64, stacked=True, bias=True, tasks=TASKS, seed=0, device="cpu"):
         self.shape, self.groups, columns, out, slots = CASES[case] if isinstance(case, str) else case
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape):
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
         self.input = random(*self.shape, self.groups * columns)
-        self.slots = torch.tensor(slots, dtype=torch.int64)
+        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
         self.weight, masks = random(out, columns), random(tasks, out, columns)
         self.bias, bias_masks = (random(out), random(tasks, out)) if bias else (None, None)
         self.grad = random(*self.shape, out)
@@ -68,8 +68,9 @@ class Batch:
         return other
 
     def double(self):
-        other = self.with_tensors(tensor.detach().double() for tensor in self.tensors())
-        other.grad = self.grad.double()
+        """On the CPU, for the reference."""
+        other = self.with_tensors(tensor.detach().double().cpu() for tensor in self.tensors())
+        other.grad, other.slots = self.grad.double().cpu(), self.slots.cpu()
         return other
 
     def wider(self):

@@ -12,14 +12,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from metamask_ext.bench import bounds, measure, problems, report, run
+from metamask_ext.bench import bank, bounds, cuda, measure, problems, report, run
 from metamask_ext.bench.cases import SUITES, Case
 
 SMALLEST = {}
 for _cases in SUITES.values():
     for _case in _cases:
+        if _case.quantities:
+            continue
         SMALLEST.setdefault((_case.suite, _case.measure), _case)
 SMALLEST = {case.id: case for case in SMALLEST.values()}
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="its work runs on a GPU")
 
 
 def eager_problem(case):
@@ -36,7 +41,9 @@ def test_cases_have_unique_ids_and_a_quick_form():
     assert "core/masked_linear-forward-32x1024" in ids and "cpu/masked_linear-fused-step-8x1024" in ids
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=id) for id, case in SMALLEST.items()])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=id, marks=[needs_gpu] if case.device == "cuda" else []) for id, case in SMALLEST.items()]
+)
 def test_check_passes_and_refuses_any_wrong_result(case):
     problem = eager_problem(case)
     checked = measure.check(problem)
@@ -55,6 +62,16 @@ def test_check_passes_and_refuses_any_wrong_result(case):
             damaged = replace(ours, work=lambda results=results: tuple(results), exact=lambda: exact)
             with pytest.raises(AssertionError, match=f"{what} of ours is wrong"):
                 measure.check(replace(problem, contenders={"ours": damaged}))
+
+
+def test_a_copy_moves_the_bytes_that_the_case_must():
+    for problem, arrays in (
+        (cuda.weight_against_copy(8, "forward", "cpu"), 3),
+        (cuda.weight_against_copy(8, "backward", "cpu"), 8),
+        (cuda.linear_against_copy(2, 8, "cpu"), 2),
+    ):
+        (copied,) = problem.contenders["copy"].work()
+        assert 2 * copied.numel() == arrays * 8 * 8
 
 
 def test_check_refuses_a_wrong_shape_and_dtype():
@@ -215,7 +232,7 @@ def result(measure, shape, allocator, **ratios):
 
 
 def test_bounds_worked_out_by_hand(monkeypatch):
-    compiled = {"compiled/ours": 2.0}
+    compiled = {"compiled/ours": 2.0, "loop/ours": 40.0, "gather/ours": 30.0}
     monkeypatch.setitem(
         bounds.BOUNDS,
         "cpu",
@@ -223,6 +240,8 @@ def test_bounds_worked_out_by_hand(monkeypatch):
             bounds.Bound("mean", "m", ("1x2", "3x4"), "ours/dense", {"default": 1.0, "tuned": 1.0}),
             bounds.Bound("each", "m", ("1x2", "3x4"), "ours/dense", {"default": 1.9, "tuned": 2.0}, each=True),
             bounds.Bound("compiled", "m", ("1x2", "3x4"), "compiled/ours", {"default": 2.0, "tuned": 2.5}),
+            bounds.Bound("best", "m", ("1x2", "3x4"), "loop or gather/ours", {"default": 25.0, "tuned": 30.0}, each=True),
+            bounds.Bound("missing", "m", ("1x2",), "loop or nonsense/ours", {"default": 25.0}),
             bounds.Bound("absent", "m", ("1x2", "9x9"), "ours/dense", {"default": 1.0}),
         ],
     )
@@ -230,14 +249,66 @@ def test_bounds_worked_out_by_hand(monkeypatch):
         result("m", "1x2", "default", **{"ours/dense": 0.5}, **compiled),
         result("m", "3x4", "default", **{"ours/dense": 2.0}, **compiled),
         result("m", "1x2", "tuned", **{"ours/dense": 0.6}, **compiled),
-        result("m", "3x4", "tuned", **{"ours/dense": 2.0}, **compiled),
+        result("m", "3x4", "tuned", **{"ours/dense": 2.0}, **{**compiled, "loop/ours": 29.0}),
     ]
-    _, mean, each, against, absent = bounds.table({"suite": "cpu", "rows": rows})
+    _, mean, each, against, best, missing, absent = bounds.table({"suite": "cpu", "rows": rows})
     # Geometric means: (0.5 * 2)^(1/2) = 1 and (0.6 * 2)^(1/2) = 1.0954
     assert mean[2:] == ["ours/dense, geometric mean", "1.00 (at most 1)", "1.10 (at most 1)", "yes, **no**"]
     assert each[2:] == ["ours/dense, each", "2.00 (at most 1.9)", "2.00 (at most 2)", "**no**, yes"]
     assert against[3:] == ["2.00 (at least 2)", "2.00 (at least 2.5)", "yes, **no**"]
+    assert best[2:] == ["loop or gather/ours, each", "30.00 (at least 25)", "29.00 (at least 30)", "yes, **no**"]
+    assert missing[3:] == ["0 of 1 measured", "", "not measured"]
     assert absent[3:] == ["1 of 2 measured", "", "not measured"]
+
+
+def quantities(measure, shape, **values):
+    common = {"case": f"tasks/{measure}-{shape}", "measure": measure, "shape": shape, "allocator": "default"}
+    return {**common, "status": "measured", "quantities": values}
+
+
+def test_quantities_in_the_tables(monkeypatch):
+    limits = {"bytes": 41_000, "seconds": 0.2, "others": 1.0}
+    bound = [bounds.Bound("of a task", "bank", ("3",), name, {"default": limit}) for name, limit in limits.items()]
+    monkeypatch.setitem(bounds.BOUNDS, "tasks", bound)
+    ratios = row("1x2", "default", eager=3.0, dense=0.5)
+    results = {**RESULTS, "suite": "tasks", "rows": [ratios, quantities("bank", "3", bytes=39_814, seconds=0.206)]}
+    assert [line[2:] for line in bounds.table(results)[1:]] == [
+        ["bytes", "39,814 (at most 41,000)", "", "yes"],
+        ["seconds", "0.21 (at most 0.2)", "", "**no**"],
+        ["others", "0 of 1 measured", "", "not measured"],
+    ]
+    details = report.details(results).split("\n\n")
+    assert details[0].endswith("| m | 1x2 | 0.50 | 3.0 |")
+    head = "| measure | tasks | quantity | value |\n|---|---|---|---|\n"
+    assert details[1] == head + "| bank | 3 | bytes | 39,814 |\n| bank | 3 | seconds | 0.21 |"
+    assert report.quantities(RESULTS) == []
+
+
+def test_a_ratio_of_contenders_that_a_case_does_not_have_is_left_blank():
+    other = {**row("1x2", "default", eager=3.0, dense=0.5), "measure": "n"}
+    other["ratios"] = {"loop/ours": {"of_medians": 7.0}}
+    results = {**RESULTS, "rows": [*RESULTS["rows"][:3], other]}
+    table = report.details(results)
+    assert "| m | geometric mean | **1.0** | **1.2 (1 of 2) slower** | **4.0** | **0.90 (1 of 2) slower** |  |  |" in table
+    assert "| n | 1x2 |  | not measured |  | not measured | 7.0 | not measured |" in table
+
+
+def test_the_bytes_of_a_packed_task():
+    found = bank.task_bytes(2)
+    # 98, 38 and 13 bytes a row of the weights (784, 300 and 100 bits), and the bits of the biases.
+    assert found["bytes a task in memory"] == 300 * 98 + 100 * 38 + 500 * 13 + 38 + 13 + 63
+    assert found["bytes a task in memory"] < found["bytes a task on disk"]
+
+
+def test_a_bank_is_opened_in_its_own_process_and_its_output_is_checked(monkeypatch):
+    monkeypatch.setattr(bank, "PROCESSES", 1)
+    found = bank.opened_bank(3)
+    assert found.keys() == {"open, s", "first batch, s", "resident after it, MB", "resident after a batch of every task, MB"}
+    assert all(value > 0 for value in found.values())
+    right = bank._plain
+    monkeypatch.setattr(bank, "_plain", lambda *given: right(*given) + 1e-2)
+    with pytest.raises(AssertionError, match="a bank of 3 tasks: "):
+        bank.opened_bank(3)
 
 
 def test_every_bound_is_on_cases_that_exist():
@@ -314,6 +385,16 @@ def test_run_measures_one_case_in_its_own_process(tmp_path):
         assert ratio["per_round"] == statistics.median(a / b for a, b in zip(above, below))
     assert "masked_linear-forward | 10x40" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "ratios.png").exists()
+
+
+def test_run_takes_quantities_once(tmp_path, capsys):
+    case = "tasks/task-bytes-100"
+    assert run.run("tasks", tmp_path, only=[case]) == 0
+    (measured,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (measured["case"], measured["allocator"], measured["status"]) == (case, "default", "measured")
+    assert measured["quantities"]["bytes a task in memory"] == 39_814
+    assert "| bytes a task in memory | 39,814 (at most 41,000) |  | yes |" in (tmp_path / "table.md").read_text()
+    assert "bytes a task in memory 39,814" in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_a_compiler_the_compiled_contender_is_not_measured_and_the_others_are(tmp_path, monkeypatch, capsys):

@@ -29,7 +29,7 @@ def _assert_one_error(result, code: int, *texts: str) -> None:
 def test_list_is_bare_names():
     result = _metamask("list")
     assert result.exit_code == 0 and result.stdout.splitlines() == list(EXPERIMENTS)
-    assert {"linear", "logistic", "mnist"} <= set(EXPERIMENTS)
+    assert {"linear", "logistic", "mnist", "supsup"} <= set(EXPERIMENTS)
 
 
 def test_list_is_a_table_on_a_terminal(monkeypatch):
@@ -70,10 +70,24 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 def test_run_passes_its_options(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(cli, "run_experiment", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(cli, "run_experiment", lambda *arguments, **options: calls.append((*arguments, options)))
     assert _metamask("run", "mnist", "--out", str(tmp_path), "--seed", "7", "--quick").exit_code == 0
     assert _metamask("run", "linear", "--out", str(tmp_path)).exit_code == 0
-    assert calls == [("mnist", tmp_path, 7, True), ("linear", tmp_path, 0, False)]
+    assert _metamask("run", "supsup", "--out", str(tmp_path), "--tasks", "9", "--rotated").exit_code == 0
+    assert calls == [
+        ("mnist", tmp_path, 7, True, {}),
+        ("linear", tmp_path, 0, False, {}),
+        ("supsup", tmp_path, 0, False, {"tasks": 9, "rotated": True}),
+    ]
+
+
+def test_option_of_another_experiment(tmp_path):
+    for option in (["--tasks", "3"], ["--rotated"]):
+        result = _metamask("run", "linear", "--out", str(tmp_path / "out"), *option)
+        _assert_one_error(result, 2, "experiment 'linear' has no option", option[0].strip("-"), "its options are: none")
+    result = _metamask("run", "supsup", "--out", str(tmp_path / "out"), "--tasks", "37", "--rotated")
+    _assert_one_error(result, 2, "tasks must be at least 1 and at most 36 if rotated, got 37")
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_package_is_one_line(tmp_path, monkeypatch):

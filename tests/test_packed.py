@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import DTYPES, offset, transposed, wider
+from samples import DEVICES, DTYPES, offset, transposed, wider
 from torch.profiler import ProfilerActivity, profile
 
 import metamask_ext as mm
@@ -13,6 +13,7 @@ from metamask_ext import _packed_ops as ops
 from metamask_ext import reference_packed as reference
 from metamask_ext.packed import superposition_gradient
 
+each_device = pytest.mark.parametrize("device", DEVICES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 each_form = pytest.mark.parametrize("stacked", [True, False], ids=["one tensor", "list"])
 
@@ -38,22 +39,22 @@ SHAPES = {
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
 
-def inputs(shape, dtype, stacked=True):
+def inputs(shape, dtype, stacked=True, device="cpu"):
     """input, slots, weight, bias, grad, packed, packed_bias."""
     slots, rows, groups, out, columns, tasks = shape
     generator = torch.Generator().manual_seed(7)
     sizes = ((len(slots), *rows, groups * columns), (groups * out, columns), (groups * out,), (len(slots), *rows, groups * out))
-    x, w, b, grad = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
-    packed = [mm.pack_mask(torch.randn(w.shape, generator=generator)) for _ in range(tasks)]
-    packed_bias = [mm.pack_mask(torch.randn(b.shape, generator=generator)) for _ in range(tasks)]
+    x, w, b, grad = (torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype) for size in sizes)
+    packed = [mm.pack_mask(torch.randn(w.shape, generator=generator).to(device)) for _ in range(tasks)]
+    packed_bias = [mm.pack_mask(torch.randn(b.shape, generator=generator).to(device)) for _ in range(tasks)]
     if stacked:
         packed, packed_bias = [torch.stack(packed)], [torch.stack(packed_bias)]
-    return x, torch.tensor(slots, dtype=torch.int64), w, b, grad, packed, packed_bias
+    return x, torch.tensor(slots, dtype=torch.int64, device=device), w, b, grad, packed, packed_bias
 
 
 def expected(x, slots, w, b, grad, packed, packed_bias, groups):
     """Output and gradients, one sample after the other, by plain torch in float64."""
-    x, w, b = (tensor.detach().double().clone().requires_grad_() for tensor in (x, w, b))
+    x, w, b = (tensor.detach().double().cpu().clone().requires_grad_() for tensor in (x, w, b))
     per_task = [packed[0][slot] if packed[0].dim() == 3 else packed[slot] for slot in slots.tolist()]
     per_bias = [packed_bias[0][slot] if packed_bias[0].dim() == 2 else packed_bias[slot] for slot in slots.tolist()]
     (out, columns), outputs = w.shape, []
@@ -65,7 +66,7 @@ def expected(x, slots, w, b, grad, packed, packed_bias, groups):
         ]
         outputs.append(torch.cat(each, -1) + b * by_hand(bias_bits, (out,)))
     y = torch.stack(outputs) if outputs else x.new_zeros((*x.shape[:-1], out)) + 0 * (x.sum() + w.sum() + b.sum())
-    return y.detach(), torch.autograd.grad(y, (x, w, b), grad.double())
+    return y.detach(), torch.autograd.grad(y, (x, w, b), grad.double().cpu())
 
 
 def by_hand(packed, shape):
@@ -81,12 +82,12 @@ def assert_near(got, wanted, reduction, what):
     assert got.shape == wanted.shape
     unit = torch.finfo(got.dtype).eps
     bound = 4 * unit * max(reduction, 1) ** 0.5 * wanted.abs().amax().item() if wanted.numel() else 0.0
-    error = (got.double() - wanted).abs()
+    error = (got.double().cpu() - wanted).abs()
     assert bool((error <= bound + 1e-30).all()), f"{what}: error {error.max().item():.3g}, allowed {bound:.3g}"
 
 
-def check(shape, dtype, stacked=True):
-    x, slots, w, b, grad, packed, packed_bias = inputs(shape, dtype, stacked)
+def check(shape, dtype, stacked=True, device="cpu"):
+    x, slots, w, b, grad, packed, packed_bias = inputs(shape, dtype, stacked, device)
     groups, rows = shape[2], max(grad.numel() // max(grad.shape[-1], 1), 1)
     y, grads = expected(x, slots, w, b, grad, packed, packed_bias, groups)
     got = ops.packed_masked_linear(x, slots, w, packed, b, packed_bias, groups)
@@ -96,17 +97,19 @@ def check(shape, dtype, stacked=True):
     for name, one, other, reduction in zip(("dx", "dW", "db"), got, grads, (w.shape[0], rows, rows)):
         assert one.dtype == dtype
         assert_near(one, other, reduction, name)
-    exact = reference.packed_superposition_gradient(grad.double(), x.double(), w.double(), packed, groups)
+    doubles = (tensor.double().cpu() for tensor in (grad, x, w))
+    exact = reference.packed_superposition_gradient(*doubles, [one.cpu() for one in packed], groups)
     got = ops.packed_superposition_gradient(grad, x, w, packed, groups)
     assert got.dtype == dtype
     assert_near(got, exact, w.numel() * max(rows // max(len(slots), 1), 1), "superposition")
 
 
+@each_device
 @each_form
 @each_dtype
 @each_shape
-def test_output_and_gradients_equal_float64(shape, dtype, stacked):
-    check(shape, dtype, stacked)
+def test_output_and_gradients_equal_float64(shape, dtype, stacked, device):
+    check(shape, dtype, stacked, device)
 
 
 @each_form

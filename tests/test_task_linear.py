@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samples import DTYPES, GATE_IDS, GATES
+from samples import DEVICES, DTYPES, GATE_IDS, GATES
 from tasks import CASES, TASKS, Batch, plain, plain_gradients
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
@@ -13,6 +13,7 @@ import metamask_ext as mm
 from metamask_ext import _task_ops, reference_tasks
 from metamask_ext.reference import SIGMOID
 
+each_device = pytest.mark.parametrize("device", DEVICES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 each_gate = pytest.mark.parametrize("gate", GATES[1::2], ids=GATE_IDS[1::2])
 each_case = pytest.mark.parametrize("case", CASES)
@@ -26,7 +27,7 @@ def assert_near(got, wanted, terms, what):
     unit = torch.finfo(got.dtype).eps
     bound = 8 * unit * max(terms, 1) ** 0.5 * wanted.abs().amax().item() if wanted.numel() else 0.0
     assert got.shape == wanted.shape, what
-    error = (got.double() - wanted).abs()
+    error = (got.double().cpu() - wanted.cpu()).abs()
     assert bool((error <= bound + 1e-30).all()), f"{what}: error {error.max().item():.3g}, allowed {bound:.3g}"
 
 
@@ -39,8 +40,8 @@ def leaves(tree):
     return [leaf for leaf in tree_leaves(tree) if leaf is not None]
 
 
-def check(case, gate, dtype, stacked, bias=True):
-    batch = Batch(case, dtype, stacked, bias)
+def check(case, gate, dtype, stacked, bias=True, device="cpu"):
+    batch = Batch(case, dtype, stacked, bias, device=device)
     double = batch.double()
     arguments, terms = batch.arguments(gate), terms_of(batch)
     y = _task_ops.task_masked_linear(*arguments)
@@ -57,14 +58,14 @@ def check(case, gate, dtype, stacked, bias=True):
 def cotangents_of(batch, seed=1):
     """In the order of the op: of dx, dW, dM, db, dMb."""
     generator = torch.Generator().manual_seed(seed)
-    made = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in batch.tensors()]
+    made = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in batch.tensors()]
     dx, dw, *rest = made
     n = len(batch.masks)
     return (dx, dw, rest[:n], rest[n], rest[n + 1 :]) if batch.bias is not None else (dx, dw, rest, None, [])
 
 
-def check_double_backward(case, gate, dtype, stacked, bias=True):
-    batch = Batch(case, dtype, stacked, bias)
+def check_double_backward(case, gate, dtype, stacked, bias=True, device="cpu"):
+    batch = Batch(case, dtype, stacked, bias, device=device)
     cotangents = cotangents_of(batch)
     got = leaves(_task_ops.task_masked_linear_double_backward(*cotangents, batch.grad, *batch.arguments(gate)))
     double = batch.double()
@@ -75,7 +76,7 @@ def check_double_backward(case, gate, dtype, stacked, bias=True):
     wanted = [torch.zeros_like(primal) for primal in primals]
     if y.requires_grad:
         first = torch.autograd.grad(y, primals[1:], primals[0], create_graph=True, materialize_grads=True)
-        total = sum((one * c.double()).sum() for one, c in zip(first, leaves(cotangents)))
+        total = sum((one * c.double().cpu()).sum() for one, c in zip(first, leaves(cotangents)))
         if total.requires_grad:
             wanted = torch.autograd.grad(total, primals, materialize_grads=True)
     assert len(got) == len(wanted)
@@ -84,20 +85,22 @@ def check_double_backward(case, gate, dtype, stacked, bias=True):
         assert_near(one, two.detach(), terms_of(batch), f"second gradient {index}")
 
 
+@each_device
 @each_form
 @each_gate
 @each_dtype
 @each_case
-def test_output_and_gradients_equal_plain_torch_sample_by_sample(case, dtype, gate, stacked):
-    check(case, gate, dtype, stacked)
+def test_output_and_gradients_equal_plain_torch_sample_by_sample(case, dtype, gate, stacked, device):
+    check(case, gate, dtype, stacked, device=device)
 
 
+@each_device
 @each_form
 @each_gate
 @each_dtype
 @each_case
-def test_second_gradients_equal_plain_torch_sample_by_sample(case, dtype, gate, stacked):
-    check_double_backward(case, gate, dtype, stacked)
+def test_second_gradients_equal_plain_torch_sample_by_sample(case, dtype, gate, stacked, device):
+    check_double_backward(case, gate, dtype, stacked, device=device)
 
 
 @each_case

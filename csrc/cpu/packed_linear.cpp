@@ -159,18 +159,11 @@ using OptionalList = std::optional<std::vector<at::Tensor>>;
 
 bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
-// What forward and backward check alike.
-struct Arguments {
-  PackedMasks packed;
-  std::optional<PackedMasks> packed_bias;
-
+// With the slots' values.
+struct Arguments : PackedArguments {
   Arguments(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, at::TensorList packed_list,
             const OptionalTensor& bias, const OptionalList& packed_bias_list, int64_t groups)
-      : packed((check_packed_weight(weight, groups), check_packed_input(input, weight, groups),
-                packed_weight_masks(packed_list, weight))) {
-    if (packed_bias_list.has_value()) packed_bias.emplace(packed_bias_masks(*packed_bias_list, weight));
-    check_slots(slots, input, weight, packed.tasks());
-    check_packed_bias(weight, bias, packed_bias, packed.tasks());
+      : PackedArguments(input, slots, weight, packed_list, bias, packed_bias_list, groups) {
     check_slot_values(slots, packed.tasks());
   }
 };

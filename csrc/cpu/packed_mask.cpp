@@ -18,15 +18,6 @@ float value(S x) {
   return widen(x);
 }
 
-// Rows of the packed form: a vector is one row, of anything else the first dimension.
-int64_t rows_of(at::IntArrayRef shape) { return shape.size() == 1 ? 1 : shape[0]; }
-int64_t columns_of(at::IntArrayRef shape) { return c10::multiply_integers(shape.size() == 1 ? shape : shape.slice(1)); }
-
-std::vector<int64_t> packed_shape(at::IntArrayRef shape) {
-  if (shape.size() == 1) return {packed_bytes(shape[0])};
-  return {shape[0], packed_bytes(columns_of(shape))};
-}
-
 template <class Row>
 void each_row(int64_t rows, int64_t columns, const Row& row) {
   at::parallel_for(0, rows, std::max<int64_t>(kGrain / std::max<int64_t>(columns, 1), 1), [&](int64_t begin, int64_t end) {
@@ -49,12 +40,9 @@ void pack_rows(const void* logits, T threshold, uint8_t* packed, int64_t rows, i
 }
 
 at::Tensor pack_mask(const at::Tensor& mask_logits, double threshold) {
-  TORCH_CHECK_TYPE(is_masked_type(mask_logits.scalar_type()), "mask_logits must be float64, float32, bfloat16 or float16, got ",
-                   mask_logits.scalar_type());
-  TORCH_CHECK_VALUE(mask_logits.dim() > 0, "mask_logits must be [out, ...] or [n], got a scalar");
-  TORCH_CHECK_VALUE(threshold == threshold, "threshold must be a number, got nan");
+  check_pack_mask(mask_logits, threshold);
   const at::Tensor logits = mask_logits.contiguous();
-  const int64_t rows = rows_of(logits.sizes()), columns = columns_of(logits.sizes());
+  const int64_t rows = packed_rows(logits.sizes()), columns = packed_columns(logits.sizes());
   at::Tensor packed = at::empty(packed_shape(logits.sizes()), logits.options().dtype(at::kByte));
   const void* from = logits.const_data_ptr();
   uint8_t* to = packed.mutable_data_ptr<uint8_t>();
@@ -68,17 +56,13 @@ at::Tensor pack_mask(const at::Tensor& mask_logits, double threshold) {
 }
 
 at::Tensor unpack_mask(const at::Tensor& packed, at::IntArrayRef shape) {
-  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, "packed must be uint8, as pack_mask gives it, got ", packed.scalar_type());
-  TORCH_CHECK_VALUE(!shape.empty() && std::all_of(shape.begin(), shape.end(), [](int64_t n) { return n >= 0; }),
-                    "shape must be [out, ...] or [n], got ", shape);
-  TORCH_CHECK_VALUE(packed.sizes() == at::IntArrayRef(packed_shape(shape)), "packed must be ", at::IntArrayRef(packed_shape(shape)),
-                    " for the shape ", shape, ", got ", packed.sizes());
+  check_unpack_mask(packed, shape);
   const at::Tensor bits = packed.contiguous();
-  const int64_t columns = columns_of(shape), bytes = packed_bytes(columns);
+  const int64_t columns = packed_columns(shape), bytes = packed_bytes(columns);
   at::Tensor mask = at::empty(shape, packed.options().dtype(at::kBool));
   const uint8_t* from = bits.const_data_ptr<uint8_t>();
   bool* to = mask.mutable_data_ptr<bool>();
-  each_row(rows_of(shape), columns, [&](int64_t i) {
+  each_row(packed_rows(shape), columns, [&](int64_t i) {
     for (int64_t k = 0; k < columns; ++k) to[i * columns + k] = from[i * bytes + k / 8] >> (k % 8) & 1;
   });
   return mask;

@@ -1,20 +1,15 @@
 // Launchers: from types and pointers known at run time to one kernel.
-#include "masked_weight.cuh"
-
 #include "masked_weight.h"
+
+#include "launch.cuh"
+#include "masked_weight.cuh"
 
 namespace metamask::cuda {
 namespace {
 
-// Whether every array (a null one is none) may be accessed by packs of kPackBytes.
-template <class... Pointers>
-bool aligned(Pointers... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) % kPackBytes == 0) && ...);
-}
-
-int64_t blocks_for(int64_t n, int per_thread) {
+dim3 blocks_for(int64_t n, int per_thread) {
   const int64_t per_block = int64_t(kThreads) * per_thread;
-  return (n + per_block - 1) / per_block;
+  return dim3(unsigned((n + per_block - 1) / per_block));
 }
 
 // Calls run.operator()<kind, N, P, O>() for parameters of type `param` and the other arrays of type `other`; N is 1 where an array
@@ -51,23 +46,13 @@ void dispatch(Gate gate, Type param, Type other, bool packs, Run run) {
   else with_param<kHard>(param, other, packs, run);
 }
 
-template <class T>
-const T* in(const void* pointer) {
-  return static_cast<const T*>(pointer);
-}
-
-template <class T>
-T* out(void* pointer) {
-  return static_cast<T*>(pointer);
-}
-
 }  // namespace
 
 void masked_weight(Gate gate, Type param, Type other, const void* w, const void* m, void* theta, int64_t n, cudaStream_t stream) {
   if (n == 0) return;
   dispatch(gate, param, other, aligned(w, m, theta), [&]<GateKind kind, int N, class P, class O>() {
-    launch(masked_weight_kernel<kind, N, P, O>, blocks_for(n, N), kThreads, stream, parameter_of<Compute<P>>(gate), in<P>(w),
-           in<P>(m), out<O>(theta), n);
+    launch(masked_weight_kernel<kind, N, P, O>, blocks_for(n, N), dim3(kThreads), 0, stream, parameter_of<Compute<P>>(gate),
+           in<P>(w), in<P>(m), out<O>(theta), n);
   });
 }
 
@@ -76,8 +61,8 @@ void masked_weight_backward(Gate gate, Type param, Type other, const void* g, co
   if (n == 0) return;
   const bool packs = aligned(g, w, m, dw.gradient, dw.parameter, dw.velocity, dm.gradient, dm.parameter, dm.velocity);
   dispatch(gate, param, other, packs, [&]<GateKind kind, int N, class P, class O>() {
-    launch(masked_weight_backward_kernel<kind, N, P, O>, blocks_for(n, N), kThreads, stream, parameter_of<Compute<P>>(gate),
-           in<O>(g), in<P>(w), in<P>(m), dw, dm, n);
+    launch(masked_weight_backward_kernel<kind, N, P, O>, blocks_for(n, N), dim3(kThreads), 0, stream,
+           parameter_of<Compute<P>>(gate), in<O>(g), in<P>(w), in<P>(m), dw, dm, n);
   });
 }
 
@@ -85,8 +70,8 @@ void masked_weight_double_backward(Gate gate, Type param, Type other, const void
                                    const void* m, void* dg, void* dw, void* dm, int64_t n, cudaStream_t stream) {
   if (n == 0) return;
   dispatch(gate, param, other, aligned(a, b, g, w, m, dg, dw, dm), [&]<GateKind kind, int N, class P, class O>() {
-    launch(masked_weight_double_backward_kernel<kind, N, P, O>, blocks_for(n, N), kThreads, stream, parameter_of<Compute<P>>(gate),
-           in<P>(a), in<P>(b), in<O>(g), in<P>(w), in<P>(m), out<O>(dg), out<P>(dw), out<P>(dm), n);
+    launch(masked_weight_double_backward_kernel<kind, N, P, O>, blocks_for(n, N), dim3(kThreads), 0, stream,
+           parameter_of<Compute<P>>(gate), in<P>(a), in<P>(b), in<O>(g), in<P>(w), in<P>(m), out<O>(dg), out<P>(dw), out<P>(dm), n);
   });
 }
 

@@ -1,52 +1,14 @@
 // Elementwise kernels: every thread takes one pack of N neighbouring elements, with one load or store of at most 16 bytes for each
-// array. The floor is bytes over bandwidth: 3 arrays forward, 5 backward, 8 double backward.
+// array. The floor is bytes over bandwidth: 3 arrays forward, 5 backward, 8 double backward. A thread beyond the end loads zeros
+// and stores nothing.
 #pragma once
 
-#include "device.cuh"
+#include "memory.cuh"
 
 namespace metamask::cuda {
 
-template <int N, class T>
-METAMASK_INLINE void load(const T* __restrict__ from, int64_t i, int64_t n, Compute<T> (&to)[N]) {
-  Pack<T, N> pack;
-  if IN_BOUNDS (i + N <= n) {
-    pack = *reinterpret_cast<const Pack<T, N>*>(from + i);
-  } else {
-    for (int k = 0; k < N; ++k) {
-      if IN_BOUNDS (i + k < n) pack.value[k] = from[i + k];
-      else pack.value[k] = T(0.0f);
-    }
-  }
-  for (int k = 0; k < N; ++k) to[k] = to_compute(pack.value[k]);
-}
-
-// As load, with zeros for an array that is not there.
-template <int N, class T>
-METAMASK_INLINE void load_or_zero(const T* __restrict__ from, int64_t i, int64_t n, Compute<T> (&to)[N]) {
-  if (from != nullptr) {
-    load<N>(from, i, n, to);
-  } else {
-    for (int k = 0; k < N; ++k) to[k] = 0;
-  }
-}
-
-// Does nothing for an array that is not wanted.
-template <int N, class T>
-METAMASK_INLINE void store(T* __restrict__ to, int64_t i, int64_t n, const Compute<T> (&from)[N]) {
-  if (to == nullptr) return;
-  Pack<T, N> pack;
-  for (int k = 0; k < N; ++k) from_compute(from[k], pack.value[k]);
-  if IN_BOUNDS (i + N <= n) {
-    *reinterpret_cast<Pack<T, N>*>(to + i) = pack;
-  } else {
-    for (int k = 0; k < N; ++k) {
-      if IN_BOUNDS (i + k < n) to[i + k] = pack.value[k];
-    }
-  }
-}
-
 template <int N>
-METAMASK_INLINE int64_t first_element() {
+DEVICE_INLINE int64_t first_element() {
   return (int64_t(blockIdx.x) * kThreads + threadIdx.x) * N;
 }
 
@@ -54,7 +16,6 @@ METAMASK_INLINE int64_t first_element() {
 template <GateKind kind, int N, class P, class O>
 __global__ void masked_weight_kernel(Compute<P> parameter, const P* w, const P* m, O* theta, int64_t n) {
   const int64_t i = first_element<N>();
-  if (!IN_BOUNDS(i < n)) return;
   Compute<P> w_[N], m_[N], theta_[N];
   load<N>(w, i, n, w_);
   load<N>(m, i, n, m_);
@@ -62,25 +23,11 @@ __global__ void masked_weight_kernel(Compute<P> parameter, const P* w, const P* 
   store<N>(theta, i, n, theta_);
 }
 
-// One step of a parameter, whose elements are p, along its gradient g; or the gradient, stored.
-template <int N, class P>
-METAMASK_INLINE void store_or_descend(const Sink& sink, int64_t i, int64_t n, const Compute<P> (&p)[N], const Compute<P> (&g)[N]) {
-  store<N>(static_cast<P*>(sink.gradient), i, n, g);
-  if (sink.parameter == nullptr) return;
-  P* velocity = static_cast<P*>(sink.velocity);
-  Compute<P> v[N], to[N];
-  load_or_zero<N>(velocity, i, n, v);
-  for (int k = 0; k < N; ++k) to[k] = descend(p[k], g[k], sink.sgd, v[k]);
-  store<N>(velocity, i, n, v);
-  store<N>(static_cast<P*>(sink.parameter), i, n, to);
-}
-
 // g: [n] of O; w, m and what the sinks point to: [n] of P. A sink's parameter is w, or m: no other thread reads these elements.
 template <GateKind kind, int N, class P, class O>
 __global__ void masked_weight_backward_kernel(Compute<P> parameter, const O* g, const P* w, const P* m, Sink dw, Sink dm,
                                               int64_t n) {
   const int64_t i = first_element<N>();
-  if (!IN_BOUNDS(i < n)) return;
   Compute<P> g_[N], w_[N], m_[N], dw_[N], dm_[N];
   load<N>(g, i, n, g_);
   load<N>(w, i, n, w_);
@@ -99,7 +46,6 @@ template <GateKind kind, int N, class P, class O>
 __global__ void masked_weight_double_backward_kernel(Compute<P> parameter, const P* a, const P* b, const O* g, const P* w,
                                                      const P* m, O* dg, P* dw, P* dm, int64_t n) {
   const int64_t i = first_element<N>();
-  if (!IN_BOUNDS(i < n)) return;
   Compute<P> a_[N], b_[N], g_[N], w_[N], m_[N], dg_[N], dw_[N], dm_[N];
   load_or_zero<N>(a, i, n, a_);
   load_or_zero<N>(b, i, n, b_);

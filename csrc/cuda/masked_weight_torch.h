@@ -9,6 +9,12 @@
 #include "masked_weight.h"
 
 namespace metamask::cuda {
+
+// A workspace; undefined where none is needed.
+inline at::Tensor bytes(int64_t count, const at::Tensor& like) {
+  return count > 0 ? at::empty({count}, like.options().dtype(at::kByte)) : at::Tensor();
+}
+
 struct Cuda {
   struct Guard : c10::cuda::CUDAGuard {
     explicit Guard(const at::Tensor& tensor) : CUDAGuard(tensor.device()) {}

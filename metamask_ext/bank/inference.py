@@ -56,7 +56,7 @@ class Sums:
 
     def mean_gate(self, layer: MaskedLayer, masks: TaskDict, keys: Sequence[str], like: Tensor) -> Tensor:
         """``1/T sum_t g(M_t)`` over the tasks with these keys."""
-        bits = {key: masks._tensor(key) for key in keys if masks._is_bits(key)}
+        bits = masks._bits_of(keys)
         # A part of the tasks does not take the place of the sum over all.
         kept = self._sums.setdefault(masks, _Sum()) if len(keys) == len(masks) else _Sum()
         total = kept.of(bits, like).clone() if bits else torch.zeros_like(like, requires_grad=False)
@@ -152,29 +152,36 @@ def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_samp
                     f"{type(layer).__name__} was called with {len(given)} samples, x has {len(x)}: only "
                     "per_sample=False is possible"
                 )
-            rows = _layer_gradient(layer, given, gradient, probe.keys)
-            total += rows if per_sample else rows.sum(0, keepdim=True)
+            total += _layer_gradient(layer, given, gradient, probe.keys, per_sample)
     return total
 
 
-def _layer_gradient(layer: MaskedLayer, input: Tensor, gradient: Tensor, keys: Sequence[str]) -> Tensor:
-    """``[B, T]``: how the entropy changes with the amount of each task in this layer."""
+def _layer_gradient(layer: MaskedLayer, input: Tensor, gradient: Tensor, keys: Sequence[str], per_sample: bool) -> Tensor:
+    """``[B, T]`` (``[1, T]``: its sum over b): how the entropy changes with the amount of each task in this layer."""
     masks, bias_masks = layer._task_dict(), layer.bias_masks
     weight, bias = layer._shared()
-    found = gradient.new_empty(len(input), len(keys))
-    packed = [index for index, key in enumerate(keys) if masks._is_bits(key)]
-    if packed:
+    found = gradient.new_empty(len(input) if per_sample else 1, len(keys))
+    bits = masks._bits_of(keys)
+    if bits:
         rows, gradient_rows, groups = _rows(layer, input, gradient)
-        bits = [masks._tensor(keys[index]) for index in packed]
-        part = superposition_gradient(gradient_rows, rows, weight.flatten(1), bits, groups)
+        if not per_sample:
+            # The masks are gone through once, not once for each sample.
+            rows, gradient_rows = rows.flatten(0, 1)[None], gradient_rows.flatten(0, 1)[None]
+        part = superposition_gradient(gradient_rows, rows, weight.flatten(1), list(bits.values()), groups)
         if bias is not None and bias_masks is not None:
-            gates = torch.stack([unpack_mask(bias_masks._tensor(keys[index]), bias.shape) for index in packed])
-            part = part + gradient_rows.flatten(1, -2).sum(1) @ (gates * bias).t()
-        found[:, packed] = part.to(found.dtype)
-    for index in sorted(set(range(len(keys))) - set(packed)):
-        key = keys[index]
+            # A layer of one row, whose weight is the bias and whose input the gradient.
+            of_bias = gradient_rows.flatten(1, -2).sum(1)
+            rows_of_bits = torch.cat([*bias_masks._bits_of(bits).values()]).view(len(bits), 1, -1)
+            part = part + superposition_gradient(torch.ones_like(of_bias[:, :1]), of_bias, bias[None], rows_of_bits)
+        if len(bits) == len(keys):
+            return part
+        found[:, [index for index, key in enumerate(keys) if key in bits]] = part.to(found.dtype)
+    for index, key in enumerate(keys):
+        if key in bits:
+            continue
         bias_mask = None if bias_masks is None else bias_masks._tensor(key)
-        found[:, index] = (layer._masked(input, masks._tensor(key), bias_mask) * gradient).flatten(1).sum(1)
+        change = (layer._masked(input, masks._tensor(key), bias_mask) * gradient).flatten(1).sum(1)
+        found[:, index] = change if per_sample else change.sum()
     return found
 
 

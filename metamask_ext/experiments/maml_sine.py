@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..meta import MAML
 from ..nn import MaskedLinear
 from ..tasks import SineTasks, sine_tasks
 from .methods import seeded
-from .output import STYLES, Output, Scores, first_seeds, new_figure, one_thread, plot_seeds
+from .output import STYLES, Output, Scores, first_seeds, json_bytes, new_figure, one_thread, plot_seeds, read_json
 
 # What each method adapts, at which inner rate (the paper's 0.01 for weights). The gradient of a mask is that of its weight times
 # W * s * (1 - s), which is small: hence the larger rate.
@@ -84,8 +83,8 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
                 measured = _measured(method, number, options)
-                write_atomic(path, json.dumps(measured, allow_nan=False).encode())
-            found[method].append(json.loads(path.read_text()))
+                write_atomic(path, json_bytes(measured))
+            found[method].append(read_json(path))
 
     scores: Scores = {method: {} for method in methods}
     intervals: dict[str, dict[str, float]] = {method: {} for method in methods}

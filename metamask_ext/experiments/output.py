@@ -91,21 +91,21 @@ class Output:
             "build_info": info,
         }
         self._note = note
-        self._say(f"data: {data}" + (f" ({note})" if note else ""))
+        self.say(f"data: {data}" + (f" ({note})" if note else ""))
         run, results = self.folder / "run.json", self.folder / "metrics.json"
         if run.exists():
-            check_same_settings(run, _flat(_read(run)), _flat(self.identity))
+            check_same_settings(run, _flat(read_json(run)), _flat(self.identity))
             if results.exists():
-                self._say(f"{str(self.folder)!r} holds this run, finished: nothing is computed again")
-                metrics = _read(results)
+                self.say(f"{str(self.folder)!r} holds this run, finished: nothing is computed again")
+                metrics = read_json(results)
                 self.show(metrics)
                 return metrics
             self.resumed = True
-            self._say(f"resuming the run in {str(self.folder)!r}")
+            self.say(f"resuming the run in {str(self.folder)!r}")
             return None
         if results.exists():
             raise OutputError(f"{str(results)!r} exists without run.json beside it: use another folder")
-        write_atomic(run, _json(self.identity))
+        write_atomic(run, json_bytes(self.identity))
         return None
 
     def finish(
@@ -140,9 +140,9 @@ class Output:
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=200)
         write_atomic(self.folder / f"{self.name}.png", image.getbuffer())
-        write_atomic(self.folder / "metrics.json", _json(metrics))
+        write_atomic(self.folder / "metrics.json", json_bytes(metrics))
         self.show(metrics)
-        self._say(f"wrote metrics.json and {self.name}.png to {str(self.folder)!r} in {metrics['duration_s']:.1f} s")
+        self.say(f"wrote metrics.json and {self.name}.png to {str(self.folder)!r} in {metrics['duration_s']:.1f} s")
         return metrics
 
     def show(self, metrics: Mapping[str, Any]) -> None:
@@ -151,7 +151,7 @@ class Output:
         columns = list(dict.fromkeys(key for numbers in methods.values() for key in numbers))
         seeds = metrics["settings"]["seeds"]
         seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of {len(seeds)} seeds from {seeds[0]} (lowest to highest)"
-        self._say(f"{metrics['experiment']}: {seed_text}")
+        self.say(f"{metrics['experiment']}: {seed_text}")
         table = Table()
         table.add_column("method")
         for key in columns:
@@ -159,9 +159,10 @@ class Output:
         for method, numbers in methods.items():
             table.add_row(method, *(_cell(numbers[key]) if key in numbers else "-" for key in columns))
         self.console.print(table)
-        self._say(f"budget: {metrics['budget']}")
+        self.say(f"budget: {metrics['budget']}")
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a line."""
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -213,11 +214,13 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: item for name in value for key, item in _flat(value[name], f"{prefix}.{name}" if prefix else name).items()}
 
 
-def _json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """``value`` as a JSON file. ValueError if a number in it is not finite."""
     return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. OutputError if it cannot be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

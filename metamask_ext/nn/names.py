@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from urllib.parse import unquote
 
 from torch import nn
@@ -25,8 +26,13 @@ def escape(name: str) -> str:
     torch refuses keys with a dot, and keys that are attributes of a ParameterDict (``keys``, ``type``): of those, and of names
     that start with an underscore, the first character is escaped too. :func:`unescape` gives every name back.
     """
-    # A mixed batch escapes the name of every task in it: most names need no look at each character.
-    if check_name(name).isascii() and name.replace("_", "").replace("-", "").isalnum():
+    return _escaped(check_name(name))
+
+
+# A mixed batch, or the inference of tasks, escapes the names of all its tasks in every call.
+@lru_cache(maxsize=1 << 16)
+def _escaped(name: str) -> str:
+    if name.isascii() and name.replace("_", "").replace("-", "").isalnum():
         text = name
     else:
         text = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else _percent(c) for c in name)

@@ -79,6 +79,11 @@ class TaskDict(nn.ParameterDict):
             tensor = self._buffers.get(key)
         return self._fetch_now(key) if tensor is None else tensor
 
+    def _bits_of(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Of the tasks with these keys those that have bits, and their bits."""
+        parameters, buffers = self._parameters, self._buffers
+        return {key: buffers[key] if key in buffers else self._tensor(key) for key in keys if key not in parameters}  # type: ignore[misc]
+
     def _logits(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The tasks that have a parameter here, with it."""
         found = ((name, self._parameters.get(escape(name))) for name in self._keys)

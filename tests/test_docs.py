@@ -1,0 +1,52 @@
+"""The examples of the documentation run, in order, and do what the text beside them says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import metamask_ext
+
+ROOT = Path(__file__).parents[1]
+
+
+def _run_blocks(page: str, start: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Execute the Python blocks of a page one after another; the names they leave, and how many there were."""
+    names = dict(start)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
+    return names, len(blocks)
+
+
+def test_life_of_a_task():
+    torch.set_num_threads(1)
+    left, blocks = _run_blocks("docs/tasks.md", {})
+    assert blocks == 10
+    assert min(left["before"].values()) > 0.75 and left["new"] > 0.75
+    # 64 samples, each served right about 86 % of the time: standard deviation 0.043
+    assert left["served"] > 0.65 and left["right"] > 0.7
+    assert left["bank"].slots == [None, "permutation-0", None, "permutation-2", "permutation-3"]
+    assert left["bank"].bytes_per_task("permutation-0") == 256 * 98 + 50 * 32
+    assert len({float(alpha.detach()) for alpha in left["alphas"].values()}) == 3
+    assert left["own"].tasks == ["default", "b"] and set(left["own"].per_task) >= {"4.weight", "4.bias", "1.running_mean"}
+
+
+def test_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = torch.rand(2, 784), torch.tensor([3, 7])
+    left, blocks = _run_blocks("README.md", {"batches": [("default", x, y), ("rotated", x, y)], "x": x, "y": y})
+    assert blocks == 3
+    bank = left["bank"]
+    assert bank.tasks == ["default", "rotated"] and all(map(bank.is_packed, bank.tasks)) and set(left["names"]) <= set(bank.tasks)
+    assert left["y"].shape == (2, 10) and (tmp_path / "bank" / "bank.json").exists()
+    metamask_ext.MaskBank.load(tmp_path / "bank", left["model"]).verify()
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
