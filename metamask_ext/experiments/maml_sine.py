@@ -18,8 +18,9 @@ from ..tasks import SineTasks, sine_tasks
 from .methods import seeded
 from .output import STYLES, Output, Scores, first_seeds, json_bytes, new_figure, one_thread, plot_seeds, read_json
 
-# What each method adapts, at which inner rate, the best of a few: 0.01 is the paper's and better for the plain net than 0.03, and with
-# 0.1 weights diverge. The gradient of a mask is that of theta times W * s * (1 - s), which is small: hence the larger rate.
+# What each method adapts, at which inner rate, of a few that were tried: 0.01 is the paper's, and better for the plain net than
+# 0.03; with 0.1 weights diverge. The gradient of a mask is that of theta times W * s * (1 - s), which is small: hence its larger
+# rate.
 METHODS: dict[str, dict[str, Any]] = {
     "masks": {"masked": True, "adapt": "masks", "inner_lr": 0.5},
     "weights": {"masked": True, "adapt": "weights", "inner_lr": 0.03},
@@ -220,7 +221,7 @@ def _figure(found: dict[str, list[dict[str, Any]]], seed: int) -> Any:
             label = f"after {number} step{'s' if number != 1 else ''}"
             panel.plot(points, example[str(number)], color=STYLES[method]["color"], linestyle=style, linewidth=1.4, label=label)
         panel.plot(example["x"], example["y"], "^", color="#000000", markersize=6, linestyle="none", label="the 5 samples")
-        panel.set(xlabel="x", ylabel="y", ylim=(-6, 6))
+        panel.set(xlabel="x", ylabel="y", ylim=(-5, 8))
         panel.set_title(f"{LABELS[method]}, inner rate {found[method][0]['inner_lr']}, seed {seed}", fontsize=10)
         panel.legend(fontsize=8, ncols=2)
     return figure
