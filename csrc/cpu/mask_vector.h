@@ -85,8 +85,12 @@ struct Mask<double> {
 };
 
 METAMASK_INLINE Mask<float> mask_of(const float*, const uint8_t* bits, int64_t k) {
-  uint16_t lanes;
-  std::memcpy(&lanes, bits + k / 8, sizeof(lanes));
+  struct __attribute__((packed, may_alias)) Lanes {
+    uint16_t of;
+  };
+  // GCC would load some of them into a general register first, and move them.
+  __mmask16 lanes;
+  asm("kmovw %1, %0" : "=k"(lanes) : "m"(*reinterpret_cast<const Lanes*>(bits + k / 8)));
   return {lanes};
 }
 

@@ -13,35 +13,69 @@ constexpr int kRows = 4, kOutputs = 4, kColumns = 4;
 constexpr int kRows = 2, kOutputs = 2, kColumns = 2;
 #endif
 
+// Where row i, at most 3, begins: base, base + row, base + 2 row and base + three are addresses that the processor adds up itself.
+// GCC would keep a pointer for each row instead, 16 of them for the bits alone, most of them in memory.
+METAMASK_INLINE int64_t row_at(int i, int64_t row, int64_t three) { return i == 3 ? three : i * row; }
+
+METAMASK_INLINE int64_t three_of(int64_t row) {
+  int64_t three = 3 * row;
+#if defined(__x86_64__)
+  asm("" : "+r"(three));
+#endif
+  return three;
+}
+
+template <class T>
+METAMASK_INLINE const T* advance(const T* pointer, int64_t elements) {
+  pointer += elements;
+#if defined(__x86_64__)
+  asm("" : "+r"(pointer));
+#endif
+  return pointer;
+}
+
 template <class T, int R, int C>
 METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* const* bits, int64_t offset, int64_t bits_row,
                                   const T* w, int64_t w_row, T* y, int64_t y_row, int64_t columns) {
   using V = typename Vector<T>::type;
   constexpr int64_t kLanes = Vector<T>::kLanes;
+  static_assert(R <= 4 && C <= 4);
   V sums[R][C] = {};
   const uint8_t* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = bits[r] + offset;
+  const int64_t x_three = three_of(x_row), w_three = three_of(w_row), bits_three = three_of(bits_row);
   int64_t k = 0;
   for (; k + kLanes <= columns; k += kLanes) {
     V weights[C];
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) weights[c] = load(w + c * w_row + k);
+    for (int c = 0; c < C; ++c) weights[c] = load(w + row_at(c, w_row, w_three));
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const V input = kept(load(x + r * x_row + k));
+      const V input = kept(load(x + row_at(r, x_row, x_three)));
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) sums[r][c] += select(mask_of(x, rows[r] + c * bits_row, k), weights[c]) * input;
+      for (int c = 0; c < C; ++c) {
+        sums[r][c] +=
+            select(mask_of(x, rows[r] + row_at(c, bits_row, bits_three), kLanes % 8 == 0 ? 0 : k % 8), weights[c]) * input;
+      }
+      rows[r] = advance(rows[r], kLanes % 8 == 0 ? kLanes / 8 : uint64_t(k % 8 + kLanes) / 8);
     }
+    x = advance(x, kLanes);
+    w = advance(w, kLanes);
   }
+  // Unrolled to the end: sums that are once indexed by a variable are written to memory in each round above.
   if (const int64_t n = columns - k; n > 0) {
+#pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
-      const V weights = load_some(w + c * w_row + k, n);
+      const V weights = load_some(w + c * w_row, n);
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        sums[r][c] += select(mask_of(x, rows[r] + c * bits_row, k, n), weights) * load(x + r * x_row + k);
+        sums[r][c] += select(mask_of(x, rows[r] + c * bits_row, k % 8, n), weights) * load(x + r * x_row);
       }
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
     for (int c = 0; c < C; ++c) y[r * y_row + c] += sum<T>(sums[r][c]);
   }
 }
