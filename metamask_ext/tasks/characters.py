@@ -21,7 +21,7 @@ TRAIN_CHARACTERS = 1200
 """Of Omniglot's 1,623, as in arXiv:1703.03400, section 5.2."""
 TRAIN_SHARE = 0.75
 """Of the glyphs."""
-ALIKE = 0.8
+ALIKE = 0.85
 """Two glyphs whose blurred bitmaps correlate by more are taken for one."""
 
 
@@ -138,7 +138,7 @@ def _bitmap(font: Any, code: int) -> Tensor:
 
 def _distinct(bitmaps: Tensor) -> Tensor:
     """Those that look like none before them, nor like themselves, turned by any multiple of 90 degrees."""
-    blurred = F.avg_pool2d(bitmaps[:, None], 7, 4, 3)
+    blurred = F.avg_pool2d(bitmaps[:, None], 8, 4, 2)  # a grid that turns onto itself
     turned = torch.stack([torch.rot90(blurred, turns, (2, 3)).flatten(1) for turns in range(4)])
     turned = F.normalize(turned - turned.mean(2, keepdim=True), dim=2)
     kept: list[int] = []
