@@ -85,7 +85,7 @@ def test_rounds_of_several_processes_are_one_measurement(monkeypatch):
 
 
 def test_memory_of_checkpointed_steps(monkeypatch):
-    monkeypatch.setattr(meta, "MEMORY_STEPS", (1, 4))
+    monkeypatch.setattr(meta, "MEMORY_STEPS", (1, 8))
     found = meta.checkpoint_memory(3)
     assert 1 <= found["memory of 20 inner steps / of 1"] < 4 and found["memory of 1 inner step, MB"] > 0
     keep = meta.MAML

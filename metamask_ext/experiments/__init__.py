@@ -14,6 +14,7 @@ EXPERIMENTS = {
     "mnist": "a masked and a plain CNN on handwritten digits (section 3.6)",
     "supsup": "hundreds of tasks in one bank, named or inferred (Wortsman et al., arXiv:2006.14769)",
     "maml-sine": "MAML on sine waves, adapting masks, weights or both (arXiv:1703.03400, section 5.1)",
+    "fewshot": "MAML on images of characters, a few of each class (arXiv:1703.03400, section 5.2)",
 }
 """What there is to run, with a line about each. The modules are imported when they are run: they need matplotlib."""
 
@@ -30,7 +31,8 @@ def run(name: str, out: str | Path, seed: int = 0, quick: bool = False, **option
         out: folder of the run. A run that was killed there continues; one that is finished is shown again, not repeated; one of
             another experiment, seed or setting is refused.
         seed: the first seed; a full run repeats the experiment with the next four.
-        quick: one seed instead of five (of ``maml-sine`` also fewer steps); of ``supsup``, which always has one, 5 tasks.
+        quick: one seed instead of five (of ``maml-sine`` also fewer steps); of ``supsup``, which always has one, 5 tasks; of
+            ``fewshot``, which always has one, 5-way 1-shot only.
         options: of this experiment: the keyword arguments of its module's ``run``.
 
     Returns:

@@ -34,6 +34,10 @@ STYLES: dict[str, dict[str, Any]] = {
     "both": {"color": "#CC79A7", "linestyle": "-."},
     "pretrained": {"color": "#555555", "linestyle": "--"},
     "oracle": {"color": "#000000", "linestyle": ":"},
+    "masks, first order": {"color": "#0072B2", "linestyle": (0, (1, 1)), "marker": "."},
+    "weights, first order": {"color": "#56B4E9", "linestyle": (0, (1, 1)), "marker": "."},
+    "plain, first order": {"color": "#D55E00", "linestyle": (0, (1, 1)), "marker": "."},
+    "pixels": {"color": "#555555", "linestyle": "-."},
 }
 
 Scores = dict[str, dict[str, list[float]]]
