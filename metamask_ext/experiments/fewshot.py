@@ -185,7 +185,7 @@ def _figure(found: dict[str, dict[str, dict[str, list[float]]]], data: Character
             accuracy = its[setting]["accuracy"]
             plot_seeds(panel, method, LABELS[method], steps, [accuracy if len(accuracy) > 1 else accuracy * len(steps)])
         panel.axhline(PAPER[setting], color="#000000", linewidth=0.8, linestyle=(0, (1, 3)), label="the paper's MAML, on Omniglot")
-        panel.set(xlabel="gradient steps on the support set", ylabel="test accuracy (%)", ylim=(0, 102))
+        panel.set(xlabel="gradient steps on the support set", ylabel="test accuracy (%)", xticks=steps, ylim=(0, 102))
         panel.set_title(setting, fontsize=10)
     lines = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
     figure.legend(lines.values(), lines, fontsize=8, loc="outside upper center", ncols=3)
