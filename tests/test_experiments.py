@@ -14,8 +14,8 @@ import torch
 
 from metamask_ext import MaskBank, build_info
 from metamask_ext.continual import CheckpointError, OutputError
-from metamask_ext.experiments import EXPERIMENTS, OptionError, linear, run, supsup
-from metamask_ext.tasks import digits
+from metamask_ext.experiments import EXPERIMENTS, OptionError, fewshot, linear, run, supsup
+from metamask_ext.tasks import characters, digits
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,7 @@ def results(folder):
     """Each experiment's quick run, once; without a network, so that the digits are the same everywhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "_download", lambda mnist, root: "not tried in tests")
+        patch.setattr(characters, "try_download", lambda url, download: "not tried in tests")
         patch.setenv("METAMASK_DATA", str(folder / "data"))
         threads = torch.get_num_threads()
         made = {name: run(name, folder / name, 0, quick=True) for name in EXPERIMENTS}
@@ -109,6 +110,22 @@ def test_maml_sine(results, folder):
     assert all(0.5 < _mean(metrics, "results", method, "MSE, K=5, 0 steps") < 5 for method in metrics["results"])
     files = sorted(path.name for path in (folder / "maml-sine" / "seed-0").iterdir())
     assert files == sorted(f"{method}.json" for method in error)
+
+
+def test_fewshot(results, folder):
+    metrics, accuracy = results["fewshot"], "5-way 1-shot: test accuracy (%)"
+    found = {method: _mean(metrics, kind, method, accuracy) for kind in ("results", "baselines") for method in metrics[kind]}
+    assert "glyphs" in metrics["data"] and "not tried in tests" in metrics["data_note"]
+    # 2,500 images of 100 tasks: standard error 0.7
+    assert found["masks"] > 90 and found["weights"] > 90 and found["plain"] > 90
+    assert all(found[method] > found["pixels"] + 5 for method in fewshot.METHODS)
+    for method in fewshot.METHODS:
+        curve = metrics["curves"][method]["5-way 1-shot"]
+        # Labels are drawn anew for each task: before the first step a fifth is right.
+        assert len(curve["accuracy"]) == 4 and 15 < curve["accuracy"][0] < 25 < 80 < curve["accuracy"][1]
+        assert 0 < metrics["interval_95_over_tasks"][method][accuracy] < 4
+    files = sorted(path.name for path in (folder / "fewshot" / "seed-0").iterdir())
+    assert len(files) == len(found) and "5-way-1-shot-masks-first-order.json" in files
 
 
 def test_supsup_network():
