@@ -1,8 +1,8 @@
 """Steps of MAML that adapt the masks of a masked net: ours, and the same in plain PyTorch and with other libraries.
 
 ``vmap``: plain functions under ``torch.func.grad`` and ``torch.vmap``; ``loop``: one task after another with ``autograd.grad``;
-``higher`` and ``torchopt``: as these libraries are meant to be used, which is one task after another. They are taken from the folder
-in ``METAMASK_PEERS``, made by :data:`INSTALL`.
+``higher`` and ``torchopt``: as these libraries are meant to be used, which is one task after another. They are taken from the
+folder in ``METAMASK_PEERS``, made by :data:`INSTALL`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PEERS = "METAMASK_PEERS"
 INSTALL = "pip install --no-deps --target DIR higher torchopt optree graphviz"
 META_LEARNING_RATE = 1e-3
 STEPS = 5
-"""So many small steps are one unit of work, as they follow each other in training: the first one after another contender's finds its
-code and tensors in no cache, and takes half as long again."""
+"""So many small steps are one unit of work, as they follow each other in training: the first one after another contender's finds
+its code and tensors in no cache, and takes half as long again."""
 MEMORY_STEPS = (1, 2, 5, 10, 20)
 
 Loss = Callable[[Tensor, Tensor], Tensor]

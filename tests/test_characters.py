@@ -133,7 +133,10 @@ def test_few_shot_tasks_image_by_image():
     support, query = few_shot_tasks(drawings, 50, ways=5, shots=2, queries=3, generator=generator())
     (x, y), (query_x, query_y) = support, query
     assert x.shape == (50, 10, 1, 4, 4) and query_x.shape == (50, 15, 1, 4, 4) and x.dtype == torch.float32
-    assert y.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]] * 50 and query_y[0].tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    assert (
+        y.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]] * 50
+        and query_y[0].tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    )
     index = {
         torch.rot90(drawings[character, number], turns).numpy().tobytes(): (character, turns, number)
         for character in range(3)

@@ -152,7 +152,9 @@ def _told(tasks: SineTasks, x: Tensor) -> Tensor:
 def _fine_tuned(model: nn.Module, seed: int) -> dict[str, Any]:
     """The pretrained net at that rate which is best on tasks of their own."""
     candidates = {rate: MAML(model, rate, adapt="weights") for rate in RATES}
-    at = {rate: _test(seed + 1, _predictions(maml), RATE_TASKS)[str(max(TEST_SHOTS))]["mse"][-1] for rate, maml in candidates.items()}
+    at = {
+        rate: _test(seed + 1, _predictions(maml), RATE_TASKS)[str(max(TEST_SHOTS))]["mse"][-1] for rate, maml in candidates.items()
+    }
     best = min((rate for rate in RATES if math.isfinite(at[rate])), key=lambda rate: at[rate])
     maml = candidates[best]
     return {"curves": _test(seed, _predictions(maml)), "example": _example(maml, seed), "inner_lr": best}

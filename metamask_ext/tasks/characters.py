@@ -167,5 +167,7 @@ def _distorted(bitmaps: Tensor, drawings: int, generator: torch.Generator) -> Te
         1,
     )
     images = bitmaps.repeat_interleave(drawings, 0)[:, None]
-    drawn = F.avg_pool2d(F.grid_sample(images, F.affine_grid(rows, list(images.shape), align_corners=False), align_corners=False), 2)
+    drawn = F.avg_pool2d(
+        F.grid_sample(images, F.affine_grid(rows, list(images.shape), align_corners=False), align_corners=False), 2
+    )
     return (255 * drawn).round().to(torch.uint8).view(len(bitmaps), drawings, SIZE, SIZE)
