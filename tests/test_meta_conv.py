@@ -9,6 +9,7 @@ from helpers import randomize_masks
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from metamask_ext._build import BACKEND
 from metamask_ext.meta import MAML
 from metamask_ext.meta.maml import _mapped
 from metamask_ext.nn import MaskedConv2d
@@ -53,6 +54,7 @@ def test_a_bias_without_an_adapted_mask():
     torch.testing.assert_close(maml(F.mse_loss, (x, y), (x, y)), alone.mean(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif(BACKEND == "reference", reason="no kernels")
 def test_no_patches_are_made():
     """The path is that of grouped convolutions: the other one gives the same numbers, several times slower."""
     maml = MAML(nn.Sequential(MaskedConv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten()), 0.1)
