@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, int]] = {
     "20-way 1-shot": {"ways": 20, "shots": 1, "queries": 1, "tasks": 4, "iterations": 300, "test_tasks": 100},
     "20-way 5-shot": {"ways": 20, "shots": 5, "queries": 1, "tasks": 2, "iterations": 200, "test_tasks": 100},
 }
-QUICK = {"5-way 1-shot": {**SETTINGS["5-way 1-shot"], "iterations": 120, "test_tasks": 100}}
+QUICK = {"5-way 1-shot": {**SETTINGS["5-way 1-shot"], "iterations": 150, "test_tasks": 100}}
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "inner_steps": 1, "filters": 32}
 TEST_QUERIES, TEST_STEPS = 5, 3
 PAPER = {"5-way 1-shot": 98.7, "5-way 5-shot": 99.9, "20-way 1-shot": 95.8, "20-way 5-shot": 98.9}
