@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import BANK_TASKS, BATCH_1, BY_TASK, FEW_TASKS, FORWARD, INFERENCE, PACKED, SMALL, TRAINING
+from .cases import BANK_TASKS, BATCH_1, BY_TASK, FEW_TASKS, FEWSHOT, FORWARD, INFERENCE, PACKED, SINE, SMALL, TRAINING
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ _PACKED, _BY_TASK = "packed masks, every sample its own task", "float masks by t
 _FEW, _FIRST = _shapes(PACKED[:3]), _shapes(BY_TASK[:2])
 _BYTES = ("task-bytes", (str(FEW_TASKS),))
 _BANK = ("bank", (str(BANK_TASKS),))
+_SINE = "MAML step on sine waves, masks adapted, second order", "sine-step", _shapes((SINE,))
 
 BOUNDS: dict[str, list[Bound]] = {
     "cpu": [
@@ -102,6 +103,14 @@ BOUNDS: dict[str, list[Bound]] = {
         Bound("a bank of 2,500 such tasks", *_BANK, "first batch, s", {"default": 0.2}),
         Bound("a bank of 2,500 such tasks", *_BANK, "resident after a batch of every task, MB", {"default": 400}),
         Bound("one-shot inference, LeNet-300-100", "one-shot-inference", _shapes((INFERENCE,)), "loop/ours", _both(5)),
+    ],
+    "meta": [
+        Bound(*_SINE, "vmap/ours", _default(1.3)),
+        Bound(*_SINE, "loop/ours", _default(8)),
+        Bound(*_SINE, "higher/ours", _default(12)),
+        Bound(*_SINE, "torchopt/ours", _default(6)),
+        Bound("the same of a convolutional net, 5-way 1-shot", "fewshot-step", _shapes((FEWSHOT,)), "vmap/ours", _default(1.2)),
+        Bound("checkpoint=True", "checkpoint-memory", (str(SINE[0]),), "memory of 20 inner steps / of 1", _default(1.5)),
     ],
     "cuda": [
         Bound("theta, share of copy bandwidth", "masked_weight-forward", _SQUARE, "copy/ours", _default(0.85), each=True),

@@ -11,6 +11,7 @@ import torch
 
 from .bank import OUTPUTS, opened_bank, task_bytes
 from .cuda import linear_against_copy, weight_against_copy
+from .meta import checkpoint_memory, fewshot_step, sine_step
 from .problems import cnn, masked_linear, masked_weight
 from .tasks import inference, packed_forward, task_linear
 from .training import fused_step, resnet18_step
@@ -26,6 +27,8 @@ class Case:
         quick: whether it is in the suite's short form.
         device: where its work runs; ``"cuda"`` work is waited for before the clock is read.
         quantities: it compares no times: ``build`` measures, and gives numbers by name. They are taken with one allocator.
+        processes: how many measure it, one after another; the medians are over the rounds of all.
+        tuned: whether it is measured with the tuned allocator too.
     """
 
     suite: str
@@ -35,6 +38,8 @@ class Case:
     quick: bool = False
     device: str = "cpu"
     quantities: bool = False
+    processes: int = 1
+    tuned: bool = True
 
     @property
     def id(self) -> str:
@@ -110,6 +115,19 @@ def _tasks() -> list[Case]:
     ]
 
 
+# Tasks x samples of each to adapt to; ways x tasks x filters x queries of each class.
+SINE, FEWSHOT = (25, 10), (5, 4, 64, 15)
+
+
+def _meta() -> list[Case]:
+    sine, fewshot = ("x".join(map(str, sizes)) for sizes in (SINE, FEWSHOT))
+    return [
+        Case("meta", "sine-step", sine, partial(sine_step, *SINE), quick=True, processes=3, tuned=False),
+        Case("meta", "fewshot-step", fewshot, partial(fewshot_step, *FEWSHOT), processes=3, tuned=False),
+        Case("meta", "checkpoint-memory", str(SINE[0]), partial(checkpoint_memory, SINE[0]), quick=True, quantities=True),
+    ]
+
+
 def _cuda() -> list[Case]:
     on = "cuda"
     cases = [
@@ -128,4 +146,4 @@ def _cuda() -> list[Case]:
     return [Case("cuda", measure, shape, build, f"{measure}-{shape}" in quick, on) for measure, shape, build in cases]
 
 
-SUITES: dict[str, list[Case]] = {"core": _core(), "cpu": _cpu(), "tasks": _tasks(), "cuda": _cuda()}
+SUITES: dict[str, list[Case]] = {"core": _core(), "cpu": _cpu(), "tasks": _tasks(), "meta": _meta(), "cuda": _cuda()}

@@ -24,6 +24,7 @@ from metamask_ext.continual.files import OutputError, prepare_folder, write_atom
 
 from . import bounds, report
 from .cases import SUITES, Case
+from .measure import summarise
 
 ALLOCATORS: dict[str, dict[str, str]] = {
     "default": {},
@@ -95,7 +96,7 @@ def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None =
 
 def _both(case: Case, quick: bool) -> bool:
     """Whether the case is measured with both allocators."""
-    return not quick and case.device == "cpu" and not case.quantities
+    return not quick and case.device == "cpu" and case.tuned and not case.quantities
 
 
 def save(results: dict[str, Any], path: Path) -> None:
@@ -157,6 +158,17 @@ def _measure(case: Case, allocator: str) -> dict[str, Any]:
         return _row(case, allocator, "not measured", "no GPU")
     if allocator == "tuned" and platform.libc_ver()[0] != "glibc":
         return _row(case, allocator, "not measured", "the settings are those of glibc's allocator")
+    runs = []
+    for _ in range(case.processes):
+        found = _measure_once(case, allocator)
+        if isinstance(found, str):
+            return _row(case, allocator, "failed", found)
+        runs.append(found)
+    return {**_row(case, allocator, "measured"), **combined(runs)}
+
+
+def _measure_once(case: Case, allocator: str) -> dict[str, Any] | str:
+    """What one process measured; if it failed, why."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(DROPPED_VARIABLES)}
     # Plugins of other packages, and a checkout's configuration and conftest files, have no say here.
     environment.update(ALLOCATORS[allocator], PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
@@ -177,12 +189,27 @@ def _measure(case: Case, allocator: str) -> dict[str, Any]:
                 stderr=subprocess.STDOUT,
             )
         except subprocess.TimeoutExpired:
-            return _row(case, allocator, "failed", f"it took longer than {TIMEOUT_SECONDS} s")
+            return f"it took longer than {TIMEOUT_SECONDS} s"
         if child.returncode != 0:
             console.print(child.stdout, markup=False, highlight=False)
-            return _row(case, allocator, "failed", _reason(child))
-        measured = json.loads(output.read_text())["benchmarks"][0]["extra_info"]
-    return {**_row(case, allocator, "measured"), **measured}
+            return _reason(child)
+        return json.loads(output.read_text())["benchmarks"][0]["extra_info"]
+
+
+def combined(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What several processes measured of one case: their rounds together, the largest share of others and the largest errors."""
+    first = runs[0]
+    if len(runs) == 1:
+        return first
+    times = {name: [time for run in runs for time in run["contenders"][name]["times"]] for name in first["contenders"]}
+    shares = [run["cpu_share_of_others"] for run in runs if run["cpu_share_of_others"] is not None]
+    return {
+        **first,
+        "rounds": sum(run["rounds"] for run in runs),
+        "cpu_share_of_others": max(shares, default=None),
+        "error_over_tolerance": {name: max(run["error_over_tolerance"][name] for run in runs) for name in times},
+        **summarise(times),
+    }
 
 
 def _row(case: Case, allocator: str, status: str, reason: str | None = None) -> dict[str, Any]:

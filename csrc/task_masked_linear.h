@@ -24,17 +24,19 @@ struct TaskArrays {
   std::vector<at::Tensor> tensors;
   bool stacked = false;
   int64_t tasks = 0, bytes = 0;  // bytes: of one task's array
-  int64_t step = 0;              // of parts of one tensor: bytes from one to the next
 
   bool given() const { return !tensors.empty(); }
 
+  // Of parts of one tensor: bytes from one to the next, 0 where it is one array expanded for all tasks.
+  int64_t step() const { return tensors[0].stride(0) * tensors[0].element_size(); }
+
   const void* data(int64_t task) const {
-    if (stacked) return static_cast<const char*>(tensors[0].const_data_ptr()) + task * step;
+    if (stacked) return static_cast<const char*>(tensors[0].const_data_ptr()) + task * step();
     return metamask::data(tensors[task]);
   }
 
   void* mutable_data(int64_t task) {
-    if (stacked) return static_cast<char*>(tensors[0].mutable_data_ptr()) + task * step;
+    if (stacked) return static_cast<char*>(tensors[0].mutable_data_ptr()) + task * step();
     return metamask::mutable_data(tensors[task]);
   }
 };
@@ -55,7 +57,6 @@ inline TaskArrays task_arrays(const char* name, const char* like_name, at::Tenso
     arrays.tasks = all.size(0);
     // One mask expanded for all tasks, as a meta-learner starts with, stays one.
     const bool same = arrays.tasks > 0 && all.stride(0) == 0 && all[0].is_contiguous();
-    arrays.step = same ? 0 : arrays.bytes;
     arrays.tensors.push_back(same ? all : all.contiguous());
     return arrays;
   }
@@ -76,7 +77,7 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 // Cotangents of the gradients of `masks`, in their form and dtype; nothing where none is given.
 inline TaskArrays task_cotangents(const char* name, const OptionalTensors& given, const TaskArrays& masks) {
-  TaskArrays arrays{{}, masks.stacked, masks.tasks, masks.bytes, masks.bytes};
+  TaskArrays arrays{{}, masks.stacked, masks.tasks, masks.bytes};
   bool any = false;
   TORCH_CHECK_VALUE(given.empty() || given.size() == masks.tensors.size(), name, " must be as many as the masks, ",
                     masks.tensors.size(), ", or none, got ", given.size());

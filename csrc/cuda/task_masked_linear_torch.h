@@ -46,7 +46,7 @@ struct TaskCall {
   // Uninitialised gradients in the form of `like`, with zeros for the tasks that the batch does not have.
   TaskArrays gradients_like(const TaskArrays& like, ByTask& pointers, at::Tensor& table) const {
     TaskArrays made{{}, like.stacked, like.tasks, like.bytes};
-    for (const at::Tensor& mask : like.tensors) made.tensors.push_back(at::empty_like(mask));
+    for (const at::Tensor& mask : like.tensors) made.tensors.push_back(at::empty_like(mask, at::MemoryFormat::Contiguous));
     if (!made.given()) return made;
     pointers = by_task(made, given.weight, table);
     clear_unused(kernel.param, pointers, like.tasks, used.const_data_ptr<int64_t>(), like.bytes / given.weight.element_size(),
@@ -185,7 +185,7 @@ struct CudaTaskLinear : Cuda {
     TaskArrays made{{}, arrays.stacked, arrays.tasks, arrays.bytes};
     for (const at::Tensor& tensor : arrays.tensors) {
       if (tensor.defined()) made.bytes = arrays.bytes / tensor.element_size() * int64_t(sizeof(float));
-      made.tensors.push_back(widened(tensor));
+      made.tensors.push_back(tensor.defined() ? tensor.to(at::kFloat, false, false, at::MemoryFormat::Contiguous) : tensor);
     }
     return made;
   }

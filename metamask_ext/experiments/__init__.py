@@ -1,4 +1,5 @@
-"""The experiments, one file each, run by ``metamask run NAME --out DIR --seed S``; most of the proposal (Blum and Law, EE5239)."""
+"""The experiments, one file each, run by ``metamask run NAME --out DIR --seed S``: of the proposal (Blum and Law, EE5239, 2020)
+and of papers around it."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ EXPERIMENTS = {
     "logistic": "the same tasks with binary labels (section 3.5)",
     "mnist": "a masked and a plain CNN on handwritten digits (section 3.6)",
     "supsup": "hundreds of tasks in one bank, named or inferred (Wortsman et al., arXiv:2006.14769)",
+    "maml-sine": "MAML on sine waves, adapting masks, weights or both (arXiv:1703.03400, section 5.1)",
+    "fewshot": "MAML on images of characters, a few of each class (arXiv:1703.03400, section 5.2)",
 }
 """What there is to run, with a line about each. The modules are imported when they are run: they need matplotlib."""
 
@@ -28,7 +31,8 @@ def run(name: str, out: str | Path, seed: int = 0, quick: bool = False, **option
         out: folder of the run. A run that was killed there continues; one that is finished is shown again, not repeated; one of
             another experiment, seed or setting is refused.
         seed: the first seed; a full run repeats the experiment with the next four.
-        quick: one seed instead of five; of ``supsup``, which always has one, 5 tasks.
+        quick: one seed instead of five (of ``maml-sine`` also fewer steps); of ``supsup``, which always has one, 5 tasks; of
+            ``fewshot``, which always has one, 5-way 1-shot only.
         options: of this experiment: the keyword arguments of its module's ``run``.
 
     Returns:
@@ -42,7 +46,7 @@ def run(name: str, out: str | Path, seed: int = 0, quick: bool = False, **option
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}")
-    function = import_module(f".{name}", __name__).run
+    function = import_module(f".{name.replace('-', '_')}", __name__).run
     known = [parameter.name for parameter in signature(function).parameters.values() if parameter.kind is parameter.KEYWORD_ONLY]
     for option in options:
         if option not in known:

@@ -29,6 +29,15 @@ STYLES: dict[str, dict[str, Any]] = {
     "shared": {"color": "#D55E00", "linestyle": "--"},
     "independent": {"color": "#009E73", "linestyle": "-."},
     "plain": {"color": "#D55E00", "linestyle": "--"},
+    "masks": {"color": "#0072B2", "linestyle": "-"},
+    "weights": {"color": "#56B4E9", "linestyle": (0, (5, 1))},
+    "both": {"color": "#CC79A7", "linestyle": "-."},
+    "pretrained": {"color": "#555555", "linestyle": "--"},
+    "oracle": {"color": "#000000", "linestyle": ":"},
+    "masks, first order": {"color": "#0072B2", "linestyle": (0, (1, 1)), "marker": "."},
+    "weights, first order": {"color": "#56B4E9", "linestyle": (0, (1, 1)), "marker": "."},
+    "plain, first order": {"color": "#D55E00", "linestyle": (0, (1, 1)), "marker": "."},
+    "pixels": {"color": "#555555", "linestyle": "-."},
 }
 
 Scores = dict[str, dict[str, list[float]]]
@@ -188,12 +197,12 @@ def plot_seeds(axes: Axes, method: str, label: str, steps: Sequence[int], values
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0, label=band)
 
 
-def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
-    """A figure with ``panels`` axes beside each other, for print; not registered with pyplot, which would keep it."""
+def new_figure(panels: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with ``rows`` rows of ``panels`` axes each, for print; not registered with pyplot, which would keep it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.8 * panels, 3.8), layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+    figure = Figure(figsize=(4.8 * panels, 3.8 * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, panels, squeeze=False).flatten())
 
 
 def _cell(number: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.active import describe, run_selected
-from ..nn.layers import ReadThroughConv2d, ReadThroughLinear
+from ..nn.layers import MaskedConv2d, ReadThroughConv2d, ReadThroughLinear
 from ..nn.masked_layer import MaskedLayer, TaskMasks
 from ..nn.names import escape
 from ..nn.selection import GivenMasks, Superposition
@@ -46,6 +46,9 @@ class AdaptedModel:
         self.norms = batch_norm.prepare(model, policy)
         read_through = any(isinstance(layer, (ReadThroughLinear, ReadThroughConv2d)) for layer in self._masks)
         self.mixed = not self._others and not read_through
+        # Sample by sample, the tasks of one beside each other: they are then groups of channels of convolutions and batch norms,
+        # without a copy. Task by task: the rows of a task are one matrix of linear layers.
+        self._by_sample = bool(self.norms) or any(isinstance(layer, MaskedConv2d) for layer in self._masks)
         self._active = list(dict.fromkeys([*self.layers, *self.norms]))
         self._slots: tuple[Any, Tensor] | None = None
 
@@ -144,11 +147,13 @@ class AdaptedModel:
             return torch.vmap(one, randomness="different")(list(parameters), x, present)
         count, samples = x.shape[:2]
         normalise = Normalisation(self.policy, count, weights, statistics, self.norms, keep)
+        x = x.transpose(0, 1) if self._by_sample else x
         y = self._call(parameters, self._slots_of(count, samples, x.device), normalise, self.model, x.flatten(0, 1))
         if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != count * samples:
             got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise RuntimeError(f"the model must give a tensor with an entry for each of its {count * samples} samples, got {got}")
-        return y.unflatten(0, (count, samples)), normalise.kept or {}
+        y = y.unflatten(0, (samples, count)).transpose(0, 1) if self._by_sample else y.unflatten(0, (count, samples))
+        return y, normalise.kept or {}
 
     def run_one(
         self,
@@ -191,7 +196,8 @@ class AdaptedModel:
         """``K`` samples of each of ``T`` tasks; kept for the next call, which mostly asks for the same."""
         wanted = count, samples, device
         if self._slots is None or self._slots[0] != wanted:
-            self._slots = wanted, torch.arange(count, device=device).repeat_interleave(samples)
+            tasks = torch.arange(count, device=device)
+            self._slots = wanted, tasks.repeat(samples) if self._by_sample else tasks.repeat_interleave(samples)
         return self._slots[1]
 
 

@@ -75,7 +75,8 @@ class Normalisation:
 
     Args:
         policy: ``"frozen"`` takes the running statistics; the others those that are given, or of the input.
-        tasks: how many the input holds, ``[T * K, C, ...]``; None: it is of one, ``[K, C, ...]``.
+        tasks: how many the input holds, ``[K * T, C, ...]``, the tasks of a sample beside each other; None: it is of one task,
+            ``[K, C, ...]``.
         weights: ``[T, K]``, or ``[K]``: samples of weight 0 do not count in statistics; None: all count.
         given: for each batch norm, by name, the statistics to use, ``[T, C]`` or ``[C]``.
         names: of the batch norms.
@@ -101,7 +102,7 @@ class Normalisation:
         if self.given is None and self.weights is None and self.kept is None:
             return self._native(layer, input)
         lead = 0 if self.tasks is None else 1
-        x = input if self.tasks is None else input.unflatten(0, (self.tasks, -1))
+        x = input if self.tasks is None else input.unflatten(0, (-1, self.tasks)).transpose(0, 1)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         mean, variance = self._statistics(x, lead) if self.given is None else self.given[self.names[layer]]
         if self.kept is not None:
@@ -110,16 +111,16 @@ class Normalisation:
         scale = scale if layer.weight is None else scale * layer.weight
         shift = -mean * scale if layer.bias is None else layer.bias - mean * scale
         over = (..., None, slice(None), *[None] * (x.dim() - lead - 2))
-        return torch.addcmul(shift[over], x, scale[over]).to(input.dtype).reshape(input.shape)
+        y = torch.addcmul(shift[over], x, scale[over]).to(input.dtype)
+        return y if self.tasks is None else y.transpose(0, 1).reshape(input.shape)
 
     def _native(self, layer: Any, input: Tensor) -> Tensor:
         """With the statistics of each task's samples, as more channels of torch's function."""
         if self.tasks is None or self.tasks == 1:
             return F.batch_norm(input, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)
-        x = input.unflatten(0, (self.tasks, -1)).transpose(0, 1).flatten(1, 2)
+        x = input.unflatten(0, (-1, self.tasks)).flatten(1, 2)
         weight, bias = (None if tensor is None else tensor.repeat(self.tasks) for tensor in (layer.weight, layer.bias))
-        y = F.batch_norm(x, None, None, weight, bias, True, 0.0, layer.eps)
-        return y.unflatten(1, (self.tasks, -1)).transpose(0, 1).flatten(0, 1)
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, layer.eps).view(input.shape)
 
     def _statistics(self, x: Tensor, lead: int) -> Statistics:
         dims = (lead, *range(lead + 2, x.dim()))

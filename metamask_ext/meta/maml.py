@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
+from torch._functorch.vmap import lazy_load_decompositions
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..nn.active import describe
 from .adapted import Adapt, AdaptedModel, Start
@@ -15,6 +18,8 @@ from .steps import Rates, recomputed_steps, updated
 
 LossFunction = Callable[[Any, Any], Tensor]
 Samples = tuple[Tensor, Any] | tuple[Tensor, Any, Tensor]
+
+lazy_load_decompositions()  # of operators without a rule of their own under vmap
 
 
 class TaskParameters(dict[str, Tensor]):
@@ -258,9 +263,7 @@ def _graded(state: list[Tensor]) -> list[Tensor]:
 def _losses(loss_fn: LossFunction, prediction: Any, y: Any, weights: Tensor | None) -> Tensor:
     """The loss of each task, ``[T]``."""
     if weights is None:
-        losses = torch.vmap(loss_fn, randomness="different")(prediction, y)
-        _check_scalar(losses, len(prediction))
-        return losses
+        return _mapped(loss_fn, prediction, y)
 
     def alone(prediction: Any, y: Any) -> Tensor:
         return loss_fn(*torch.utils._pytree.tree_map(lambda tensor: tensor[None], (prediction, y)))
@@ -268,6 +271,20 @@ def _losses(loss_fn: LossFunction, prediction: Any, y: Any, weights: Tensor | No
     each = torch.vmap(torch.vmap(alone, randomness="different"), randomness="different")(prediction, y)
     _check_scalar(each[:, 0], len(weights))
     return (each * weights).sum(1) / weights.sum(1)
+
+
+def _mapped(loss_fn: LossFunction, prediction: Any, y: Any) -> Tensor:
+    """``torch.vmap(loss_fn, randomness="different")``, less the 28 us that its wrapper takes (tests compare the two)."""
+    leaves, tree = tree_flatten((prediction, y))
+    tasks = len(leaves[0])
+    level = _functorch._vmap_increment_nesting(tasks, "different")
+    try:
+        loss = loss_fn(*tree_unflatten([_functorch._add_batch_dim(leaf, 0, level) for leaf in leaves], tree))
+        losses = _functorch._remove_batch_dim(loss, level, tasks, 0) if isinstance(loss, Tensor) else loss
+    finally:
+        _functorch._vmap_decrement_nesting()
+    _check_scalar(losses, tasks)
+    return losses
 
 
 def _check_scalar(losses: Any, tasks: int) -> None:

@@ -176,6 +176,21 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         input, geometry = self._padded(input)
         return task_masked_conv2d(input, slots, weight, masks, bias, bias_masks, *geometry, **self._gate())
 
+    def _of_tasks(self, input: Tensor, slots: Tensor, masks: Tensor, bias_masks: Tensor | None) -> Tensor:
+        # The tasks of a sample lie beside each other: they are groups of channels of one image. The masks are there for each task
+        # anyhow, so theta may be too; patches, which _by_task takes, are larger and slower.
+        weight, bias = self._shared()
+        input, (stride, padding, dilation, groups) = self._padded(input)
+        tasks, channels = len(masks), input.shape[1]
+        theta = functional.masked_weight(weight.expand_as(masks), masks, **self._gate())
+        if bias is not None:
+            bias = bias.expand(tasks, -1)
+            bias = bias if bias_masks is None else functional.masked_weight(bias, bias_masks, **self._gate())
+            bias = bias.flatten()
+        images = input.reshape(-1, tasks * channels, *input.shape[2:])
+        y = F.conv2d(images, theta.flatten(0, 1), bias, stride, padding, dilation, tasks * groups)
+        return y.reshape(len(input), -1, *y.shape[2:])
+
     def _packed(self, input: Tensor, slots: Tensor, masks: list[Tensor], bias_masks: list[Tensor] | None) -> Tensor:
         weight, bias = self._shared()
         input, geometry = self._padded(input)

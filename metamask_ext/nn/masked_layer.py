@@ -204,6 +204,10 @@ class MaskedLayer(TaskLayer):
         """The output with the logits ``masks[slots[b]]`` for sample ``b``."""
         raise NotImplementedError
 
+    def _of_tasks(self, input: Tensor, slots: Tensor, masks: Tensor, bias_masks: Tensor | None) -> Tensor:
+        """The same with logits ``[T, *shape]`` where every task has as many samples, in the order of a meta-learner."""
+        return self._by_task(input, slots, [masks], None if bias_masks is None else [bias_masks])
+
     def _packed(self, input: Tensor, slots: Tensor, masks: list[Tensor], bias_masks: list[Tensor] | None) -> Tensor:
         """The output with the bits ``masks[slots[b]]`` for sample ``b``."""
         raise NotImplementedError

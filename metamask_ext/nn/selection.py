@@ -258,7 +258,7 @@ class GivenMasks(Selection):
                 f"{type(layer).__name__} was called with {samples} samples while {len(self.slots)} of several tasks are run as one "
                 "batch: the first dimension of its input must be the batch's"
             )
-        return layer._by_task(input, self.slots, [mask], None if bias_mask is None else [bias_mask])
+        return layer._of_tasks(input, self.slots, mask, bias_mask)
 
     def forward_per_task(self, layer: PerTask, input: Tensor) -> Tensor:
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):

