@@ -109,7 +109,12 @@ class Output:
         return None
 
     def finish(
-        self, scores: Scores, baselines: Sequence[str], budget: str, figure: Figure, more: Mapping[str, Any] | None = None
+        self,
+        scores: Scores,
+        baselines: Sequence[str],
+        budget: str,
+        figure: Figure | Mapping[str, Figure],
+        more: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Write the figure, then ``metrics.json``, and show the table.
 
@@ -117,7 +122,7 @@ class Output:
             scores: for each method and name of a number (with its unit), the values of each seed.
             baselines: which of the methods are baselines.
             budget: data and steps that each method had, in words.
-            figure: written as ``<experiment>.png``.
+            figure: written as ``<experiment>.png``; several by name as ``<experiment>-<name>.png``.
             more: further entries of ``metrics.json``.
         """
         summary = {
@@ -137,12 +142,15 @@ class Output:
             "duration_s": round(time.monotonic() - self._started, 3),
             "resumed": self.resumed,
         }
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=200)
-        write_atomic(self.folder / f"{self.name}.png", image.getbuffer())
+        several = {f"-{key}": each for key, each in figure.items()} if isinstance(figure, Mapping) else {"": figure}
+        files = {f"{self.name}{suffix}.png": each for suffix, each in several.items()}
+        for file, each in files.items():
+            image = io.BytesIO()
+            each.savefig(image, format="png", dpi=200)
+            write_atomic(self.folder / file, image.getbuffer())
         write_atomic(self.folder / "metrics.json", json_bytes(metrics))
         self.show(metrics)
-        self.say(f"wrote metrics.json and {self.name}.png to {str(self.folder)!r} in {metrics['duration_s']:.1f} s")
+        self.say(f"wrote metrics.json and {', '.join(files)} to {str(self.folder)!r} in {metrics['duration_s']:.1f} s")
         return metrics
 
     def show(self, metrics: Mapping[str, Any]) -> None:
