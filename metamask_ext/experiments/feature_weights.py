@@ -66,15 +66,19 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
         f"drawn: signals of the first {TRUE} of {FEATURES} Fourier features, mean square 1, noise {NOISE}; training on a grid of "
         f"[-1, 1), meta-updates and tests at uniform x; labels: the sign"
     )
-    finished = output.begin(settings, data)
-    if finished is not None:
-        return finished
+    metrics = output.begin(settings, data) or _work(output, seeds, settings)
+    # Also where the run was killed before it: the answers follow from the metrics.
+    if not (out / "answers.md").exists():
+        write_atomic(out / "answers.md", answers(metrics).encode())
+    return metrics
 
+
+def _work(output: Output, seeds: Sequence[int], settings: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {part: [] for part in (*PARTS, "regression", "classification")}
     for number in seeds:
         for part in found:
             # A killed run goes on with the first part that has no file.
-            path = out / f"seed-{number}" / f"{part.replace(', ', '-').replace(' ', '-')}.json"
+            path = output.folder / f"seed-{number}" / f"{part.replace(', ', '-').replace(' ', '-')}.json"
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
                 measured = _meta_learned(part, number, settings) if part in PARTS else _baselines(part, number, settings)
@@ -90,9 +94,7 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
         f"{OPTIONS['iterations']} steps of SGD on {TASKS} tasks of {SUPPORT} + {QUERY} points for each part; tests on {TEST_TASKS} "
         f"tasks for each number of points."
     )
-    metrics = output.finish(scores, baselines, budget, drawn, more)
-    write_atomic(out / "answers.md", answers(metrics).encode())
-    return metrics
+    return output.finish(scores, baselines, budget, drawn, more)
 
 
 class WeightedFeatures(nn.Module):
