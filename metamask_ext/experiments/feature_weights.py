@@ -21,6 +21,7 @@ FEATURES, TRUE = 501, 11
 """The weighted features, and how many of them the signals use: the constant and five frequencies."""
 SUPPORT, QUERY, TASKS, NOISE = 32, 64, 5, 0.1
 TEST_TASKS, TEST_POINTS = 10, 1000
+EVOLUTION_EVERY = 5
 SHOWN_SIZES = (32, 33)
 """Numbers of training points in the table; the first is that of meta-training."""
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "iterations": 100}
@@ -59,6 +60,7 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
         "noise": NOISE,
         "parts": PARTS,
         "logistic_C": LOGISTIC_C,
+        "evolution_every": EVOLUTION_EVERY,
         "test_tasks": TEST_TASKS,
         "test_points": TEST_POINTS,
     }
@@ -87,7 +89,7 @@ def _work(output: Output, seeds: Sequence[int], settings: dict[str, Any]) -> dic
 
     toy = aliased_pair()
     more = {"toy": toy, "curves": {part: [run["curves"] for run in runs] for part, runs in found.items()}}
-    more["weights"] = {part: [run["weights"] for run in found[part]] for part in PARTS}
+    more["weights"] = {part: [run["weights"]["evolution"] for run in found[part]] for part in PARTS}
     scores, baselines = _scores(found, settings["sizes"])
     drawn = figures(toy, found, settings)
     budget = (
@@ -129,8 +131,9 @@ def _meta_learned(part: str, seed: int, settings: dict[str, Any]) -> dict[str, A
     groups = {group: members_of(group, settings) for group in GROUPS}
     evolution: dict[str, list[float]] = {name: [] for name in groups}
     for iteration in range(settings["iterations"] + 1):
-        for name, members in groups.items():
-            evolution[name].append(float(model.weights.detach()[members].abs().mean()))
+        if iteration % EVOLUTION_EVERY == 0:
+            for name, members in groups.items():
+                evolution[name].append(float(model.weights.detach()[members].abs().mean()))
         if iteration == settings["iterations"]:
             break
         coefficients = fourier_tasks(TASKS, FEATURES, TRUE, generator)

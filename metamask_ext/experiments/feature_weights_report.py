@@ -81,7 +81,8 @@ def _plot_loss(axes: Any, part: str, found: Runs, settings: Mapping[str, Any]) -
 def _plot_weights(evolution: Any, weights: Any, part: str, runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
     for group, (style, label) in GROUPS.items():
         values = [run["weights"]["evolution"][group] for run in runs]
-        plot_seeds(evolution, style, label, range(len(values[0])), values)
+        updates = [settings["evolution_every"] * point for point in range(len(values[0]))]
+        plot_seeds(evolution, style, label, updates, values)
     evolution.set(xlabel="meta-updates", ylabel="mean |c| of the group", yscale="log")
     evolution.set_title("weights during meta-training", fontsize=10)
     shown = [(handle, label) for handle, label in zip(*evolution.get_legend_handles_labels()) if "range over" not in label]
@@ -140,7 +141,7 @@ class _Measured:
     def weights(self, part: str) -> tuple[str, str, str]:
         """The mean |c| of the true features, of their aliases and of the others at the end."""
         runs = self.metrics["weights"][part]
-        true, aliases, others = (f"{statistics.fmean(run['evolution'][group][-1] for run in runs):.2f}" for group in GROUPS)
+        true, aliases, others = (f"{statistics.fmean(run[group][-1] for run in runs):.2f}" for group in GROUPS)
         return true, aliases, others
 
     def better(self, part: str, name: str, other: str) -> str:
@@ -189,14 +190,16 @@ def _part_e(at: _Measured) -> list[str]:
     ones, oracle = f"ones, {solver}", f"oracle, {solver}"
     learned, fewer, more = (at("e", solver, size) for size in (n, n - 1, n + 1))
     zero = statistics.fmean(run["zero"][0] for run in at.metrics["curves"]["regression"])
+    worst, best = at("regression", ones), at("regression", oracle)
     true, aliases, others = at.weights("e")
     return [
         "## Part e: regression, closed form",
         _paragraph(
             f"**1.** With {n} training points the test MSE is {learned:.4f} with meta-learned weights,",
-            f"{at('regression', ones):.3f} with weights of one (the zero predictor has {zero:.3f}) and",
-            f"{at('regression', oracle):.4f} for the oracle. Meta-learned weights are better than weights of one at",
-            f"{at.better('e', solver, ones)}, and better than the oracle at {at.better('e', solver, oracle)}.",
+            f"{worst:.3f} with weights of one (the zero predictor has {zero:.3f}) and {best:.4f} for the oracle:",
+            f"{100 * (worst - learned) / (worst - best):.1f} % of the way from the one to the other. Meta-learned weights are",
+            f"better than weights of one at {at.better('e', solver, ones)}, and",
+            f"better than the oracle at {at.better('e', solver, oracle)}.",
         ),
         _paragraph(
             f"With {n - 1} points the MSE is {fewer:.3f}, with {n + 1} {more:.3f}: there is",

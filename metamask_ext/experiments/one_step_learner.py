@@ -15,8 +15,8 @@ class OneStepLearner(nn.Module):
 
     ``z = (prod_i W_i) phi(x)`` with ``W_i = diag(W~_i, W-_i, w_i)`` and ``phi = (phi~, 0, theta_b)``: ``phi~`` is the one-hot
     bin of ``x``, in its upper half while ``theta_b = 0`` and in its lower half after. The head multiplexes (eq. 4): it is linear
-    in ``z`` while the middle part ``z-`` is 0, so that the error at ``z-`` is a multiple of ``y`` (appendix B); afterwards it is a network
-    with one hidden layer that sees ``z-`` only. The step writes into the blocks of ``W_i`` from ``phi~`` to ``z-``::
+    in ``z`` while the middle part ``z-`` is 0, so that the error at ``z-`` is a multiple of ``y`` (appendix B); afterwards it is
+    a network with one hidden layer that sees ``z-`` only. The step writes into the blocks of ``W_i`` from ``phi~`` to ``z-``::
 
         z- = -alpha sum_i A_i e(y) k_i(x, x*)        A_i = (prod_j<i W-_j) (prod_j<i W-_j)^T,  B_i = prod_j>i W~_j  (eq. 3)
         k_i(x, x*) = phi~(x)^T B_i^T B_i phi~(x*)

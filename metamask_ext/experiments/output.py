@@ -190,7 +190,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def plot_seeds(axes: Axes, method: str, label: str, steps: Sequence[int], values: Sequence[Sequence[float]]) -> None:
+def plot_seeds(axes: Axes, method: str, label: str, steps: Sequence[float], values: Sequence[Sequence[float]]) -> None:
     """The mean of ``values`` (a curve for each seed), and a band from the lowest to the highest if there are several."""
     curves = torch.tensor(values, dtype=torch.float64)
     style = STYLES[method]

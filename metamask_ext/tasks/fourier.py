@@ -23,8 +23,8 @@ def fourier_features(x: Tensor, count: int) -> Tensor:
 
 
 def fourier_tasks(tasks: int, count: int, true: int, generator: torch.Generator) -> Tensor:
-    """Draw coefficients ``alpha`` ``[tasks, count]``, float64, of signals ``y(x) = sum_k alpha_k phi_k(x)``: uniform in [-1, 1] in the
-    first ``true`` features and scaled to norm 1, 0 in the others. The mean square of a signal is then 1.
+    """Draw coefficients ``alpha`` ``[tasks, count]``, float64, of signals ``y(x) = sum_k alpha_k phi_k(x)``: uniform in [-1, 1] in
+    the first ``true`` features and scaled to norm 1, 0 in the others. The mean square of a signal is then 1.
 
     Raises:
         ValueError: ``true`` is not between 1 and ``count``, or there is no task.
