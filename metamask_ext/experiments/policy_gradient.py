@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..meta import MAML
 from ..nn import MaskedLinear
 from ..tasks.navigation import HORIZON, LONGEST_STEP, NavigationVectorEnv
 
@@ -113,3 +115,16 @@ def rollout(policy: Callable[[Tensor], Tensor], goals: Tensor, episodes: int, ge
         steps.append((position, action, torch.from_numpy(reward).reshape(tasks, episodes), alive))
         alive = 1.0 - torch.from_numpy(ended).reshape(tasks, episodes).float()
     return Episodes(*(torch.stack(tensors, 2) for tensors in zip(*steps)))
+
+
+@torch.no_grad()
+def adaptation(maml: MAML, goals: Tensor, episodes: int, updates: int, generator: torch.Generator) -> list[Episodes]:
+    """The episodes of each task before its policy is adapted, and after each of the updates on those before it."""
+    tasks = len(goals)
+    nothing = torch.zeros(tasks, 1, 2)
+    parameters = maml.adapt(surrogate, (nothing, (nothing, nothing[..., 0])), steps=0)
+    made = [rollout(partial(maml.predict, parameters), goals, episodes, generator)]
+    for _ in range(updates):
+        parameters = maml.adapt(surrogate, made[-1].samples(), steps=1, parameters=parameters)
+        made.append(rollout(partial(maml.predict, parameters), goals, episodes, generator))
+    return made

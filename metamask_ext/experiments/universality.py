@@ -27,13 +27,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 LABELS = {
     "maml": ("weights", "MAML"),
-    "masks": ("masks", "MAML, masked net, masks adapted (ours)"),
+    "masks": ("masks", "MAML on the masks of a masked net (ours)"),
     "lstm": ("shared", "LSTM that reads the support set"),
     "pretrained": ("pretrained", "net pretrained on all tasks, fine-tuned"),
     "random": ("independent", "net with random weights, trained"),
 }
 DEPTHS = {1: 586, 2: 40, 3: 29, 4: 23, 5: 20}
 """Hidden layers and their width: about 1,750 parameters each."""
+DEPTH_INNER_LR = 0.003
 OPTIONS: dict[str, Any] = {
     "lr": 1e-2,
     "lstm_lr": 3e-3,
@@ -90,6 +91,7 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
         "optimizer": "adam, cosine schedule",
         "init": "torch's for W, normal for the masks",
         "methods": METHODS,
+        "depth_inner_lr": DEPTH_INNER_LR,
         "depths": {str(depth): width for depth, width in DEPTHS.items()},
         "test_steps": STEPS,
         "amplitudes": AMPLITUDES,
@@ -245,8 +247,9 @@ def _errors(tasks: SineTasks, learner: Learner, generator: torch.Generator, opti
 def _depth(depth: int, seed: int, options: dict[str, Any]) -> dict[str, Any]:
     """MAML with so many hidden layers, and the same net told amplitude and phase: the errors of new tasks."""
     model = seeded(seed, lambda: network(depth, DEPTHS[depth]))
-    maml = MAML(model, METHODS["maml"]["inner_lr"], options["inner_steps"], "weights")
-    _train(model, lambda tasks, s, q: maml(F.mse_loss, s, q), seed, options["depth_iterations"], options)
+    # Wide layers need smaller steps than deep nets: every net learns its rates.
+    maml = MAML(model, DEPTH_INNER_LR, options["inner_steps"], "weights", learn_inner_lr=True)
+    _train(maml, lambda tasks, s, q: maml(F.mse_loss, s, q), seed, options["depth_iterations"], options)
     told = seeded(seed, lambda: network(depth, DEPTHS[depth], inputs=3))
     _train(told, lambda tasks, s, q: F.mse_loss(told(_told(tasks, q[0])), q[1]), seed, options["depth_iterations"], options)
     generator = torch.Generator().manual_seed(1_000_000 + seed)
@@ -304,7 +307,7 @@ def _figure(found: dict[str, list[dict[str, Any]]], construction: dict[str, Any]
         panel.set_xticklabels([f"{step}" for step in STEPS])
     axes[0].set(ylabel="mean MSE (units of y squared)")
     axes[0].set_title(f"new tasks of the training distribution, K = {settings['shots']}", fontsize=10)
-    axes[1].set(ylabel="median of MSE / mean square of the signal")
+    axes[1].set(ylabel="median of MSE / mean square of y")
     axes[1].set_title("tasks outside of it: a in [5, 10], p in [pi, 2 pi]", fontsize=10)
     lines = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
     shown = {label: lines[label] for _, label in LABELS.values()}
@@ -315,19 +318,19 @@ def _figure(found: dict[str, list[dict[str, Any]]], construction: dict[str, Any]
             for steps, width in ((trained, 0.5), (STEPS[-1], 1.0)):
                 if method == "lstm" and steps == STEPS[-1]:
                     continue
-                label = LABELS[method][1] if method == "lstm" else f"{LABELS[method][1]}, {steps} steps"
+                label = LABELS[method][1] if method == "lstm" else f"{LABELS[method][1]}, {steps} step{'s' if steps > 1 else ''}"
                 runs = [[errors[STEPS.index(steps)] for errors in run[curve]] for run in found[method]]
                 plot_seeds(panel, LABELS[method][0], label, values, runs)
                 panel.lines[-1].set_alpha(width)
         panel.axvspan(values[0], limit, color="#DDDDDD", zorder=0, linewidth=0)
-        panel.set(ylabel="median of MSE / mean square of the signal", yscale="log")
+        panel.set(ylabel="median of MSE / mean square of y", yscale="log")
     axes[2].set(xlabel="amplitude a (grey: in training)")
     axes[3].set(xlabel="phase p, radians (grey: in training)")
     depths = list(DEPTHS)
     by_seed = list(zip(*(found[f"depth {depth}"] for depth in depths)))
-    for steps, style in ((trained, "weights"), (10, "both"), (STEPS[-1], "masks")):
+    for steps, style in ((0, "pretrained"), (trained, "weights")):
         errors = [[run["mse"][STEPS.index(steps)] for run in runs] for runs in by_seed]
-        plot_seeds(axes[4], style, f"MAML, {steps} step{'s' if steps > 1 else ''}", depths, errors)
+        plot_seeds(axes[4], style, f"MAML, rates learned, {steps} step{'s' if steps != 1 else ''}", depths, errors)
     plot_seeds(axes[4], "oracle", "told amplitude and phase instead", depths, [[run["told"] for run in runs] for runs in by_seed])
     axes[4].set(
         xlabel="hidden layers, about 1,750 parameters each", ylabel="mean MSE (units of y squared)", yscale="log", xticks=depths
@@ -339,5 +342,6 @@ def _figure(found: dict[str, list[dict[str, Any]]], construction: dict[str, Any]
     figure.colorbar(image, ax=axes[5], label="output after the step (no unit)")
     for panel in axes[2:5]:
         entries = [(handle, label) for handle, label in zip(*panel.get_legend_handles_labels()) if "range over" not in label]
-        panel.legend(*zip(*entries), fontsize=7)
+        panel.legend(*zip(*entries), fontsize=7, loc="upper left")
+        panel.set_ylim(top=10 * panel.get_ylim()[1])
     return figure

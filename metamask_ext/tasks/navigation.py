@@ -62,7 +62,7 @@ class NavigationEnv(gymnasium.Env[Array, Array]):
         return self._position.copy(), float(reward), bool(reached), self._steps == HORIZON, {}
 
 
-class NavigationVectorEnv(VectorEnv[Array, Array, Array]):
+class NavigationVectorEnv(VectorEnv[Array, Array, Any]):
     """``num_envs`` of :class:`NavigationEnv` as arrays, each with its own goal: ``reset(options={"goal": [num_envs, 2]})``.
 
     Environments are not reset one by one: one that has ended stays where it is, its reward 0, until all are reset.
