@@ -101,8 +101,8 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
         "curves": {method: [{key: run[key] for key in run if key != "paths"} for run in found[method]] for method in LABELS},
     }
     budget = (
-        f"{options['iterations']} steps on {options['tasks']} goals of 2 x {options['episodes']} episodes for MAML; as many episodes "
-        f"for pretraining."
+        f"{options['iterations']} steps on {options['tasks']} goals of 2 x {options['episodes']} episodes for MAML, and as many "
+        f"episodes for pretraining."
     )
     return output.finish(scores, BASELINES, budget, _figure(found, settings), more)
 
