@@ -136,8 +136,8 @@ def test_outside_of_the_training_distribution(metrics):
 
 def test_depth(metrics):
     (one,), (two,) = metrics["curves"]["depth 1"], metrics["curves"]["depth 2"]
-    at = metrics["settings"]["test_steps"].index(1)
-    assert two["mse"][at] < 0.7 * one["mse"][at]
+    # A single hidden layer cannot do it, though with amplitude and phase at hand it represents the waves.
+    assert two["after"] < 0.7 * one["after"] and one["told"] < 0.7 * one["after"]
     for depth in range(1, 6):
         (run,) = metrics["curves"][f"depth {depth}"]
         assert abs(run["parameters"] - 1750) < 100

@@ -81,7 +81,7 @@ class Episodes:
         features = torch.cat([self.positions, self.positions**2, time, time**2, time**3, torch.ones_like(time)], -1)
         features = (features * self.alive[..., None]).flatten(1, 2).double()
         target = (returns * self.alive).flatten(1, 2).double()[..., None]
-        gram = features.mT @ features + 1e-5 * torch.eye(features.shape[-1], dtype=torch.float64)
+        gram = features.mT @ features + 1e-8 * torch.eye(features.shape[-1], dtype=torch.float64)
         fitted = features @ torch.linalg.solve(gram, features.mT @ target)
         return fitted.to(returns.dtype).reshape(returns.shape)
 

@@ -38,9 +38,9 @@ DEPTH_INNER_LR = 0.003
 OPTIONS: dict[str, Any] = {
     "lr": 1e-2,
     "lstm_lr": 3e-3,
-    "iterations": 3000,
-    "lstm_iterations": 6000,
-    "depth_iterations": 1500,
+    "iterations": 2000,
+    "lstm_iterations": 4000,
+    "depth_iterations": 800,
     "tasks": 25,
     "shots": 10,
     "inner_steps": 1,
@@ -153,7 +153,7 @@ def network(depth: int, width: int, masked: bool = False, inputs: int = 1) -> nn
 Support = tuple[Tensor, Tensor]
 Loss = Callable[[SineTasks, Support, Support], Tensor]
 Learner = Callable[[SineTasks, Support, Tensor], list[Tensor]]
-"""For tasks and their support sets the predictions at ``x`` after each of ``STEPS``."""
+"""For tasks and their support sets the predictions at ``x`` after each number of test steps."""
 
 
 def _train(model: nn.Module, loss: Loss, seed: int, iterations: int, options: dict[str, Any]) -> None:
@@ -192,11 +192,11 @@ def _method(method: str, seed: int, options: dict[str, Any]) -> dict[str, Any]:
     return _test(seed, _adapting(maml), options)
 
 
-def _adapting(maml: MAML) -> Learner:
+def _adapting(maml: MAML, test_steps: tuple[int, ...] = STEPS) -> Learner:
     def learner(tasks: SineTasks, support: Support, x: Tensor) -> list[Tensor]:
         parameters = maml.adapt(F.mse_loss, support, steps=0)
         made = [maml.predict(parameters, x)]
-        for before, after in pairwise(STEPS):
+        for before, after in pairwise(test_steps):
             parameters = maml.adapt(F.mse_loss, support, steps=after - before, parameters=parameters)
             made.append(maml.predict(parameters, x))
         return made
@@ -236,7 +236,7 @@ def _power(tasks: SineTasks) -> Tensor:
 
 
 def _errors(tasks: SineTasks, learner: Learner, generator: torch.Generator, options: dict[str, Any]) -> list[Tensor]:
-    """Each task's mean squared error after each of ``STEPS``. Where gradient descent diverged, ``DIVERGED`` times the power."""
+    """Each task's mean squared error for each of the learner's predictions. Where gradient descent diverged, ``DIVERGED`` times the power."""
     support = tasks.samples(options["shots"], generator)
     x = torch.linspace(-5, 5, TEST_POINTS)[None, :, None].expand(len(tasks.phase), -1, -1)
     errors = [(prediction - tasks(x)).square().mean((1, 2)).double() for prediction in learner(tasks, support, x)]
@@ -255,10 +255,11 @@ def _depth(depth: int, seed: int, options: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1_000_000 + seed)
     tasks = sine_tasks(options["test_tasks"], generator)
     with torch.no_grad():
-        errors = _errors(tasks, _adapting(maml), generator, options)
+        before, after = _errors(tasks, _adapting(maml, (0, options["inner_steps"])), generator, options)
         (known,) = _errors(tasks, lambda tasks, support, x: [told(_told(tasks, x))], generator, options)
     return {
-        "mse": [float(error.mean()) for error in errors],
+        "before": float(before.mean()),
+        "after": float(after.mean()),
         "told": float(known.mean()),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
@@ -328,10 +329,10 @@ def _figure(found: dict[str, list[dict[str, Any]]], construction: dict[str, Any]
     axes[3].set(xlabel="phase p, radians (grey: in training)")
     depths = list(DEPTHS)
     by_seed = list(zip(*(found[f"depth {depth}"] for depth in depths)))
-    for steps, style in ((0, "pretrained"), (trained, "weights")):
-        errors = [[run["mse"][STEPS.index(steps)] for run in runs] for runs in by_seed]
-        plot_seeds(axes[4], style, f"MAML, rates learned, {steps} step{'s' if steps != 1 else ''}", depths, errors)
-    plot_seeds(axes[4], "oracle", "told amplitude and phase instead", depths, [[run["told"] for run in runs] for runs in by_seed])
+    after = f"MAML, rates learned, after {trained} step{'s' if trained > 1 else ''}"
+    lines = (("before", "pretrained", "MAML, before"), ("after", "weights", after), ("told", "oracle", "told amplitude and phase"))
+    for key, style, label in lines:
+        plot_seeds(axes[4], style, label, depths, [[run[key] for run in runs] for runs in by_seed])
     axes[4].set(
         xlabel="hidden layers, about 1,750 parameters each", ylabel="mean MSE (units of y squared)", yscale="log", xticks=depths
     )
