@@ -236,7 +236,7 @@ def _power(tasks: SineTasks) -> Tensor:
 
 
 def _errors(tasks: SineTasks, learner: Learner, generator: torch.Generator, options: dict[str, Any]) -> list[Tensor]:
-    """Each task's mean squared error for each of the learner's predictions. Where gradient descent diverged, ``DIVERGED`` times the power."""
+    """Each task's mean squared error for each of the learner's predictions; ``DIVERGED`` times the power where descent diverged."""
     support = tasks.samples(options["shots"], generator)
     x = torch.linspace(-5, 5, TEST_POINTS)[None, :, None].expand(len(tasks.phase), -1, -1)
     errors = [(prediction - tasks(x)).square().mean((1, 2)).double() for prediction in learner(tasks, support, x)]
@@ -330,8 +330,8 @@ def _figure(found: dict[str, list[dict[str, Any]]], construction: dict[str, Any]
     depths = list(DEPTHS)
     by_seed = list(zip(*(found[f"depth {depth}"] for depth in depths)))
     after = f"MAML, rates learned, after {trained} step{'s' if trained > 1 else ''}"
-    lines = (("before", "pretrained", "MAML, before"), ("after", "weights", after), ("told", "oracle", "told amplitude and phase"))
-    for key, style, label in lines:
+    drawn = (("before", "pretrained", "MAML, before"), ("after", "weights", after), ("told", "oracle", "told amplitude and phase"))
+    for key, style, label in drawn:
         plot_seeds(axes[4], style, label, depths, [[run[key] for run in runs] for runs in by_seed])
     axes[4].set(
         xlabel="hidden layers, about 1,750 parameters each", ylabel="mean MSE (units of y squared)", yscale="log", xticks=depths
