@@ -188,7 +188,8 @@ def test_claim(metrics):
     for method in ("maml", "masks"):
         # One update takes away most of what is lost against the oracle.
         assert straight - returns[method][1] < 0.5 * (straight - returns[method][0])
-        assert returns[method][1] > max(*returns["pretrained"], *returns["random"])
+        # Fine-tuning the pretrained policy also gets there, but not in one update.
+        assert returns[method][1] > returns["pretrained"][1] + 2 > returns["random"][1] + 4
         assert max(returns[method]) < straight < 0
     assert all(0 < value < 5 for value in metrics["interval_95_over_tasks"]["maml"].values())
 
