@@ -198,7 +198,7 @@ def _straight(seed: int, options: dict[str, Any]) -> dict[str, Any]:
 def _figure(found: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) -> Any:
     figure, axes = new_figure(2, rows=2)
     updates = list(range(UPDATES + 1))
-    for panel, methods in ((axes[0], list(LABELS)), (axes[1], ["maml", "masks", "straight"])):
+    for panel, methods in ((axes[0], list(LABELS)), (axes[1], ["maml", "masks", "pretrained", "straight"])):
         for method in methods:
             style, label = LABELS[method]
             runs = found[method]
@@ -208,12 +208,12 @@ def _figure(found: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) ->
                 spread = [sum(run["interval"][update] for run in runs) / len(runs) for update in updates]
                 panel.errorbar(updates, means, spread, fmt="none", color=STYLES[style]["color"], capsize=3, linewidth=1)
         panel.set(xlabel=f"policy-gradient updates on {settings['episodes']} episodes each", xticks=updates)
-        panel.set_ylabel("mean return on new goals (distance squared)")
+        panel.set_ylabel("mean return on new goals")
     axes[0].set_title("all methods", fontsize=10)
-    axes[1].set_title("the same, after the first update", fontsize=10)
+    axes[1].set_title("the same from the first update on, without the random policy", fontsize=10)
     axes[1].set_xlim(0.8, UPDATES + 0.2)
-    low = min(run["returns"][1] - run["interval"][1] for method in ("maml", "masks") for run in found[method])
-    axes[1].set_ylim(1.2 * low, 0)
+    low = min(run["returns"][1] - run["interval"][1] for method in ("maml", "masks", "pretrained") for run in found[method])
+    axes[1].set_ylim(1.1 * low, 0)
     lines = {label: line for line, label in zip(*axes[0].get_legend_handles_labels()) if "range over" not in label}
     note = "bars: 95 % intervals over goals" + ("; bands: range over seeds" if len(found["maml"]) > 1 else "")
     figure.legend(lines.values(), lines, fontsize=8, loc="outside upper center", ncols=3, title=f"mean; {note}", title_fontsize=8)
@@ -224,7 +224,7 @@ def _figure(found: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) ->
                 color = {0: "#999999", 1: "#56B4E9", UPDATES: STYLES[LABELS[method][0]]["color"]}[update]
                 panel.plot(*zip(*path), style, color=color, linewidth=1.2, label=label)
         panel.plot(*SHOWN_GOAL, "*", color="#D55E00", markersize=14, linestyle="none", label="goal")
-        panel.set(xlabel="x", ylabel="y", xlim=(-1, 1), ylim=(-1, 1), aspect="equal")
+        panel.set(xlabel="x (the longest step is 0.1)", ylabel="y", xlim=(-0.4, 0.8), ylim=(-0.7, 0.5), aspect="equal")
         panel.set_title(f"{LABELS[method][1]}: {SHOWN_EPISODES} episodes, seed {settings['seeds'][0]}", fontsize=9)
         panel.legend(fontsize=7)
     return figure
