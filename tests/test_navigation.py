@@ -191,7 +191,7 @@ def test_claim(metrics):
         # Fine-tuning the pretrained policy also gets there, but not in one update.
         assert returns[method][1] > returns["pretrained"][1] + 2 > returns["random"][1] + 4
         assert max(returns[method]) < straight < 0
-    assert all(0 < value < 5 for value in metrics["interval_95_over_tasks"]["maml"].values())
+    assert 0 < metrics["interval_95_over_tasks"]["maml"]["return, 1 update"] < 3
 
 
 def test_written(metrics, folder):
