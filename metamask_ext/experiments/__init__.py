@@ -33,8 +33,7 @@ def run(name: str, out: str | Path, seed: int = 0, quick: bool = False, **option
         out: folder of the run. A run that was killed there continues; one that is finished is shown again, not repeated; one of
             another experiment, seed or setting is refused.
         seed: the first seed; a full run repeats the experiment with the next four.
-        quick: one seed instead of five (of experiments on meta-learning also fewer steps); of ``supsup``, which always has one,
-            5 tasks.
+        quick: one seed instead of five (of ``maml-sine`` also fewer steps); of ``supsup``, which always has one, 5 tasks.
         options: of this experiment: the keyword arguments of its module's ``run``.
 
     Returns:
