@@ -210,7 +210,7 @@ def _figure(found: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) ->
         panel.set(xlabel=f"policy-gradient updates on {settings['episodes']} episodes each", xticks=updates)
         panel.set_ylabel("mean return on new goals")
     axes[0].set_title("all methods", fontsize=10)
-    axes[1].set_title("the same from the first update on, without the random policy", fontsize=10)
+    axes[1].set_title("from the first update on, without the random policy", fontsize=9)
     axes[1].set_xlim(0.8, UPDATES + 0.2)
     low = min(run["returns"][1] - run["interval"][1] for method in ("maml", "masks", "pretrained") for run in found[method])
     axes[1].set_ylim(1.1 * low, 0)
