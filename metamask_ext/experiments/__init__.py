@@ -15,6 +15,9 @@ EXPERIMENTS = {
     "supsup": "hundreds of tasks in one bank, named or inferred (Wortsman et al., arXiv:2006.14769)",
     "maml-sine": "MAML on sine waves, adapting masks, weights or both (arXiv:1703.03400, section 5.1)",
     "fewshot": "MAML on images of characters, a few of each class (arXiv:1703.03400, section 5.2)",
+    "feature-weights": "weights of features learned through regression and classification (EECS 182, homework 9)",
+    "universality": "MAML beside a recurrent meta-learner, and the construction of the proof (arXiv:1710.11622)",
+    "navigation-2d": "policies that learn the way to a goal in one or a few updates (arXiv:1703.03400, section 5.3)",
 }
 """What there is to run, with a line about each. The modules are imported when they are run: they need matplotlib."""
 

@@ -113,7 +113,12 @@ class Output:
         return None
 
     def finish(
-        self, scores: Scores, baselines: Sequence[str], budget: str, figure: Figure, more: Mapping[str, Any] | None = None
+        self,
+        scores: Scores,
+        baselines: Sequence[str],
+        budget: str,
+        figure: Figure | Mapping[str, Figure],
+        more: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Write the figure, then ``metrics.json``, and show the table.
 
@@ -121,7 +126,7 @@ class Output:
             scores: for each method and name of a number (with its unit), the values of each seed.
             baselines: which of the methods are baselines.
             budget: data and steps that each method had, in words.
-            figure: written as ``<experiment>.png``.
+            figure: written as ``<experiment>.png``; several by name as ``<experiment>-<name>.png``.
             more: further entries of ``metrics.json``.
         """
         summary = {
@@ -141,12 +146,15 @@ class Output:
             "duration_s": round(time.monotonic() - self._started, 3),
             "resumed": self.resumed,
         }
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=200)
-        write_atomic(self.folder / f"{self.name}.png", image.getbuffer())
+        several = {f"-{key}": each for key, each in figure.items()} if isinstance(figure, Mapping) else {"": figure}
+        files = {f"{self.name}{suffix}.png": each for suffix, each in several.items()}
+        for file, each in files.items():
+            image = io.BytesIO()
+            each.savefig(image, format="png", dpi=200)
+            write_atomic(self.folder / file, image.getbuffer())
         write_atomic(self.folder / "metrics.json", json_bytes(metrics))
         self.show(metrics)
-        self.say(f"wrote metrics.json and {self.name}.png to {str(self.folder)!r} in {metrics['duration_s']:.1f} s")
+        self.say(f"wrote metrics.json and {', '.join(files)} to {str(self.folder)!r} in {metrics['duration_s']:.1f} s")
         return metrics
 
     def show(self, metrics: Mapping[str, Any]) -> None:
@@ -186,7 +194,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def plot_seeds(axes: Axes, method: str, label: str, steps: Sequence[int], values: Sequence[Sequence[float]]) -> None:
+def plot_seeds(axes: Axes, method: str, label: str, steps: Sequence[float], values: Sequence[Sequence[float]]) -> None:
     """The mean of ``values`` (a curve for each seed), and a band from the lowest to the highest if there are several."""
     curves = torch.tensor(values, dtype=torch.float64)
     style = STYLES[method]

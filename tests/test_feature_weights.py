@@ -1,0 +1,168 @@
+"""feature-weights: the homework's formulas, its claims on the quick run, and the committed answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from experiments_written import check_written
+
+from metamask_ext.experiments import feature_weights, run
+from metamask_ext.experiments.feature_weights_report import answers, members_of
+from metamask_ext.experiments.feature_weights_theory import aliased_error, aliased_gradient, min_norm
+from metamask_ext.tasks.fourier import fourier_features, fourier_tasks, grid
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "feature-weights"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("feature-weights")
+
+
+@pytest.fixture(scope="module")
+def metrics(folder):
+    return run("feature-weights", folder, 0, quick=True)
+
+
+def _at(metrics, part, curve, size=32):
+    return statistics.fmean(run[curve][metrics["settings"]["sizes"].index(size)] for run in metrics["curves"][part])
+
+
+def test_features_are_orthonormal():
+    # 64 points add up products of frequencies below 32 exactly.
+    features = fourier_features(grid(64), 31)
+    torch.testing.assert_close(features.T @ features / 64, torch.eye(31).double(), rtol=0, atol=1e-13)
+
+
+def test_aliases():
+    settings = {"features": 501, "true_features": 11, "support_points": 32}
+    features = fourier_features(grid(32), 501)
+    true = features[:, :11]
+    groups = {group: members_of(group, settings) for group in ("true", "aliases", "others")}
+    assert sorted(chain(*groups.values())) == list(range(501)) and groups["true"] == list(range(11))
+    # An alias is in the span of the true features on the grid, the others are orthogonal to it.
+    inside = true @ torch.linalg.pinv(true) @ features
+    torch.testing.assert_close(inside[:, groups["aliases"]], features[:, groups["aliases"]], rtol=0, atol=1e-11)
+    assert float(features[:, groups["aliases"]].norm(dim=0).min()) > 1
+    assert float(inside[:, groups["others"]].abs().max()) < 1e-11
+
+
+def test_tasks():
+    drawn = fourier_tasks(1000, 21, 5, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn.norm(dim=1), torch.ones(1000).double())
+    assert bool((drawn[:, 5:] == 0).all()) and bool((drawn[:, :5] != 0).all())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fourier_features(torch.zeros(3), 4), "count must be odd, 1 .* got 4"),
+        (lambda: fourier_tasks(0, 5, 1, torch.Generator()), "tasks must be at least 1, got 0"),
+        (lambda: fourier_tasks(1, 5, 6, torch.Generator()), r"true must be between 1 and count \(5\), got 6"),
+    ],
+)
+def test_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_min_norm_is_the_shortest_solution():
+    generator = torch.Generator().manual_seed(0)
+    features, y = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 15), (6, 2)))
+    solution = min_norm(features, y)
+    torch.testing.assert_close(features @ solution, y)
+    kernel = torch.linalg.svd(features).Vh[6:]
+    torch.testing.assert_close(kernel @ solution, torch.zeros(9, 2).double(), rtol=0, atol=1e-13)
+
+
+def test_gradient_of_part_c():
+    for weights in ((1.0, 1.0), (0.3, -2.0), (-1.5, 0.7)):
+        leaf = torch.tensor(weights, dtype=torch.float64, requires_grad=True)
+        (grad,) = torch.autograd.grad(aliased_error(leaf), leaf)
+        torch.testing.assert_close(torch.tensor(aliased_gradient(*weights)).double(), grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("points", [5, 32, 60, 90])
+@pytest.mark.parametrize("zeros", [0, 40])
+def test_least_squares(points, zeros):
+    """The solution of least norm, whatever the rank."""
+    generator = torch.Generator().manual_seed(0)
+    weights = 0.1 + torch.rand(61, generator=generator, dtype=torch.float64)
+    weights[:zeros] = 0
+    features, y = fourier_features(grid(points), 61) * weights, torch.randn(3, points, generator=generator, dtype=torch.float64)
+    test = torch.randn(7, 61, generator=generator, dtype=torch.float64)
+    expected = (test @ torch.linalg.pinv(features) @ y.T).T
+    torch.testing.assert_close(feature_weights._least_squares(features, y, test), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_logistic_in_a_basis_of_the_rows():
+    """With fewer points than features the problem is solved in the span of the rows: the same predictions."""
+    from sklearn.linear_model import LogisticRegression
+
+    generator = torch.Generator().manual_seed(0)
+    features, test = (torch.randn(rows, 30, generator=generator, dtype=torch.float64) for rows in (12, 50))
+    y = torch.stack([features[:, 0].sign(), torch.ones(12).double()])
+    made = feature_weights._logistic(features, y, test)
+    whole = LogisticRegression(C=feature_weights.LOGISTIC_C, fit_intercept=False, max_iter=1000).fit(features.numpy(), y[0].numpy())
+    assert float((made[0].sign() == torch.from_numpy(whole.decision_function(test.numpy())).sign()).double().mean()) > 0.95
+    assert bool((made[1] == 1).all())
+
+
+def test_parts_a_to_d(metrics):
+    toy = metrics["toy"]
+    assert toy["difference from the pseudo-inverse (a)"] < 1e-13 and toy["difference from the formula (b)"] < 1e-13
+    assert toy["relative difference of the gradient from autograd (c)"] < 1e-10
+    for path in toy["paths"]:
+        norm = path["norm of the start"]
+        assert norm == math.hypot(path["c0"][0], path["c1"][0])
+        assert abs(path["c0"][-1] - norm) < 0.01 * norm and abs(path["c1"][-1]) < 0.01 * norm
+        assert abs(path["beta"][0] - 1 / norm) < 0.01 / norm and abs(path["beta"][1]) < 0.01
+        assert abs(path["c1"][0]) > 0.3 * norm
+
+
+def test_part_e(metrics):
+    learned = _at(metrics, "e", "min norm")
+    assert _at(metrics, "regression", "oracle, min norm") < learned < 0.02
+    assert _at(metrics, "regression", "ones, min norm") > 0.8
+    # The spike: on the neighbouring grids the aliases are others.
+    assert min(_at(metrics, "e", "min norm", 31), _at(metrics, "e", "min norm", 33)) > 5 * learned
+    (evolution,) = metrics["weights"]["e"]
+    assert evolution["true"][0] == evolution["aliases"][0] == 1
+    assert evolution["true"][-1] > 3 and evolution["aliases"][-1] < 0.5 and 0.99 < evolution["others"][-1] < 1.01
+
+
+def test_part_f(metrics):
+    for part, name, bound in (("f, 5 steps", "5 steps", 0.05), ("f, 1 step", "1 step", 0.2)):
+        assert _at(metrics, part, "min norm") < bound and _at(metrics, part, name) < bound
+        assert _at(metrics, "regression", f"ones, {name}") > 0.8
+    # A single step gives the aliases no reason to fall.
+    assert metrics["weights"]["f, 1 step"][0]["aliases"][-1] > 0.9 > 0.6 > metrics["weights"]["f, 5 steps"][0]["aliases"][-1]
+
+
+@pytest.mark.parametrize(("part", "solver"), [("g", "min norm"), ("h", "logistic")])
+def test_classification(metrics, part, solver):
+    # 10 tasks of 1000 labels
+    assert abs(_at(metrics, part, solver) - _at(metrics, "classification", f"oracle, {solver}")) < 2
+    assert _at(metrics, "classification", f"ones, {solver}") > 40
+
+
+def test_written(metrics, folder):
+    check_written(folder, metrics, [f"feature-weights-{part}.png" for part in "defgh"])
+    text = (folder / "answers.md").read_text()
+    assert text == answers(metrics) and "there is a downward spike at 32" in text
+    (folder / "answers.md").unlink()
+    assert run("feature-weights", folder, 0, quick=True) == metrics
+    assert (folder / "answers.md").read_text() == text
+
+
+def test_committed_answers():
+    """The answers in docs/results are those of the numbers beside them."""
+    metrics = json.loads((RESULTS / "metrics.json").read_text())
+    assert metrics["quick"] is False and len(metrics["settings"]["seeds"]) == 5
+    assert (RESULTS / "answers.md").read_text() == answers(metrics)
