@@ -25,7 +25,8 @@ class MaskedWeightList(Function):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.gate, ctx.parameter = gate, parameter
-        return tuple(_ops.masked_weight_list(*_columns(tensors, 2), gate, parameter, dtype))
+        weight, mask_logits = _columns(tensors, 2)
+        return tuple(_ops.masked_weight_list(weight, mask_logits, gate, parameter, dtype))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -35,8 +36,11 @@ class MaskedWeightList(Function):
         if used:
             needs = tuple(any(column[index] for index in used) for column in _columns(wanted, 2))
             tensors = _rows((*grads, *ctx.saved_tensors), 3, used)
-            backward: Any = _backward if _is_batched(*tensors) else MaskedWeightListBackward.apply
-            made = _placed(backward(ctx.gate, ctx.parameter, needs, *tensors), wanted, 2, used)
+            if _is_batched(*tensors):
+                found = _backward(reference.masked_weight_list_backward, ctx.gate, ctx.parameter, needs, tensors)
+            else:
+                found = MaskedWeightListBackward.apply(ctx.gate, ctx.parameter, needs, *tensors)
+            made = _placed(found, wanted, 2, used)
         return (
             None,  # gate
             None,  # parameter
@@ -53,7 +57,7 @@ class MaskedWeightListBackward(Function):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.gate, ctx.parameter = gate, parameter
-        return _flat(_ops.masked_weight_list_backward(*_columns(tensors, 3), gate, parameter, needs), len(tensors) // 3)
+        return _backward(_ops.masked_weight_list_backward, gate, parameter, needs, tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -63,8 +67,11 @@ class MaskedWeightListBackward(Function):
         if used:
             needs = tuple(any(column[index] for index in used) for column in _columns(wanted, 3))
             tensors = _rows((*cotangents, *ctx.saved_tensors), 5, used)
-            backward: Any = _double_backward if _is_batched(*tensors) else MaskedWeightListDoubleBackward.apply
-            made = _placed(backward(ctx.gate, ctx.parameter, needs, *tensors), wanted, 3, used)
+            if _is_batched(*tensors):
+                found = _double_backward(reference.masked_weight_list_double_backward, ctx.gate, ctx.parameter, needs, tensors)
+            else:
+                found = MaskedWeightListDoubleBackward.apply(ctx.gate, ctx.parameter, needs, *tensors)
+            made = _placed(found, wanted, 3, used)
         return (
             None,  # gate
             None,  # parameter
@@ -83,12 +90,12 @@ class MaskedWeightListDoubleBackward(Function):
     def forward(ctx, gate, parameter, needs, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.gate, ctx.parameter, ctx.needs = gate, parameter, needs
-        return _flat(_ops.masked_weight_list_double_backward(*_columns(tensors, 5), gate, parameter, needs), len(tensors) // 5)
+        return _double_backward(_ops.masked_weight_list_double_backward, gate, parameter, needs, tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
         def double_backward(*tensors):
-            return _double_backward(ctx.gate, ctx.parameter, ctx.needs, *tensors)
+            return _double_backward(reference.masked_weight_list_double_backward, ctx.gate, ctx.parameter, ctx.needs, tensors)
 
         grads = pull_back(double_backward, ctx.saved_tensors, cotangents)
         return (
@@ -99,12 +106,15 @@ class MaskedWeightListDoubleBackward(Function):
         )
 
 
-def _backward(gate, parameter, needs, *tensors):
-    return _flat(reference.masked_weight_list_backward(*_columns(tensors, 3), gate, parameter, needs), len(tensors) // 3)
+def _backward(function, gate, parameter, needs, tensors):
+    grad, weight, mask_logits = _columns(tensors, 3)
+    return _flat(function(grad, weight, mask_logits, gate, parameter, needs), len(weight))
 
 
-def _double_backward(gate, parameter, needs, *tensors):
-    return _flat(reference.masked_weight_list_double_backward(*_columns(tensors, 5), gate, parameter, needs), len(tensors) // 5)
+def _double_backward(function, gate, parameter, needs, tensors):
+    cotangent_weight, cotangent_mask, grad, weight, mask_logits = _columns(tensors, 5)
+    made = function(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate, parameter, needs)
+    return _flat(made, len(weight))
 
 
 def _columns(tensors, count):

@@ -8,7 +8,7 @@ float32), any strides, and can be differentiated any number of times, by autogra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -105,13 +105,14 @@ def masked_weight(
             the two are not as long.
     """
     number, parameter = resolve_gate(gate, temperature, threshold)
+    logits: Any = mask_logits
     if isinstance(weight, Sequence):
-        check_pairs(weight, mask_logits)
-        return thetas(weight, mask_logits, number, parameter, None)
-    check_pair(weight, mask_logits)
+        check_pairs(weight, logits)
+        return thetas(weight, logits, number, parameter, None)
+    check_pair(weight, logits)
     if _use_reference():
-        return reference.masked_weight(weight, mask_logits, number, parameter)
-    return _theta(weight, mask_logits, number, parameter, None)
+        return reference.masked_weight(weight, logits, number, parameter)
+    return _theta(weight, logits, number, parameter, None)
 
 
 def masked_linear(

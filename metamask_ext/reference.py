@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -235,10 +236,8 @@ def masked_weight_list_double_backward(
     return _by_output([masked_weight_double_backward(*one, gate, parameter, needs) for one in arguments], needs)
 
 
-def _by_output(each: Sequence[tuple[Tensor | None, ...]], needs: Sequence[bool]) -> tuple[list[Tensor], ...]:
-    return tuple(
-        [outputs[index] for outputs in each if outputs[index] is not None] if need else [] for index, need in enumerate(needs)
-    )
+def _by_output(each: list[Any], needs: Sequence[bool]) -> tuple[list[Tensor], ...]:
+    return tuple([outputs[index] for outputs in each] if need else [] for index, need in enumerate(needs))
 
 
 def masked_linear(
