@@ -72,7 +72,7 @@ def test_without_a_bias():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("shape", ["3x3", "groups", "many"])
+@pytest.mark.parametrize("shape", ["3x3", "groups", "uneven"])
 def test_convolution_as_a_gpu_takes_it(monkeypatch, shape, dtype):
     monkeypatch.setattr(mixed, "ONE_CONVOLUTION_ON", ("cpu",))
     test_task_conv.test_output_and_gradients_equal_conv2d_sample_by_sample(shape, dtype, GATES[1])
