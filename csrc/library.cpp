@@ -21,6 +21,14 @@ TORCH_LIBRARY(metamask, m) {
   m.def(
       "masked_weight_double_backward(Tensor? cotangent_weight, Tensor? cotangent_mask, Tensor grad, Tensor weight, "
       "Tensor mask_logits, int gate, float parameter, bool[3] needs) -> (Tensor, Tensor, Tensor)");
+  // The same for a list of weights. What is not needed is an empty list, and an empty list of cotangents is zero.
+  m.def("masked_weight_list(Tensor[] weight, Tensor[] mask_logits, int gate, float parameter, ScalarType? dtype=None) -> Tensor[]");
+  m.def(
+      "masked_weight_list_backward(Tensor[] grad, Tensor[] weight, Tensor[] mask_logits, int gate, float parameter, "
+      "bool[2] needs) -> (Tensor[], Tensor[])");
+  m.def(
+      "masked_weight_list_double_backward(Tensor?[] cotangent_weight, Tensor?[] cotangent_mask, Tensor[] grad, Tensor[] weight, "
+      "Tensor[] mask_logits, int gate, float parameter, bool[3] needs) -> (Tensor[], Tensor[], Tensor[])");
   m.def(
       "masked_linear(Tensor input, Tensor weight, Tensor mask_logits, Tensor? bias, Tensor? bias_mask_logits, int gate, "
       "float parameter, ScalarType? dtype=None) -> Tensor");
@@ -89,11 +97,24 @@ void without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }
 #endif
 
-constexpr const char* kOps[] = {
-    "masked_weight",      "masked_weight_backward",      "masked_weight_backward_sgd_",       "masked_weight_double_backward",
-    "masked_linear",      "masked_linear_backward",      "masked_linear_backward_sgd_",       "pack_mask",
-    "unpack_mask",        "packed_masked_linear",        "packed_masked_linear_backward",     "packed_superposition_gradient",
-    "task_masked_linear", "task_masked_linear_backward", "task_masked_linear_double_backward"};
+constexpr const char* kOps[] = {"masked_weight",
+                                "masked_weight_backward",
+                                "masked_weight_backward_sgd_",
+                                "masked_weight_double_backward",
+                                "masked_linear",
+                                "masked_linear_backward",
+                                "masked_linear_backward_sgd_",
+                                "pack_mask",
+                                "unpack_mask",
+                                "packed_masked_linear",
+                                "packed_masked_linear_backward",
+                                "packed_superposition_gradient",
+                                "task_masked_linear",
+                                "task_masked_linear_backward",
+                                "task_masked_linear_double_backward",
+                                "masked_weight_list",
+                                "masked_weight_list_backward",
+                                "masked_weight_list_double_backward"};
 
 TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
   for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());

@@ -41,4 +41,24 @@ struct Sink {
   METAMASK_INLINE bool wanted() const { return gradient != nullptr || parameter != nullptr; }
 };
 
+// The arrays of one weight of a list, `n` elements each in one order, as masked_weight and its derivatives take them. A null
+// cotangent is zero, a null output is not wanted.
+struct ForwardArrays {
+  const void *w, *m;
+  void* theta;
+  int64_t n;
+};
+
+struct BackwardArrays {
+  const void *g, *w, *m;
+  void *dw, *dm;
+  int64_t n;
+};
+
+struct DoubleBackwardArrays {
+  const void *a, *b, *g, *w, *m;
+  void *dg, *dw, *dm;
+  int64_t n;
+};
+
 }  // namespace metamask

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._build import BACKEND
-from .reference import check_linear, check_pair
+from .reference import check_linear, check_pair, check_pairs
 
 if BACKEND != "reference":
     import metamask_ext._C  # noqa: F401  importing it registers torch.ops.metamask
@@ -23,6 +23,9 @@ if BACKEND != "reference":
     _masked_weight_backward = _metamask.masked_weight_backward.default
     _masked_weight_backward_sgd_ = _metamask.masked_weight_backward_sgd_.default
     _masked_weight_double_backward = _metamask.masked_weight_double_backward.default
+    _masked_weight_list = _metamask.masked_weight_list.default
+    _masked_weight_list_backward = _metamask.masked_weight_list_backward.default
+    _masked_weight_list_double_backward = _metamask.masked_weight_list_double_backward.default
     _masked_linear = _metamask.masked_linear.default
     _masked_linear_backward = _metamask.masked_linear_backward.default
     _masked_linear_backward_sgd_ = _metamask.masked_linear_backward_sgd_.default
@@ -77,6 +80,39 @@ def masked_weight_double_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :func:`metamask_ext.reference.masked_weight_double_backward`."""
     return _masked_weight_double_backward(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate, parameter, needs)
+
+
+def masked_weight_list(
+    weight: Sequence[Tensor], mask_logits: Sequence[Tensor], gate: int, parameter: float, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """See :func:`metamask_ext.reference.masked_weight_list`."""
+    return _masked_weight_list(weight, mask_logits, gate, parameter, dtype)
+
+
+def masked_weight_list_backward(
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    mask_logits: Sequence[Tensor],
+    gate: int,
+    parameter: float,
+    needs: tuple[bool, bool] = (True, True),
+) -> tuple[list[Tensor], list[Tensor]]:
+    """See :func:`metamask_ext.reference.masked_weight_list_backward`."""
+    return _masked_weight_list_backward(grad, weight, mask_logits, gate, parameter, needs)
+
+
+def masked_weight_list_double_backward(
+    cotangent_weight: Sequence[Tensor | None],
+    cotangent_mask: Sequence[Tensor | None],
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    mask_logits: Sequence[Tensor],
+    gate: int,
+    parameter: float,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """See :func:`metamask_ext.reference.masked_weight_list_double_backward`."""
+    return _masked_weight_list_double_backward(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate, parameter, needs)
 
 
 def masked_linear(
@@ -139,6 +175,14 @@ def _check_like(name: str, tensor: Tensor, weight: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of weight, {weight.device}, got {tensor.device}")
 
 
+def _check_each_like(name: str, tensors: Sequence[Tensor | None], weight: Sequence[Tensor]) -> None:
+    if len(tensors) != len(weight):
+        raise ValueError(f"{name} must be as many as weight, {len(weight)}, got {len(tensors)}")
+    for index, (tensor, one) in enumerate(zip(tensors, weight)):
+        if tensor is not None:
+            _check_like(f"{name}[{index}]", tensor, one)
+
+
 if BACKEND != "reference":
 
     @torch.library.register_fake("metamask::masked_weight")
@@ -167,6 +211,27 @@ if BACKEND != "reference":
                 _check_like(name, cotangent, weight)
         dtypes = (grad.dtype, weight.dtype, weight.dtype)
         return tuple(torch.empty_like(weight, dtype=dtype) if need else None for need, dtype in zip(needs, dtypes))
+
+    @torch.library.register_fake("metamask::masked_weight_list")
+    def _(weight, mask_logits, gate, parameter, dtype=None):
+        check_pairs(weight, mask_logits)
+        return [torch.empty_like(one, dtype=dtype) for one in weight]
+
+    @torch.library.register_fake("metamask::masked_weight_list_backward")
+    def _(grad, weight, mask_logits, gate, parameter, needs):
+        check_pairs(weight, mask_logits)
+        _check_each_like("grad", grad, weight)
+        return tuple([torch.empty_like(one) for one in weight] if need else [] for need in needs)
+
+    @torch.library.register_fake("metamask::masked_weight_list_double_backward")
+    def _(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate, parameter, needs):
+        check_pairs(weight, mask_logits)
+        _check_each_like("grad", grad, weight)
+        for name, cotangents in (("cotangent_weight", cotangent_weight), ("cotangent_mask", cotangent_mask)):
+            if cotangents:
+                _check_each_like(name, cotangents, weight)
+        outputs = (grad[0].dtype, weight[0].dtype, weight[0].dtype)
+        return tuple([torch.empty_like(one, dtype=dtype) for one in weight] if need else [] for need, dtype in zip(needs, outputs))
 
     @torch.library.register_fake("metamask::masked_linear")
     def _(input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, dtype=None):

@@ -7,6 +7,9 @@ float32), any strides, and can be differentiated any number of times, by autogra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +18,8 @@ from torch.autograd import forward_ad
 from . import _ops, reference
 from ._build import BACKEND
 from .autograd import MaskedLinear, MaskedWeight
-from .reference import check_bias, check_input, check_linear, check_pair, resolve_gate
+from .autograd_list import MaskedWeightList
+from .reference import check_bias, check_input, check_linear, check_pair, check_pairs, resolve_gate
 
 __all__ = ["masked_conv2d", "masked_linear", "masked_weight"]
 
@@ -51,34 +55,64 @@ def _is_autocast_enabled(kind: str) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
+@overload
 def masked_weight(
     weight: Tensor, mask_logits: Tensor, *, gate: str = "sigmoid", temperature: float = 1.0, threshold: float = 0.0
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def masked_weight(
+    weight: Sequence[Tensor],
+    mask_logits: Sequence[Tensor],
+    *,
+    gate: str = "sigmoid",
+    temperature: float = 1.0,
+    threshold: float = 0.0,
+) -> list[Tensor]: ...
+
+
+def masked_weight(
+    weight: Tensor | Sequence[Tensor],
+    mask_logits: Tensor | Sequence[Tensor],
+    *,
+    gate: str = "sigmoid",
+    temperature: float = 1.0,
+    threshold: float = 0.0,
+) -> Tensor | list[Tensor]:
     """``theta = W * g(M)``, element by element.
 
     ``g(M) = sigmoid(M / temperature)`` for ``gate="sigmoid"`` (Blum and Law, eq. 3); ``g(M) = 1[M > threshold]`` for
     ``gate="hard"``, differentiated as if it were ``M`` (straight-through: Piggyback, arXiv:1801.06519; Supermasks in Superposition,
     arXiv:2006.14769).
 
+    A sequence of weights, such as those of all layers of a small net, is computed at once, and so are its gradients: by one launch
+    on a GPU for up to 111 weights (76 in the backward, 52 in the double backward), by waking the threads once on a CPU.
+
     Args:
-        weight: ``W``, of any shape; floating point.
-        mask_logits: ``M``, of the shape, dtype and device of ``weight``.
+        weight: ``W``, of any shape; floating point. Or a sequence of them, all of one dtype and on one device.
+        mask_logits: ``M``, of the shape, dtype and device of ``weight``; for a sequence, a sequence of as many.
         gate: ``"sigmoid"`` or ``"hard"``.
         temperature: ``t > 0``, in units of a logit; used by ``"sigmoid"``.
         threshold: ``c``, in units of a logit; used by ``"hard"``.
 
     Returns:
-        ``theta``, with the shape, dtype, device and memory format of ``weight``.
+        ``theta``, with the shape, dtype, device and memory format of ``weight``; for a sequence, a list of them.
 
     Raises:
         TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: the shapes or devices differ, the gate is unknown, or the temperature is not positive.
+        ValueError: the shapes or devices differ, the gate is unknown, or the temperature is not positive; a sequence is empty, or
+            the two are not as long.
     """
     number, parameter = resolve_gate(gate, temperature, threshold)
-    check_pair(weight, mask_logits)
+    logits: Any = mask_logits
+    if isinstance(weight, Sequence):
+        check_pairs(weight, logits)
+        return thetas(weight, logits, number, parameter, None)
+    check_pair(weight, logits)
     if _use_reference():
-        return reference.masked_weight(weight, mask_logits, number, parameter)
-    return _theta(weight, mask_logits, number, parameter, None)
+        return reference.masked_weight(weight, logits, number, parameter)
+    return _theta(weight, logits, number, parameter, None)
 
 
 def masked_linear(
@@ -214,6 +248,17 @@ def _theta(weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dty
     if torch.is_grad_enabled() and (weight.requires_grad or mask_logits.requires_grad):
         return MaskedWeight.apply(weight, mask_logits, gate, parameter, dtype)
     return _ops.masked_weight(weight, mask_logits, gate, parameter, dtype)
+
+
+def thetas(
+    weight: Sequence[Tensor], mask_logits: Sequence[Tensor], gate: int, parameter: float, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """``theta`` of each, in ``dtype``; the arguments have been checked."""
+    if _use_reference():
+        return reference.masked_weight_list(weight, mask_logits, gate, parameter, dtype)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensors in (weight, mask_logits) for tensor in tensors):
+        return list(MaskedWeightList.apply(gate, parameter, dtype, *weight, *mask_logits))
+    return _ops.masked_weight_list(weight, mask_logits, gate, parameter, dtype)
 
 
 def _check_input_dtype(input: Tensor, weight: Tensor) -> None:

@@ -80,7 +80,9 @@ def task_masked_conv2d(
 ) -> Tensor:
     """``y_b = conv2d(x_b, W * g(M_t)) + b * g(M_b,t)`` with ``t = slots[b]``: a convolution for a batch that mixes tasks.
 
-    It is :func:`task_masked_linear` over the patches of the input (``unfold``), which take ``kH * kW`` times its memory.
+    It is :func:`task_masked_linear` over the patches of the input (``unfold``), which take ``kH * kW`` times its memory. On a GPU,
+    where the weights of all samples take no more memory than the patches (with ``groups=1``: where the output has at least as many
+    places as channels), it is one convolution whose groups are the samples instead.
 
     Args:
         input: ``x``, ``[B, C_in, H, W]``, or ``[C_in, H, W]`` with one slot.
@@ -129,13 +131,76 @@ def task_masked_conv2d(
         raise ValueError(
             f"input must not be smaller than the kernel {list(kernel)} with dilation={dilation}, got {list(input.shape)}"
         )
-    # Made contiguous once: the op would do it forward and backward.
-    patches = F.unfold(batch, kernel, dilation, padding, stride).transpose(1, 2).contiguous()
-    stacked = reference_tasks.is_stacked(given, weight)
-    flat = [mask.flatten(2 if stacked else 1) for mask in given]
-    y = _linear(patches, slots, weight.flatten(1), flat, bias, given_bias, number, parameter, groups)
-    y = y.transpose(1, 2).contiguous().unflatten(2, size)
+    if _takes_one_convolution(batch, weight, given, size):
+        y = _one_convolution(
+            batch, slots, weight, given, bias, given_bias, number, parameter, stride, padding, dilation, groups
+        ).contiguous()
+    else:
+        # Made contiguous once: the op would do it forward and backward.
+        patches = F.unfold(batch, kernel, dilation, padding, stride).transpose(1, 2).contiguous()
+        stacked = reference_tasks.is_stacked(given, weight)
+        flat = [mask.flatten(2 if stacked else 1) for mask in given]
+        y = _linear(patches, slots, weight.flatten(1), flat, bias, given_bias, number, parameter, groups)
+        y = y.transpose(1, 2).contiguous().unflatten(2, size)
     return y if input.dim() == 4 else y[0]
+
+
+ONE_CONVOLUTION_ON = ("cuda",)
+"""Types of device whose convolutions with many groups are fast (cuDNN has them)."""
+
+
+def _takes_one_convolution(batch: Tensor, weight: Tensor, masks: list[Tensor], size: list[int]) -> bool:
+    """Whether theta of a sample has no more elements than its patches, which are written and read as often (not measured)."""
+    places, values = size[0] * size[1], batch.shape[1] * weight.shape[2] * weight.shape[3]
+    return (
+        weight.device.type in ONE_CONVOLUTION_ON
+        and 0 < weight.numel() <= values * places
+        and len(batch) > 0
+        and count_tasks(masks, weight) > 0
+    )
+
+
+def _one_convolution(
+    batch: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    masks: list[Tensor],
+    bias: Tensor | None,
+    bias_masks: list[Tensor] | None,
+    gate: int,
+    parameter: float,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """theta of every task in one pass, that of each sample looked up by its slot, and a convolution whose groups are the samples.
+
+    The samples of a task are not brought together in one group: how many there are of each is known on the device only, and the
+    host must not wait for it.
+    """
+    _check_values(slots, masks, weight)
+    tasks, samples = count_tasks(masks, weight), len(batch)
+    weights, logits = _each_task(weight, masks, tasks)
+    if bias is not None and bias_masks is not None:
+        biases, bias_logits = _each_task(bias, bias_masks, tasks)
+        weights, logits = weights + biases, logits + bias_logits
+    thetas = functional.thetas(weights, logits, gate, parameter, _autocast_dtype(weight))
+    # A negative index would count from the end: this one is out of range, which is an error also where nobody can look.
+    slots = torch.where(slots < 0, tasks, slots)
+    theta = torch.stack(thetas[:tasks])[slots].flatten(0, 1)
+    if len(thetas) > tasks:
+        bias = torch.stack(thetas[tasks:])[slots].flatten()
+    elif bias is not None:
+        bias = bias.repeat(samples)
+    y = F.conv2d(batch.flatten(0, 1)[None], theta, bias, stride, padding, dilation, samples * groups)
+    return y[0].unflatten(0, (samples, -1))
+
+
+def _each_task(weight: Tensor, masks: list[Tensor], tasks: int) -> tuple[list[Tensor], list[Tensor]]:
+    """``weight`` for each task (the same memory), and the logits."""
+    logits = masks[0].unbind() if reference_tasks.is_stacked(masks, weight) else masks
+    return list(weight.expand(tasks, *weight.shape).unbind()), list(logits)
 
 
 def _listed(name: str, masks: Masks) -> list[Tensor]:
@@ -213,6 +278,10 @@ def _check(
 ) -> None:
     check_task_linear(input, slots, weight, masks, bias, bias_masks, groups)
     _check_input_dtype(input, weight)
+    _check_values(slots, masks, weight)
+
+
+def _check_values(slots: Tensor, masks: list[Tensor], weight: Tensor) -> None:
     # Where the values cannot be looked at, the index itself is checked by torch.
     if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None and slots.device.type == "cpu":
         check_slot_values(slots, count_tasks(masks, weight))

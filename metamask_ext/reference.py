@@ -19,6 +19,8 @@ float64 computes in float64; float32, bfloat16 and float16 compute in float32 an
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -178,6 +180,64 @@ def masked_weight_double_backward(
         (b * g * d).to(weight.dtype) if needs[1] else None,
         (a * g * d + b * g * w * d2).to(weight.dtype) if needs[2] else None,
     )
+
+
+def check_pairs(weight: Sequence[Tensor], mask_logits: Sequence[Tensor]) -> None:
+    """Refuse weights and logits that are not as many, or not of one dtype and device; errors as :func:`check_pair`."""
+    if not isinstance(mask_logits, Sequence):
+        raise TypeError(f"mask_logits must be a sequence of tensors as weight is, got {type(mask_logits).__name__}")
+    if len(weight) == 0:
+        raise ValueError("weight must have at least one tensor, got none")
+    if len(mask_logits) != len(weight):
+        raise ValueError(f"mask_logits must be as many as weight, {len(weight)}, got {len(mask_logits)}")
+    first = weight[0]
+    for index, (one, mask) in enumerate(zip(weight, mask_logits)):
+        name = f"weight[{index}]"
+        check_pair(one, mask, name, f"mask_logits[{index}]")
+        if one.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of weight[0], {first.dtype}, got {one.dtype}")
+        if one.device != first.device:
+            raise ValueError(f"{name} must be on the device of weight[0], {first.device}, got {one.device}")
+
+
+def masked_weight_list(
+    weight: Sequence[Tensor], mask_logits: Sequence[Tensor], gate: int, parameter: float, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """:func:`masked_weight` of each weight and its logits."""
+    return [masked_weight(w, m, gate, parameter, dtype) for w, m in zip(weight, mask_logits)]
+
+
+def masked_weight_list_backward(
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    mask_logits: Sequence[Tensor],
+    gate: int,
+    parameter: float,
+    needs: tuple[bool, bool] = (True, True),
+) -> tuple[list[Tensor], ...]:
+    """:func:`masked_weight_backward` of each, as lists of dL/dW and of dL/dM; what is not needed is an empty list."""
+    each = [masked_weight_backward(*one, gate, parameter, needs) for one in zip(grad, weight, mask_logits)]
+    return _by_output(each, needs)
+
+
+def masked_weight_list_double_backward(
+    cotangent_weight: Sequence[Tensor | None],
+    cotangent_mask: Sequence[Tensor | None],
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    mask_logits: Sequence[Tensor],
+    gate: int,
+    parameter: float,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[list[Tensor], ...]:
+    """:func:`masked_weight_double_backward` of each, as :func:`masked_weight_list_backward`; empty cotangents are zero."""
+    none = [None] * len(weight)
+    arguments = zip(cotangent_weight or none, cotangent_mask or none, grad, weight, mask_logits)
+    return _by_output([masked_weight_double_backward(*one, gate, parameter, needs) for one in arguments], needs)
+
+
+def _by_output(each: list[Any], needs: Sequence[bool]) -> tuple[list[Tensor], ...]:
+    return tuple([outputs[index] for outputs in each] if need else [] for index, need in enumerate(needs))
 
 
 def masked_linear(

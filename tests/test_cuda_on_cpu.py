@@ -12,6 +12,7 @@ import test_autograd
 import test_linear_ops
 import test_ops
 import test_sgd_ops
+import test_weight_list
 import torch
 from emulated import bring, emulator, in_the_emulator  # noqa: F401  fixtures
 from samples import DTYPES, GATES, Sample
@@ -32,6 +33,14 @@ ON_EVERY_DEVICE = {
         "test_only_the_outputs_that_are_needed_are_made",
         "test_a_cotangent_that_is_not_there_is_zero",
         "test_inputs_are_not_written",
+    ),
+    test_weight_list: (
+        "test_a_list_and_its_derivatives_equal_the_reference",
+        "test_results_and_gradients_of_a_list_may_have_another_16_or_32_bit_type",
+        "test_only_the_lists_that_are_needed_are_made",
+        "test_a_cotangent_of_a_list_that_is_not_there_is_zero",
+        "test_list_gradcheck_and_gradgradcheck",
+        "test_derivatives_of_a_list_to_the_fourth_order_equal_plain_torch",
     ),
     test_linear_ops: (
         "test_output_and_gradients_equal_the_reference",
@@ -69,6 +78,20 @@ def test_the_ops_run_in_the_emulator(emulator, dtype):  # noqa: F811
     before = emulator.launches()
     assert torch.isfinite(_ops.masked_weight(weight, mask, *GATES[0])).all()
     assert emulator.launches() == before + 1
+
+
+@pytest.mark.parametrize(("listed", "launches"), [("all small", (1, 1, 1)), ("many", (2, 2, 3))], ids=["all-small", "many"])
+def test_a_list_takes_one_launch_until_its_arguments_are_too_many(emulator, listed, launches):  # noqa: F811
+    weight, mask, grad, a, b = test_weight_list.columns(listed, 5, torch.float32)
+    runs = (
+        lambda: _ops.masked_weight_list(weight, mask, *GATES[0]),
+        lambda: _ops.masked_weight_list_backward(grad, weight, mask, *GATES[0]),
+        lambda: _ops.masked_weight_list_double_backward(a, b, grad, weight, mask, *GATES[0]),
+    )
+    for run, wanted in zip(runs, launches):
+        before = emulator.launches()
+        run()
+        assert emulator.launches() == before + wanted
 
 
 # masked_linear's kernels for small batches: full and ragged tiles, steps and rooms of the batch, rows that are whole packs and rows

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import test_task_conv
 import test_task_linear
 import torch
 from emulated import FORWARD, RANDOM_WARPS, bring, emulator  # noqa: F401  a fixture
 from samples import DTYPES, GATES
+
+from metamask_ext import mixed
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +70,18 @@ def test_second_gradients_equal_plain_torch(emulator, case, dtype, gate, stacked
 def test_without_a_bias():
     test_task_linear.check(CASES["several windows"], GATES[0], torch.float32, True, bias=False)
     test_task_linear.check_double_backward(CASES["several windows"], GATES[0], torch.float32, True, bias=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("shape", ["3x3", "groups", "uneven"])
+def test_convolution_as_a_gpu_takes_it(monkeypatch, shape, dtype):
+    monkeypatch.setattr(mixed, "ONE_CONVOLUTION_ON", ("cpu",))
+    test_task_conv.test_output_and_gradients_equal_conv2d_sample_by_sample(shape, dtype, GATES[1])
+
+
+def test_derivatives_of_a_convolution_as_a_gpu_takes_it(monkeypatch):
+    monkeypatch.setattr(mixed, "ONE_CONVOLUTION_ON", ("cpu",))
+    test_task_conv.test_derivatives_to_the_third_order_equal_conv2d(GATES[1])
 
 
 def test_a_slot_that_is_no_tasks_ends_the_kernel():

@@ -11,7 +11,7 @@ from test_task_linear import assert_near
 from torch.autograd import gradcheck, gradgradcheck
 
 import metamask_ext as mm
-from metamask_ext import reference
+from metamask_ext import mixed, reference
 
 each_gate = pytest.mark.parametrize("gate", [GATES[1], GATES[3]], ids=["sigmoid", "hard"])
 # C_in, C_out, kernel, stride, padding, dilation, groups
@@ -28,6 +28,14 @@ SHAPES = {
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES)
 SLOTS = torch.tensor([2, 0, 2])
+
+
+@pytest.fixture(autouse=True, params=["patches", "one convolution"])
+def path(request, monkeypatch):
+    """What the CPU runs, and what a GPU runs, on CPU tensors. In "many" theta is larger than the patches."""
+    if request.param == "one convolution":
+        monkeypatch.setattr(mixed, "ONE_CONVOLUTION_ON", ("cpu",))
+    return request.param
 
 
 def inputs(shape, dtype=torch.float64, tasks=3):
@@ -150,12 +158,13 @@ def test_autocast():
     assert_near(y, plain(*(t.double() for t in (x, w, m, b, bm)), "3x3", GATES[0]), 36, "y")
 
 
-def test_forward_backward_and_double_backward_run_the_ops():
-    tensors = [tensor.requires_grad_() for tensor in inputs("groups")]
+@pytest.mark.parametrize("shape", ["groups", "many"])
+def test_forward_backward_and_double_backward_run_the_ops(shape, path):
+    tensors = [tensor.requires_grad_() for tensor in inputs(shape)]
     kept = {}
 
     def forward():
-        kept["y"] = ours(*tensors, "groups", GATES[0])
+        kept["y"] = ours(*tensors, shape, GATES[0])
 
     def backward():
         kept["grads"] = torch.autograd.grad(kept["y"].square().sum(), tensors, create_graph=True)
@@ -163,9 +172,10 @@ def test_forward_backward_and_double_backward_run_the_ops():
     def double_backward():
         torch.autograd.grad(sum(grad.square().sum() for grad in kept["grads"]), tensors)
 
-    assert metamask_ops(forward) == {"task_masked_linear": 1}
-    assert metamask_ops(backward) == {"task_masked_linear_backward": 1}
-    assert metamask_ops(double_backward) == {"task_masked_linear_double_backward": 1, "task_masked_linear_backward": 1}
+    op = "masked_weight_list" if path == "one convolution" and shape != "many" else "task_masked_linear"
+    assert metamask_ops(forward) == {op: 1}
+    assert metamask_ops(backward) == {f"{op}_backward": 1}
+    assert metamask_ops(double_backward) == {f"{op}_double_backward": 1, f"{op}_backward": 1}
 
 
 X, W, M, B, BM = inputs("3x3")

@@ -4,7 +4,10 @@
 #include <ATen/Parallel.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+
 #include "../masked_weight.h"
+#include "../masked_weight_list.h"
 #include "capability.h"
 #include "masked_weight_kernel.h"
 
@@ -60,6 +63,40 @@ struct Cpu {
                               const void* m, void* dg, void* dw, void* dm, int64_t n) {
     at::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
       masked_weight_kernels().double_backward(gate, param, grad, a, b, g, w, m, dg, dw, dm, begin, end);
+    });
+  }
+
+  static void forward_list(Gate gate, Type param, Type out, const std::vector<ForwardArrays>& list) {
+    share_list(list, [&](const ForwardArrays& of, int64_t begin, int64_t end) {
+      masked_weight_kernels().forward(gate, param, out, of.w, of.m, of.theta, begin, end);
+    });
+  }
+
+  static void backward_list(Gate gate, Type param, Type grad, const std::vector<BackwardArrays>& list) {
+    share_list(list, [&](const BackwardArrays& of, int64_t begin, int64_t end) {
+      masked_weight_kernels().backward(gate, param, grad, of.g, of.w, of.m, nullptr, Sink{of.dw}, Sink{of.dm}, begin, end);
+    });
+  }
+
+  static void double_backward_list(Gate gate, Type param, Type grad, const std::vector<DoubleBackwardArrays>& list) {
+    share_list(list, [&](const DoubleBackwardArrays& of, int64_t begin, int64_t end) {
+      masked_weight_kernels().double_backward(gate, param, grad, of.a, of.b, of.g, of.w, of.m, of.dg, of.dw, of.dm, begin, end);
+    });
+  }
+
+ private:
+  // The threads share the elements of all arrays as if they were one: a list of small weights wakes them once.
+  template <class Arrays, class Run>
+  static void share_list(const std::vector<Arrays>& list, Run run) {
+    int64_t all = 0;
+    for (const Arrays& of : list) all += of.n;
+    at::parallel_for(0, all, kGrain, [&](int64_t begin, int64_t end) {
+      int64_t first = 0;
+      for (const Arrays& of : list) {
+        const int64_t from = std::max(begin - first, int64_t(0)), to = std::min(end - first, of.n);
+        if (from < to) run(of, from, to);
+        first += of.n;
+      }
     });
   }
 };

@@ -46,6 +46,35 @@ void dispatch(Gate gate, Type param, Type other, bool packs, Run run) {
   else with_param<kHard>(param, other, packs, run);
 }
 
+bool all_aligned(const ForwardArrays& of) { return aligned(of.w, of.m, of.theta); }
+bool all_aligned(const BackwardArrays& of) { return aligned(of.g, of.w, of.m, of.dw, of.dm); }
+bool all_aligned(const DoubleBackwardArrays& of) { return aligned(of.a, of.b, of.g, of.w, of.m, of.dg, of.dw, of.dm); }
+
+// As dispatch, once for each part of the list: calls run.operator()<kind, N, P, O>(part, blocks). Where one array of the list is
+// not aligned for packs, none is.
+template <class Arrays, class Run>
+void dispatch_list(Gate gate, Type param, Type other, const std::vector<Arrays>& list, Run run) {
+  bool packs = true;
+  for (const Arrays& of : list) packs = packs && all_aligned(of);
+  dispatch(gate, param, other, packs, [&]<GateKind kind, int N, class P, class O>() {
+    ListPart<Arrays> part{};
+    unsigned blocks = 0;
+    const auto finish = [&] {
+      if (part.count > 0) run.template operator()<kind, N, P, O>(part, dim3(blocks));
+      part.count = 0;
+      blocks = 0;
+    };
+    for (const Arrays& of : list) {
+      if (of.n == 0) continue;
+      blocks += blocks_for(of.n, N).x;
+      part.at[part.count] = of;
+      part.end[part.count++] = blocks;
+      if (part.count == ListPart<Arrays>::kRoom) finish();
+    }
+    finish();
+  });
+}
+
 }  // namespace
 
 void masked_weight(Gate gate, Type param, Type other, const void* w, const void* m, void* theta, int64_t n, cudaStream_t stream) {
@@ -72,6 +101,27 @@ void masked_weight_double_backward(Gate gate, Type param, Type other, const void
   dispatch(gate, param, other, aligned(a, b, g, w, m, dg, dw, dm), [&]<GateKind kind, int N, class P, class O>() {
     launch(masked_weight_double_backward_kernel<kind, N, P, O>, blocks_for(n, N), dim3(kThreads), 0, stream,
            parameter_of<Compute<P>>(gate), in<P>(a), in<P>(b), in<O>(g), in<P>(w), in<P>(m), out<O>(dg), out<P>(dw), out<P>(dm), n);
+  });
+}
+
+void masked_weight_list(Gate gate, Type param, Type other, const std::vector<ForwardArrays>& list, cudaStream_t stream) {
+  dispatch_list(gate, param, other, list, [&]<GateKind kind, int N, class P, class O>(const auto& part, dim3 blocks) {
+    launch(masked_weight_list_kernel<kind, N, P, O>, blocks, dim3(kThreads), 0, stream, parameter_of<Compute<P>>(gate), part);
+  });
+}
+
+void masked_weight_list_backward(Gate gate, Type param, Type other, const std::vector<BackwardArrays>& list, cudaStream_t stream) {
+  dispatch_list(gate, param, other, list, [&]<GateKind kind, int N, class P, class O>(const auto& part, dim3 blocks) {
+    launch(masked_weight_list_backward_kernel<kind, N, P, O>, blocks, dim3(kThreads), 0, stream, parameter_of<Compute<P>>(gate),
+           part);
+  });
+}
+
+void masked_weight_list_double_backward(Gate gate, Type param, Type other, const std::vector<DoubleBackwardArrays>& list,
+                                        cudaStream_t stream) {
+  dispatch_list(gate, param, other, list, [&]<GateKind kind, int N, class P, class O>(const auto& part, dim3 blocks) {
+    launch(masked_weight_list_double_backward_kernel<kind, N, P, O>, blocks, dim3(kThreads), 0, stream,
+           parameter_of<Compute<P>>(gate), part);
   });
 }
 

@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "../masked_weight.h"
+#include "../masked_weight_list.h"
 #include "masked_weight.h"
 
 namespace metamask::cuda {
@@ -36,6 +37,21 @@ struct Cuda {
   static void double_backward(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
                               const void* m, void* dg, void* dw, void* dm, int64_t n) {
     masked_weight_double_backward(gate, param, grad, a, b, g, w, m, dg, dw, dm, n, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  static void forward_list(Gate gate, Type param, Type out, const std::vector<ForwardArrays>& list) {
+    masked_weight_list(gate, param, out, list, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  static void backward_list(Gate gate, Type param, Type grad, const std::vector<BackwardArrays>& list) {
+    masked_weight_list_backward(gate, param, grad, list, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  static void double_backward_list(Gate gate, Type param, Type grad, const std::vector<DoubleBackwardArrays>& list) {
+    masked_weight_list_double_backward(gate, param, grad, list, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };

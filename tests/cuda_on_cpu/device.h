@@ -19,10 +19,12 @@
 #undef __host__
 #undef __shared__
 #undef __launch_bounds__
+#undef __grid_constant__
 #define __global__
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define DEVICE_INLINE METAMASK_INLINE
 // Only a SHARED array is one for the whole block.
 #define __shared__ static_assert(false, "declare it as SHARED(type, name, [size])");

@@ -34,6 +34,7 @@ struct Entered {
   Entered() {
     static GuardedAllocator guarded;
     metamask::MaskedWeight<metamask::cuda::Cuda>::register_in(library);
+    metamask::MaskedWeightList<metamask::cuda::Cuda>::register_in(library);
     metamask::MaskedLinear<metamask::cuda::CudaLinear>::register_in(library);
     metamask::TaskMaskedLinear<metamask::cuda::CudaTaskLinear>::register_in(library);
     metamask::cuda::CudaPacked::register_in(library);
