@@ -181,18 +181,26 @@ def test_masks_anywhere_in_memory_are_read_to_their_end_only():
         assert torch.equal(ops.packed_masked_linear(x, slots, w, [moved], b, packed_bias, 1), want)
 
 
-def test_a_weight_that_is_off_is_zero_whatever_it_was_and_a_bad_input_shows():
-    """The same rule where bits are tested (few rows) and where theta is expanded (many)."""
+@pytest.mark.parametrize("wide", [0, 70])
+def test_a_weight_that_is_off_is_zero_whatever_it_was_and_a_bad_input_shows(wide):
+    """The same rule where bits are tested (few rows; wide: two vectors of them at once) and where theta is expanded (many)."""
     for samples in (1, 30):
         w = torch.tensor([[float("nan"), 2.0, float("inf")], [1.0, 1.0, 1.0]])
-        packed = mm.pack_mask(torch.tensor([[-1.0, 1.0, -1.0], [1.0, 1.0, -1.0]]))[None]
-        x, slots = torch.ones(samples, 3), torch.zeros(samples, dtype=torch.int64)
+        mask = torch.tensor([[-1.0, 1.0, -1.0], [1.0, 1.0, -1.0]])
+        # Behind columns that are off: in a vector of its own, and in the last, shorter one.
+        w, mask = (torch.cat([torch.full((2, wide), value), tensor], 1) for value, tensor in ((float("inf"), w), (-1.0, mask)))
+        packed = mm.pack_mask(mask)[None]
+        x, slots = torch.ones(samples, wide + 3), torch.zeros(samples, dtype=torch.int64)
         for run in (mm.packed_masked_linear, lambda *t: reference.packed_masked_linear(*t[:3], [t[3]], None, None, 1)):
             assert run(x, slots, w, packed).tolist() == [[2.0, 2.0]] * samples
-            bad = x.clone()
-            bad[0, 2] = float("nan")
-            y = run(bad, slots, w, packed)
-            assert bool(y[0].isnan().all()) and not bool(y[1:].isnan().any())
+            for column in (0, wide + 2):
+                for value in (float("nan"), float("inf")):
+                    bad = x.clone()
+                    bad[0, column] = value
+                    y = run(bad, slots, w, packed)
+                    alone = wide == 0 and column == 0 and value > 0  # there row 1 is on: 1 times infinity
+                    assert bool(y[0, 0].isnan()) and (y[0, 1].item() == value if alone else bool(y[0, 1].isnan()))
+                    assert not bool(y[1:].isnan().any())
 
 
 @each_dtype
