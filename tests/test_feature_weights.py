@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments_written import check_written
+from experiments_written import check_resumes, check_written
 
 from metamask_ext.experiments import feature_weights, run
 from metamask_ext.experiments.feature_weights_report import answers, members_of
@@ -159,6 +159,10 @@ def test_written(metrics, folder):
     (folder / "answers.md").unlink()
     assert run("feature-weights", folder, 0, quick=True) == metrics
     assert (folder / "answers.md").read_text() == text
+
+
+def test_killed_run_continues(metrics, folder):
+    check_resumes(folder, metrics, "regression.json")
 
 
 def test_committed_answers():

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from experiments_written import check_written
+from experiments_written import check_resumes, check_written
 from gymnasium.utils.env_checker import check_env
 
 from metamask_ext.experiments import policy_gradient, run
@@ -203,6 +203,10 @@ def test_written(metrics, folder):
         "random.json",
         "straight.json",
     ]
+
+
+def test_killed_run_continues(metrics, folder):
+    check_resumes(folder, metrics, "straight.json")
 
 
 def test_without_gymnasium(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from experiments_written import check_written
+from experiments_written import check_resumes, check_written
 
 from metamask_ext.experiments import one_step_learner, run, universality
 from metamask_ext.experiments.one_step_learner import OneStepLearner
@@ -160,3 +160,7 @@ def test_diverged_tasks_are_counted():
 
 def test_written(metrics, folder):
     check_written(folder, metrics, ["universality.png"])
+
+
+def test_killed_run_continues(metrics, folder):
+    check_resumes(folder, metrics, "random.json")
