@@ -278,6 +278,7 @@ def test_no_theta_is_allocated():
     assert largest_allocation(lambda: ops.packed_superposition_gradient(grad, x, w, packed, 1)) < size / 4
 
 
+@pytest.mark.once
 @each_form
 def test_opcheck(stacked):
     for shape in (([0, 2], (), 1, 4, 9, 3), ([1, 1, 0], (2,), 2, 4, 5, 2)):

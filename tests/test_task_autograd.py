@@ -193,6 +193,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_torch_func_transforms_equal_those_of_plain_torch(name):
     got, expected = (flat(TRANSFORMS[name](f, *transform_inputs())) for f in (loss, manual_loss))
@@ -220,6 +221,7 @@ def test_a_negative_slot_does_not_count_from_the_end_where_nobody_can_look_at_it
             torch.compile(loss, backend="eager", fullgraph=True)(w, m, x, slots)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_forward_and_backward_equal_eager(backend):
     compiled = torch.compile(loss, backend=backend, fullgraph=True, dynamic=False)
