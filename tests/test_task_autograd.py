@@ -219,6 +219,9 @@ def test_a_negative_slot_does_not_count_from_the_end_where_nobody_can_look_at_it
             torch.func.vmap(loss, (None, None, 0, 0))(w, m, x[:, None], slots[:, None])
         with pytest.raises((IndexError, RuntimeError), match="out of (range|bounds)"):
             torch.compile(loss, backend="eager", fullgraph=True)(w, m, x, slots)
+        # Under a transform of something else it can be looked at.
+        with pytest.raises(ValueError, match=rf"slots must be in \[0, 3\), got {wrong} at position 1"):
+            torch.func.grad(loss)(w, m, x, slots)
 
 
 @pytest.mark.once
