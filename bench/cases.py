@@ -80,8 +80,8 @@ def _cpu() -> list[Case]:
         *(("masked_linear-backward", f"{b}x{w}", partial(masked_linear, b, w, "backward")) for b, w in (*TRAINING, *SMALL)),
         *(("bfloat16-forward", f"{b}x{w}", partial(masked_linear, b, w, "forward", bfloat16)) for b, w in FORWARD),
         *(("bfloat16-backward", f"{b}x{w}", partial(masked_linear, b, w, "backward", bfloat16)) for b, w in FORWARD),
-        ("resnet18-step", "16x64x64", partial(resnet18_step, False)),
-        ("resnet18-fused-step", "16x64x64", partial(resnet18_step, True)),
+        ("resnet18-step", "16x64x64", partial(resnet18_step, 16, 64, False)),
+        ("resnet18-fused-step", "16x64x64", partial(resnet18_step, 16, 64, True)),
     ]
     quick = ("masked_linear-forward-32x1024", "masked_linear-fused-step-32x1024", "masked_linear-backward-32x1024")
     return [Case("cpu", measure, shape, build, f"{measure}-{shape}" in quick) for measure, shape, build in cases]

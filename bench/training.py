@@ -117,8 +117,8 @@ class _Mask(nn.Module):
         return weight * torch.sigmoid(self.mask)
 
 
-def resnet18_step(fused: bool) -> Problem:
-    """A training step of torchvision's ResNet-18 on 16 images of 64 x 64 pixels, every convolution and linear layer masked."""
+def resnet18_step(batch: int, size: int, fused: bool) -> Problem:
+    """A training step of torchvision's ResNet-18 on images of ``size x size`` pixels, every convolution and linear layer masked."""
     from metamask_ext.tasks._torchvision import import_torchvision
 
     import_torchvision()
@@ -126,7 +126,7 @@ def resnet18_step(fused: bool) -> Problem:
 
     torch.manual_seed(SEED)
     plain = resnet18(num_classes=10)
-    images, labels = torch.randn(16, 3, 64, 64), torch.randint(10, (16,))
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
 
     def dense() -> nn.Module:
         return copy.deepcopy(plain)

@@ -57,6 +57,20 @@ inline void check_like(const char* name, const at::Tensor& tensor, const at::Ten
                     tensor.device());
 }
 
+// The tasks of a batch's samples, all but their values.
+inline void check_slots(const at::Tensor& slots, const at::Tensor& input, const at::Tensor& weight) {
+  TORCH_CHECK_TYPE(slots.scalar_type() == at::kLong, "slots must be int64, got ", slots.scalar_type());
+  TORCH_CHECK_VALUE(slots.sizes() == input.sizes().slice(0, 1), "slots must be [B] = ", input.sizes().slice(0, 1), " as in input ",
+                    input.sizes(), ", got ", slots.sizes());
+  TORCH_CHECK_VALUE(slots.device() == weight.device(), "slots must be on the device of weight, ", weight.device(), ", got ",
+                    slots.device());
+}
+
+// A value of slots in the host's memory; a GPU's are checked where they are used.
+inline void check_slot(int64_t slot, int64_t tasks, int64_t position) {
+  TORCH_CHECK_VALUE(slot >= 0 && slot < tasks, "slots must be in [0, ", tasks, "), got ", slot, " at position ", position);
+}
+
 inline void check_bias(const at::Tensor& weight, const at::Tensor& bias) {
   TORCH_CHECK_TYPE(bias.scalar_type() == weight.scalar_type(), "bias must have the dtype of weight, ", weight.scalar_type(),
                    ", got ", bias.scalar_type());

@@ -75,24 +75,6 @@ inline void check_packed_grad(const at::Tensor& grad, const at::Tensor& input, c
                     grad.device());
 }
 
-inline void check_slots(const at::Tensor& slots, const at::Tensor& input, const at::Tensor& weight, int64_t tasks) {
-  TORCH_CHECK_TYPE(slots.scalar_type() == at::kLong, "slots must be int64, got ", slots.scalar_type());
-  TORCH_CHECK_VALUE(slots.sizes() == input.sizes().slice(0, 1), "slots must be [B] = ", input.sizes().slice(0, 1), ", got ",
-                    slots.sizes());
-  TORCH_CHECK_VALUE(slots.device() == weight.device(), "slots must be on the device of weight, ", weight.device(), ", got ",
-                    slots.device());
-  TORCH_CHECK_VALUE(tasks > 0 || slots.numel() == 0, "packed must hold at least one task, got none");
-}
-
-// Of slots in the host's memory; a GPU's are checked where they are used.
-inline void check_slot_values(const at::Tensor& slots, int64_t tasks) {
-  const auto values = slots.accessor<int64_t, 1>();
-  for (int64_t i = 0; i < values.size(0); ++i) {
-    TORCH_CHECK_VALUE(values[i] >= 0 && values[i] < tasks, "slots must be at least 0 and less than the number of tasks, ", tasks,
-                      ", got ", values[i], " at position ", i);
-  }
-}
-
 inline void check_packed_bias(const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                               const std::optional<PackedMasks>& packed_bias, int64_t tasks) {
   const bool has_bias = bias.has_value() && bias->defined();
@@ -121,7 +103,8 @@ struct PackedArguments {
       : packed((check_packed_weight(weight, groups), check_packed_input(input, weight, groups),
                 packed_weight_masks(packed_list, weight))) {
     if (packed_bias_list.has_value()) packed_bias.emplace(packed_bias_masks(*packed_bias_list, weight));
-    check_slots(slots, input, weight, packed.tasks());
+    check_slots(slots, input, weight);
+    TORCH_CHECK_VALUE(packed.tasks() > 0 || slots.numel() == 0, "packed must hold at least one task, got none");
     check_packed_bias(weight, bias, packed_bias, packed.tasks());
   }
 };

@@ -198,11 +198,7 @@ struct TaskMaskedLinear {
     const int64_t columns = groups * weight.size(1);
     TORCH_CHECK_VALUE(input.dim() >= 2 && input.size(-1) == columns, "input must be [B, ..., in] with in = ", columns,
                       " as in weight ", weight.sizes(), " with groups=", groups, ", got ", input.sizes());
-    TORCH_CHECK_TYPE(slots.scalar_type() == at::kLong, "slots must be int64, got ", slots.scalar_type());
-    TORCH_CHECK_VALUE(slots.sizes() == input.sizes().slice(0, 1), "slots must be [B] = ", input.sizes().slice(0, 1),
-                      " as in input ", input.sizes(), ", got ", slots.sizes());
-    TORCH_CHECK_VALUE(slots.device() == weight.device(), "slots must be on the device of weight, ", weight.device(), ", got ",
-                      slots.device());
+    check_slots(slots, input, weight);
     arguments.slots = slots.contiguous();
     arguments.rows_per_sample = c10::multiply_integers(input.sizes().slice(1, input.dim() - 2));
     if (given(bias)) {

@@ -55,7 +55,7 @@ def task_masked_linear(
     Raises:
         TypeError: an argument is no tensor, or of the wrong dtype.
         ValueError: a shape or device does not fit, a slot is not in ``[0, T)``, the gate is unknown, or the temperature is not
-            positive. Under torch.compile and torch.func a slot out of range is torch's own error of an index.
+            positive. Under torch.compile and a vmap over the slots, one out of range is torch's own error of an index.
     """
     number, parameter = resolve_gate(gate, temperature, threshold)
     given, given_bias = _listed("masks", masks), None if bias_masks is None else _listed("bias_masks", bias_masks)
@@ -179,7 +179,7 @@ def _one_convolution(
     The samples of a task are not brought together in one group: how many there are of each is known on the device only, and the
     host must not wait for it.
     """
-    _check_values(slots, masks, weight)
+    check_slot_values(slots, count_tasks(masks, weight))
     tasks, samples = count_tasks(masks, weight), len(batch)
     weights, logits = _each_task(weight, masks, tasks)
     if bias is not None and bias_masks is not None:
@@ -278,10 +278,4 @@ def _check(
 ) -> None:
     check_task_linear(input, slots, weight, masks, bias, bias_masks, groups)
     _check_input_dtype(input, weight)
-    _check_values(slots, masks, weight)
-
-
-def _check_values(slots: Tensor, masks: list[Tensor], weight: Tensor) -> None:
-    # Where the values cannot be looked at, the index itself is checked by torch.
-    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None and slots.device.type == "cpu":
-        check_slot_values(slots, count_tasks(masks, weight))
+    check_slot_values(slots, count_tasks(masks, weight))

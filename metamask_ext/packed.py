@@ -24,8 +24,8 @@ from .reference_packed import (
     check_packed_linear,
     check_packed_weight,
     check_shape,
-    check_slot_values,
 )
+from .reference_tasks import check_slot_values
 
 __all__ = ["pack_mask", "packed_masked_conv2d", "packed_masked_linear", "superposition_gradient", "unpack_mask"]
 

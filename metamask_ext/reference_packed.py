@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import DTYPES, _compute_dtype, check_input
+from .reference_tasks import check_slots
 
 _is_batched = torch._C._functorch.is_batchedtensor
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -116,31 +117,6 @@ def check_packed_grad(grad: Tensor, input: Tensor, weight: Tensor) -> None:
         raise ValueError(f"grad must be on the device of weight, {weight.device}, got {grad.device}")
 
 
-def check_slots(slots: Tensor, batch: int, weight: Tensor, tasks: int) -> None:
-    """Refuse slots that do not name a task for each sample."""
-    if not isinstance(slots, Tensor):
-        raise TypeError(f"slots must be a tensor, got {type(slots).__name__}")
-    if slots.dtype != torch.int64:
-        raise TypeError(f"slots must be int64, got {slots.dtype}")
-    if slots.shape != (batch,):
-        raise ValueError(f"slots must be [B] = {[batch]}, got {list(slots.shape)}")
-    if slots.device != weight.device:
-        raise ValueError(f"slots must be on the device of weight, {weight.device}, got {slots.device}")
-    if tasks == 0 and batch > 0:
-        raise ValueError("packed must hold at least one task, got none")
-
-
-def check_slot_values(slots: Tensor, tasks: int) -> None:
-    """Refuse a slot that is no task's, where the values can be seen: not under vmap, not while compiling, not on a GPU."""
-    if torch.compiler.is_compiling() or slots.device.type != "cpu" or is_batched(slots):
-        return
-    for position, slot in enumerate(slots.tolist()):
-        if not 0 <= slot < tasks:
-            raise ValueError(
-                f"slots must be at least 0 and less than the number of tasks, {tasks}, got {slot} at position {position}"
-            )
-
-
 def check_packed_bias(weight: Tensor, bias: Tensor | None, packed_bias: Sequence[Tensor] | None, tasks: int) -> None:
     """Refuse a bias that is not ``[out]``, and masks that do not belong to it."""
     if bias is None:
@@ -174,7 +150,9 @@ def check_packed_linear(
     same way); the number of tasks."""
     tasks = check_packed_weight(weight, packed, groups)
     check_packed_input(input, weight, groups)
-    check_slots(slots, input.shape[0], weight, tasks)
+    check_slots(slots, input, weight)
+    if tasks == 0 and len(slots) > 0:
+        raise ValueError("packed must hold at least one task, got none")
     check_packed_bias(weight, bias, packed_bias, tasks)
     return tasks
 

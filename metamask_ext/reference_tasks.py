@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .reference import check_bias, check_input, check_pair, masked_weight
@@ -58,7 +59,10 @@ def check_masks(masks: Sequence[Tensor], weight: Tensor, name: str = "masks", we
 
 
 def check_slots(slots: Tensor, input: Tensor, weight: Tensor) -> None:
-    """Refuse slots that are not int64 ``[B]`` on the device of ``weight``; their values: :func:`check_slot_values`."""
+    """Refuse slots that are not int64 ``[B]`` on the device of ``weight`` (csrc/checks.h words it the same way).
+
+    Their values: :func:`check_slot_values`.
+    """
     if not isinstance(slots, Tensor):
         raise TypeError(f"slots must be a tensor, got {type(slots).__name__}")
     if slots.dtype != torch.int64:
@@ -70,7 +74,16 @@ def check_slots(slots: Tensor, input: Tensor, weight: Tensor) -> None:
 
 
 def check_slot_values(slots: Tensor, tasks: int) -> None:
-    """Refuse a slot outside ``[0, tasks)``: the first one, by its position."""
+    """Refuse a slot outside ``[0, tasks)``: the first one, by its position.
+
+    Where the values cannot be seen (while compiling, under a vmap over them, on a GPU), each is checked where it is used.
+    """
+    if torch.compiler.is_compiling() or slots.device.type != "cpu":
+        return
+    while functorch.is_gradtrackingtensor(slots):  # torch.func.grad wraps every argument
+        slots = functorch.get_unwrapped(slots)
+    if functorch.is_functorch_wrapped_tensor(slots) or functorch.is_legacy_batchedtensor(slots):
+        return
     for position, slot in enumerate(slots.tolist()):
         if not 0 <= slot < tasks:
             raise ValueError(f"slots must be in [0, {tasks}), got {slot} at position {position}")

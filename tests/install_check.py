@@ -6,10 +6,10 @@ With build isolation and without; without torch; the reference backend; a wrong 
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 import venv
 from pathlib import Path
 
@@ -57,6 +57,12 @@ def expect_success(ran: subprocess.CompletedProcess[str]) -> None:
     expect(ran.returncode == 0, f"{' '.join(map(str, ran.args))} failed:\n{ran.stdout}\n{ran.stderr}")
 
 
+def processor_seconds() -> float:
+    """Of all the processes that ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         # A clean copy: no build folder of an earlier run helps
@@ -81,12 +87,13 @@ def main() -> None:
         ran = environment.pip(str(source), METAMASK_BACKEND="cuda")
         expect("METAMASK_BACKEND=cuda cannot be built" in ran.stdout + ran.stderr, "cuda was not refused for a CPU torch")
 
-        began = time.monotonic()
+        # Of the processors: what else runs on the machine makes the build wait, and costs it little of that.
+        before = processor_seconds()
         expect_success(environment.pip(str(source), METAMASK_BACKEND="cpu"))
-        seconds = time.monotonic() - began
+        seconds = processor_seconds() - before
         environment.works("cpu")
-        print(f"with build isolation: works, {seconds:.0f} s")
-        expect(seconds < 240, f"the build took {seconds:.0f} s, more than 4 minutes")
+        print(f"with build isolation: works, {seconds:.0f} s of processor time")
+        expect(seconds < 480, f"the build took {seconds:.0f} s of processor time, more than 4 minutes on two processors")
 
         expect_success(environment.pip("--force-reinstall", "--no-deps", str(source), METAMASK_BACKEND="reference"))
         environment.works("reference")

@@ -107,6 +107,14 @@ def resolution(dtype: torch.dtype) -> float:
     return {torch.float64: 2e-15, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
 
 
+def opcheck(op: torch._ops.OpOverload, arguments: tuple) -> None:
+    """torch.library.opcheck. AOT autograd, most of its time, is tried with float32 only: types are told apart in the kernels."""
+    tests = ["test_schema", "test_faketensor"]
+    if any(isinstance(one, Tensor) and one.dtype == torch.float32 for one in arguments):
+        tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(op, arguments, test_utils=tests)
+
+
 def assert_close(got: Tensor, expected: Tensor, what: str, scale: Tensor | float = 0.0) -> None:
     """``got`` is the float64 ``expected`` to the resolution of its dtype, element by element.
 

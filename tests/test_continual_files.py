@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
+import continual_processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,99 +20,16 @@ from metamask_ext.continual import CheckpointError, OutputError, TaskLoop, read_
 from metamask_ext.continual.files import locked
 from metamask_ext.nn import MaskedLinear
 
-# Also the program of the processes that are killed: SIGKILL can be aimed at the n-th call of a function that writes.
-PROGRAM = """
-import os, signal, sys
-import torch, torch.nn.functional as F
-from torch import nn
-from metamask_ext.continual import TaskLoop, files
-from metamask_ext.nn import MaskedLinear
-
-out, rounds, victim, nth = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-torch.set_num_threads(1)
-torch.manual_seed(0)
-model = nn.Sequential(MaskedLinear(3, 16), nn.Dropout(0.2), MaskedLinear(16, 1))
-generator = torch.Generator().manual_seed(1)
-tasks = {f"t.{k}": (torch.randn(32, 3, generator=generator), torch.randn(32, 1, generator=generator)) for k in range(4)}
-
-calls = 0
-def deadly(function, before):
-    def call(*arguments):
-        global calls
-        calls += 1
-        if before and calls == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = function(*arguments)
-        if calls == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return call
-if victim == "fsync":
-    os.fsync = deadly(os.fsync, False)
-elif victim == "replace-before":
-    os.replace = deadly(os.replace, True)
-elif victim == "replace-after":
-    os.replace = deadly(os.replace, False)
-elif victim == "write":  # half of a checkpoint is in the temporary file
-    whole = files.write_atomic
-    def half(path, *parts):
-        global calls
-        calls += 1
-        if calls == nth:
-            with open(path.with_name(path.name + ".tmp"), "wb") as file:
-                file.write(b"".join(parts)[:200])
-                file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-        whole(path, *parts)
-    files.write_atomic = half
-
-loop = TaskLoop(
-    model, tasks, F.mse_loss, steps=3, lr=0.02, mask_lr=0.1, momentum=0.9, weight_decay=1e-3, batch_size=8, seed=5, out=out,
-    evaluate=lambda loop: {"seen": float(len(loop.steps_of)), "noise": float(torch.rand(()))}, evaluate_every=3,
-    checkpoint_seconds=0.0, tensorboard=False,
-)
-print("ready", flush=True)
-loop.run(rounds)
-print(loop.resumed, flush=True)
-"""
-
-
-def _program(out: Path, rounds: int, victim: str = "-", nth: int = 0) -> subprocess.Popen:
-    command = [sys.executable, "-c", PROGRAM, str(out), str(rounds), victim, str(nth)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
 
 def test_killed_at_any_moment_ends_as_if_not_killed(tmp_path):
     """SIGKILL between and amid writes, then at random moments; the run that survives all of it equals one left alone."""
-    rounds = 300
+    program = Path(__file__).with_name("continual_processes.py")
+    ran = subprocess.run([sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stderr
     left_alone, killed = tmp_path / "alone", tmp_path / "killed"
-    process = _program(left_alone, rounds)
-    assert process.communicate(timeout=300)[0].split()[-1] == "None" and process.returncode == 0
-
-    # Calls of fsync: of a temporary file, of its folder, of the metrics; in this order after the first checkpoint: metrics first.
-    fsyncs = [("fsync", 7), ("fsync", 8), ("fsync", 9)]
-    for victim, nth in (("write", 1), ("write", 9), *fsyncs, ("replace-before", 9), ("replace-after", 9)):
-        process = _program(killed, rounds, victim, nth)
-        process.communicate(timeout=300)
-        assert process.returncode == -signal.SIGKILL, victim
-    reached = state(killed)["round"]
-    assert 0 < reached < rounds, "the kills hit a run in progress"
-
-    chance = random.Random(0)
-    for _ in range(3):
-        process = _program(killed, rounds)
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(chance.uniform(0.02, 0.2))
-        process.kill()
-        process.communicate(timeout=300)
-    process = _program(killed, rounds)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert int(output.split()[-1]) >= reached
-
     assert_same(state(killed), state(left_alone))
     assert (killed / "metrics.jsonl").read_bytes() == (left_alone / "metrics.jsonl").read_bytes()
-    assert len(read_metrics(killed)) == rounds
+    assert len(read_metrics(killed)) == continual_processes.ROUNDS
     assert sorted(path.name for path in killed.iterdir()) == ["checkpoint.pt", "metrics.jsonl"], "no temporary file is left"
 
 

@@ -14,8 +14,8 @@ import test_ops
 import test_sgd_ops
 import test_weight_list
 import torch
-from emulated import bring, emulator, in_the_emulator  # noqa: F401  fixtures
-from samples import DTYPES, GATES, Sample
+from emulated import FORWARD, RANDOM_WARPS, bring, emulator, in_the_emulator  # noqa: F401  fixtures
+from samples import DTYPES, GATES, SMALL, Sample, ids, wider
 from torch.profiler import ProfilerActivity, profile
 
 from metamask_ext import _ops
@@ -23,7 +23,6 @@ from metamask_ext import _ops
 # Those that test what only the CPU's kernels have are left out.
 ON_EVERY_DEVICE = {
     test_ops: (
-        "test_forward_and_derivatives_equal_the_reference",
         "test_result_and_gradient_may_have_another_16_or_32_bit_type",
         "test_answers_worked_out_by_hand",
         "test_large_and_infinite_logits_give_exactly_0_and_1",
@@ -43,7 +42,6 @@ ON_EVERY_DEVICE = {
         "test_derivatives_of_a_list_to_the_fourth_order_equal_plain_torch",
     ),
     test_linear_ops: (
-        "test_output_and_gradients_equal_the_reference",
         "test_any_strides",
         "test_float32_parameters_with_a_16_bit_product",
         "test_16_bit_gradient_of_the_input_is_as_accurate_as_a_dense_layers",
@@ -58,14 +56,62 @@ ON_EVERY_DEVICE = {
         "test_a_gradient_that_is_not_needed_is_not_given_and_does_not_move",
     ),
     test_autograd: (
-        "test_masked_weight_gradcheck_and_gradgradcheck",
-        "test_masked_linear_gradcheck_and_gradgradcheck",
         "test_derivatives_to_the_fourth_order_equal_plain_torch",
         "test_gradients_in_every_dtype_equal_the_float64_formula",
     ),
 }
 for module, names in ON_EVERY_DEVICE.items():
     bring(globals(), module, names)
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+# The gate is in the arithmetic, the schedule decides which thread comes first.
+each_way = pytest.mark.parametrize(
+    ("gate", "schedule"), [(GATES[1], FORWARD), (GATES[3], RANDOM_WARPS)], ids=["sigmoid-forward", "hard-random-warps"]
+)
+# As in samples.py; the emulator takes a thousand times longer, and several blocks are enough.
+WEIGHTS = (
+    *SMALL,
+    Sample("37x129", (37, 129)),
+    Sample("logits-to-1e4", (5, 33), scale=1e4),
+    Sample("37x129-wider", (37, 129), wider),
+)
+
+
+@each_way
+@each_dtype
+@pytest.mark.parametrize("sample", WEIGHTS, ids=ids(WEIGHTS))
+def test_forward_and_derivatives_equal_the_reference(emulator, sample, dtype, gate, schedule):  # noqa: F811
+    emulator.set(schedule, 1)
+    test_ops.check_forward(sample, gate, dtype, "cpu")
+    test_ops.check_backward(sample, gate, dtype, "cpu")
+    test_ops.check_double_backward(sample, gate, dtype, "cpu")
+
+
+@pytest.mark.parametrize(
+    "sample", [sample for sample in SMALL if sample.name in ("2x3", "mask-wider", "conv")], ids=lambda s: s.name
+)
+def test_masked_weight_gradcheck_and_gradgradcheck(sample):
+    test_autograd.test_masked_weight_gradcheck_and_gradgradcheck(sample, 0.5, "cpu")
+
+
+def test_masked_linear_gradcheck_and_gradgradcheck():
+    test_autograd.test_masked_linear_gradcheck_and_gradgradcheck(0.5, "cpu")
+
+
+# As in test_linear_ops.py: what the kernels for small batches take, what goes by theta and a product, nothing at all
+LINEAR = {
+    "3-d": ((2, 3, 17), 33),
+    "batch 40": ((40, 33), 70),
+    **{name: test_linear_ops.SHAPES[name] for name in ("1x1x1", "vector", "no batch", "no input", "no output")},
+}
+
+
+@each_way
+@each_dtype
+@pytest.mark.parametrize("case", LINEAR.values(), ids=LINEAR.keys())
+def test_output_and_gradients_equal_the_reference(emulator, case, dtype, gate, schedule):  # noqa: F811
+    emulator.set(schedule, 1)
+    test_linear_ops.check(*case, gate, dtype)
 
 
 SMALLEST = Sample("2x9", (2, 9))
@@ -107,12 +153,13 @@ FUSED = {
     "blocks share, ragged": ((17, 531), 300),
 }
 each_fused = pytest.mark.parametrize("case", FUSED.values(), ids=FUSED.keys())
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
+@pytest.mark.parametrize("schedule", [FORWARD, RANDOM_WARPS], ids=["forward", "random-warps"])
 @each_fused
 @each_dtype
-def test_linear_of_a_small_batch(case, dtype):
+def test_linear_of_a_small_batch(emulator, case, dtype, schedule):  # noqa: F811
+    emulator.set(schedule, 1)
     test_linear_ops.check(*case, GATES[1], dtype)
 
 
@@ -158,11 +205,13 @@ def test_a_small_batch_takes_no_gemm_and_a_large_one_does(batch, products):
     assert aten_products(lambda: _ops.masked_linear_backward(grad, *arguments, *GATES[0])) == products[1]
 
 
-def test_sums_of_blocks_are_added_in_one_order():
-    *arguments, grad = test_linear_ops.inputs((17, 531), 300, torch.float32)
+def test_sums_of_blocks_are_added_in_one_order(emulator):  # noqa: F811
+    *arguments, grad = test_linear_ops.inputs((17, 531), 40, torch.float32)
 
-    def run():
+    def run(schedule, seed):
+        emulator.set(schedule, seed)
         return [_ops.masked_linear(*arguments, *GATES[0]), *_ops.masked_linear_backward(grad, *arguments, *GATES[0])]
 
-    first = run()
-    assert all(torch.equal(one, other) for _ in range(2) for one, other in zip(first, run()))
+    first = run(FORWARD, 1)
+    for seed in (1, 2):
+        assert all(torch.equal(one, other) for one, other in zip(first, run(RANDOM_WARPS, seed)))

@@ -5,15 +5,8 @@ from __future__ import annotations
 import pytest
 import test_packed
 import torch
-from emulated import FORWARD, RANDOM_WARPS, bring, emulator  # noqa: F401  a fixture
+from emulated import FORWARD, RANDOM_WARPS, bring, emulator, in_the_emulator  # noqa: F401  fixtures
 from samples import DTYPES
-
-
-@pytest.fixture(autouse=True)
-def _in_the_emulator(emulator):  # noqa: F811
-    with emulator.running(FORWARD):
-        yield
-
 
 bring(
     globals(),

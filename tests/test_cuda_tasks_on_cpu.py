@@ -6,25 +6,16 @@ import pytest
 import test_task_conv
 import test_task_linear
 import torch
-from emulated import FORWARD, RANDOM_WARPS, bring, emulator  # noqa: F401  a fixture
+from emulated import FORWARD, RANDOM_WARPS, bring, emulator, in_the_emulator  # noqa: F401  fixtures
 from samples import DTYPES, GATES
 
 from metamask_ext import mixed
-
-
-@pytest.fixture(autouse=True)
-def _in_the_emulator(emulator):  # noqa: F811
-    with emulator.running(FORWARD):
-        yield
-
 
 bring(
     globals(),
     test_task_linear,
     (
-        "test_a_bias_without_masks",
         "test_float32_parameters_with_a_16_bit_product",
-        "test_a_cotangent_that_is_not_there_is_zero",
         "test_some_cotangents_of_a_list_of_masks",
         "test_absent_tasks_get_zeros_and_the_others_do_not",
         "test_values_that_are_not_finite_stay_in_their_row_and_task",
@@ -65,6 +56,15 @@ def test_output_and_gradients_equal_plain_torch(emulator, case, dtype, gate, sta
 def test_second_gradients_equal_plain_torch(emulator, case, dtype, gate, stacked, schedule):  # noqa: F811
     emulator.set(schedule, 1)
     test_task_linear.check_double_backward(case, gate, dtype, stacked)
+
+
+def test_a_cotangent_that_is_not_there_is_zero():
+    test_task_linear.check_absent_cotangents(test_task_linear.Batch(CASES["groups"], torch.float64, False))
+
+
+def test_a_bias_without_masks():
+    for case in ("several windows", "groups share"):
+        test_task_linear.check_without_bias_masks(CASES[case])
 
 
 def test_without_a_bias():

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,23 +21,35 @@ OWN_FILES = ["feature-weights", "universality", "navigation-2d"]
 """Experiments that are tested in files of their own."""
 HERE = [name for name in EXPERIMENTS if name not in OWN_FILES]
 
+# The runs are made once, so by one worker.
+pytestmark = pytest.mark.xdist_group("experiments")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("experiments")
 
 
+class QuickRuns(dict):
+    """Each experiment's quick run, made once, when it is asked for; without a network: the digits are the same everywhere."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, name: str) -> dict:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(digits, "_download", lambda mnist, root: "not tried in tests")
+            patch.setattr(characters, "try_download", lambda url, download: "not tried in tests")
+            patch.setenv("METAMASK_DATA", str(self.folder / "data"))
+            threads = torch.get_num_threads()
+            self[name] = run(name, self.folder / name, 0, quick=True)
+            assert torch.get_num_threads() == threads
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def results(folder):
-    """Each experiment's quick run, once; without a network, so that the digits are the same everywhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "_download", lambda mnist, root: "not tried in tests")
-        patch.setattr(characters, "try_download", lambda url, download: "not tried in tests")
-        patch.setenv("METAMASK_DATA", str(folder / "data"))
-        threads = torch.get_num_threads()
-        made = {name: run(name, folder / name, 0, quick=True) for name in HERE}
-        assert torch.get_num_threads() == threads
-    return made
+    return QuickRuns(folder)
 
 
 def _mean(metrics: dict, kind: str, method: str, name: str) -> float:
@@ -230,6 +241,25 @@ def test_folder_with_foreign_results(tmp_path):
         run("linear", tmp_path, 0, quick=True)
 
 
+# The command, which does not download digits either, and dies when a file has been written.
+KILLED = """
+import os, signal, sys
+from metamask_ext.cli import main
+from metamask_ext.tasks import digits
+
+digits._download = lambda mnist, root: "not tried in tests"
+file, replace = sys.argv.pop(1), os.replace
+
+def deadly(source, target):
+    replace(source, target)
+    if str(target).endswith(file):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = deadly
+main()
+"""
+
+
 @pytest.mark.parametrize(
     ("name", "file"),
     [("linear", "seed-0/shared/checkpoint.pt"), ("supsup", "bank/bank.json"), ("maml-sine", "seed-0/weights.json")],
@@ -239,20 +269,9 @@ def test_killed_run_continues(results, folder, tmp_path, capsys, monkeypatch, na
     out = tmp_path / "killed"
     monkeypatch.setenv("METAMASK_DATA", str(folder / "data"))
     monkeypatch.setattr(digits, "_download", lambda mnist, root: "not tried in tests")
-    # The other process does not download digits either.
-    program = (
-        "from metamask_ext.tasks import digits; digits._download = lambda mnist, root: 'not tried in tests'; "
-        "from metamask_ext.cli import main; main()"
-    )
-    command = [sys.executable, "-c", program, "run", name, "--out", str(out), "--seed", "0", "--quick"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for _ in range(3000):
-        if (out / file).exists() or process.poll() is not None:
-            break
-        time.sleep(0.02)
-    process.kill()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, output.decode()
+    command = [sys.executable, "-c", KILLED, file, "run", name, "--out", str(out), "--seed", "0", "--quick"]
+    killed = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout
     assert not (out / "metrics.json").exists()
 
     again = run(name, out, 0, quick=True)

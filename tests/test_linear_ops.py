@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samples import DEVICES, DTYPES, GATE_IDS, GATES, offset, transposed, wider
+from samples import DEVICES, DTYPES, GATE_IDS, GATES, offset, opcheck, transposed, wider
 from torch.profiler import ProfilerActivity, profile
 
 import metamask_ext as mm
@@ -191,17 +191,18 @@ def test_the_same_numbers_every_time_for_a_number_of_threads():
             assert all(torch.equal(one, other) for one, other in zip(first, again))
 
 
+@pytest.mark.once
 @each_device
 @each_dtype
 def test_opcheck(dtype, device):
     for shape, out in (((2, 3, 5), 4), ((3, 5), 4), ((5,), 4)):
         *arguments, grad = inputs(shape, out, dtype, device)
         x, w, m, b, _ = arguments
-        torch.library.opcheck(torch.ops.metamask.masked_linear.default, (*arguments, SIGMOID, 1.0))
-        torch.library.opcheck(torch.ops.metamask.masked_linear.default, (x, w, m, None, None, SIGMOID, 1.0))
-        torch.library.opcheck(torch.ops.metamask.masked_linear_backward.default, (grad, *arguments, SIGMOID, 1.0, (True,) * 5))
+        opcheck(torch.ops.metamask.masked_linear.default, (*arguments, SIGMOID, 1.0))
+        opcheck(torch.ops.metamask.masked_linear.default, (x, w, m, None, None, SIGMOID, 1.0))
+        opcheck(torch.ops.metamask.masked_linear_backward.default, (grad, *arguments, SIGMOID, 1.0, (True,) * 5))
         needs = (False, True, False, True, False)
-        torch.library.opcheck(torch.ops.metamask.masked_linear_backward.default, (grad, x, w, m, b, None, SIGMOID, 1.0, needs))
+        opcheck(torch.ops.metamask.masked_linear_backward.default, (grad, x, w, m, b, None, SIGMOID, 1.0, needs))
 
 
 def largest_allocation(function):

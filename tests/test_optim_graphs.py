@@ -130,6 +130,7 @@ def test_frozen_parameters(frozen, settings):
     assert FUSED[0] in compare(mlp, settings, prepare=prepare)
 
 
+@pytest.mark.once
 @each_setting
 def test_a_compiled_model(settings):
     ours, theirs = mlp(), mlp()

@@ -286,6 +286,7 @@ def test_no_theta_is_allocated():
     assert largest_allocation(lambda: ops.packed_superposition_gradient(grad, x, w, packed, 1)) < size / 4
 
 
+@pytest.mark.once
 @each_form
 def test_opcheck(stacked):
     for shape in (([0, 2], (), 1, 4, 9, 3), ([1, 1, 0], (2,), 2, 4, 5, 2)):
@@ -310,13 +311,21 @@ def linear(input=X, slots=SLOTS, weight=W, packed=P, bias=B, packed_bias=PB):
     return mm.packed_masked_linear(input, slots, weight, packed, bias, packed_bias)
 
 
-LEAST = "slots must be at least 0 and less than the number of tasks, 3, got"
+RANGE = r"slots must be in \[0, 3\), got"
 REFUSED = {
-    "slot too large": (ValueError, rf"{LEAST} 3 at position 1", lambda: linear(slots=torch.tensor([0, 3]))),
-    "slot negative": (ValueError, rf"{LEAST} -1 at position 0", lambda: linear(slots=torch.tensor([-1, 0]))),
+    "slot too large": (ValueError, rf"{RANGE} 3 at position 1", lambda: linear(slots=torch.tensor([0, 3]))),
+    "slot negative": (ValueError, rf"{RANGE} -1 at position 0", lambda: linear(slots=torch.tensor([-1, 0]))),
     "slots dtype": (TypeError, "slots must be int64, got", lambda: linear(slots=SLOTS.int())),
-    "slots shape": (ValueError, r"slots must be \[B\] = \[2\], got \[3\]", lambda: linear(slots=torch.tensor([0, 1, 2]))),
-    "slots 2-d": (ValueError, r"slots must be \[B\] = \[2\], got \[2, 1\]", lambda: linear(slots=SLOTS[:, None])),
+    "slots shape": (
+        ValueError,
+        r"slots must be \[B\] = \[2\] as in input \[2, 9\], got \[3\]",
+        lambda: linear(slots=torch.tensor([0, 1, 2])),
+    ),
+    "slots 2-d": (
+        ValueError,
+        r"slots must be \[B\] = \[2\] as in input \[2, 9\], got \[2, 1\]",
+        lambda: linear(slots=SLOTS[:, None]),
+    ),
     "slots list": (TypeError, "slots must be a tensor, got list", lambda: linear(slots=[0, 2])),
     "slots device": (ValueError, "slots must be on the device of weight, cpu, got meta", lambda: linear(slots=SLOTS.to("meta"))),
     "packed dtype": (TypeError, "packed must be uint8, as pack_mask gives it, got", lambda: linear(packed=P.int())),
@@ -396,7 +405,7 @@ def test_bad_input_is_refused_with_the_arguments_name(name):
 def test_raw_ops_refuse_what_does_not_fit():
     """The op's own checks: the functions reach some of them in Python first."""
     args = (X, SLOTS, W, [P], B, [PB], 1)
-    with pytest.raises(ValueError, match=rf"{LEAST} 7 at position 1"):
+    with pytest.raises(ValueError, match=rf"{RANGE} 7 at position 1"):
         ops.packed_masked_linear(X, torch.tensor([0, 7]), *args[2:])
     with pytest.raises(ValueError, match=r"packed\[0\] must be \[out, ceil\(in / 8\)\], a task's being \[4, 2\], got \[4, 1\]"):
         ops.packed_masked_linear(X, SLOTS, W, [P[0, :, :1], P[1]], None, None, 1)

@@ -168,6 +168,7 @@ def test_forward_mode_ad():
     torch.testing.assert_close(tangent, linear(SLOTS)(x, 2 * w, torch.zeros_like(b)), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_backward_through_a_compiled_forward_equals_eager(backend):
     results = []
@@ -179,6 +180,7 @@ def test_backward_through_a_compiled_forward_equals_eager(backend):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.once
 def test_pack_mask_compiles():
     logits = torch.randn(3, 17)
     got = torch.compile(lambda m: mm.unpack_mask(mm.pack_mask(m), m.shape), backend="aot_eager", fullgraph=True)(logits)

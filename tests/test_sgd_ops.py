@@ -90,6 +90,7 @@ def test_a_gradient_that_is_not_needed_is_not_given_and_does_not_move(device):
     assert got == (None,) * 5 and torch.equal(m, start)
 
 
+@pytest.mark.once
 @each_device
 def test_opcheck(device):
     x, w, m, b, bm, grad = inputs((3, 5), 4, torch.float32, device)

@@ -193,6 +193,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_torch_func_transforms_equal_those_of_plain_torch(name):
     got, expected = (flat(TRANSFORMS[name](f, *transform_inputs())) for f in (loss, manual_loss))
@@ -218,8 +219,12 @@ def test_a_negative_slot_does_not_count_from_the_end_where_nobody_can_look_at_it
             torch.func.vmap(loss, (None, None, 0, 0))(w, m, x[:, None], slots[:, None])
         with pytest.raises((IndexError, RuntimeError), match="out of (range|bounds)"):
             torch.compile(loss, backend="eager", fullgraph=True)(w, m, x, slots)
+        # Under a transform of something else it can be looked at.
+        with pytest.raises(ValueError, match=rf"slots must be in \[0, 3\), got {wrong} at position 1"):
+            torch.func.grad(loss)(w, m, x, slots)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_forward_and_backward_equal_eager(backend):
     compiled = torch.compile(loss, backend=backend, fullgraph=True, dynamic=False)

@@ -132,6 +132,7 @@ def test_an_empty_batch():
     assert all(bool((tensor.grad == 0).all()) for tensor in (x, w, m, b, bm))
 
 
+@pytest.mark.once
 def test_transforms_and_torch_compile():
     x, w, m, b, bm = inputs("groups")
 

@@ -163,7 +163,8 @@ struct Arguments : PackedArguments {
   Arguments(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, at::TensorList packed_list,
             const OptionalTensor& bias, const OptionalList& packed_bias_list, int64_t groups)
       : PackedArguments(input, slots, weight, packed_list, bias, packed_bias_list, groups) {
-    check_slot_values(slots, packed.tasks());
+    const auto values = slots.accessor<int64_t, 1>();
+    for (int64_t i = 0; i < values.size(0); ++i) check_slot(values[i], packed.tasks(), i);
   }
 };
 

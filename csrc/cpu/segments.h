@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../checks.h"
 #include "panels.h"
 
 namespace metamask::cpu {
@@ -20,7 +21,7 @@ class Segments {
     const int64_t* slot = slots.const_data_ptr<int64_t>();
     int64_t used = 0;
     for (int64_t i = 0; i < samples; ++i) {
-      TORCH_CHECK_VALUE(slot[i] >= 0 && slot[i] < tasks, "slots must be in [0, ", tasks, "), got ", slot[i], " at position ", i);
+      check_slot(slot[i], tasks, i);
       used += counts_[slot[i]]++ == 0;
       sorted = sorted && (i == 0 || slot[i - 1] <= slot[i]);
     }
