@@ -76,7 +76,7 @@ def test_activations_stay_nonnegative(built, monkeypatch):
     lowest = []
 
     def relu(z):
-        lowest.append(float(z.min()))
+        lowest.append(float(z.detach().min()))
         return torch.where(z >= 0, z, 0)
 
     monkeypatch.setattr(one_step_learner, "_relu", relu)
