@@ -203,6 +203,7 @@ def test_what_is_written(results, folder, name):
 
 
 def test_finished_run_is_shown_not_repeated(results, folder, capsys):
+    assert results["linear"] and capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in (folder / "linear").rglob("*")}
     assert run("linear", folder / "linear", 0, quick=True) == results["linear"]
     shown = capsys.readouterr().out
@@ -219,6 +220,7 @@ def test_finished_run_is_shown_not_repeated(results, folder, capsys):
     ],
 )
 def test_folder_of_another_run(results, folder, name, seed, quick, message):
+    assert results["linear"]
     before = (folder / "linear" / "metrics.json").read_bytes()
     with pytest.raises(CheckpointError, match=message):
         run(name, folder / "linear", seed, quick)
@@ -226,6 +228,7 @@ def test_folder_of_another_run(results, folder, name, seed, quick, message):
 
 
 def test_other_settings(results, folder, monkeypatch):
+    assert results["linear"]
     monkeypatch.setitem(linear.OPTIONS, "lr", 0.02)
     with pytest.raises(CheckpointError, match=r"settings\.lr was 0\.01, now 0\.02"):
         run("linear", folder / "linear", 0, quick=True)
