@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..meta import MAML
 from ..tasks.fourier import fourier_features, fourier_tasks, grid
 from .feature_weights_report import GROUPS, answers, figures, members_of
 from .feature_weights_theory import aliased_pair, min_norm
-from .output import Output, Scores, first_seeds, json_bytes, one_thread, read_json
+from .output import Output, Scores, first_seeds, one_thread
 
 FEATURES, TRUE = 501, 11
 """The weighted features, and how many of them the signals use: the constant and five frequencies."""
@@ -79,13 +80,8 @@ def _work(output: Output, seeds: Sequence[int], settings: dict[str, Any]) -> dic
     found: dict[str, list[dict[str, Any]]] = {part: [] for part in (*PARTS, "regression", "classification")}
     for number in seeds:
         for part in found:
-            # A killed run goes on with the first part that has no file.
-            path = output.folder / f"seed-{number}" / f"{part.replace(', ', '-').replace(' ', '-')}.json"
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                measured = _meta_learned(part, number, settings) if part in PARTS else _baselines(part, number, settings)
-                write_atomic(path, json_bytes(measured))
-            found[part].append(read_json(path))
+            measure = _meta_learned if part in PARTS else _baselines
+            found[part].append(output.piece(number, part, partial(measure, part, number, settings)))
 
     toy = aliased_pair()
     more = {"toy": toy, "curves": {part: [run["curves"] for run in runs] for part, runs in found.items()}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..continual.files import write_atomic
 from ..meta import MAML
 from ..nn import MaskedConv2d, MaskedLinear
 from ..tasks import Characters, few_shot_tasks, load_characters
-from .methods import seeded
-from .output import Output, Scores, json_bytes, new_figure, one_thread, plot_seeds, read_json
+from .methods import descend, seeded
+from .output import Output, Scores, new_figure, one_thread, plot_seeds
 
 # What each method adapts, at which inner rate, of a few that were tried. The gradient of a mask is that of theta times
 # W * s * (1 - s), which is small: hence its larger rate. 0.4 is the paper's.
@@ -89,12 +89,8 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     found: dict[str, dict[str, dict[str, list[float]]]] = {method: {} for method in [*METHODS, "pixels"]}
     for setting, numbers in settings.items():
         for method in found:
-            # A killed run goes on with the first method that has no file.
-            path = out / f"seed-{seed}" / f"{setting}, {method}.json".replace(", ", "-").replace(" ", "-")
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                write_atomic(path, json_bytes(_measured(method, numbers, data, seed)))
-            found[method][setting] = read_json(path)
+            measured = output.piece(seed, f"{setting}, {method}", partial(_measured, method, numbers, data, seed))
+            found[method][setting] = measured
             output.say(f"{setting}, {method}: {found[method][setting]['accuracy'][-1]:.1f} %")
 
     def column(setting: str) -> str:
@@ -125,15 +121,12 @@ def _measured(method: str, numbers: dict[str, int], data: Characters, seed: int)
     chosen = METHODS[method]
     model = seeded(seed, lambda: network(chosen["masked"], numbers["ways"], OPTIONS["filters"]))
     maml = MAML(model, chosen["inner_lr"], OPTIONS["inner_steps"], chosen["adapt"], chosen["first_order"])
-    optimizer = torch.optim.Adam(model.parameters(), OPTIONS["lr"])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, numbers["iterations"])
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(numbers["iterations"]):
-        support, query = few_shot_tasks(data.train, numbers["tasks"], *_sizes(numbers), generator)
-        optimizer.zero_grad()
-        maml(F.cross_entropy, support, query).backward()
-        optimizer.step()
-        schedule.step()
+
+    def drawn() -> Tensor:
+        return maml(F.cross_entropy, *few_shot_tasks(data.train, numbers["tasks"], *_sizes(numbers), generator))
+
+    descend(model.parameters(), OPTIONS["lr"], numbers["iterations"], drawn)
 
     def logits(support: tuple[Tensor, Tensor], x: Tensor) -> list[Tensor]:
         parameters = maml.adapt(F.cross_entropy, support, steps=0)

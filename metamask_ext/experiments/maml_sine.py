@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..continual.files import write_atomic
 from ..meta import MAML
 from ..nn import MaskedLinear
 from ..tasks import SineTasks, sine_tasks
-from .methods import seeded
-from .output import STYLES, Output, Scores, first_seeds, json_bytes, new_figure, one_thread, plot_seeds, read_json
+from .methods import descend, seeded
+from .output import STYLES, Output, Scores, first_seeds, new_figure, one_thread, plot_seeds
 
 # What each method adapts, at which inner rate, of a few that were tried: 0.01 is the paper's, and better for the plain net than
 # 0.03; with 0.1 weights diverge. The gradient of a mask is that of theta times W * s * (1 - s), which is small: hence its larger
@@ -81,13 +81,7 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for number in seeds:
         for method in methods:
-            # A killed run goes on with the first method that has no file.
-            path = out / f"seed-{number}" / f"{method}.json"
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                measured = _measured(method, number, options)
-                write_atomic(path, json_bytes(measured))
-            found[method].append(read_json(path))
+            found[method].append(output.piece(number, method, partial(_measured, method, number, options)))
 
     scores: Scores = {method: {} for method in methods}
     intervals: dict[str, dict[str, float]] = {method: {} for method in methods}
@@ -133,15 +127,11 @@ def _measured(method: str, seed: int, options: dict[str, Any]) -> dict[str, Any]
 def _train(
     model: nn.Module, loss: Callable[[SineTasks, Tensor, Tensor], Tensor], generator: torch.Generator, options: dict[str, Any]
 ) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), options["lr"])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options["iterations"])
-    for _ in range(options["iterations"]):
+    def drawn() -> Tensor:
         tasks = sine_tasks(options["tasks"], generator)
-        x, y = tasks.samples(2 * options["shots"], generator)
-        optimizer.zero_grad()
-        loss(tasks, x, y).backward()
-        optimizer.step()
-        schedule.step()
+        return loss(tasks, *tasks.samples(2 * options["shots"], generator))
+
+    descend(model.parameters(), options["lr"], options["iterations"], drawn)
 
 
 def _told(tasks: SineTasks, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,17 @@ from ..continual import TaskLoop, read_metrics
 
 Model = TypeVar("Model", bound=nn.Module)
 Data = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def descend(parameters: Iterable[Tensor], lr: float, iterations: int, loss: Callable[[], Tensor]) -> None:
+    """Minimise ``loss()``, which draws its own data, by Adam with a cosine schedule from ``lr`` to 0."""
+    optimizer = torch.optim.Adam(parameters, lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    for _ in range(iterations):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        schedule.step()
 
 
 @dataclass

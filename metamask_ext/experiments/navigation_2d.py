@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..continual.files import write_atomic
 from ..meta import MAML
 from .methods import seeded
-from .output import STYLES, Output, Scores, first_seeds, json_bytes, new_figure, one_thread, plot_seeds, read_json
+from .output import STYLES, Output, Scores, first_seeds, new_figure, one_thread, plot_seeds
 
 # The gradient of a mask is that of theta times W * s * (1 - s), which is small: hence its larger rate. 5 learns more slowly.
 METHODS: dict[str, dict[str, Any]] = {
@@ -83,12 +83,7 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in LABELS}
     for number in seeds:
         for method in LABELS:
-            # A killed run goes on with the first method that has no file.
-            path = out / f"seed-{number}" / f"{method}.json"
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                write_atomic(path, json_bytes(_measured(method, number, options)))
-            found[method].append(read_json(path))
+            found[method].append(output.piece(number, method, partial(_measured, method, number, options)))
 
     scores: Scores = {method: {} for method in LABELS}
     intervals: dict[str, dict[str, float]] = {method: {} for method in LABELS}

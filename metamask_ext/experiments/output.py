@@ -7,7 +7,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,14 @@ class Output:
             table.add_row(method, *(_cell(numbers[key]) if key in numbers else "-" for key in columns))
         self.console.print(table)
         self.say(f"budget: {metrics['budget']}")
+
+    def piece(self, seed: int, name: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """What ``measure()`` gives, JSON values; kept in ``seed-<seed>/<name>.json``, so that a killed run goes on behind it."""
+        path = self.folder / f"seed-{seed}" / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, json_bytes(measure()))
+        return read_json(path)
 
     def say(self, text: str) -> None:
         """Print a line."""

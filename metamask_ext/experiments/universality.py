@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..continual.files import write_atomic
 from ..meta import MAML
 from ..nn import MaskedLinear
 from ..tasks import SineTasks, sine_tasks
-from .methods import seeded
+from .methods import descend, seeded
 from .one_step_learner import OneStepLearner
-from .output import Output, Scores, first_seeds, json_bytes, new_figure, one_thread, plot_seeds, read_json
+from .output import Output, Scores, first_seeds, new_figure, one_thread, plot_seeds
 
 METHODS: dict[str, dict[str, Any]] = {
     "maml": {"masked": False, "adapt": "weights", "inner_lr": 0.01},
@@ -111,12 +110,7 @@ def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in work}
     for number in seeds:
         for name, measure in work.items():
-            # A killed run goes on with the first piece of work that has no file.
-            path = out / f"seed-{number}" / f"{name.replace(' ', '-')}.json"
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                write_atomic(path, json_bytes(measure(seed=number)))
-            found[name].append(read_json(path))
+            found[name].append(output.piece(number, name, partial(measure, seed=number)))
     construction = construct(seed)
 
     trained = options["inner_steps"]
@@ -158,16 +152,15 @@ Learner = Callable[[SineTasks, Support, Tensor], list[Tensor]]
 
 def _train(model: nn.Module, loss: Loss, seed: int, iterations: int, options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), options["lstm_lr" if isinstance(model, RecurrentLearner) else "lr"])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     shots = options["shots"]
-    for _ in range(iterations):
+
+    def drawn() -> Tensor:
         tasks = sine_tasks(options["tasks"], generator)
         x, y = tasks.samples(2 * shots, generator)
-        optimizer.zero_grad()
-        loss(tasks, (x[:, :shots], y[:, :shots]), (x[:, shots:], y[:, shots:])).backward()
-        optimizer.step()
-        schedule.step()
+        return loss(tasks, (x[:, :shots], y[:, :shots]), (x[:, shots:], y[:, shots:]))
+
+    lr = options["lstm_lr" if isinstance(model, RecurrentLearner) else "lr"]
+    descend(model.parameters(), lr, iterations, drawn)
 
 
 def _method(method: str, seed: int, options: dict[str, Any]) -> dict[str, Any]:
