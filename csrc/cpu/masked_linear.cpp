@@ -7,12 +7,6 @@
 namespace metamask::cpu {
 namespace {
 
-template <class T>
-const ProductKernels<T>& product_kernels() {
-  if constexpr (sizeof(T) == 8) return products().float64;
-  else return products().float32;
-}
-
 // What a tile of theta may take, and one of its rows, in bytes.
 struct TileBytes {
   int64_t tile, row;
@@ -31,9 +25,6 @@ TileBytes backward_tile(int64_t batch, int64_t row_bytes) {
   const int64_t row = std::min(row_bytes, cache / (few ? 64 : 128));
   return {std::max(cache / 16, row * (few ? 8 : 16)), row};
 }
-
-template <class T>
-constexpr Type kType = sizeof(T) == 8 ? Type::kFloat64 : Type::kFloat32;
 
 template <class T>
 struct Linear {

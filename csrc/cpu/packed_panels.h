@@ -135,10 +135,4 @@ struct GroupedWeight {
   }
 };
 
-template <class T>
-const ProductKernels<T>& product_kernels() {
-  if constexpr (sizeof(T) == 8) return products().float64;
-  else return products().float32;
-}
-
 }  // namespace metamask::cpu

@@ -25,6 +25,15 @@ inline const Products& products() {
   return kProducts_default;
 }
 
+template <class T>
+const ProductKernels<T>& product_kernels() {
+  if constexpr (sizeof(T) == 8) return products().float64;
+  else return products().float32;
+}
+
+template <class T>
+constexpr Type kType = sizeof(T) == 8 ? Type::kFloat64 : Type::kFloat32;
+
 inline int64_t second_level_cache() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const int64_t bytes = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 0);

@@ -15,15 +15,6 @@ int64_t tile_bytes(int64_t tiles) { return second_level_cache() / (8 * tiles); }
 constexpr int64_t kForwardRow = 64 * 1024, kBackwardRow = 4 * 1024;
 
 template <class T>
-constexpr Type kType = sizeof(T) == 8 ? Type::kFloat64 : Type::kFloat32;
-
-template <class T>
-const ProductKernels<T>& product_kernels() {
-  if constexpr (sizeof(T) == 8) return products().float64;
-  else return products().float32;
-}
-
-template <class T>
 T* offset(T* base, int64_t elements) {
   return base == nullptr ? nullptr : base + elements;
 }
