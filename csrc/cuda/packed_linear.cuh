@@ -118,8 +118,9 @@ __global__ void __launch_bounds__(kBlock)
   SHARED(const uint8_t*, masks, [kRoom]);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
   const int64_t in = sizes.in, group = blockIdx.z, group_end = (group + 1) * sizes.group_out();
-  const int64_t strips = (in + kStrip - 1) / kStrip, first_column = int64_t(blockIdx.x) % strips * kStrip;
-  const int64_t column = first_column + kChunk * g, window = int64_t(blockIdx.x) / strips * kRoom;
+  // The windows of a strip run side by side, so that it comes from memory once.
+  const int64_t windows = (sizes.rows + kRoom - 1) / kRoom, window = int64_t(blockIdx.x) % windows * kRoom;
+  const int64_t first_column = int64_t(blockIdx.x) / windows * kStrip, column = first_column + kChunk * g;
   const int count = int(sizes.rows - window < kRoom ? sizes.rows - window : kRoom);
   const int64_t first = group * sizes.group_out() + blockIdx.y * rows_each;
   const int64_t last = first + rows_each < group_end ? first + rows_each : group_end;
