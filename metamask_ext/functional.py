@@ -18,8 +18,10 @@ from torch.autograd import Function, forward_ad
 from . import _ops, reference
 from ._build import BACKEND
 from .autograd import MaskedLinear, MaskedWeight
+from .autograd_conv import MaskedConv2d
+from .autograd_conv import masked_conv2d as _conv2d_product
 from .autograd_list import MaskedWeightList
-from .reference import check_bias, check_input, check_linear, check_pair, check_pairs, resolve_gate
+from .reference import check_bias, check_input, check_linear, check_pair, check_pairs, conv2d_size, resolve_gate
 
 __all__ = ["masked_conv2d", "masked_linear", "masked_weight"]
 
@@ -29,6 +31,7 @@ _is_compiling = torch.compiler.is_compiling
 # Function.apply without what it does for torch.func, where these are not called: a tenth of a small layer's forward and backward
 _apply_linear: Any = super(Function, MaskedLinear).apply
 _apply_weight: Any = super(Function, MaskedWeight).apply
+_apply_conv2d: Any = super(Function, MaskedConv2d).apply
 # One call instead of four where autocast is off
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _functorch_level = torch._C._functorch.maybe_current_level
@@ -226,8 +229,43 @@ def masked_conv2d(
         return reference.masked_conv2d(
             input, weight, mask_logits, bias, bias_mask_logits, stride, padding, dilation, groups, number, parameter
         )
-    theta, bias = _masked_parameters(weight, mask_logits, bias, bias_mask_logits, number, parameter)
+    parameters = (weight, mask_logits, bias, bias_mask_logits)
+    if groups == 1 and (geometry := _product_geometry(input, weight, mask_logits, stride, padding, dilation)) is not None:
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (input, *parameters)):
+            return _apply_conv2d(input, *parameters, number, parameter, geometry)
+        return _conv2d_product(input, *parameters, number, parameter, *geometry)[0]
+    theta, bias = _masked_parameters(*parameters, number, parameter)
     return F.conv2d(input, theta, bias, stride, padding, dilation, groups)
+
+
+PRODUCT_VALUES = 4
+"""A convolution is a product with patches where those have at most as many values for each input channel as theta has, times this."""
+
+
+def _product_geometry(
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    stride: int | tuple[int, int],
+    padding: str | int | tuple[int, int],
+    dilation: int | tuple[int, int],
+) -> Any:
+    """Stride, padding and dilation, two integers each, of a convolution that is to be a product; None: torch's is better, or needed.
+
+    Where images are small and channels many, theta is what a convolution waits for: written, read, brought into oneDNN's order, and
+    its gradient too. The product with patches has it in cache only, but patches are written and read instead.
+    """
+    if weight.dtype not in (torch.float32, torch.float64) or weight.device.type != "cpu" or input.dim() != 4:
+        return None
+    geometry = tuple((value, value) if isinstance(value, int) else value for value in (stride, padding, dilation))
+    if any(isinstance(pair, str) or len(pair) != 2 for pair in geometry) or min(*geometry[0], *geometry[2]) < 1:
+        return None
+    out, _, *kernel = weight.shape
+    size = conv2d_size(input.shape, kernel, *geometry)
+    values = input.shape[0] * size[0] * size[1] * kernel[0] * kernel[1]
+    few = 0 < values <= PRODUCT_VALUES * out and min(size) > 0 and weight.numel() > 0 and min(geometry[1]) >= 0
+    in_order = few and input.is_contiguous() and weight.is_contiguous() and mask_logits.is_contiguous()
+    return geometry if in_order and _autocast_dtype(weight) is None else None
 
 
 def _masked_parameters(
