@@ -172,7 +172,7 @@ def _differentiable_linear_backward(
 
 
 def bias_gradients(grad, bias, bias_mask_logits, gate, parameter, needs) -> tuple[Any, Any]:
-    """The gradients of the bias and of its logits, differentiable, from that of the masked bias; a bias without logits is not masked."""
+    """The gradients of the bias and of its logits, differentiable, from that of the masked bias."""
     if bias is None or not any(needs):
         return None, None
     if bias_mask_logits is None:

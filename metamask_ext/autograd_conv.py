@@ -13,7 +13,7 @@ from . import _ops, reference
 from .autograd import MaskedWeight, MaskedWeightBackward, bias_gradients
 
 
-def masked_conv2d(
+def conv2d_product(
     input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, stride, padding, dilation
 ) -> tuple[Tensor, Tensor]:
     """The convolution as masked_linear of the input's patches, and the patches. Not differentiable."""
@@ -32,7 +32,7 @@ class MaskedConv2d(Function):
 
     @staticmethod
     def forward(ctx, input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, geometry):
-        y, patches = masked_conv2d(input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, *geometry)
+        y, patches = conv2d_product(input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, *geometry)
         # The input is there for derivatives of the backward only; the layer before keeps it as a rule.
         ctx.save_for_backward(input, weight, mask_logits, bias, bias_mask_logits, patches)
         ctx.gate, ctx.parameter, ctx.geometry = gate, parameter, geometry
@@ -59,7 +59,7 @@ def _backward(
     grad, patches, input, weight, mask_logits, bias, bias_mask_logits, gate, parameter, geometry, needs, steps
 ) -> tuple[Any, ...]:
     arguments = (
-        *(grad.flatten(2).transpose(1, 2), patches, _rows(weight), _rows(mask_logits)),
+        *(grad.reshape(*grad.shape[:2], -1).transpose(1, 2), patches, _rows(weight), _rows(mask_logits)),
         *(bias, bias_mask_logits, gate, parameter, needs),
     )
     grads: Any

@@ -18,8 +18,7 @@ from torch.autograd import Function, forward_ad
 from . import _ops, reference
 from ._build import BACKEND
 from .autograd import MaskedLinear, MaskedWeight
-from .autograd_conv import MaskedConv2d
-from .autograd_conv import masked_conv2d as _conv2d_product
+from .autograd_conv import MaskedConv2d, conv2d_product
 from .autograd_list import MaskedWeightList
 from .reference import check_bias, check_input, check_linear, check_pair, check_pairs, conv2d_size, resolve_gate
 
@@ -233,13 +232,13 @@ def masked_conv2d(
     if groups == 1 and (geometry := _product_geometry(input, weight, mask_logits, stride, padding, dilation)) is not None:
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (input, *parameters)):
             return _apply_conv2d(input, *parameters, number, parameter, geometry)
-        return _conv2d_product(input, *parameters, number, parameter, *geometry)[0]
+        return conv2d_product(input, *parameters, number, parameter, *geometry)[0]
     theta, bias = _masked_parameters(*parameters, number, parameter)
     return F.conv2d(input, theta, bias, stride, padding, dilation, groups)
 
 
-PRODUCT_VALUES = 4
-"""A convolution is a product with patches where those have at most as many values for each input channel as theta has, times this."""
+PLACES_SHARE = 4
+"""A convolution is a product with patches where its output has at least as many channels as places (of all samples), times this."""
 
 
 def _product_geometry(
@@ -250,21 +249,24 @@ def _product_geometry(
     padding: str | int | tuple[int, int],
     dilation: int | tuple[int, int],
 ) -> Any:
-    """Stride, padding and dilation, two integers each, of a convolution that is to be a product; None: torch's is better, or needed.
+    """Stride, padding and dilation, two integers each, of a convolution that is to be a product; None: torch's must run.
 
-    Where images are small and channels many, theta is what a convolution waits for: written, read, brought into oneDNN's order, and
-    its gradient too. The product with patches has it in cache only, but patches are written and read instead.
+    Where places are few for the channels, theta is what a convolution waits for: written, read, brought into oneDNN's order, and
+    its gradient likewise. In the product they exist in cache only. Patches, as long as theta's rows, are written and read instead,
+    which pays while they are few (measured: docs/cpu.md).
     """
     if weight.dtype not in (torch.float32, torch.float64) or weight.device.type != "cpu" or input.dim() != 4:
         return None
     geometry = tuple((value, value) if isinstance(value, int) else value for value in (stride, padding, dilation))
-    if any(isinstance(pair, str) or len(pair) != 2 for pair in geometry) or min(*geometry[0], *geometry[2]) < 1:
+    if any(isinstance(pair, str) or len(pair) != 2 for pair in geometry):
         return None
-    out, _, *kernel = weight.shape
-    size = conv2d_size(input.shape, kernel, *geometry)
-    values = input.shape[0] * size[0] * size[1] * kernel[0] * kernel[1]
-    few = 0 < values <= PRODUCT_VALUES * out and min(size) > 0 and weight.numel() > 0 and min(geometry[1]) >= 0
-    in_order = few and input.is_contiguous() and weight.is_contiguous() and mask_logits.is_contiguous()
+    strides, margins, dilations = geometry
+    if min(*strides, *dilations) < 1 or min(margins) < 0:  # torch's convolution words what it refuses
+        return None
+    height, width = conv2d_size(input.shape, weight.shape[2:], *geometry)
+    if height < 1 or width < 1 or not 0 < PLACES_SHARE * len(input) * height * width <= len(weight) or not weight.numel():
+        return None
+    in_order = input.is_contiguous() and weight.is_contiguous() and mask_logits.is_contiguous()
     return geometry if in_order and _autocast_dtype(weight) is None else None
 
 
