@@ -257,7 +257,7 @@ def _product_geometry(
     """
     if weight.dtype not in (torch.float32, torch.float64) or weight.device.type != "cpu" or input.dim() != 4:
         return None
-    geometry = tuple((value, value) if isinstance(value, int) else value for value in (stride, padding, dilation))
+    geometry: Any = tuple((value, value) if isinstance(value, int) else value for value in (stride, padding, dilation))
     if any(isinstance(pair, str) or len(pair) != 2 for pair in geometry):
         return None
     strides, margins, dilations = geometry
