@@ -237,8 +237,10 @@ def masked_conv2d(
     return F.conv2d(input, theta, bias, stride, padding, dilation, groups)
 
 
-PLACES_SHARE = 4
-"""A convolution is a product with patches where its output has at least as many channels as places (of all samples), times this."""
+CHANNELS_PER_PLACE, CHANNELS_PER_PLACE_1X1 = 4, 8
+"""A convolution is a product with patches where its output has at least this many channels for each place (of all samples).
+
+With a kernel of one pixel torch's convolution is a product as well, and loses later."""
 
 
 def _product_geometry(
@@ -263,8 +265,10 @@ def _product_geometry(
     strides, margins, dilations = geometry
     if min(*strides, *dilations) < 1 or min(margins) < 0:  # torch's convolution words what it refuses
         return None
-    height, width = conv2d_size(input.shape, weight.shape[2:], *geometry)
-    if height < 1 or width < 1 or not 0 < PLACES_SHARE * len(input) * height * width <= len(weight) or not weight.numel():
+    out, _, *kernel = weight.shape
+    height, width = conv2d_size(input.shape, kernel, *geometry)
+    least = CHANNELS_PER_PLACE_1X1 if kernel == [1, 1] else CHANNELS_PER_PLACE
+    if height < 1 or width < 1 or weight.numel() == 0 or not 0 < least * len(input) * height * width <= out:
         return None
     in_order = input.is_contiguous() and weight.is_contiguous() and mask_logits.is_contiguous()
     return geometry if in_order and _autocast_dtype(weight) is None else None

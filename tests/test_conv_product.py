@@ -20,7 +20,7 @@ from metamask_ext.optim import FusedMaskedSGD
 CASES = {
     "3x3": ((2, 3, 2, 2), (32, 3, 3, 3), (1, 1, 1)),
     "stride": ((2, 3, 4, 4), (33, 3, 3, 3), (2, 1, 1)),
-    "1x1": ((1, 5, 3, 3), (17, 5, 1, 1), (2, 0, 1)),
+    "1x1": ((1, 5, 3, 3), (33, 5, 1, 1), (2, 0, 1)),
     "uneven": ((1, 2, 4, 5), (24, 2, 3, 2), ((2, 1), (1, 0), (1, 3))),
     "wide padding": ((1, 2, 1, 1), (40, 2, 2, 2), (2, (2, 3), 2)),
     "one place": ((3, 4, 3, 2), (13, 4, 3, 2), (1, 0, 1)),
@@ -73,7 +73,8 @@ def test_gradcheck_and_gradgradcheck(case):
         return y
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "PLACES_SHARE", 1e-9)
+        patch.setattr(functional, "CHANNELS_PER_PLACE", 1e-9)
+        patch.setattr(functional, "CHANNELS_PER_PLACE_1X1", 1e-9)
         assert gradcheck(function, tensors, check_batched_grad=True)
         assert gradgradcheck(function, tensors)
 
@@ -121,7 +122,8 @@ def test_where_torchs_convolution_runs():
     assert is_product(changed((x, w, m)))
     last = torch.channels_last
     others = {
-        "one place more than a quarter of the channels": {"w": w[:31], "m": m[:31]},
+        "one channel less than four for each place": {"w": w[:31], "m": m[:31]},
+        "1x1 with less than eight": {"w": w[..., :1, :1].contiguous(), "m": m[..., :1, :1].contiguous(), "geometry": (1, 0)},
         "groups": {"x": torch.cat([x, x], 1), "groups": 2},
         "one image without a batch": {"x": x[0]},
         "a padding with a name": {"geometry": (1, "same")},
