@@ -41,6 +41,11 @@ TORCH_LIBRARY(metamask, m) {
       "Tensor(h!)? bias_mask_velocity, int gate, float parameter, bool[5] needs, bool[4] updates, float[] settings) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // The patches [N, places, C * kH * kW] of images [N, C, H, W], as a convolution meets them; and back, where they add up. CPU
+  // only.
+  m.def("patches(Tensor input, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+  m.def("patches_backward(Tensor grad, int[4] size, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+
   // `masks` is one tensor [T, out, in] or T tensors [out, in], `bias_masks` likewise or empty; gradients come in the same form.
   m.def(
       "task_masked_linear(Tensor input, Tensor slots, Tensor weight, Tensor[] masks, Tensor? bias, Tensor[] bias_masks, int gate, "
@@ -115,9 +120,11 @@ constexpr const char* kOps[] = {"masked_weight",
                                 "masked_weight_list",
                                 "masked_weight_list_backward",
                                 "masked_weight_list_double_backward"};
+constexpr const char* kCpuOps[] = {"patches", "patches_backward"};
 
 TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
   for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());
+  for (const char* op : kCpuOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());
 }
 
 #if !defined(METAMASK_CUDA)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._build import BACKEND
-from .reference import check_linear, check_pair, check_pairs
+from .reference import check_linear, check_pair, check_pairs, conv2d_size
 
 if BACKEND != "reference":
     import metamask_ext._C  # noqa: F401  importing it registers torch.ops.metamask
@@ -29,6 +29,8 @@ if BACKEND != "reference":
     _masked_linear = _metamask.masked_linear.default
     _masked_linear_backward = _metamask.masked_linear_backward.default
     _masked_linear_backward_sgd_ = _metamask.masked_linear_backward_sgd_.default
+    _patches = _metamask.patches.default
+    _patches_backward = _metamask.patches_backward.default
 
 
 def masked_weight(weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -168,6 +170,21 @@ def masked_linear_backward_sgd_(
     )
 
 
+Pair = tuple[int, int]
+
+
+def patches(input: Tensor, kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """See :func:`metamask_ext.reference.patches`; float32 and float64, on the CPU."""
+    return _patches(input, kernel, stride, padding, dilation)
+
+
+def patches_backward(
+    grad: Tensor, size: Sequence[int], kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
+    """The gradient of the images, of ``size`` ``[N, C, H, W]``, from that of their :func:`patches`."""
+    return _patches_backward(grad, size, kernel, stride, padding, dilation)
+
+
 def _check_like(name: str, tensor: Tensor, weight: Tensor) -> None:
     if tensor.shape != weight.shape:
         raise ValueError(f"{name} must have the shape of weight, {list(weight.shape)}, got {list(tensor.shape)}")
@@ -258,3 +275,12 @@ if BACKEND != "reference":
             bias.new_empty(bias.shape) if bias is not None and needs[3] else None,
             bias.new_empty(bias.shape) if bias_mask_logits is not None and needs[4] else None,
         )
+
+    @torch.library.register_fake("metamask::patches")
+    def _(input, kernel, stride, padding, dilation):
+        height, width = conv2d_size(input.shape, kernel, stride, padding, dilation)
+        return input.new_empty((input.shape[0], height * width, input.shape[1] * kernel[0] * kernel[1]))
+
+    @torch.library.register_fake("metamask::patches_backward")
+    def _(grad, size, kernel, stride, padding, dilation):
+        return grad.new_empty(size)

@@ -167,8 +167,14 @@ def _differentiable_linear_backward(
         inputs = input.flatten(0, -2) if input.dim() > 1 else input[None]
         product = rows.t() @ inputs.to(grad.dtype)
         grads[1:3] = MaskedWeightBackward.apply(product, weight, mask_logits, gate, parameter, needs[1:3])
-    if bias_mask_logits is not None and (needs[3] or needs[4]):
-        grads[3:5] = MaskedWeightBackward.apply(rows.sum(0), bias, bias_mask_logits, gate, parameter, needs[3:5])
-    elif bias is not None and needs[3]:
-        grads[3] = rows.sum(0).to(bias.dtype)
+    grads[3:5] = bias_gradients(rows.sum(0), bias, bias_mask_logits, gate, parameter, needs[3:5])
     return tuple(grads)
+
+
+def bias_gradients(grad, bias, bias_mask_logits, gate, parameter, needs) -> tuple[Any, Any]:
+    """The gradients of the bias and of its logits, differentiable, from that of the masked bias."""
+    if bias is None or not any(needs):
+        return None, None
+    if bias_mask_logits is None:
+        return grad.to(bias.dtype), None
+    return MaskedWeightBackward.apply(grad, bias, bias_mask_logits, gate, parameter, needs)

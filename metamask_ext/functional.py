@@ -18,8 +18,9 @@ from torch.autograd import Function, forward_ad
 from . import _ops, reference
 from ._build import BACKEND
 from .autograd import MaskedLinear, MaskedWeight
+from .autograd_conv import MaskedConv2d, conv2d_product
 from .autograd_list import MaskedWeightList
-from .reference import check_bias, check_input, check_linear, check_pair, check_pairs, resolve_gate
+from .reference import check_bias, check_input, check_linear, check_pair, check_pairs, conv2d_size, resolve_gate
 
 __all__ = ["masked_conv2d", "masked_linear", "masked_weight"]
 
@@ -29,6 +30,7 @@ _is_compiling = torch.compiler.is_compiling
 # Function.apply without what it does for torch.func, where these are not called: a tenth of a small layer's forward and backward
 _apply_linear: Any = super(Function, MaskedLinear).apply
 _apply_weight: Any = super(Function, MaskedWeight).apply
+_apply_conv2d: Any = super(Function, MaskedConv2d).apply
 # One call instead of four where autocast is off
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _functorch_level = torch._C._functorch.maybe_current_level
@@ -226,8 +228,50 @@ def masked_conv2d(
         return reference.masked_conv2d(
             input, weight, mask_logits, bias, bias_mask_logits, stride, padding, dilation, groups, number, parameter
         )
-    theta, bias = _masked_parameters(weight, mask_logits, bias, bias_mask_logits, number, parameter)
+    parameters = (weight, mask_logits, bias, bias_mask_logits)
+    if groups == 1 and (geometry := _product_geometry(input, weight, mask_logits, stride, padding, dilation)) is not None:
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (input, *parameters)):
+            return _apply_conv2d(input, *parameters, number, parameter, geometry)
+        return conv2d_product(input, *parameters, number, parameter, *geometry)[0]
+    theta, bias = _masked_parameters(*parameters, number, parameter)
     return F.conv2d(input, theta, bias, stride, padding, dilation, groups)
+
+
+CHANNELS_PER_PLACE, CHANNELS_PER_PLACE_1X1 = 4, 8
+"""A convolution is a product with patches where its output has at least this many channels for each place (of all samples).
+
+With a kernel of one pixel torch's convolution is a product as well, and loses later."""
+
+
+def _product_geometry(
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    stride: int | tuple[int, int],
+    padding: str | int | tuple[int, int],
+    dilation: int | tuple[int, int],
+) -> Any:
+    """Stride, padding and dilation, two integers each, of a convolution that is to be a product; None: torch's must run.
+
+    Where places are few for the channels, theta is what a convolution waits for: written, read, brought into oneDNN's order, and
+    its gradient likewise. In the product they exist in cache only. Patches, as long as theta's rows, are written and read instead,
+    which pays while they are few (measured: docs/cpu.md).
+    """
+    if weight.dtype not in (torch.float32, torch.float64) or weight.device.type != "cpu" or input.dim() != 4:
+        return None
+    geometry: Any = tuple((value, value) if isinstance(value, int) else value for value in (stride, padding, dilation))
+    if any(isinstance(pair, str) or len(pair) != 2 for pair in geometry):
+        return None
+    strides, margins, dilations = geometry
+    if min(*strides, *dilations) < 1 or min(margins) < 0:  # torch's convolution words what it refuses
+        return None
+    out, _, *kernel = weight.shape
+    height, width = conv2d_size(input.shape, kernel, *geometry)
+    least = CHANNELS_PER_PLACE_1X1 if kernel == [1, 1] else CHANNELS_PER_PLACE
+    if height < 1 or width < 1 or weight.numel() == 0 or not 0 < least * len(input) * height * width <= out:
+        return None
+    in_order = input.is_contiguous() and weight.is_contiguous() and mask_logits.is_contiguous()
+    return geometry if in_order and _autocast_dtype(weight) is None else None
 
 
 def _masked_parameters(

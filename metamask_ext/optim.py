@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import MaskedLinear, MaskedWeight, Steps
+from .autograd_conv import MaskedConv2d
 from .nn.layers import MaskedLayer
 from .nn.names import escape
 from .nn.task_dict import TaskDict
 from .nn.tasks import tasks
 
 # Where a node's parameters are among its inputs.
-_PARAMETERS = {MaskedLinear: (1, 2, 3, 4), MaskedWeight: (0, 1)}
+_PARAMETERS = {MaskedLinear: (1, 2, 3, 4), MaskedConv2d: (1, 2, 3, 4), MaskedWeight: (0, 1)}
 _PLAIN = ("nesterov", "dampening", "maximize", "differentiable")
 _NO_STEP = (0.0, 0.0, 0.0)
 

@@ -273,6 +273,23 @@ def masked_conv2d(
     return F.conv2d(input, theta, bias, stride, padding, dilation, groups)
 
 
+def patches(
+    input: Tensor, kernel: Sequence[int], stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> Tensor:
+    """The patches of images ``[N, C, H, W]`` that a convolution multiplies: a row for each place, ``[N, H' * W', C * kH * kW]``."""
+    return F.unfold(input, tuple(kernel), dilation, padding, stride).transpose(1, 2)
+
+
+def conv2d_size(
+    size: Sequence[int], kernel: Sequence[int], stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> list[int]:
+    """``[H', W']``, the size of a convolution's output, from the input's ``[N, C, H, W]``."""
+    return [
+        (length + 2 * pad - step * (width - 1) - 1) // by + 1
+        for length, pad, step, width, by in zip(size[2:], padding, dilation, kernel, stride)
+    ]
+
+
 def masked_bias(bias: Tensor | None, bias_mask_logits: Tensor | None, gate: int, parameter: float) -> Tensor | None:
     """``b * g(M_b)``; the bias as it is when it has no logits."""
     if bias is None or bias_mask_logits is None:
