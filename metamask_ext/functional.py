@@ -197,6 +197,8 @@ def masked_conv2d(
 ) -> Tensor:
     """``y = conv2d(x, W * g(M)) + b * g(M_b)``: :func:`torch.nn.functional.conv2d` with a masked weight.
 
+    On a CPU, where the output has few places for its channels, the convolution is a product in which ``theta`` is never in memory.
+
     Args:
         input: ``x``, ``[N, C_in, H, W]`` or ``[C_in, H, W]``.
         weight: ``W``, ``[C_out, C_in / groups, kH, kW]``.
