@@ -45,8 +45,8 @@ demo: $(VENV)/.built  ## the seeds' main job on real digits, with figures, and a
 test: $(VENV)/.test  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
-CORE := $(addprefix tests/test_,$(addsuffix .py,ops linear_ops sgd_ops autograd functional layers optim optim_graphs task_linear \
-        task_conv task_autograd packed packed_autograd))
+CORE := $(addprefix tests/test_,$(addsuffix .py,ops linear_ops sgd_ops autograd functional conv_product layers optim optim_graphs \
+        task_linear task_conv task_autograd packed packed_autograd))
 
 # What neither the set nor the threads can change is marked `once`: `make test` has run it.
 test-instruction-sets: $(VENV)/.test  ## the core tests on every instruction set of this machine, with one thread and with two
