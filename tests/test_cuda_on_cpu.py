@@ -151,6 +151,8 @@ FUSED = {
     "odd": ((31, 33), 65),
     "blocks share": ((3, 1100), 20),
     "blocks share, ragged": ((17, 531), 300),
+    "two windows": ((45, 72), 35),
+    "two windows, blocks share": ((64, 1100), 20),
 }
 each_fused = pytest.mark.parametrize("case", FUSED.values(), ids=FUSED.keys())
 
@@ -198,7 +200,7 @@ def aten_products(function):
     return sum(event.name in ("aten::mm", "aten::addmm") for event in profiler.events())
 
 
-@pytest.mark.parametrize(("batch", "products"), [(1, (0, 0)), (32, (0, 0)), (33, (1, 2))], ids=str)
+@pytest.mark.parametrize(("batch", "products"), [(1, (0, 0)), (32, (0, 0)), (33, (0, 2)), (64, (0, 2)), (65, (1, 2))], ids=str)
 def test_a_small_batch_takes_no_gemm_and_a_large_one_does(batch, products):
     *arguments, grad = test_linear_ops.inputs((batch, 24), 20, torch.float32)
     assert aten_products(lambda: _ops.masked_linear(*arguments, *GATES[0])) == products[0]

@@ -9,12 +9,13 @@ namespace {
 
 constexpr int kFew = 8;  // samples: what one mma has room for
 
-// Calls run(Tag<P>, Tag<Product>) for the kernels of a case: Tensor<X, room> or Plain<X, room>, where room is kFew or kMany,
-// the least that holds the batch. False: there is none.
-template <template <class, int> class Tensor, int kManyTensor, template <class, int> class Plain, int kManyPlain, class Run>
+// Calls run(Tag<P>, Tag<Product>) for the kernels of a case: Tensor<X, room> or Plain<X, room>, where room is kFew if that holds
+// the batch, else kMany. False: there is none, or the batch is larger than kMost.
+template <int kMost, template <class, int> class Tensor, int kManyTensor, template <class, int> class Plain, int kManyPlain,
+          class Run>
 bool with_product(const LinearCase& given, Run run) {
   const auto with_room = [&]<class P, class Few, class Many>(Tag<P> p, Tag<Few> few, Tag<Many> many) {
-    if (given.batch < 1 || given.batch > Many::kBatch) return false;
+    if (given.batch < 1 || given.batch > kMost) return false;
     if (given.batch <= Few::kBatch) run(p, few);
     else run(p, many);
     return true;
@@ -41,15 +42,23 @@ bool with_product(const LinearCase& given, Run run) {
 
 template <class Run>
 bool with_forward(const LinearCase& given, Run run) {
-  return with_product<TensorForward, 64, PlainForward, 32>(given, run);
+  return with_product<64, TensorForward, 64, PlainForward, 32>(given, run);
 }
 
 template <class Run>
 bool with_backward(const LinearCase& given, Run run) {
-  return with_product<TensorBackward, 32, PlainBackward, 32>(given, run);
+  return with_product<32, TensorBackward, 32, PlainBackward, 32>(given, run);
 }
 
-Share forward_share(const LinearCase& given) { return share(given.in, kWarps * kColumnsOfStep, ceil_div(given.out, kRowsOfTile)); }
+template <class Product>
+int64_t forward_blocks(const LinearCase& given) {
+  return ceil_div(given.out, kRowsOfTile) * ceil_div(given.batch, Product::kBatch);
+}
+
+template <class Product>
+Share forward_share(const LinearCase& given) {
+  return share(given.in, kWarps * kColumnsOfStep, forward_blocks<Product>(given));
+}
 
 template <class Product>
 Share backward_share(const LinearCase& given) {
@@ -80,7 +89,7 @@ bool fuses_masked_linear_backward(const LinearCase& given) {
 int64_t masked_linear_workspace(const LinearCase& given) {
   int64_t bytes = 0;
   with_forward(given, [&]<class P, class Product>(Tag<P>, Tag<Product>) {
-    const Share shared = forward_share(given);
+    const Share shared = forward_share<Product>(given);
     if (shared.count > 1) bytes = shared.count * given.batch * given.out * int64_t(sizeof(typename Product::Sum));
   });
   return bytes;
@@ -100,8 +109,8 @@ void masked_linear(const LinearCase& given, const void* x, const void* w, const 
   with_forward(given, [&]<class P, class Product>(Tag<P>, Tag<Product>) {
     using X = typename Product::X;
     using Sum = typename Product::Sum;
-    const Share shared = forward_share(given);
-    const dim3 grid(unsigned(ceil_div(given.out, kRowsOfTile)), unsigned(shared.count));
+    const Share shared = forward_share<Product>(given);
+    const dim3 grid(unsigned(forward_blocks<Product>(given)), unsigned(shared.count));
     Sum* partial = shared.count > 1 ? out<Sum>(workspace) : nullptr;
     with_gate_and_alignment(given.gate.kind, rows_aligned<P, X>(given.in, x, w, m), [&]<GateKind kind, bool kAligned>() {
       launch(masked_linear_kernel<kind, kAligned, P, Product>, grid, dim3(kBlock), 0, stream, parameter_of<Compute<P>>(given.gate),

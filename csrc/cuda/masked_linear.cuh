@@ -186,7 +186,8 @@ DEVICE_INLINE void add_warps(Sum (&total)[kRows][kColumns], const Product& produ
 }
 
 // w, m: [out, in] of P; x: [batch, in], bias: [out] or null, y: [batch, out], all of X. With `partial` [gridDim.y, batch, out] the
-// sums go there instead.
+// sums go there instead. A batch too large for a lane's sums is cut into windows: the blocks of a tile's windows run side by side,
+// so that W and M come from memory once.
 template <GateKind kind, bool kAligned, class P, class Product>
 __global__ void __launch_bounds__(kBlock)
     masked_linear_kernel(Compute<P> parameter, const typename Product::X* x, const P* w, const P* m,
@@ -195,8 +196,11 @@ __global__ void __launch_bounds__(kBlock)
   using Sum = typename Product::Sum;
   SHARED(Sum, total, [kRowsOfTile][Product::kBatch]);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
-  const int64_t first_row = int64_t(blockIdx.x) * kRowsOfTile;
+  const int windows = (batch + Product::kBatch - 1) / Product::kBatch, window = int(blockIdx.x) % windows * Product::kBatch;
+  const int count = batch - window < Product::kBatch ? batch - window : Product::kBatch;
+  const int64_t first_row = int64_t(int(blockIdx.x) / windows) * kRowsOfTile;
   const int64_t first = blockIdx.y * columns_each, last = first + columns_each < in ? first + columns_each : in;
+  const Rows<typename Product::X> rows{x + window * in, in};
   Product product;
   for (int64_t step = first + warp * kColumnsOfStep; step < last; step += kWarps * kColumnsOfStep) {
     const int64_t column = step + kChunk * t;
@@ -208,15 +212,15 @@ __global__ void __launch_bounds__(kBlock)
       load_chunk<kAligned>(m + row * in, column, columns, m_);
       for (int j = 0; j < kChunk; ++j) theta[r][j] = theta_of<kind>(w_[j], m_[j], parameter);
     }
-    product.template add<kAligned>(theta, Rows<typename Product::X>{x, in}, column, 0, batch, in);
+    product.template add<kAligned>(theta, rows, column, 0, count, in);
   }
   product.finish();
   add_warps(total, product);
-  for (int i = int(threadIdx.x); i < kRowsOfTile * batch; i += kBlock) {
-    const int b = i / kRowsOfTile;
+  for (int i = int(threadIdx.x); i < kRowsOfTile * count; i += kBlock) {
+    const int of_window = i / kRowsOfTile, b = window + of_window;
     const int64_t row = first_row + i % kRowsOfTile;
     if (!IN_BOUNDS(row < out)) continue;
-    Sum sum = total[i % kRowsOfTile][b];
+    Sum sum = total[i % kRowsOfTile][of_window];
     if (partial != nullptr) {
       partial[(int64_t(blockIdx.y) * batch + b) * out + row] = sum;
     } else {
