@@ -17,7 +17,7 @@ _recorder: ContextVar[Callable[[int, dict[str, float]], None] | None] = ContextV
 
 
 def track(step: int, **numbers: Any) -> None:
-    """Record numbers (Python's, or tensors of one element) of the piece that is running. Without ``--tracking``: nothing is done."""
+    """Record numbers (Python's, or tensors of one element) of the piece that is running; without ``--tracking`` nothing."""
     record = _recorder.get()
     if record is not None:
         record(step, {name: float(number) for name, number in numbers.items()})
