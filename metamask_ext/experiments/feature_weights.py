@@ -48,9 +48,10 @@ SETTINGS: dict[str, Any] = {
 }
 QUICK: dict[str, Any] = {"seeds": 1, "sizes": [8, 16, 31, 32, 33, 64]}
 
-QUESTION = """Can weights of features be meta-learned so that 32 points are enough where there are 501 features, many of them aliases
-of the ones that matter? This is the homework on meta-learning among the seeds (EECS 182, Berkeley, fall 2022, homework 9, problem
-2): the weights of the features are shared by all tasks, as W is; its questions are answered one by one in `answers.md`."""
+QUESTION = """Can weights of features be meta-learned so that 32 points are enough where there are 501 features, many of them
+aliases of the ones that matter? This is the homework on meta-learning among the seeds (EECS 182, Berkeley, fall 2022, homework
+9, problem 2): the weights of the features are shared by all tasks, as W is; its questions are answered one by one in
+`answers.md`."""
 
 
 def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +88,8 @@ def _work(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     }
     scores, baselines = _scores(found, settings)
     budget = (
-        f"{settings['steps']} steps of SGD on {settings['tasks']} tasks of {settings['support_points']} + {settings['query_points']} "
+        f"{settings['steps']} steps of SGD on {settings['tasks']} tasks of {settings['support_points']} + "
+        f"{settings['query_points']} "
         f"points for each part; tests on {settings['test']['tasks']} tasks for each number of points."
     )
     return output.finish(scores, baselines, budget, figures, more)

@@ -64,8 +64,8 @@ PAPER = {"5-way 1-shot": 98.7, "5-way 5-shot": 99.9, "20-way 1-shot": 95.8, "20-
 
 QUESTION = """Does what holds for sine waves hold for images: can a net tell new characters apart after one to three gradient
 steps that move only its masks? The proposal (section 1) names MAML as the method to compare with; this is section 5.2 of Finn,
-Abbeel and Levine (arXiv:1703.03400). Where there is no Omniglot the characters are glyphs of a font, printed and not handwritten,
-with a fraction of the paper's training: then the numbers are not comparable with the paper's."""
+Abbeel and Levine (arXiv:1703.03400). Where there is no Omniglot the characters are glyphs of a font, printed and not
+handwritten, with a fraction of the paper's training: then the numbers are not comparable with the paper's."""
 
 
 def column(kind: str) -> str:
@@ -89,14 +89,15 @@ def _extremes(metrics: Mapping[str, Any]) -> dict[str, float]:
 CLAIMS = [
     Claim(
         "5-way 1-shot, three steps: the accuracy on new characters is {masks:.1f} % with masks adapted, {weights:.1f} % with the "
-        "masked net's weights, {plain:.1f} % with the paper's MAML (the paper, on Omniglot: {paper} %).",
+        "masked net's weights, {plain:.1f} % with the paper's MAML (the paper, on Omniglot: {paper} %); masks are within "
+        "five points of the others.",
         _accuracies,
-        lambda numbers: min(numbers["masks"], numbers["weights"]) > 90 and numbers["plain"] > 88,
+        lambda numbers: numbers["masks"] > max(numbers["weights"], numbers["plain"]) - 5,
     ),
     Claim(
         "All of them are better than the nearest image by pixels, {pixels:.1f} %.",
         _accuracies,
-        lambda numbers: min(numbers[method] for method in numbers if method not in ("pixels", "paper")) > numbers["pixels"] + 5,
+        lambda numbers: min(numbers[method] for method in numbers if method not in ("pixels", "paper")) > numbers["pixels"],
     ),
     Claim(
         "Taking the inner gradients as constants costs accuracy at so few steps: masks {masks_first_order:.1f} %, weights "

@@ -56,9 +56,9 @@ TEST_POINTS = 100
 PAPER_ONE, PAPER_NINE = (0.3, 0.5), (0.1, 0.2)
 """The paper's MAML with K = 10 after one step and after nine, read off its figure 3: it has no table."""
 
-QUESTION = """Does a net that was meta-trained on sine waves learn a new wave from 5 or 10 samples in one gradient step, and is it
-enough that the step moves its masks alone, with W shared by all waves? The proposal (section 1) names MAML as the method to compare
-with; the task is that of Finn, Abbeel and Levine (arXiv:1703.03400, section 5.1)."""
+QUESTION = """Does a net that was meta-trained on sine waves learn a new wave from 5 or 10 samples in one gradient step, and is
+it enough that the step moves its masks alone, with W shared by all waves? The proposal (section 1) names MAML as the method to
+compare with; the task is that of Finn, Abbeel and Levine (arXiv:1703.03400, section 5.1)."""
 
 
 def column(shots: int, steps: int) -> str:

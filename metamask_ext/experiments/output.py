@@ -334,11 +334,16 @@ def write_figures(folder: Path, name: str, figures: Figure | Figures) -> list[st
     return list(files)
 
 
-def plot_seeds(axes: Axes, method: str, label: str, steps: Sequence[float], values: Sequence[Sequence[float]]) -> None:
-    """The mean of ``values`` (a curve for each seed); with several also a band, the 95 % interval of the mean at each step."""
+def plot_seeds(
+    axes: Axes, method: str, label: str, steps: Sequence[float], values: Sequence[Sequence[float]], **style: Any
+) -> None:
+    """The mean of ``values`` (a curve for each seed); with several also a band, the 95 % interval of the mean at each step.
+
+    ``method`` is one of ``STYLES``; ``style`` is changed in it.
+    """
     means = [statistics.fmean(points) for points in zip(*values)]
-    style = STYLES[method]
-    axes.plot(steps, means, label=label, linewidth=1.8, **style)
+    style = {"linewidth": 1.8, **STYLES[method], **style}
+    axes.plot(steps, means, label=label, **style)
     if len(values) > 1:
         widths = [half_width(points) for points in zip(*values)]
         low, high = ([mean + sign * width for mean, width in zip(means, widths)] for sign in (-1, 1))

@@ -68,10 +68,10 @@ DIVERGED = 1000.0
 """Times what predicting 0 costs: a task with a larger error has diverged, and counts with this one."""
 
 QUESTION = """Is a learner that takes gradient steps weaker than a recurrent one that reads the samples, and does it generalise
-better? Finn and Levine (arXiv:1710.11622) prove that one step of gradient descent can be any learner, if the net is deep enough,
-and find that it keeps improving beyond what it was trained for; here also with the masks as all that is adapted. "Outside" are
-amplitudes of 5 to 10 and phases of pi to 2 pi; there the number is the median over tasks of the MSE over the signal's mean square,
-so that 1 is what predicting 0 costs."""
+better? Finn and Levine (arXiv:1710.11622) prove that one step of gradient descent can be any learner, if the net is deep
+enough, and find that it keeps improving beyond what it was trained for; here also with the masks as all that is adapted.
+"Outside" are amplitudes of 5 to 10 and phases of pi to 2 pi; there the number is the median over tasks of the MSE over the
+signal's mean square, so that 1 is what predicting 0 costs."""
 
 
 def _errors_of(method: str, metrics: Mapping[str, Any], curve: str) -> dict[int, float]:
@@ -122,7 +122,8 @@ def _construction(metrics: Mapping[str, Any]) -> dict[str, float]:
 CLAIMS = [
     *(
         Claim(
-            f"Trained for one step, {name} goes on improving with more: MSE on new tasks {{before:.3g}} before, {{one:.3g}} after one, "
+            f"Trained for one step, {name} goes on improving with more: MSE on new tasks {{before:.3g}} before, {{one:.3g}} "
+            f"after one, "
             "{ten:.3g} after ten, {last:.3g} after {steps} steps.",
             partial(_further, method=method),
             lambda numbers: numbers["last"] < 0.8 * numbers["ten"] < 0.8 * numbers["one"] < 0.4 * numbers["before"],
@@ -159,7 +160,8 @@ CLAIMS = [
         lambda numbers: max(numbers["two"], numbers["told"]) < 0.7 * numbers["one"],
     ),
     Claim(
-        "The proof's construction is exact in float64: after one step the outputs differ by at most {error:.1e} from learners whose "
+        "The proof's construction is exact in float64: after one step the outputs differ by at most {error:.1e} from "
+        "learners whose "
         "values reach at least {value:.2g}; before it they are {before:g}.",
         _construction,
         lambda numbers: numbers["error"] < 1e-12 < 0.5 < numbers["value"] and numbers["before"] == 0,

@@ -129,8 +129,7 @@ def _by_processes(jobs: Mapping[Key, Job], workers: int, place: Place) -> Genera
             ready = wait([*running], HEARTBEAT_S)
             if not ready:
                 yield None
-            for worker in ready:
-                assert isinstance(worker, Connection)
+            for worker in [each for each in running if each in ready]:
                 key = running.pop(worker)
                 try:
                     failure, data = worker.recv()
