@@ -53,25 +53,22 @@ def run(
         int | None, typer.Option(help="Processes that compute. [default: the cores]", show_default=False, min=1)
     ] = None,
     tracking: Annotated[
-        str | None, typer.Option(help="Also write numbers of the training: csv or tensorboard.", show_default=False)
+        str | None, typer.Option(help="Also write down the training: csv or tensorboard.", show_default=False)
     ] = None,
 ) -> None:
-    """Run an experiment, or all of them. A killed run in OUT continues; a finished one is shown; one with other settings is refused."""
+    """Run an experiment, or all. A killed run in OUT continues; a finished one is shown; one with other settings is refused."""
     if name not in (*EXPERIMENTS, "all"):
         fail(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}, all", 2)
     # Only what was given: an experiment that lacks a setting refuses it.
     given = {"tasks": tasks, "steps": steps, "seeds": seeds, "rotated": rotated or None}
     changes = {key: value for key, value in given.items() if value is not None}
     if name == "all" and (changes or config or print_config):
-        fail(
-            f"'all' takes no settings, got {', '.join([*changes, *(['config'] if config else []), *(['print-config'] if print_config else [])])}",
-            2,
-        )
-    if not print_config and out is None:
-        fail("--out must be given: the folder of the run", 2)
+        fail("'all' takes no settings: it runs every experiment with its own", 2)
     try:
         if print_config:
             typer.echo(to_toml(settings_of(name, quick, config, changes)), nl=False)
+        elif out is None:
+            fail("--out must be given: the folder of the run", 2)
         elif name == "all":
             run_all(out, seed, quick, workers=workers, tracking=tracking)
         else:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from .._info import build_info
 from ..continual.files import OutputError, check_same_settings, locked, prepare_folder, write_atomic
-from .settings import flat
+from .settings import OptionError, flat
 from .tracking import check_tracking
 from .workers import Job, Key, Place, compute, cores, file_name, json_bytes
 
@@ -70,7 +70,7 @@ class Output:
         seeds: the seeds of the run.
 
     Raises:
-        ValueError: ``workers`` or ``tracking`` cannot be.
+        OptionError: ``workers`` or ``tracking`` cannot be.
         ImportError: matplotlib or what tracking needs is not installed.
 
     A context: at its end other processes may use the folder again.
@@ -93,7 +93,7 @@ class Output:
             raise ImportError('matplotlib is not installed: pip install "metamask_ext[experiments]"') from error
         check_tracking(tracking)
         if workers is not None and workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
+            raise OptionError(f"workers must be at least 1, got {workers}")
         self.name, self.folder, self.quick = name, out, quick
         self.settings = json.loads(json.dumps(dict(settings)))
         self.seeds = list(range(seed, seed + self.settings["seeds"]))

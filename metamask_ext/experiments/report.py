@@ -47,9 +47,7 @@ def report(folder: str | Path, out: str | Path = "docs") -> tuple[Path, list[str
     found = {run: (module_of(name), finished(folder / run)) for run, (name, _) in runs().items()}
     done = {run: (module, metrics) for run, (module, metrics) in found.items() if metrics is not None}
     if not done:
-        raise OutputError(
-            f"folder must have the folders of finished experiments in it, each with metrics.json, got {str(folder)!r}"
-        )
+        raise OutputError(f"folder must hold a folder for each finished experiment, with metrics.json in it, got {str(folder)!r}")
     missing = []
     for run in found:
         if run not in done:
@@ -77,9 +75,9 @@ def _head(done: Mapping[str, tuple[ModuleType, Any]], missing: Sequence[str]) ->
     duration = _duration(sum(metrics["duration_s"] for _, metrics in done.values()))
     lines = [
         "# Results of the experiments",
-        "`metamask run all --out DIR` and `metamask report DIR` make this page, tables, figures and every number in a sentence, from "
-        f"the metrics files in [{RESULTS}]({RESULTS}). Numbers are means over seeds ± half the width of their 95 % interval (Student's t), "
-        "where there are several seeds.",
+        "`metamask run all --out DIR` and `metamask report DIR` make this page, its tables, figures and every number in a "
+        f"sentence, from the metrics files in [{RESULTS}]({RESULTS}). Numbers are means over seeds ± half the width of their 95 % "
+        "interval (Student's t), where there are several seeds.",
         f"{len(done)} runs, {duration} in all; {sum(claims)} of {len(claims)} claims hold.",
     ]
     machines = {_machine(metrics) for _, metrics in done.values()}
