@@ -4,8 +4,8 @@ Methods: ``masked`` (``W * sigmoid(M_task)``, section 2.1), ``hard`` (``W * 1[M_
 random W: section 2's reading of the lottery ticket hypothesis), ``shared`` (one net), ``independent`` (a net for each task),
 ``maml`` (arXiv:1703.03400), ``sequence`` (one net, fine-tuned on task after task).
 
-Questions: how good on the trained tasks; how good on new tasks, from how many samples, by which way; what is forgotten when tasks come
-one after another; what a training step costs.
+Questions: how good on the trained tasks; how good on new tasks, from how many samples, by which way; what is forgotten when tasks
+come one after another; what a training step costs.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 
 from . import study_methods as methods_
 from .output import Output
+from .study_figure import figure, tables
 from .study_methods import FORGETTING, METHODS
 from .study_new import new_task_scores
 from .study_problem import Problem, Score, TaskData
 
-__all__ = ["BASELINES", "METHODS", "Problem", "Score", "Study", "TaskData", "run", "settings"]
+__all__ = ["BASELINES", "METHODS", "Problem", "Score", "Study", "TaskData", "figure", "run", "settings", "tables"]
 
 BASELINES = ("shared", "independent", "maml", "sequence")
 MakeProblem = Callable[[int, Mapping[str, Any]], Problem]
@@ -44,6 +45,7 @@ def settings(grid: Mapping[str, list[Mapping[str, float]]], **changes: Any) -> d
         "round_steps": 10,
         "batch": 32,
         "weight_decay": 0.0,
+        "cost_rounds": 50,
         "maml": {"tasks": 5, "inner_steps": 3, "samples": 100, "first_order": False},
         "new": {
             "samples": [1, 3, 10, 30, 100, 300, 1000],
@@ -92,7 +94,6 @@ def run(
         score: what ``Problem.score`` computes.
         methods: which of ``METHODS``; with one task, ``shared``, ``independent`` and ``sequence`` are the same net.
     """
-    study = settings["study"]
     given = (problem, settings, score)
     chosen, tuning = _tuned(output, given, methods)
     jobs: dict[tuple[int, str], Callable[[], Mapping[str, Any]]] = {}
@@ -108,9 +109,7 @@ def run(
     by_seed = {name: [found[seed, name] for seed in output.seeds] for name in methods}
     scores = {name: {score.name: [statistics.fmean(piece["trained"]) for piece in by_seed[name]]} for name in methods}
     order = {
-        name: {
-            key: [found[seed, f"{name}, in order"][key] for seed in output.seeds] for key in ("after", "end", "earlier")
-        }
+        name: {key: [found[seed, f"{name}, in order"][key] for seed in output.seeds] for key in ("after", "end", "earlier")}
         for name in in_order
     }
     for name, kept in order.items():
@@ -193,16 +192,12 @@ def _try_new(given: Given, name: str, config: Mapping[str, Any], seed: int) -> d
     return {"new": new_task_scores(name, problem, trained, given[1]["study"])}
 
 
-def _measure(
-    given: Given, name: str, config: Mapping[str, Any], seed: int, rates: Mapping[str, list[float]]
-) -> dict[str, Any]:
+def _measure(given: Given, name: str, config: Mapping[str, Any], seed: int, rates: Mapping[str, list[float]]) -> dict[str, Any]:
     """Questions 1 and 2 for one method and seed."""
     problem, trained = _trained(given, name, config, seed)
     measured: dict[str, Any] = {"trained": trained.scores(len(problem.train.x))}
     counts = [count for count in given[1]["study"]["new"]["samples"] if count <= problem.new_train.x.shape[1]]
-    found = new_task_scores(
-        name, problem, trained, given[1]["study"], {way: [each[: len(counts)]] for way, each in rates.items()}
-    )
+    found = new_task_scores(name, problem, trained, given[1]["study"], {way: [each[: len(counts)]] for way, each in rates.items()})
     measured["samples"] = counts
     measured["new"] = {way: scores[0] for way, scores in found.items()}
     for way, scores in measured["new"].items():

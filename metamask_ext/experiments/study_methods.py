@@ -13,8 +13,8 @@ from ..continual import TaskLoop
 from ..meta import MAML, TaskParameters
 from ..nn import MaskedConv2d, MaskedLinear
 from ..nn.tasks import masked_layers
-from . import OptionError
 from .methods import descend, seeded
+from .settings import OptionError
 from .study_nets import Nets, Parameters
 from .study_problem import Config, Problem, in_parts
 
@@ -79,7 +79,7 @@ class Loop(Method):
         model = self.problem.network(partial(MaskedLinear, **options), partial(MaskedConv2d, **options))
         if self.name == "lottery":
             for _, layer in masked_layers(model):
-                for parameter in filter(None.__ne__, (layer.weight, layer.bias)):
+                for parameter in [layer.weight, *([] if layer.bias is None else [layer.bias])]:
                     parameter.requires_grad_(False).mul_(self.config["scale"])
         return model
 

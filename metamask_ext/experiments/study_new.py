@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import masked_weight
 from ..meta import MAML
-from ..nn.tasks import masked_layers
 from .methods import descend
 from .study_methods import MASKED, Independent, Loop, Meta, Method, fresh
-from .study_nets import Nets, Parameters
+from .study_nets import Nets, Parameters, gate_options, gates, shared_parameters, stacked_masks
 from .study_problem import Problem
 
 LOOK_UP, SUPERPOSITION, MASK_ONLY, EVERYTHING, INNER_STEPS = "look-up", "superposition", "mask only", "everything", "inner steps"
@@ -36,19 +36,11 @@ class Way:
 
 
 class Masks:
-    """The shared weights and the masks of a trained model, as stacks ``[T, ...]`` by the name of the weight or bias."""
+    """The shared weights and the masks ``[T, ...]`` of a trained model, by the name of the weight or bias."""
 
-    def __init__(self, model: torch.nn.Module, names: list[str]):
-        self.masks: Parameters = {}
-        self.options: dict[str, Any] = {}
-        for prefix, layer in masked_layers(model):
-            for kind, masks in (("weight", layer.masks), ("bias", layer.bias_masks)):
-                if masks is not None:
-                    key = f"{prefix}.{kind}" if prefix else kind
-                    self.masks[key] = torch.stack([masks[name].detach() for name in names])
-            self.options = {"gate": layer.gate, "temperature": layer.temperature, "threshold": layer.threshold}
-        own = {parameter for layer in model.modules() if hasattr(layer, "masks") for parameter in _of_tasks(layer)}
-        self.shared = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor not in own}
+    def __init__(self, model: nn.Module, names: list[str]):
+        self.masks, self.gates = stacked_masks(model, names), gates(model, names)
+        self.shared, self.options = shared_parameters(model), gate_options(model)
 
     def theta(self, masks: Parameters, shared: Parameters) -> Parameters:
         """Parameters of plain nets for logits ``[R, ...]`` and weights ``[R, ...]`` or ``[1, ...]``."""
@@ -58,15 +50,13 @@ class Masks:
 
     def ways(self) -> dict[str, Way]:
         shared = {name: tensor[None] for name, tensor in self.shared.items()}
-        with torch.no_grad():
-            gates = {name: masked_weight(torch.ones_like(masks), masks, **self.options) for name, masks in self.masks.items()}
         mean = {f"mask of {name}": masks.mean(0, keepdim=True) for name, masks in self.masks.items()}
         count = len(next(iter(self.masks.values())))
 
         def superposed(learned: Parameters) -> Parameters:
             alpha = learned["coefficients"]
             wide = {name: stack.expand(len(alpha), *stack.shape[1:]) for name, stack in shared.items()}
-            return wide | {name: shared[name] * torch.tensordot(alpha, gate, 1) for name, gate in gates.items()}
+            return wide | {name: shared[name] * torch.tensordot(alpha, gate, 1) for name, gate in self.gates.items()}
 
         def logits(learned: Parameters) -> Parameters:
             return {name: learned[f"mask of {name}"] for name in self.masks}
@@ -79,10 +69,6 @@ class Masks:
             MASK_ONLY: Way(mean, lambda learned: self.theta(logits(learned), shared)),
             EVERYTHING: Way(mean | shared, everything),
         }
-
-
-def _of_tasks(layer: Any) -> list[Tensor]:
-    return [*layer.masks.parameters(), *([] if layer.bias_masks is None else layer.bias_masks.parameters())]
 
 
 def new_task_scores(
@@ -116,16 +102,14 @@ def new_task_scores(
             del ways[EVERYTHING]
     else:
         assert trained.model is not None
-        start = {key: tensor.detach()[None] for key, tensor in trained.model.named_parameters()}
+        start = {key: tensor[None] for key, tensor in shared_parameters(trained.model).items()}
         ways[EVERYTHING] = Way(start, lambda learned: learned)
     for key, way in ways.items():
         found[key] = _fit(problem, nets, way, counts, rates[key], new)
     return found
 
 
-def _fit(
-    problem: Problem, nets: Nets, way: Way, counts: list[int], rates: list[list[float]], new: Mapping[str, Any]
-) -> Scores:
+def _fit(problem: Problem, nets: Nets, way: Way, counts: list[int], rates: list[list[float]], new: Mapping[str, Any]) -> Scores:
     """Learn every new task from every number of samples at every rate, all at once, by Adam.
 
     A step takes the next ``batch`` samples, from the first again after the last. Adam does not see the scale of a gradient: with a
@@ -164,8 +148,9 @@ def _means(problem: Problem, nets: Nets, theta: Parameters, rates: int, counts: 
         found.append([])
         for count in range(counts):
             first = (rate * counts + count) * tasks
+            rows = {name: stack[first : first + tasks] for name, stack in theta.items()}
             try:
-                each = problem.scores(problem.new_test, lambda k, x: nets.one(theta, first + k, x), list(range(tasks)))
+                each = problem.scores(problem.new_test, partial(nets.one, rows), list(range(tasks)))
             except FloatingPointError:
                 found[-1].append(None)
             else:
