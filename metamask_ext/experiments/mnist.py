@@ -49,8 +49,8 @@ SETTINGS: dict[str, Any] = {
 }
 QUICK: dict[str, Any] = {
     "seeds": 1,
-    "steps": 300,
-    "study": {"tuning": False, "cost_rounds": 2, "new": {"samples": [1, 30, 1000], "steps": 20}},
+    "steps": 250,
+    "study": {"tuning": False, "cost_rounds": 1, "new": {"samples": [1, 30, 1000], "steps": 20}},
 }
 ACCURACY = "test accuracy (%)"
 SCORE = Score(ACCURACY, "%", higher_is_better=True, margin=1.0)

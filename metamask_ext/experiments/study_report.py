@@ -35,8 +35,8 @@ def new_tasks(metrics: Metrics, method: str, way: str, samples: int) -> float:
 
 
 def needed(metrics: Metrics, method: str, way: str) -> float:
-    """Question 2: the fewest samples from which new tasks are learned as well, less the score's margin, as by a fresh plain net from
-    the most; infinity if none of the numbers tried is enough."""
+    """Question 2: the fewest samples from which new tasks are learned as well, within the score's margin, as by a fresh plain net
+    from the most; infinity if none of the numbers tried is enough."""
     study = metrics["study"]
     fresh = "independent" if "independent" in study["methods"] else "shared"
     score, higher = new_tasks(metrics, fresh, FROM_SCRATCH, study["samples"][-1]), study["score"]["higher_is_better"]
@@ -98,10 +98,10 @@ def _in_order(metrics: Metrics, method: str, key: str) -> str:
 
 
 def figure(metrics: Metrics) -> Any:
-    """Four panels, one for each question."""
+    """Four panels, one for each question; the two with legends on the right."""
     study = metrics["study"]
-    made, (first, second, third, fourth) = new_figure(2, rows=2)
-    made.set_size_inches(13, 8)
+    made, (first, second, fourth, third) = new_figure(2, rows=2)
+    made.set_size_inches(12, 8)
     name, unit = study["score"]["name"], study["score"]["unit"]
     axis = name if unit in name else f"{name} ({unit})"
     scale = "linear" if study["score"]["higher_is_better"] else "log"
@@ -120,7 +120,7 @@ def figure(metrics: Metrics) -> Any:
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
     first.set(xlabel=axis, xscale=scale)
-    first.set_title("1. trained tasks, in random order", fontsize=10)
+    first.set_title("trained tasks, in random order", fontsize=10)
 
     for way in WAYS:
         if way in study["new"]["masked"]:
@@ -131,13 +131,13 @@ def figure(metrics: Metrics) -> Any:
                 style = "independent" if way == FROM_SCRATCH else method
                 plot_seeds(second, style, f"{LABELS[method]}: {way}", study["samples"], study["new"][method][way])
     second.set(xlabel="samples of a new task (number)", ylabel=axis, xscale="log", yscale=scale)
-    second.set_title("2. new tasks", fontsize=10)
+    second.set_title("new tasks", fontsize=10)
 
     for method, kept in study["order"].items():
         learned = range(2, 2 + len(kept["earlier"][0]))
         plot_seeds(third, method, LABELS[method], learned, kept["earlier"])
     third.set(xlabel="tasks learned, one after another (number)", ylabel=f"earlier tasks: {axis}", yscale=scale)
-    third.set_title("3. forgetting", fontsize=10)
+    third.set_title("forgetting: tasks one after another", fontsize=10)
     for axes in (second, third):
         if axes.lines:
             axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -145,7 +145,8 @@ def figure(metrics: Metrics) -> Any:
             axes.text(0.5, 0.5, "one task: nothing to forget", ha="center", va="center", transform=axes.transAxes)
 
     fourth.set(xlabel="time of a step over the shared net's (ratio)", xscale="log")
-    fourth.set_title("4. cost", fontsize=10)
+    fourth.margins(x=0.15)
+    fourth.set_title("cost", fontsize=10)
     made.suptitle(bands(len(metrics["seeds"])), fontsize=9)
     return made
 
