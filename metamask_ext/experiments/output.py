@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import platform
 import statistics
@@ -343,14 +344,22 @@ def write_figures(folder: Path, name: str, figures: Figure | Figures) -> list[st
     return list(files)
 
 
-def plot_seeds(axes: Axes, method: str, label: str, steps: Sequence[float], values: Sequence[Sequence[float]]) -> None:
-    """The mean of ``values`` (a curve for each seed); with several also a band, the 95 % interval of the mean at each step."""
-    means = [statistics.fmean(points) for points in zip(*values)]
+def plot_seeds(
+    axes: Axes, method: str, label: str, steps: Sequence[float], values: Sequence[Sequence[float]], geometric: bool = False
+) -> None:
+    """The mean of ``values`` (a curve for each seed); with several also a band, the 95 % interval of the mean at each step.
+
+    Args:
+        geometric: both of the logarithms: the geometric mean, for a logarithmic axis. The values must be positive.
+    """
+    forth, back = (math.log, math.exp) if geometric else (float, float)
+    points = [[forth(value) for value in of_seeds] for of_seeds in zip(*values)]
+    means = [statistics.fmean(of_seeds) for of_seeds in points]
     style = STYLES[method]
-    axes.plot(steps, means, label=label, linewidth=1.8, **style)
+    axes.plot(steps, [back(mean) for mean in means], label=label, linewidth=1.8, **style)
     if len(values) > 1:
-        widths = [half_width(points) for points in zip(*values)]
-        low, high = ([mean + sign * width for mean, width in zip(means, widths)] for sign in (-1, 1))
+        widths = [half_width(of_seeds) for of_seeds in points]
+        low, high = ([back(mean + sign * width) for mean, width in zip(means, widths)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 

@@ -23,7 +23,7 @@ from .output import Output
 from .study_methods import FORGETTING, METHODS
 from .study_new import new_task_scores
 from .study_problem import Problem, Score, TaskData
-from .study_report import after_learning, at_the_end, cost_ratio, figure, needed, new_tasks, tables, trained
+from .study_report import after_learning, at_the_end, cost_claim, cost_ratio, figure, needed, new_tasks, tables, trained
 
 __all__ = [
     "BASELINES",
@@ -34,6 +34,7 @@ __all__ = [
     "TaskData",
     "after_learning",
     "at_the_end",
+    "cost_claim",
     "cost_ratio",
     "figure",
     "grid",
@@ -188,6 +189,9 @@ def _tuned(output: Output, given: Given, methods: tuple[str, ...], later: int) -
     }
     chosen = {name: study["grid"][name][given[2].best(tuned[name])] for name in methods}
     jobs = {(seed, f"tuning, {name}, new tasks"): partial(_try_new, given, name, chosen[name], seed) for name in methods}
+    if "sequence" in methods:
+        ends = [tried[seed, f"tuning, sequence, {place}"].get("end") for place in range(len(study["grid"]["sequence"]))]
+        tuned["sequence, at the end"] = ends
     ways = output.pieces(jobs, later=later)
     rates = {}
     for name in methods:
@@ -209,10 +213,22 @@ def _trained(given: Given, name: str, config: Mapping[str, Any], seed: int) -> t
 
 
 def _try(given: Given, name: str, config: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The score of one configuration on the trained tasks of the tuning seed; none if it diverged."""
+    """The score of one configuration on the trained tasks of the tuning seed; none if it diverged.
+
+    Of ``sequence``, each task's when it was just learned: at the end the best rate would be one that learns nothing, and so has
+    nothing to forget. The score at the end is kept beside it.
+    """
+    make, settings, _ = given
+    problem = make(seed, settings)
+    method = methods_.method(name, problem, settings, config, seed)
+    tasks, learned = range(len(problem.train.x)), []
     try:
-        problem, method = _trained(given, name, config, seed)
-        return {"score": statistics.fmean(method.scores(len(problem.train.x)))}
+        if name == "sequence":
+            method.train(lambda count: learned.extend(method.scores([count - 1])))
+        else:
+            method.train()
+        end = statistics.fmean(method.scores(tasks))
+        return {"score": statistics.fmean(learned) if learned else end, "end": end}
     except FloatingPointError as error:
         return {"score": None, "diverged": str(error)}
 
@@ -225,7 +241,7 @@ def _try_new(given: Given, name: str, config: Mapping[str, Any], seed: int) -> d
 def _measure(given: Given, name: str, config: Mapping[str, Any], seed: int, rates: Mapping[str, list[float]]) -> dict[str, Any]:
     """Questions 1 and 2 for one method and seed."""
     problem, method = _trained(given, name, config, seed)
-    measured: dict[str, Any] = {"trained": method.scores(len(problem.train.x))}
+    measured: dict[str, Any] = {"trained": method.scores(range(len(problem.train.x)))}
     counts = [count for count in given[1]["study"]["new"]["samples"] if count <= problem.new_train.x.shape[1]]
     found = new_task_scores(name, problem, method, given[1]["study"], {way: [each[: len(counts)]] for way, each in rates.items()})
     measured["samples"] = counts
@@ -244,7 +260,7 @@ def _measure_in_order(given: Given, name: str, config: Mapping[str, Any], seed: 
     problem = make(seed, settings)
     method = methods_.method(name, problem, settings, config, seed)
     scores: list[list[float]] = []
-    method.train(lambda learned: scores.append(method.scores(learned)))
+    method.train(lambda learned: scores.append(method.scores(range(learned))))
     earlier = [statistics.fmean(each[:-1]) for each in scores[1:]]
     return {"after": [each[-1] for each in scores], "end": scores[-1], "earlier": earlier}
 
@@ -280,5 +296,6 @@ def _budget(settings: Mapping[str, Any], methods: tuple[str, ...]) -> str:
         f"{settings['steps']} gradient steps for all {settings['tasks']} tasks together, of {study['batch']} samples each; "
         f"independent: a task's share of them for each net; maml: meta-steps on {study['maml']['tasks']} tasks at once, so many "
         f"fewer, half of the samples support, half queries; new tasks: {study['new']['steps']} steps of Adam on "
-        f"{study['new']['batch']} samples. Tuning: {tuning}; tasks in order: as in random order."
+        f"{study['new']['batch']} samples. Tuning: {tuning}; tasks in order: as in random "
+        f"order; sequence: by the scores of tasks just learned."
     )

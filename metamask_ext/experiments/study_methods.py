@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,8 +47,8 @@ class Method:
         """Train on all tasks; with ``after_task`` one after another, which is then called with the number of those learned."""
         raise NotImplementedError
 
-    def scores(self, tasks: int) -> list[float]:
-        """The score of each of the first ``tasks`` tasks on its test data."""
+    def scores(self, tasks: Sequence[int]) -> list[float]:
+        """The score of each of these tasks on its test data."""
         raise NotImplementedError
 
     def some_steps(self) -> int:
@@ -129,15 +129,15 @@ class Loop(Method):
         if unseen:
             raise OptionError(f"steps={self.steps} are {rounds} rounds, and in none of them was {unseen[0]!r} drawn: take more")
 
-    def scores(self, tasks: int) -> list[float]:
+    def scores(self, tasks: Sequence[int]) -> list[float]:
         names = self.problem.names
         self.model.eval()
 
-        def predict(task: int, x: Tensor) -> Tensor:
-            with self.loop.using(names[task]):
+        def predict(place: int, x: Tensor) -> Tensor:
+            with self.loop.using(names[tasks[place]]):
                 return in_parts(self.model, x)
 
-        found = self.problem.scores(self.problem.test, predict, list(range(tasks)))
+        found = self.problem.scores(self.problem.test, predict, tasks)
         self.model.train()
         return found
 
@@ -169,9 +169,8 @@ class Independent(Method):
         descend(leaves.values(), self.config["lr"], self._per_task(self.steps), loss)
         self.parameters = {name: stack.detach() for name, stack in leaves.items()}
 
-    def scores(self, tasks: int) -> list[float]:
-        predict = partial(self.nets.one, self.parameters)
-        return self.problem.scores(self.problem.test, predict, list(range(tasks)))
+    def scores(self, tasks: Sequence[int]) -> list[float]:
+        return self.problem.scores(self.problem.test, lambda place, x: self.nets.one(self.parameters, tasks[place], x), tasks)
 
 
 class Meta(Method):
@@ -207,16 +206,17 @@ class Meta(Method):
 
         descend(self.model.parameters(), self.config["lr"], steps, loss)
 
-    def scores(self, tasks: int) -> list[float]:
+    def scores(self, tasks: Sequence[int]) -> list[float]:
         train, samples = self.problem.train, self.study["maml"]["samples"]
+        chosen = list(tasks)
         with torch.no_grad():
-            adapted = self.maml.adapt(self.problem.loss, (train.x[:tasks, :samples], train.y[:tasks, :samples]))
+            adapted = self.maml.adapt(self.problem.loss, (train.x[chosen, :samples], train.y[chosen, :samples]))
 
-        def predict(task: int, x: Tensor) -> Tensor:
-            own = TaskParameters({name: stack[task : task + 1] for name, stack in adapted.items()})
+        def predict(place: int, x: Tensor) -> Tensor:
+            own = TaskParameters({name: stack[place : place + 1] for name, stack in adapted.items()})
             return in_parts(lambda part: self.maml.predict(own, part[None])[0], x)
 
-        return self.problem.scores(self.problem.test, predict, list(range(tasks)))
+        return self.problem.scores(self.problem.test, predict, tasks)
 
     def some_steps(self) -> int:
         self._descend(3, range(len(self.problem.train.x)))
