@@ -69,8 +69,8 @@ CLAIMS = [
     ),
     Claim(
         "A new task has 6 unknowns. From 3 samples, mask only reaches {mask:.2g} and a fresh net {fresh:.2g}; from 10, "
-        "superposition {superposed:.2g}, mask only {mask_10:.2g}, a fresh net {fresh_10:.2g}: where every method has samples enough, masks save "
-        "none. Looking up the best of the trained masks gets no further than {look_up:.2g}.",
+        "superposition {superposed:.2g}, mask only {mask_10:.2g}, a fresh net {fresh_10:.2g}: where every method has samples "
+        "enough, masks save none. Looking up the best of the trained masks gets no further than {look_up:.2g}.",
         lambda metrics: {
             "mask": study.new_tasks(metrics, "masked", "mask only", 3),
             "fresh": study.new_tasks(metrics, "independent", "from scratch", 3),
@@ -85,8 +85,8 @@ CLAIMS = [
         ),
     ),
     Claim(
-        "Tasks one after another: one net fine-tuned goes from {sequence_after:.2g} on a task just learned to {sequence:.2g} on all "
-        "at the end, the masked net from {masked_after:.2g} to {masked:.2g}: masks keep most, not all, since W goes on moving.",
+        "Tasks one after another: one net fine-tuned goes from {sequence_after:.2g} on a task just learned to {sequence:.2g} on "
+        "all at the end, the masked net from {masked_after:.2g} to {masked:.2g}: masks keep most, not all, since W goes on moving.",
         lambda metrics: {
             "sequence_after": study.after_learning(metrics, "sequence"),
             "sequence": study.at_the_end(metrics, "sequence"),

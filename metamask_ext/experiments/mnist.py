@@ -61,8 +61,8 @@ With one task, the shared net, the net of the task alone and the net trained in 
 question 2 is ours: the digits turned by 90 degrees."""
 CLAIMS = [
     Claim(
-        "A masked CNN performs as the CNN without masks does (section 3.6): test accuracy {masked:.2f} %, plain {plain:.2f} %, with "
-        "a hard gate {hard:.2f} %.",
+        "A masked CNN performs as the CNN without masks does (section 3.6): test accuracy {masked:.2f} %, plain {plain:.2f} %, "
+        "with a hard gate {hard:.2f} %.",
         lambda metrics: {
             "masked": study.trained(metrics, "masked"),
             "plain": study.trained(metrics, "shared"),

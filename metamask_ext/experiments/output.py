@@ -20,9 +20,9 @@ from rich.table import Table
 
 from .._info import build_info
 from ..continual.files import OutputError, check_same_settings, locked, prepare_folder, write_atomic
-from .settings import flat
+from .settings import OptionError, flat
 from .tracking import check_tracking
-from .workers import Job, Key, Place, compute, cores, file_name, json_bytes
+from .workers import Job, Key, Place, Workers, cores, file_name, json_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,10 +80,10 @@ class Output:
         seeds: the seeds of the run.
 
     Raises:
-        ValueError: ``workers`` or ``tracking`` cannot be.
+        OptionError: ``workers`` or ``tracking`` cannot be.
         ImportError: matplotlib or what tracking needs is not installed.
 
-    A context: at its end other processes may use the folder again.
+    A context: at its end the workers are ended, and other processes may use the folder.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class Output:
             raise ImportError('matplotlib is not installed: pip install "metamask_ext[experiments]"') from error
         check_tracking(tracking)
         if workers is not None and workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
+            raise OptionError(f"workers must be at least 1, got {workers}")
         self.name, self.folder, self.quick = name, out, quick
         self.settings = json.loads(json.dumps(dict(settings)))
         self.seeds = list(range(seed, seed + self.settings["seeds"]))
-        self.workers = cores() if workers is None else workers
+        self._workers = Workers(cores() if workers is None else workers, Place(out, tracking))
         self.console = Console()
         self.resumed = False
-        self._place, self._command = Place(out, tracking), command
+        self._command = command
         self.identity: dict[str, Any] = {"experiment": name, "seed": seed, "settings": self.settings}
         self._started, self._before = time.monotonic(), 0.0
         self._lock = ExitStack()
@@ -167,13 +167,14 @@ class Output:
     def __exit__(self, *error: object) -> None:
         if self._unfinished:
             self._save_elapsed()
+        self._workers.close()
         self._lock.close()
 
     def pieces(self, jobs: Mapping[Key, Job], later: int = 0) -> dict[Key, dict[str, Any]]:
         """What each of ``jobs``, by seed and name, returns: a dict of JSON values.
 
         Each is kept in ``seed-<seed>/<name>.json`` when it is there, so that a killed run goes on behind it. They are computed by
-        :attr:`workers` processes with one torch thread each, and are the same for any number of these. After each a line says how
+        the workers, processes with one torch thread each, and are the same for any number of these. After each a line says how
         many are done, and about how much time is left.
 
         Args:
@@ -184,6 +185,9 @@ class Output:
         Raises:
             PieceError: a job raised an error, or its process died; the message names the piece.
         """
+        return self._pieces(jobs, later, self._workers)
+
+    def _pieces(self, jobs: Mapping[Key, Job], later: int, workers: Workers) -> dict[Key, dict[str, Any]]:
         paths = {(seed, name): self.folder / f"seed-{seed}" / f"{file_name(name)}.json" for seed, name in jobs}
         if len({*paths.values()}) != len(paths):
             raise ValueError(f"pieces must have names of different files, got {list(jobs)}")
@@ -191,7 +195,7 @@ class Output:
         self._pieces_done += len(jobs) - len(todo)
         total = self._pieces_done + len(todo) + later
         started, before = time.monotonic(), self._computing
-        with closing(compute(todo, self.workers, self._place)) as results:
+        with closing(workers.compute(todo)) as results:
             for result in results:
                 self._computing = before + time.monotonic() - started
                 self._save_elapsed()
@@ -208,11 +212,7 @@ class Output:
 
     def piece(self, seed: int, name: str, job: Job) -> dict[str, Any]:
         """One of :meth:`pieces`, computed in this process."""
-        workers, self.workers = self.workers, 1
-        try:
-            return self.pieces({(seed, name): job})[seed, name]
-        finally:
-            self.workers = workers
+        return self._pieces({(seed, name): job}, 0, Workers(1, self._workers.place))[seed, name]
 
     def finish(
         self,
@@ -243,7 +243,7 @@ class Output:
             "baselines": {method: summary[method] for method in baselines},
             **(more or {}),
             "machine": machine(),
-            "workers": self.workers,
+            "workers": self._workers.count,
             "command": self._command,
             "duration_s": round(self._elapsed(), 3),
             "resumed": self.resumed,
@@ -345,18 +345,24 @@ def write_figures(folder: Path, name: str, figures: Figure | Figures) -> list[st
 
 
 def plot_seeds(
-    axes: Axes, method: str, label: str, steps: Sequence[float], values: Sequence[Sequence[float]], geometric: bool = False
+    axes: Axes,
+    method: str,
+    label: str,
+    steps: Sequence[float],
+    values: Sequence[Sequence[float]],
+    geometric: bool = False,
+    **style: Any,
 ) -> None:
     """The mean of ``values`` (a curve for each seed); with several also a band, the 95 % interval of the mean at each step.
 
-    Args:
-        geometric: both of the logarithms: the geometric mean, for a logarithmic axis. The values must be positive.
+    ``method`` is one of ``STYLES``; ``style`` is changed in it. ``geometric``: mean and interval are of the logarithms, for a
+    logarithmic axis; the values must be positive.
     """
     forth, back = (math.log, math.exp) if geometric else (float, float)
     points = [[forth(value) for value in of_seeds] for of_seeds in zip(*values)]
     means = [statistics.fmean(of_seeds) for of_seeds in points]
-    style = STYLES[method]
-    axes.plot(steps, [back(mean) for mean in means], label=label, linewidth=1.8, **style)
+    style = {"linewidth": 1.8, **STYLES[method], **style}
+    axes.plot(steps, [back(mean) for mean in means], label=label, **style)
     if len(values) > 1:
         widths = [half_width(of_seeds) for of_seeds in points]
         low, high = ([back(mean + sign * width) for mean, width in zip(means, widths)] for sign in (-1, 1))
