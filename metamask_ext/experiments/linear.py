@@ -43,6 +43,7 @@ SUPPORT = "support recovered (%)"
 QUESTION = """\
 Section 3.1: if the true model of each task is $y = (w \\odot m)^T x + b m_b$, with shared $w$, $b$ of 5 variables and each entry
 on or off, does the method find it?"""
+tables = study.tables
 CLAIMS = [
     Claim(
         "The method finds the model (section 3.1: it can capture the system perfectly): test MSE {masked:.2g}, and {support:.4g} % "
@@ -160,7 +161,3 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     axes.set_yticks(range(0, len(found), 5))
     figure.colorbar(image, ax=axes, label="gate, sigmoid(M) (no unit)")
     return {"": study.figure(metrics), "support": figure}
-
-
-def tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    return study.tables(metrics)

@@ -42,6 +42,7 @@ QUESTION = """\
 Section 3.5: the tasks of section 3.1 with labels that are 1 with probability $\\mathrm{sigmoid}((w \\odot m)^T x + b m_b)$: is
 the method compatible with classification as well as regression? The rule $1[z > 0]$ with the true parameters is the best that any
 classifier can do on average."""
+tables = study.tables
 CLAIMS = [
     Claim(
         "The method is compatible with classification (section 3.5): test accuracy {masked:.1f} %, a net for each task "
@@ -110,10 +111,6 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
 
 def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {"": study.figure(metrics)}
-
-
-def tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    return study.tables(metrics)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ QUESTION = """\
 Section 3.6: with a single task, does a masked CNN classify black and white images of digits as well as the same CNN without masks?
 With one task, the shared net, the net of the task alone and the net trained in sequence are the same plain net. The new task of
 question 2 is ours: the digits turned by 90 degrees."""
+tables = study.tables
 CLAIMS = [
     Claim(
         "A masked CNN performs as the CNN without masks does (section 3.6): test accuracy {masked:.2f} %, plain {plain:.2f} %, "
@@ -141,10 +142,6 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     axes.set(xlabel=f"gate, sigmoid(M) (no unit), seed {metrics['seed']}", ylabel="weights (number)")
     axes.legend(fontsize=8)
     return {"": study.figure(metrics), "gates": figure}
-
-
-def tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    return study.tables(metrics)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -23,7 +23,19 @@ from .output import Output
 from .study_methods import FORGETTING, METHODS
 from .study_new import new_task_scores
 from .study_problem import Problem, Score, TaskData
-from .study_report import after_learning, at_the_end, cost_claim, cost_ratio, figure, needed, new_tasks, tables, trained
+from .study_report import (
+    AT_THE_END,
+    JUST_LEARNED,
+    after_learning,
+    at_the_end,
+    cost_claim,
+    cost_ratio,
+    figure,
+    needed,
+    new_tasks,
+    tables,
+    trained,
+)
 
 __all__ = [
     "BASELINES",
@@ -145,8 +157,8 @@ def run(
         for name in in_order
     }
     for name, kept in order.items():
-        scores[name]["in order: just learned"] = [statistics.fmean(each) for each in kept["after"]]
-        scores[name]["in order: at the end"] = [statistics.fmean(each) for each in kept["end"]]
+        scores[name][JUST_LEARNED] = [statistics.fmean(each) for each in kept["after"]]
+        scores[name][AT_THE_END] = [statistics.fmean(each) for each in kept["end"]]
     more = {
         "study": {
             "score": {"name": score.name, "unit": score.unit, "higher_is_better": score.higher_is_better, "margin": score.margin},
@@ -285,17 +297,25 @@ def _cost(given: Given, methods: tuple[str, ...], chosen: Mapping[str, Any], see
 
 def _budget(settings: Mapping[str, Any], methods: tuple[str, ...]) -> str:
     study = settings["study"]
-    tried = max(len(study["grid"][name]) for name in methods)
-    rates = max(len(each) for each in study["new"]["rates"].values())
-    tuning = (
-        f"{tried} configurations of each method and {rates} rates of each way to learn a new task, tried on one further seed"
-        if study["tuning"]
-        else "the first configuration of each grid, without a search"
-    )
-    return (
-        f"{settings['steps']} gradient steps for all {settings['tasks']} tasks together, of {study['batch']} samples each; "
-        f"independent: a task's share of them for each net; maml: meta-steps on {study['maml']['tasks']} tasks at once, so many "
-        f"fewer, half of the samples support, half queries; new tasks: {study['new']['steps']} steps of Adam on "
-        f"{study['new']['batch']} samples. Tuning: {tuning}; tasks in order: as in random "
-        f"order; sequence: by the scores of tasks just learned."
-    )
+    new, tried = study["new"], len(study["grid"][methods[0]])
+    parts = [f"{settings['steps']} gradient steps, of {study['batch']} samples each, for all tasks together ({settings['tasks']})"]
+    if "independent" in methods:
+        parts.append("independent: for each net a task's share of them")
+    if "maml" in methods:
+        parts.append(
+            f"maml: meta-steps on {study['maml']['tasks']} tasks at once, so many fewer, half of the samples support and half "
+            f"queries, {study['maml']['inner_steps']} inner steps, on trained tasks from {study['maml']['samples']} samples"
+        )
+    parts.append(f"new tasks: {new['steps']} steps of Adam on {new['batch']} samples")
+    if study["tuning"]:
+        parts.append(
+            f"tuning: {tried} configurations of each method, and {max(map(len, new['rates'].values()))} rates of each way to learn a "
+            "new task for each number of samples, tried on one further seed with all steps"
+        )
+        if "sequence" in methods:
+            parts.append("sequence is judged there by tasks just learned, the others by the trained tasks")
+    else:
+        parts.append("the first configuration of each grid, without a search")
+    if settings["tasks"] > 1:
+        parts.append("tasks in order: the same configurations")
+    return "; ".join(parts) + "."

@@ -23,6 +23,7 @@ LABELS = {
     "maml": "MAML",
     "sequence": "one net, in sequence",
 }
+JUST_LEARNED, AT_THE_END = "in order: just learned", "in order: at the end"
 SMALLEST = 1e-8
 """Errors below this are drawn as this: they are rounding."""
 Metrics = Mapping[str, Any]
@@ -90,14 +91,20 @@ def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
     name, order = study["score"]["name"], study["order"]
     head = ["method", f"trained tasks: {name}"]
     if order:
-        head += ["in order: just learned", "in order: at the end"]
-    rows = [[*head, f"step over the shared net's {study['cost']['milliseconds']['shared']:.3g} ms"]]
-    for method in study["methods"]:
-        row = [LABELS[method], _cell(study["trained"][method])]
+        head += [JUST_LEARNED, AT_THE_END]
+    methods = {**metrics["results"], **metrics["baselines"]}
+    further = dict.fromkeys(key for numbers in methods.values() for key in numbers if key not in (name, JUST_LEARNED, AT_THE_END))
+    rows = [[*head, *further, f"step over the shared net's {study['cost']['milliseconds']['shared']:.3g} ms"]]
+    for method, numbers in methods.items():
+        row = [LABELS.get(method, method), cell(numbers[name])]
         if order:
-            row += [_in_order(metrics, method, key) for key in ("after", "end")]
-        timed = method in study["cost"]["milliseconds"]
-        rows.append([*row, f"{cost_ratio(metrics, method):.2f}" if timed else "the same step"])
+            row += [_in_order(method, numbers, key) for key in (JUST_LEARNED, AT_THE_END)]
+        row += [cell(numbers[key]) if key in numbers else "-" for key in further]
+        if method in study["cost"]["milliseconds"]:
+            row.append(f"{cost_ratio(metrics, method):.2f}")
+        else:
+            row.append("the same step" if method in study["methods"] else "-")
+        rows.append(row)
     most = study["samples"][-1]
     within = f"n to be within {study['score']['margin']:g} of a fresh net with {most:,}"
     new = [["method", "way", *(f"n = {count:,}" for count in study["samples"]), within]]
@@ -110,11 +117,10 @@ def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
     return [("Methods", rows), (f"New tasks: {name}, learned from n samples", new)]
 
 
-def _in_order(metrics: Metrics, method: str, key: str) -> str:
-    study = metrics["study"]
-    if method in study["order"]:
-        return _cell([statistics.fmean(seed) for seed in study["order"][method][key]])
-    return "see in sequence" if method == "shared" else "as trained"
+def _in_order(method: str, numbers: Mapping[str, Any], key: str) -> str:
+    if key in numbers:
+        return cell(numbers[key])
+    return {"shared": f"see {LABELS['sequence']}", "independent": "as trained"}.get(method, "-")
 
 
 def figure(metrics: Metrics) -> Any:
