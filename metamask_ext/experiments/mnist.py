@@ -23,6 +23,7 @@ SETTINGS: dict[str, Any] = {
     "seeds": 5,
     "tasks": 1,
     "steps": 1000,
+    "new_test_samples": 1000,
     "study": study.settings(
         {
             "masked": study.grid(lr=[3e-3, 1e-3], mask_lr=[3e-3, 3e-2]),
@@ -106,7 +107,8 @@ def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
     train, test = (TaskData(images[None], labels[None]) for images, labels in (digits.train, digits.test))
     chosen = torch.randperm(len(digits.train[0]), generator=generator)[: settings["study"]["new"]["samples"][-1]]
     new_train = TaskData(train.x[:, chosen].rot90(1, (-2, -1)), train.y[:, chosen])
-    new_test = TaskData(test.x.rot90(1, (-2, -1)), test.y)
+    count = settings["new_test_samples"]
+    new_test = TaskData(test.x[:, :count].rot90(1, (-2, -1)), test.y[:, :count])
 
     def examine(method: str, model: nn.Module) -> dict[str, Any]:
         if method != "masked":

@@ -73,8 +73,8 @@ def settings(grid: Mapping[str, Sequence[Mapping[str, float]]], **changes: Any) 
     """The entry ``study`` of an experiment's SETTINGS.
 
     Args:
-        grid: for each method the configurations tried, as many for each: ``lr`` (of W) and, with masks, ``mask_lr``; ``lottery``:
-            ``mask_lr`` and ``scale``, a factor of the frozen weights; ``maml``: ``lr`` and ``inner_lr``. A run without tuning takes
+        grid: for each method the configurations tried, as many for each: ``lr`` (of W) and, with masks, ``mask_lr``, or other
+            options of the loop; ``lottery``: ``mask_lr`` and ``scale``, a factor of the frozen weights; ``maml``: ``lr`` and ``inner_lr``. A run without tuning takes
             the first.
         changes: of the values below; ``maml`` and ``new`` are merged.
     """
@@ -309,8 +309,8 @@ def _budget(settings: Mapping[str, Any], methods: tuple[str, ...]) -> str:
     parts.append(f"new tasks: {new['steps']} steps of Adam on {new['batch']} samples")
     if study["tuning"]:
         parts.append(
-            f"tuning: {tried} configurations of each method, and {max(map(len, new['rates'].values()))} rates of each way to learn a "
-            "new task for each number of samples, tried on one further seed with all steps"
+            f"tuning: {tried} configurations of each method, and {max(map(len, new['rates'].values()))} rates of each way to learn "
+            "a new task for each number of samples, tried on one further seed with all steps"
         )
         if "sequence" in methods:
             parts.append("sequence is judged there by tasks just learned, the others by the trained tasks")

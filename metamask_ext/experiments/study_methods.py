@@ -86,14 +86,13 @@ class Loop(Method):
 
     def _loop(self, order: list[str] | None, evaluate: Callable[[TaskLoop], dict[str, float]] | None, every: int) -> TaskLoop:
         problem, study = self.problem, self.study
-        config = {key: value for key, value in self.config.items() if key != "scale"}
+        config = {"weight_decay": study["weight_decay"], **{key: value for key, value in self.config.items() if key != "scale"}}
         return TaskLoop(
             self.model,
             {name: (x, y) for name, x, y in zip(problem.names, problem.train.x, problem.train.y)},
             self._tracked_loss,
             steps=study["round_steps"],
             **config,
-            weight_decay=study["weight_decay"],
             optimizer=study["optimizer"],
             batch_size=study["batch"],
             per_task_masks=self.name in MASKED,

@@ -92,7 +92,7 @@ def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
     head = ["method", f"trained tasks: {name}"]
     if order:
         head += [JUST_LEARNED, AT_THE_END]
-    methods = {**metrics["results"], **metrics["baselines"]}
+    methods = {method: numbers for kind in ("results", "baselines") for method, numbers in metrics[kind].items() if name in numbers}
     further = dict.fromkeys(key for numbers in methods.values() for key in numbers if key not in (name, JUST_LEARNED, AT_THE_END))
     rows = [[*head, *further, f"step over the shared net's {study['cost']['milliseconds']['shared']:.3g} ms"]]
     for method, numbers in methods.items():
