@@ -74,8 +74,8 @@ def settings(grid: Mapping[str, Sequence[Mapping[str, float]]], **changes: Any) 
 
     Args:
         grid: for each method the configurations tried, as many for each: ``lr`` (of W) and, with masks, ``mask_lr``, or other
-            options of the loop; ``lottery``: ``mask_lr`` and ``scale``, a factor of the frozen weights; ``maml``: ``lr`` and ``inner_lr``. A run without tuning takes
-            the first.
+            options of the loop; ``lottery``: ``mask_lr`` and ``scale``, a factor of the frozen weights; ``maml``: ``lr`` and
+            ``inner_lr``. A run without tuning takes the first.
         changes: of the values below; ``maml`` and ``new`` are merged.
     """
     if len({len(configs) for configs in grid.values()}) != 1:
