@@ -149,7 +149,7 @@ def test_independent_nets_do_not_meet():
 
 def test_few_steps_are_refused():
     settings = small_settings() | {"steps": 10}
-    with pytest.raises(OptionError, match="steps=10 are fewer than one for each of 3 tasks"):
+    with pytest.raises(OptionError, match="steps must be at least 15 for 3 tasks, got 10"):
         method("masked", small_problem(), settings, CONFIG["masked"], 0).train()
 
 

@@ -175,7 +175,13 @@ def run(
         }
     }
     examined = {name: [piece["examined"] for piece in pieces] for name, pieces in by_seed.items() if "examined" in pieces[0]}
-    return Study(scores, [name for name in methods if name in BASELINES], _budget(settings, methods), more, examined)
+    return Study(
+        scores,
+        [name for name in methods if name in BASELINES],
+        _budget(settings, methods, more["study"]["samples"]),
+        more,
+        examined,
+    )
 
 
 Given = tuple[MakeProblem, Mapping[str, Any], Score]
@@ -284,6 +290,10 @@ def _cost(given: Given, methods: tuple[str, ...], chosen: Mapping[str, Any], see
     timed = [name for name in ("masked", "hard", "lottery", "shared", "maml") if name in methods]
     made = {name: methods_.method(name, problem, settings, chosen[name], seed) for name in timed}
     times: dict[str, list[float]] = {name: [] for name in timed}
+    for each in made.values():
+        if isinstance(each, methods_.Loop):  # until it has seen the tasks: a new one costs more
+            for _ in range(3 * len(problem.train.x)):
+                each.some_steps()
     for _ in range(settings["study"]["cost_rounds"]):
         for name, each in made.items():
             each.some_steps()  # the caches hold what the method before it used
@@ -295,7 +305,7 @@ def _cost(given: Given, methods: tuple[str, ...], chosen: Mapping[str, Any], see
     return {"milliseconds": {name: statistics.median(values) for name, values in times.items()}}
 
 
-def _budget(settings: Mapping[str, Any], methods: tuple[str, ...]) -> str:
+def _budget(settings: Mapping[str, Any], methods: tuple[str, ...], samples: list[int]) -> str:
     study = settings["study"]
     new, tried = study["new"], len(study["grid"][methods[0]])
     parts = [f"{settings['steps']} gradient steps, of {study['batch']} samples each, for all tasks together ({settings['tasks']})"]
@@ -307,6 +317,8 @@ def _budget(settings: Mapping[str, Any], methods: tuple[str, ...]) -> str:
             f"queries, {study['maml']['inner_steps']} inner steps, on trained tasks from {study['maml']['samples']} samples"
         )
     parts.append(f"new tasks: {new['steps']} steps of Adam on {new['batch']} samples")
+    if len(samples) < len(new["samples"]):
+        parts.append(f"they have no more than {samples[-1]} samples")
     if study["tuning"]:
         parts.append(
             f"tuning: {tried} configurations of each method, and {max(map(len, new['rates'].values()))} rates of each way to learn "

@@ -55,12 +55,11 @@ class Method:
         """Take a few steps, to be timed; their number."""
         raise NotImplementedError
 
-    def _per_task(self, steps: int) -> int:
-        """So many of all the steps are a task's."""
-        each = steps // len(self.problem.train.x)
-        if each < 1:
-            raise OptionError(f"steps={self.steps} are fewer than one for each of {len(self.problem.train.x)} tasks: take more")
-        return each
+    def _share(self, parts: int) -> int:
+        """All the steps over ``parts``. OptionError if that is none."""
+        if self.steps < parts:
+            raise OptionError(f"steps must be at least {parts} for {len(self.problem.train.x)} tasks, got {self.steps}")
+        return self.steps // parts
 
 
 class Loop(Method):
@@ -110,8 +109,8 @@ class Loop(Method):
         return value
 
     def train(self, after_task: Callable[[int], None] | None = None) -> None:
-        names, rounds = self.problem.names, self.steps // self.study["round_steps"]
-        each = self._per_task(rounds)
+        names, length = self.problem.names, self.study["round_steps"]
+        each, rounds = self._share(length * len(names)), self.steps // length
         order, evaluate = None, None
         if after_task or self.in_order:
             rounds = each * len(names)
@@ -165,7 +164,7 @@ class Independent(Method):
             penalty = sum(stack.square().sum() for stack in leaves.values())
             return torch.vmap(self.problem.loss)(prediction, train.y[tasks, chosen]).sum() + decay * penalty
 
-        descend(leaves.values(), self.config["lr"], self._per_task(self.steps), loss)
+        descend(leaves.values(), self.config["lr"], self._share(len(train.x)), loss)
         self.parameters = {name: stack.detach() for name, stack in leaves.items()}
 
     def scores(self, tasks: Sequence[int]) -> list[float]:
@@ -183,13 +182,12 @@ class Meta(Method):
         self.generator = torch.Generator().manual_seed(seed)
 
     def train(self, after_task: Callable[[int], None] | None = None) -> None:
-        tasks = len(self.problem.train.x)
-        steps = self.steps // self.study["maml"]["tasks"]
+        tasks, at_once = len(self.problem.train.x), self.study["maml"]["tasks"]
         if after_task is None:
-            self._descend(steps, range(tasks))
+            self._descend(self._share(at_once), range(tasks))
             return
         for task in range(tasks):
-            self._descend(self._per_task(steps), range(task, task + 1))
+            self._descend(self._share(at_once * tasks), range(task, task + 1))
             after_task(task + 1)
 
     def _descend(self, steps: int, tasks: range) -> None:
