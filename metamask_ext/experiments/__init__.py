@@ -3,10 +3,15 @@ and of papers around it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from .output import Output
+from .settings import OptionError, read_toml, resolve
+from .workers import PieceError, one_thread
 
 EXPERIMENTS = {
     "linear": "linear regression whose weights are on or off in each task (section 3.1)",
@@ -21,37 +26,72 @@ EXPERIMENTS = {
 }
 """What there is to run, with a line about each. The modules are imported when they are run: they need matplotlib."""
 
-
-class OptionError(ValueError):
-    """An option that the experiment does not have, or a value that it cannot take."""
+__all__ = ["EXPERIMENTS", "OptionError", "PieceError", "module_of", "run", "settings_of"]
 
 
-def run(name: str, out: str | Path, seed: int = 0, quick: bool = False, **options: Any) -> dict[str, Any]:
+def module_of(name: str) -> ModuleType:
+    """The module of an experiment. ValueError if it is unknown."""
+    if name not in EXPERIMENTS:
+        raise ValueError(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}")
+    return import_module(f".{name.replace('-', '_')}", __name__)
+
+
+def settings_of(
+    name: str, quick: bool = False, config: str | Path | None = None, changes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """All settings of a run: the module's ``SETTINGS``, with ``rotated`` its ``ROTATED`` in them, then its ``QUICK`` if asked for,
+    then the TOML file ``config``, then ``changes``.
+
+    Raises:
+        ValueError: the experiment is unknown.
+        OptionError: the file cannot be read; a setting is unknown, or of another type.
+    """
+    module, changes = module_of(name), dict(changes or {})
+    variant = getattr(module, "ROTATED", {}) if changes.get("rotated") else {}
+    of_file = {} if config is None else read_toml(Path(config))
+    return resolve(name, module.SETTINGS, variant, module.QUICK if quick else {}, of_file, changes)
+
+
+def run(
+    name: str,
+    out: str | Path,
+    seed: int = 0,
+    quick: bool = False,
+    *,
+    config: str | Path | None = None,
+    workers: int | None = None,
+    tracking: str | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
     """Run an experiment; what it writes is described in :class:`metamask_ext.experiments.output.Output`.
 
     Args:
         name: one of ``EXPERIMENTS``.
         out: folder of the run. A run that was killed there continues; one that is finished is shown again, not repeated; one of
             another experiment, seed or setting is refused.
-        seed: the first seed; a full run repeats the experiment with the next four.
-        quick: one seed instead of five (of ``maml-sine`` also fewer steps); of ``supsup``, which always has one, 5 tasks; of
-            ``fewshot``, which always has one, 5-way 1-shot only.
-        options: of this experiment: the keyword arguments of its module's ``run``.
+        seed: the first seed; the run repeats the experiment with the next ones, ``settings["seeds"]`` in all.
+        quick: one seed, and what else the module's ``QUICK`` makes smaller.
+        config: a TOML file with settings; ``metamask run NAME --print-config`` prints all there are.
+        workers: how many processes compute pieces of the work; None: the cores. More than one are started anew, by the method
+            spawn: a script that calls this then needs ``if __name__ == "__main__":``.
+        tracking: ``"csv"`` or ``"tensorboard"``: also write down numbers during training.
+        changes: settings by their top-level name, such as ``tasks``, ``steps`` or ``seeds``.
 
     Returns:
         What ``metrics.json`` holds.
 
     Raises:
-        ValueError: the experiment is unknown.
-        OptionError: the experiment does not have an option, or the value is none; nothing was written.
+        ValueError: the experiment is unknown, or ``workers`` or ``tracking`` cannot be.
+        OptionError: a setting is unknown, or its value cannot be; nothing was written.
         ImportError: an optional package is missing; says what to install.
         metamask_ext.continual.OutputError: ``out`` cannot be used.
+        PieceError: a piece of the work failed.
     """
-    if name not in EXPERIMENTS:
-        raise ValueError(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}")
-    function = import_module(f".{name.replace('-', '_')}", __name__).run
-    known = [parameter.name for parameter in signature(function).parameters.values() if parameter.kind is parameter.KEYWORD_ONLY]
-    for option in options:
-        if option not in known:
-            raise OptionError(f"experiment {name!r} has no option {option!r}, its options are: {', '.join(known) or 'none'}")
-    return function(Path(out), seed, quick, **options)
+    settings = settings_of(name, quick, config, changes)
+    if settings["seeds"] < 1:
+        raise OptionError(f"experiment {name!r}: 'seeds' must be at least 1, got {settings['seeds']}")
+    module = module_of(name)
+    command = [f"metamask run {name} --seed {seed}", *(["--quick"] if quick else []), *(["--config FILE"] if config else [])]
+    command += [f"--{key}" if value is True else f"--{key} {value}" for key, value in changes.items()]
+    with Output(name, Path(out), seed, quick, settings, workers, tracking, " ".join(command)) as output, one_thread():
+        return module.run(output, output.settings)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..continual import TaskLoop, read_metrics
+from .tracking import track
 
 Model = TypeVar("Model", bound=nn.Module)
 Data = Mapping[str, tuple[Tensor, Tensor]]
@@ -20,11 +21,13 @@ def descend(parameters: Iterable[Tensor], lr: float, iterations: int, loss: Call
     """Minimise ``loss()``, which draws its own data, by Adam with a cosine schedule from ``lr`` to 0."""
     optimizer = torch.optim.Adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    for _ in range(iterations):
+    for step in range(1, iterations + 1):
         optimizer.zero_grad()
-        loss().backward()
+        value = loss()
+        value.backward()
         optimizer.step()
         schedule.step()
+        track(step, loss=value.detach())
 
 
 @dataclass

@@ -1,14 +1,15 @@
-"""What all experiments do around their work: the folder, metrics.json, the table and the figure."""
+"""What all experiments do around their work: the folder, the pieces of the work, metrics.json, the table and the figure."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .._info import build_info
-from ..continual.files import OutputError, check_same_settings, prepare_folder, write_atomic
+from ..continual.files import OutputError, check_same_settings, locked, prepare_folder, write_atomic
+from .settings import flat
+from .tracking import check_tracking
+from .workers import Job, Key, Place, compute, cores, file_name, json_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,42 +45,73 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 Scores = dict[str, dict[str, list[float]]]
+Figures = Mapping[str, "Figure"]
+ELAPSED = "elapsed.json"
 
 
 class Output:
     """The folder of one run of an experiment.
 
     ``run.json`` (written first) says which run it is: experiment, seed, settings, versions, data. ``metrics.json`` (written last)
-    says the same and the results; where it is, the run is finished. Between them lie ``<experiment>.png`` and the folders of the
-    training loops, each with a checkpoint and ``metrics.jsonl``.
+    says the same and the results; where it is, the run is finished. Between them lie ``<experiment>.png``, the pieces of the work
+    in ``seed-<seed>`` and ``elapsed.json``, how long the run has taken so far.
 
     Args:
         name: the experiment.
         out: the folder; made if it is missing.
-        seed, quick: as given by the user.
+        seed: the first of ``settings["seeds"]`` seeds.
+        quick: whether it is called a quick run; what that means is in ``settings``.
+        settings: everything that the results depend on, besides the seed; JSON values.
+        workers: how many processes compute pieces; None: the cores. With 1, this process does.
+        tracking: ``"csv"`` or ``"tensorboard"``, see :mod:`metamask_ext.experiments.tracking`; None: nothing is tracked.
+        command: what the user typed, without the folder.
+
+    Attributes:
+        seeds: the seeds of the run.
 
     Raises:
-        OutputError: the folder cannot be written.
-        ImportError: matplotlib is not installed.
+        ValueError: ``workers`` or ``tracking`` cannot be.
+        ImportError: matplotlib or what tracking needs is not installed.
+
+    A context: at its end other processes may use the folder again.
     """
 
-    def __init__(self, name: str, out: Path, seed: int, quick: bool):
+    def __init__(
+        self,
+        name: str,
+        out: Path,
+        seed: int,
+        quick: bool,
+        settings: Mapping[str, Any],
+        workers: int | None = None,
+        tracking: str | None = None,
+        command: str = "",
+    ):
         try:
             import matplotlib  # noqa: F401  before the work, not after it
         except ImportError as error:
             raise ImportError('matplotlib is not installed: pip install "metamask_ext[experiments]"') from error
-        prepare_folder(out)
-        self.name, self.folder = name, out
+        check_tracking(tracking)
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        self.name, self.folder, self.quick = name, out, quick
+        self.settings = json.loads(json.dumps(dict(settings)))
+        self.seeds = list(range(seed, seed + self.settings["seeds"]))
+        self.workers = cores() if workers is None else workers
         self.console = Console()
-        self.identity: dict[str, Any] = {"experiment": name, "seed": seed, "quick": quick}
         self.resumed = False
-        self._started = time.monotonic()
+        self._place, self._command = Place(out, tracking), command
+        self.identity: dict[str, Any] = {"experiment": name, "seed": seed, "settings": self.settings}
+        self._started, self._before = time.monotonic(), 0.0
+        self._lock = ExitStack()
+        self._unfinished = False
+        self._pieces_done = self._pieces_computed = 0
+        self._computing = 0.0
 
-    def begin(self, settings: Mapping[str, Any], data: str, note: str = "") -> dict[str, Any] | None:
-        """Take the folder for a run with these settings.
+    def begin(self, data: str, note: str = "") -> dict[str, Any] | None:
+        """Take the folder for this run.
 
         Args:
-            settings: everything that the results depend on, besides the seed; JSON values.
             data: what the data are, in words.
             note: why these data; shown and kept, but not compared.
 
@@ -85,11 +120,12 @@ class Output:
 
         Raises:
             CheckpointError: the folder holds another run; the message names the first difference.
-            OutputError: it holds results, but not what run they are of.
+            OutputError: it cannot be written, another process is writing to it, or it holds results of a run that is not named.
         """
+        prepare_folder(self.folder)
+        self._lock.enter_context(locked(self.folder))
         info = build_info()
         self.identity |= {
-            "settings": json.loads(json.dumps(dict(settings))),
             "data": data,
             "versions": {"metamask_ext": info["version"], "torch": torch.__version__, "python": platform.python_version()},
             "build_info": info,
@@ -98,26 +134,82 @@ class Output:
         self.say(f"data: {data}" + (f" ({note})" if note else ""))
         run, results = self.folder / "run.json", self.folder / "metrics.json"
         if run.exists():
-            check_same_settings(run, _flat(read_json(run)), _flat(self.identity))
+            check_same_settings(run, flat(read_json(run)), flat(self.identity))
             if results.exists():
                 self.say(f"{str(self.folder)!r} holds this run, finished: nothing is computed again")
                 metrics = read_json(results)
                 self.show(metrics)
                 return metrics
-            self.resumed = True
+            self.resumed = self._unfinished = True
+            elapsed = self.folder / ELAPSED
+            self._before = read_json(elapsed)["seconds"] if elapsed.exists() else 0.0
             self.say(f"resuming the run in {str(self.folder)!r}")
             return None
         if results.exists():
             raise OutputError(f"{str(results)!r} exists without run.json beside it: use another folder")
         write_atomic(run, json_bytes(self.identity))
+        self._unfinished = True
         return None
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._unfinished:
+            self._save_elapsed()
+        self._lock.close()
+
+    def pieces(self, jobs: Mapping[Key, Job], later: int = 0) -> dict[Key, dict[str, Any]]:
+        """What each of ``jobs``, by seed and name, returns: a dict of JSON values.
+
+        Each is kept in ``seed-<seed>/<name>.json`` when it is there, so that a killed run goes on behind it. They are computed by
+        :attr:`workers` processes with one torch thread each, and are the same for any number of these. After each a line says how
+        many are done, and about how much time is left.
+
+        Args:
+            jobs: functions without arguments; with more than one process they must be picklable: :func:`functools.partial` of a
+                function of a module, say.
+            later: how many pieces calls after this one will have.
+
+        Raises:
+            PieceError: a job raised an error, or its process died; the message names the piece.
+        """
+        paths = {(seed, name): self.folder / f"seed-{seed}" / f"{file_name(name)}.json" for seed, name in jobs}
+        if len({*paths.values()}) != len(paths):
+            raise ValueError(f"pieces must have names of different files, got {list(jobs)}")
+        todo = {key: job for key, job in jobs.items() if not paths[key].exists()}
+        self._pieces_done += len(jobs) - len(todo)
+        total = self._pieces_done + len(todo) + later
+        started, before = time.monotonic(), self._computing
+        with closing(compute(todo, self.workers, self._place)) as results:
+            for result in results:
+                self._computing = before + time.monotonic() - started
+                self._save_elapsed()
+                if result is None:
+                    continue
+                key, data = result
+                paths[key].parent.mkdir(exist_ok=True)
+                write_atomic(paths[key], data)
+                self._pieces_done += 1
+                self._pieces_computed += 1
+                left = (total - self._pieces_done) * self._computing / self._pieces_computed
+                self.say(f"{self._pieces_done} of {total} pieces" + (f", {shown_time(left)} left" if left else ""))
+        return {key: read_json(path) for key, path in paths.items()}
+
+    def piece(self, seed: int, name: str, job: Job) -> dict[str, Any]:
+        """One of :meth:`pieces`, computed in this process."""
+        workers, self.workers = self.workers, 1
+        try:
+            return self.pieces({(seed, name): job})[seed, name]
+        finally:
+            self.workers = workers
 
     def finish(
         self,
         scores: Scores,
         baselines: Sequence[str],
         budget: str,
-        figure: Figure | Mapping[str, Figure],
+        figure: Figure | Figures | Callable[[Mapping[str, Any]], Figures],
         more: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Write the figure, then ``metrics.json``, and show the table.
@@ -126,91 +218,136 @@ class Output:
             scores: for each method and name of a number (with its unit), the values of each seed.
             baselines: which of the methods are baselines.
             budget: data and steps that each method had, in words.
-            figure: written as ``<experiment>.png``; several by name as ``<experiment>-<name>.png``.
+            figure: written as ``<experiment>.png``; several by name as ``<experiment>-<name>.png`` (the name may be empty); or a
+                function of the metrics that makes these.
             more: further entries of ``metrics.json``.
         """
-        summary = {
-            method: {
-                key: {"mean": statistics.fmean(values), "min": min(values), "max": max(values), "values": values}
-                for key, values in numbers.items()
-            }
-            for method, numbers in scores.items()
-        }
+        summary = {method: {key: summarized(values) for key, values in numbers.items()} for method, numbers in scores.items()}
         metrics = {
             **self.identity,
+            "quick": self.quick,
+            "seeds": self.seeds,
             "data_note": self._note,
             "budget": budget,
             "results": {method: numbers for method, numbers in summary.items() if method not in baselines},
             "baselines": {method: summary[method] for method in baselines},
             **(more or {}),
-            "duration_s": round(time.monotonic() - self._started, 3),
+            "machine": machine(),
+            "workers": self.workers,
+            "command": self._command,
+            "duration_s": round(self._elapsed(), 3),
             "resumed": self.resumed,
         }
-        several = {f"-{key}": each for key, each in figure.items()} if isinstance(figure, Mapping) else {"": figure}
-        files = {f"{self.name}{suffix}.png": each for suffix, each in several.items()}
-        for file, each in files.items():
-            image = io.BytesIO()
-            each.savefig(image, format="png", dpi=200)
-            write_atomic(self.folder / file, image.getbuffer())
+        metrics = json.loads(json_bytes(metrics))
+        made = figure(metrics) if callable(figure) else figure
+        files = write_figures(self.folder, self.name, made)
         write_atomic(self.folder / "metrics.json", json_bytes(metrics))
+        self._unfinished = False
         self.show(metrics)
         self.say(f"wrote metrics.json and {', '.join(files)} to {str(self.folder)!r} in {metrics['duration_s']:.1f} s")
         return metrics
 
     def show(self, metrics: Mapping[str, Any]) -> None:
-        """Print the results as a table: the mean over seeds, and the range if there are several."""
-        methods = {**metrics["results"], **metrics["baselines"]}
-        columns = list(dict.fromkeys(key for numbers in methods.values() for key in numbers))
-        seeds = metrics["settings"]["seeds"]
-        seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of {len(seeds)} seeds from {seeds[0]} (lowest to highest)"
-        self.say(f"{metrics['experiment']}: {seed_text}")
+        """Print the results as a table: the mean over seeds, and its 95 % interval if there are several."""
+        columns, rows = table_of(metrics)
+        self.say(f"{metrics['experiment']}: {seeds_text(metrics)}")
         table = Table()
-        table.add_column("method")
-        for key in columns:
-            table.add_column(key, justify="right")
-        for method, numbers in methods.items():
-            table.add_row(method, *(_cell(numbers[key]) if key in numbers else "-" for key in columns))
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*row)
         self.console.print(table)
         self.say(f"budget: {metrics['budget']}")
-
-    def piece(self, seed: int, name: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """What ``measure()`` gives, JSON values; kept in ``seed-<seed>/<name>.json``, so that a killed run goes on behind it."""
-        path = self.folder / f"seed-{seed}" / f"{name.replace(', ', '-').replace(' ', '-')}.json"
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            write_atomic(path, json_bytes(measure()))
-        return read_json(path)
 
     def say(self, text: str) -> None:
         """Print a line."""
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
+    def _elapsed(self) -> float:
+        return self._before + time.monotonic() - self._started
 
-def first_seeds(seed: int, quick: bool) -> list[int]:
-    """The seeds of a run: five, or one if it is quick."""
-    return list(range(seed, seed + (1 if quick else 5)))
+    def _save_elapsed(self) -> None:
+        write_atomic(self.folder / ELAPSED, json_bytes({"seconds": round(self._elapsed(), 3)}))
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread: these models gain nothing from more, and their results then do not depend on the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def summarized(values: Sequence[float]) -> dict[str, Any]:
+    """The mean of one number over seeds, its extremes, the values; of several seeds also the half width of the mean's interval."""
+    summary = {"mean": statistics.fmean(values), "min": min(values), "max": max(values), "values": list(values)}
+    return summary if len(values) == 1 else {**summary, "interval": half_width(values)}
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of the mean: Student's t, the values independent and normal."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def table_of(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The head of the common table and its rows, one a method."""
+    methods = {**metrics["results"], **metrics["baselines"]}
+    columns = list(dict.fromkeys(key for numbers in methods.values() for key in numbers))
+    rows = [[method, *(cell(numbers[key]) if key in numbers else "-" for key in columns)] for method, numbers in methods.items()]
+    return ["method", *columns], rows
+
+
+def cell(number: Mapping[str, Any]) -> str:
+    """A mean over seeds, with its interval if there are several."""
+    return f"{number['mean']:.4g}" + (f" ± {number['interval']:.2g}" if "interval" in number else "")
+
+
+def seeds_text(metrics: Mapping[str, Any]) -> str:
+    """What the numbers of a run are."""
+    seeds = metrics["seeds"]
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of seeds {seeds[0]} to {seeds[-1]} ± 95 % interval"
+
+
+def shown_time(seconds: float) -> str:
+    """A time that is not known well."""
+    if seconds < 100:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {round(seconds / 60)} min" if seconds < 6000 else f"about {seconds / 3600:.1f} h"
+
+
+def machine() -> dict[str, Any]:
+    """What the run was computed on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads per process": 1,
+        "capability": build_info()["cpu_capability"],
+        "torch": torch.__version__,
+    }
+
+
+def write_figures(folder: Path, name: str, figures: Figure | Figures) -> list[str]:
+    """Write them as ``<name>.png``, or ``<name>-<key>.png`` by key; the names of the files."""
+    by_key = figures if isinstance(figures, Mapping) else {"": figures}
+    files = {f"{name}-{key}.png" if key else f"{name}.png": figure for key, figure in by_key.items()}
+    for file, figure in files.items():
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=200)
+        write_atomic(folder / file, image.getbuffer())
+    return list(files)
 
 
 def plot_seeds(axes: Axes, method: str, label: str, steps: Sequence[float], values: Sequence[Sequence[float]]) -> None:
-    """The mean of ``values`` (a curve for each seed), and a band from the lowest to the highest if there are several."""
-    curves = torch.tensor(values, dtype=torch.float64)
+    """The mean of ``values`` (a curve for each seed); with several also a band, the 95 % interval of the mean at each step."""
+    means = [statistics.fmean(points) for points in zip(*values)]
     style = STYLES[method]
-    axes.plot(steps, curves.mean(0).tolist(), label=label, linewidth=1.8, **style)
-    if len(curves) > 1:
-        low, high = curves.amin(0).tolist(), curves.amax(0).tolist()
-        band = f"its range over {len(curves)} seeds"
-        axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0, label=band)
+    axes.plot(steps, means, label=label, linewidth=1.8, **style)
+    if len(values) > 1:
+        widths = [half_width(points) for points in zip(*values)]
+        low, high = ([mean + sign * width for mean, width in zip(means, widths)] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def bands(seeds: int) -> str:
+    """What the lines of :func:`plot_seeds` are, for a legend's title."""
+    return "mean over seeds; bands: its 95 % interval" if seeds > 1 else "one seed"
 
 
 def new_figure(panels: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
@@ -219,24 +356,6 @@ def new_figure(panels: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
 
     figure = Figure(figsize=(4.8 * panels, 3.8 * rows), layout="constrained")
     return figure, list(figure.subplots(rows, panels, squeeze=False).flatten())
-
-
-def _cell(number: Mapping[str, Any]) -> str:
-    if len(number["values"]) == 1:
-        return f"{number['mean']:.4g}"
-    return f"{number['mean']:.4g} ({number['min']:.4g} to {number['max']:.4g})"
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level, ``settings.lr``, so that a message can name one."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {key: item for name in value for key, item in _flat(value[name], f"{prefix}.{name}" if prefix else name).items()}
-
-
-def json_bytes(value: Any) -> bytes:
-    """``value`` as a JSON file. ValueError if a number in it is not finite."""
-    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:

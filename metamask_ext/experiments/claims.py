@@ -1,0 +1,34 @@
+"""What an experiment shows, as sentences whose numbers come from its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence about an experiment that its numbers bear out or not.
+
+    Attributes:
+        text: a format string of the numbers: ``"the masked net reaches {masked:.3g}, one shared net {shared:.3g}"``.
+        numbers: these numbers, from what ``metrics.json`` holds.
+        holds: whether they bear the sentence out.
+    """
+
+    text: str
+    numbers: Callable[[Metrics], dict[str, float]]
+    holds: Callable[[dict[str, float]], bool]
+
+    def answer(self, metrics: Metrics) -> tuple[str, bool]:
+        """The sentence with its numbers, and whether it holds."""
+        numbers = self.numbers(metrics)
+        return self.text.format(**numbers), bool(self.holds(numbers))
+
+
+def mean(metrics: Metrics, method: str, number: str) -> float:
+    """The mean over seeds of a number of a method's, be it a baseline or not."""
+    return {**metrics["results"], **metrics["baselines"]}[method][number]["mean"]

@@ -1,0 +1,29 @@
+"""Data sets within the pieces of a run: loaded once a process, from where the run's start found or put them, never downloaded."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from ..tasks import Characters, Digits, load_characters, load_digits
+from ..tasks.digits import default_root
+
+
+def digits() -> Digits:
+    """What :func:`metamask_ext.tasks.load_digits` gave when the run began."""
+    return _digits(default_root())
+
+
+def characters() -> Characters:
+    """What :func:`metamask_ext.tasks.load_characters` gave when the run began."""
+    return _characters(default_root())
+
+
+@cache
+def _digits(root: Path) -> Digits:
+    return load_digits(root, download=False)
+
+
+@cache
+def _characters(root: Path) -> Characters:
+    return load_characters(root, download=False)

@@ -1,0 +1,77 @@
+"""An experiment that takes no time, for the tests of what runs experiments: its pieces can be made to fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from functools import partial
+from typing import Any
+
+import torch
+
+from metamask_ext.experiments.claims import Claim, mean
+from metamask_ext.experiments.output import Output, new_figure, plot_seeds
+from metamask_ext.experiments.tracking import track
+
+SETTINGS: dict[str, Any] = {
+    "seeds": 3,
+    "tasks": 2,
+    "steps": 4,
+    "study": {"lr": 0.1, "rates": [0.1, 1.0]},
+    "fault": "",
+    "wide": False,
+}
+QUICK: dict[str, Any] = {"seeds": 1, "study": {"lr": 0.2}}
+QUESTION = "Does the toy do what toys do (section 0)?"
+CLAIMS = [
+    Claim(
+        "masked has {masked:.3g}, shared {shared:.3g}",
+        lambda metrics: {"masked": mean(metrics, "masked", "score (%)"), "shared": mean(metrics, "shared", "score (%)")},
+        lambda numbers: numbers["masked"] > numbers["shared"],
+    ),
+    Claim("shared has more than {limit:.0f}", lambda metrics: {"limit": 1e6}, lambda numbers: False),
+]
+
+
+def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+    finished = output.begin("drawn")
+    if finished is not None:
+        return finished
+    methods = ("masked", "shared")
+    jobs = {(seed, method): partial(piece, seed, method, settings) for seed in output.seeds for method in methods}
+    found = output.pieces(jobs, later=len(output.seeds))
+    extra = output.pieces({(seed, "last one"): partial(piece, seed, "last one", settings) for seed in output.seeds})
+    scores = {method: {"score (%)": [found[seed, method]["score"] for seed in output.seeds]} for method in methods}
+    more = {"curves": {method: [found[seed, method]["curve"] for seed in output.seeds] for method in methods}}
+    assert len(extra) == len(output.seeds)
+    return output.finish(scores, ["shared"], f"{settings['steps']} steps", figures, more)
+
+
+def figures(metrics: dict[str, Any]) -> dict[str, Any]:
+    figure, (axes,) = new_figure(1)
+    for method, curves in metrics["curves"].items():
+        plot_seeds(axes, method, method, range(len(curves[0])), curves)
+    return {"": figure}
+
+
+def piece(seed: int, method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that depend on the global generator, as no piece should: they must be the same nevertheless."""
+    if method == settings["fault"].partition(":")[0] and seed == 1:
+        fault(settings["fault"].partition(":")[2])
+    assert torch.get_num_threads() == 1
+    curve = [float(value) for value in (10 if method == "masked" else 1) + torch.rand(settings["steps"], dtype=torch.float64)]
+    for step, value in enumerate(curve):
+        track(step, value=value, twice=torch.tensor(2 * value))
+    return {"score": curve[-1], "curve": curve, "process": 0}
+
+
+def fault(kind: str) -> None:
+    if kind == "raises":
+        raise FloatingPointError("the loss is nan")
+    if kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "exits":
+        os._exit(3)
+    if kind == "waits":
+        time.sleep(600)
