@@ -6,7 +6,7 @@ import importlib.util
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class TaskLoop:
         batch_size: samples a step, drawn with replacement from a task's pair; None: all of them. Not for functions.
         per_task_masks: False trains one network for all tasks: a model without masks, or with the masks of one task. It is a
             baseline.
+        order: the task of each round; None: drawn uniformly, as the proposal does. ``run`` then goes no further than it.
         seed: of the loop's generator.
         out: folder for ``checkpoint.pt`` and ``metrics.jsonl`` (a line for each round: ``round``, ``step``, ``task``, the mean
             ``loss``, and what ``evaluate`` returned); None: write nothing.
@@ -111,6 +112,7 @@ class TaskLoop:
         momentum: float = 0.0,
         batch_size: int | None = None,
         per_task_masks: bool = True,
+        order: Sequence[str] | None = None,
         seed: int = 0,
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -136,6 +138,11 @@ class TaskLoop:
         self.model, self.tasks, self.loss, self.steps, self.label = model, dict(tasks), loss, steps, label
         for name, data in self.tasks.items():
             _check_data(check_name(name), data, batch_size)
+
+        self._order = None if order is None else list(order)
+        for name in self._order or []:
+            if name not in self.tasks:
+                raise ValueError(f"order must name tasks of the loop, {describe(self.tasks)}, got {name!r}")
 
         # The masks that every task uses, if not its own: the model's only ones, or none at all.
         self._common: str | None = None
@@ -192,6 +199,7 @@ class TaskLoop:
             "tasks": self._names,
             "seed": seed,
             "evaluate_every": None if evaluate is None else evaluate_every,
+            **({} if self._order is None else {"order": self._order}),
             **(settings or {}),
         }
 
@@ -204,11 +212,14 @@ class TaskLoop:
             self.
 
         Raises:
+            ValueError: ``rounds`` are more than ``order`` has.
             RuntimeError: an exception ended an earlier call within a round, and without ``out`` there is nothing to go back to.
             OutputError: ``out`` cannot be written, another process is writing to it, or it holds another program's metrics.
             CheckpointError: the checkpoint in ``out`` is damaged, of other settings or data, or past ``rounds``.
             FloatingPointError: the loss is not finite any more.
         """
+        if self._order is not None and rounds > len(self._order):
+            raise ValueError(f"rounds must be at most the {len(self._order)} of order, got {rounds}")
         with ExitStack() as stack:
             record = self._open(stack)
             if self.round > rounds:
@@ -245,7 +256,7 @@ class TaskLoop:
 
     def _run_round(self) -> dict[str, Any]:
         """One round, and its line of metrics."""
-        name = self._names[self._draw(len(self._names))]
+        name = self._names[self._draw(len(self._names))] if self._order is None else self._order[self.round]
         with torch.random.fork_rng(self._cuda):
             self._seed_global(self._draw(2**63 - 1))
             mask = self._mask_of(name)

@@ -2,102 +2,110 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ..nn import MaskedLinear
-from ..tasks import linear_tasks
-from .methods import compare, seeded
-from .output import STYLES, Output, Scores, first_seeds, new_figure, one_thread, plot_seeds
+from ..tasks import LinearTasks, linear_tasks
+from . import study
+from .output import Output, new_figure
+from .study import Problem, Score, TaskData
+from .study_nets import gates
 
-TASKS, VARIABLES, TRAIN, TEST = 20, 5, 100, 1000
-OPTIONS: dict[str, Any] = {"steps": 10, "lr": 0.01, "weight_decay": 1e-3}
-# The gradient of a mask that closes vanishes with its gate (the proposal's "notable difficulty"), hence the larger rate.
-MASK_OPTIONS = {"mask_lr": 1.0}
-ROUNDS, EVALUATE_EVERY = 1000, 20
+SETTINGS: dict[str, Any] = {
+    "seeds": 5,
+    "tasks": 20,
+    "steps": 10_000,
+    "variables": 5,
+    "train_samples": 100,
+    "test_samples": 1000,
+    "new_tasks": 10,
+    "study": study.settings(
+        {
+            "masked": [{"lr": 0.01, "mask_lr": 1.0}, {"lr": 0.03, "mask_lr": 1.0}, {"lr": 0.01, "mask_lr": 0.3}],
+            "hard": [{"lr": 0.01, "mask_lr": 0.1}, {"lr": 0.03, "mask_lr": 0.1}, {"lr": 0.01, "mask_lr": 0.03}],
+            "lottery": [
+                {"mask_lr": 0.1, "scale": 4.0},
+                {"mask_lr": 0.1, "scale": 8.0},
+                {"mask_lr": 0.03, "scale": 4.0},
+            ],
+            "shared": [{"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001}],
+            "independent": [{"lr": 0.03}, {"lr": 0.1}, {"lr": 0.01}],
+            "maml": [{"lr": 0.01, "inner_lr": 0.1}, {"lr": 0.01, "inner_lr": 0.3}, {"lr": 0.03, "inner_lr": 0.3}],
+            "sequence": [{"lr": 0.03}, {"lr": 0.01}, {"lr": 0.1}],
+        },
+        optimizer="sgd",
+    ),
+}
+QUICK: dict[str, Any] = {"seeds": 1, "study": {"tuning": False}}
+SCORE = Score("test MSE", "units of y squared", higher_is_better=False)
+SUPPORT = "support recovered (%)"
+QUESTION = """\
+Section 3.1: if the true model of each task is $y = (w \\odot m)^T x + b m_b$, with shared $w$, $b$ of 5 variables and each entry
+on or off, does the method find it?"""
 
 
-@one_thread()
-def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
-    """20 tasks of 5 variables and a bias. Measured: the mean test MSE of all tasks, and in how many of the 20 x 6 entries the gate
-    ``sigmoid(M) > 1/2`` agrees with the true mask. See :func:`metamask_ext.experiments.run`.
-    """
-    seeds = first_seeds(seed, quick)
-    output = Output("linear", out, seed, quick)
-    settings = {
-        "tasks": TASKS,
-        "variables": VARIABLES,
-        "train_samples": TRAIN,
-        "test_samples": TEST,
-        "seeds": seeds,
-        "rounds": ROUNDS,
-        "evaluate_every": EVALUATE_EVERY,
-        "optimizer": "sgd",
-        "init": "torch's for W, normal for the masks",
-        **OPTIONS,
-        **MASK_OPTIONS,
-    }
-    finished = output.begin(settings, "drawn: x ~ N(0, I), |w| and |b| uniform in [1, 3], each on with probability 1/2, no noise")
+def tasks_of(seed: int, settings: Mapping[str, Any], labels: str = "score") -> LinearTasks:
+    """The trained tasks, then the new ones, with as many samples as the most that either has."""
+    new = settings["study"]["new"]["samples"][-1]
+    count = settings["tasks"] + settings["new_tasks"]
+    most = max(settings["train_samples"], new)
+    return linear_tasks(count, most, settings["test_samples"], variables=settings["variables"], labels=labels, seed=seed)
+
+
+def split(drawn: LinearTasks, settings: Mapping[str, Any]) -> list[TaskData]:
+    """Training and test data of the trained tasks, then those of the new ones."""
+    known, samples = settings["tasks"], settings["train_samples"]
+    train, test = (TaskData(*map(torch.stack, zip(*data.values()))) for data in (drawn.train, drawn.test))
+    return [
+        TaskData(train.x[:known, :samples], train.y[:known, :samples]),
+        TaskData(test.x[:known], test.y[:known]),
+        TaskData(train.x[known:], train.y[known:]),
+        TaskData(test.x[known:], test.y[known:]),
+    ]
+
+
+def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
+    drawn = tasks_of(seed, settings)
+    known, variables = settings["tasks"], settings["variables"]
+
+    def examine(method: str, model: nn.Module) -> dict[str, Any]:
+        if method not in ("masked", "hard"):
+            return {}
+        found = torch.cat([stack.flatten(1) for stack in gates(model, made.names).values()], 1)
+        right = ((found > 0.5) == drawn.support[:known]).double().mean()
+        return {SUPPORT: 100 * float(right), "gates": found.tolist(), "support": drawn.support[:known].tolist()}
+
+    made = Problem(*split(drawn, settings), lambda linear, conv: linear(variables, 1), F.mse_loss, F.mse_loss, examine)
+    return made
+
+
+def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+    """20 tasks of 5 variables and a bias. Measured beside the common study: in how many of the 20 x 6 entries the gate, above or
+    below 1/2, agrees with the true mask. See :func:`metamask_ext.experiments.run`."""
+    finished = output.begin("drawn: x ~ N(0, I), |w| and |b| uniform in [1, 3], each on with probability 1/2, no noise")
     if finished is not None:
         return finished
+    found = study.run(output, settings, problem, SCORE)
+    for method in ("masked", "hard"):
+        found.scores[method][SUPPORT] = [examined[SUPPORT] for examined in found.examined[method]]
+    first = found.examined["masked"][0]
+    more = {**found.more, "gates": first["gates"], "support": first["support"]}
+    return output.finish(found.scores, found.baselines, found.budget, figures, more)
 
-    scores: Scores = {"masked": {"test MSE": [], "support recovered (%)": []}, "shared": {"test MSE": []}}
-    scores["independent"] = {"test MSE": []}
-    comparisons, shown = [], None
-    for number in seeds:
-        data = linear_tasks(TASKS, TRAIN, TEST, variables=VARIABLES, seed=number)
-        model = seeded(number, lambda: MaskedLinear(VARIABLES, 1))
-        comparison = compare(
-            model,
-            lambda: nn.Linear(VARIABLES, 1),
-            data.train,
-            data.test,
-            F.mse_loss,
-            F.mse_loss,
-            rounds=ROUNDS,
-            evaluate_every=EVALUATE_EVERY,
-            seed=number,
-            out=out / f"seed-{number}",
-            mask_options=MASK_OPTIONS,
-            **OPTIONS,
-        )
-        for method, numbers in comparison.scores.items():
-            scores[method]["test MSE"].append(sum(numbers.values()) / len(numbers))
-        gates = _gates(model, list(data.train))
-        recovered = ((gates > 0.5) == data.support).double().mean()
-        scores["masked"]["support recovered (%)"].append(100 * float(recovered))
-        comparisons.append(comparison)
-        shown = shown or (gates, data.support)
 
-    figure, (left, right) = new_figure(2)
-    for method, label in (("masked", "shared weights, a mask per task"), ("shared", "one shared net, no masks")):
-        plot_seeds(left, method, label, comparisons[0].curves[method][0], [c.curves[method][1] for c in comparisons])
-    alone = scores["independent"]["test MSE"]
-    left.axhline(sum(alone) / len(alone), label="a net per task alone, at the end", **STYLES["independent"])
-    left.set(xlabel="gradient steps, all tasks together", ylabel="mean test MSE (units of y squared)", yscale="log")
-    left.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1.0, 0.87))
-    assert shown is not None
-    gates, support = shown
-    image = right.imshow(gates.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    figure, (axes,) = new_figure(1)
+    found, support = torch.tensor(metrics["gates"]), torch.tensor(metrics["support"])
+    image = axes.imshow(found.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
     rows, columns = support.nonzero(as_tuple=True)
-    right.plot(columns, rows, "o", markersize=4, markerfacecolor="none", markeredgecolor="#D55E00", linestyle="none")
-    right.set(xlabel=f"parameter (circle: on in the true model), seed {seed}", ylabel="task (number)")
-    right.set_xticks(range(VARIABLES + 1), [f"$w_{k + 1}$" for k in range(VARIABLES)] + ["$b$"])
-    right.set_yticks(range(0, TASKS, 5))
-    figure.colorbar(image, ax=right, label="gate, sigmoid(M) (no unit)")
-    budget = (
-        f"{TRAIN} samples a task; {ROUNDS * OPTIONS['steps']} steps in all for masked and shared; independent: for each task the "
-        f"steps that masked took on it."
-    )
-    return output.finish(scores, ["shared", "independent"], budget, figure)
-
-
-def _gates(model: MaskedLinear, names: list[str]) -> Tensor:
-    """``sigmoid(M)`` of weights and bias, ``[tasks, variables + 1]``."""
-    assert model.bias_masks is not None
-    rows = [torch.cat([model.masks[name][0], model.bias_masks[name]]) for name in names]
-    return torch.stack(rows).detach().sigmoid()
+    axes.plot(columns, rows, "o", markersize=4, markerfacecolor="none", markeredgecolor="#D55E00", linestyle="none")
+    axes.set(xlabel=f"parameter (circle: on in the true model), seed {metrics['seed']}", ylabel="task (number)")
+    variables = found.shape[1] - 1
+    axes.set_xticks(range(variables + 1), [f"$w_{k + 1}$" for k in range(variables)] + ["$b$"])
+    axes.set_yticks(range(0, len(found), 5))
+    figure.colorbar(image, ax=axes, label="gate, sigmoid(M) (no unit)")
+    return {"": study.figure(metrics), "support": figure}

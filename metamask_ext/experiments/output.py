@@ -41,6 +41,15 @@ STYLES: dict[str, dict[str, Any]] = {
     "masks, first order": {"color": "#0072B2", "linestyle": (0, (1, 1)), "marker": "."},
     "weights, first order": {"color": "#56B4E9", "linestyle": (0, (1, 1)), "marker": "."},
     "plain, first order": {"color": "#D55E00", "linestyle": (0, (1, 1)), "marker": "."},
+    # Of the common study, and of it the ways to learn a new task by masks
+    "hard": {"color": "#CC79A7", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
+    "lottery": {"color": "#E69F00", "linestyle": (0, (5, 1))},
+    "maml": {"color": "#000000", "linestyle": ":"},
+    "sequence": {"color": "#555555", "linestyle": (0, (1, 1))},
+    "look-up": {"color": "#56B4E9", "linestyle": ":", "marker": "s", "markersize": 4},
+    "superposition": {"color": "#56B4E9", "linestyle": "-.", "marker": "^", "markersize": 4},
+    "mask only": {"color": "#0072B2", "linestyle": "-", "marker": "o", "markersize": 4},
+    "everything": {"color": "#0072B2", "linestyle": "--", "marker": "D", "markersize": 4},
     "pixels": {"color": "#555555", "linestyle": "-."},
 }
 
