@@ -17,6 +17,7 @@ EXPERIMENTS = {
     "linear": "linear regression whose weights are on or off in each task (section 3.1)",
     "logistic": "the same tasks with binary labels (section 3.5)",
     "mnist": "a masked and a plain CNN on handwritten digits (section 3.6)",
+    "saturation": "gates near 0 and 1, L2 terms on W and on the masks, and cooled gates (section 2.1)",
     "supsup": "hundreds of tasks in one bank, named or inferred (Wortsman et al., arXiv:2006.14769)",
     "maml-sine": "MAML on sine waves, adapting masks, weights or both (arXiv:1703.03400, section 5.1)",
     "fewshot": "MAML on images of characters, a few of each class (arXiv:1703.03400, section 5.2)",
