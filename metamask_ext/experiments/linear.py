@@ -25,23 +25,19 @@ SETTINGS: dict[str, Any] = {
     "new_tasks": 10,
     "study": study.settings(
         {
-            "masked": [{"lr": 0.01, "mask_lr": 1.0}, {"lr": 0.03, "mask_lr": 1.0}, {"lr": 0.01, "mask_lr": 0.3}],
-            "hard": [{"lr": 0.01, "mask_lr": 0.1}, {"lr": 0.03, "mask_lr": 0.1}, {"lr": 0.01, "mask_lr": 0.03}],
-            "lottery": [
-                {"mask_lr": 0.1, "scale": 4.0},
-                {"mask_lr": 0.1, "scale": 8.0},
-                {"mask_lr": 0.03, "scale": 4.0},
-            ],
-            "shared": [{"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001}],
-            "independent": [{"lr": 0.03}, {"lr": 0.1}, {"lr": 0.01}],
-            "maml": [{"lr": 0.01, "inner_lr": 0.1}, {"lr": 0.01, "inner_lr": 0.3}, {"lr": 0.03, "inner_lr": 0.3}],
-            "sequence": [{"lr": 0.03}, {"lr": 0.01}, {"lr": 0.1}],
+            "masked": study.grid(lr=[0.01, 0.03, 0.003], mask_lr=[1.0, 0.3]),
+            "hard": study.grid(lr=[0.01, 0.03, 0.003], mask_lr=[0.1, 0.03]),
+            "lottery": study.grid(mask_lr=[0.1, 0.01, 1.0], scale=[4.0, 8.0]),
+            "shared": study.grid(lr=[0.01, 0.003, 0.001, 0.0003, 0.03, 0.1]),
+            "independent": study.grid(lr=[0.1, 0.03, 0.01, 0.003, 0.3, 1.0]),
+            "maml": study.grid(lr=[0.01, 0.03, 0.003], inner_lr=[0.3, 0.1]),
+            "sequence": study.grid(lr=[0.01, 0.003, 0.001, 0.0003, 0.03, 0.1]),
         },
         optimizer="sgd",
     ),
 }
-QUICK: dict[str, Any] = {"seeds": 1, "study": {"tuning": False}}
-SCORE = Score("test MSE", "units of y squared", higher_is_better=False)
+QUICK: dict[str, Any] = {"seeds": 1, "steps": 6000, "study": {"tuning": False, "cost_rounds": 5, "new": {"steps": 200}}}
+SCORE = Score("test MSE", "units of y squared", higher_is_better=False, margin=0.01)
 SUPPORT = "support recovered (%)"
 QUESTION = """\
 Section 3.1: if the true model of each task is $y = (w \\odot m)^T x + b m_b$, with shared $w$, $b$ of 5 variables and each entry
@@ -56,16 +52,16 @@ def tasks_of(seed: int, settings: Mapping[str, Any], labels: str = "score") -> L
     return linear_tasks(count, most, settings["test_samples"], variables=settings["variables"], labels=labels, seed=seed)
 
 
-def split(drawn: LinearTasks, settings: Mapping[str, Any]) -> list[TaskData]:
+def split(drawn: LinearTasks, settings: Mapping[str, Any]) -> tuple[TaskData, TaskData, TaskData, TaskData]:
     """Training and test data of the trained tasks, then those of the new ones."""
     known, samples = settings["tasks"], settings["train_samples"]
     train, test = (TaskData(*map(torch.stack, zip(*data.values()))) for data in (drawn.train, drawn.test))
-    return [
+    return (
         TaskData(train.x[:known, :samples], train.y[:known, :samples]),
         TaskData(test.x[:known], test.y[:known]),
         TaskData(train.x[known:], train.y[known:]),
         TaskData(test.x[known:], test.y[known:]),
-    ]
+    )
 
 
 def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
@@ -109,3 +105,7 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     axes.set_yticks(range(0, len(found), 5))
     figure.colorbar(image, ax=axes, label="gate, sigmoid(M) (no unit)")
     return {"": study.figure(metrics), "support": figure}
+
+
+def tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    return study.tables(metrics)

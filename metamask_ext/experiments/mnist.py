@@ -2,106 +2,124 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from ..continual import TaskLoop, read_metrics
-from ..nn import MaskedConv2d, MaskedLayer, MaskedLinear
 from ..tasks import load_digits
-from .methods import seeded
-from .output import STYLES, Output, Scores, first_seeds, new_figure, one_thread, plot_seeds
+from . import data, study
+from .output import Output, new_figure
+from .settings import OptionError
+from .study import Problem, Score, TaskData
+from .study_nets import gates
+from .study_problem import Layer
 
-# One recipe for both networks. The L2 term on W is the proposal's (section 2.1).
-OPTIONS: dict[str, Any] = {"steps": 50, "lr": 3e-3, "weight_decay": 1e-4, "optimizer": "adam", "batch_size": 64}
-ROUNDS, EVALUATE_EVERY = 20, 2
+METHODS = ("masked", "hard", "lottery", "shared", "maml")
+SETTINGS: dict[str, Any] = {
+    "seeds": 5,
+    "tasks": 1,
+    "steps": 1000,
+    "study": study.settings(
+        {
+            "masked": study.grid(lr=[3e-3, 1e-3], mask_lr=[3e-3, 3e-2]),
+            "hard": study.grid(lr=[3e-3, 1e-3], mask_lr=[3e-3, 3e-2]),
+            "lottery": study.grid(mask_lr=[1e-2, 1e-1], scale=[1.0, 3.0]),
+            "shared": study.grid(lr=[3e-3, 1e-3, 3e-4, 1e-2]),
+            "maml": study.grid(lr=[3e-3, 1e-3], inner_lr=[0.1, 0.01]),
+        },
+        batch=64,
+        weight_decay=1e-4,
+        round_steps=10,
+        cost_rounds=7,
+        maml={"tasks": 2, "inner_steps": 1},
+        new={
+            "steps": 100,
+            "rates": {
+                "superposition": [0.1, 0.03, 0.3],
+                "mask only": [0.1, 0.03, 0.3],
+                "everything": [0.003, 0.001, 0.01],
+                "from scratch": [0.003, 0.001, 0.01],
+                "inner steps": [1.0, 0.3, 0.1],
+            },
+        },
+    ),
+}
+QUICK: dict[str, Any] = {
+    "seeds": 1,
+    "steps": 250,
+    "study": {"tuning": False, "cost_rounds": 1, "new": {"samples": [1, 30, 1000], "steps": 20}},
+}
 ACCURACY = "test accuracy (%)"
-TASK = "digits"
+SCORE = Score(ACCURACY, "%", higher_is_better=True, margin=1.0)
+QUESTION = """\
+Section 3.6: with a single task, does a masked CNN classify black and white images of digits as well as the same CNN without masks?
+With one task, the shared net, the net of the task alone and the net trained in sequence are the same plain net. The new task of
+question 2 is ours: the digits turned by 90 degrees."""
+BINS = 40
 
 
-def network(masked: bool) -> nn.Sequential:
+def network(linear: Layer, conv: Layer) -> nn.Sequential:
     """Two 5x5 convolutions with 2x2 max pooling and a linear layer; ``[n, 1, 28, 28]`` to ``[n, 10]``."""
-    conv, linear = (MaskedConv2d, MaskedLinear) if masked else (nn.Conv2d, nn.Linear)
     return nn.Sequential(
         conv(1, 16, 5), nn.ReLU(), nn.MaxPool2d(2), conv(16, 32, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), linear(512, 10)
     )
 
 
-@one_thread()
-def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
-    """One task: the same network, data, optimiser, rates and steps with and without masks. Measured: test accuracy. With a
-    single task the shared and the independent baseline are the same, the plain network. See :func:`metamask_ext.experiments.run`.
-    """
-    seeds = first_seeds(seed, quick)
-    output = Output("mnist", out, seed, quick)
+def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
+    digits, generator = data.digits(), torch.Generator().manual_seed(seed)
+    train, test = (TaskData(images[None], labels[None]) for images, labels in (digits.train, digits.test))
+    chosen = torch.randperm(len(digits.train[0]), generator=generator)[: settings["study"]["new"]["samples"][-1]]
+    new_train = TaskData(train.x[:, chosen].rot90(1, (-2, -1)), train.y[:, chosen])
+    new_test = TaskData(test.x.rot90(1, (-2, -1)), test.y)
+
+    def examine(method: str, model: nn.Module) -> dict[str, Any]:
+        if method != "masked":
+            return {}
+        found = torch.cat([stack.flatten() for name, stack in gates(model, made.names).items() if name.endswith("weight")])
+        return {"gates": torch.histc(found, BINS, 0, 1).tolist()}
+
+    made = Problem(train, test, new_train, new_test, network, F.cross_entropy, accuracy, examine)
+    return made
+
+
+def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+    """One task: the same network, data and steps with and without masks. See :func:`metamask_ext.experiments.run`."""
+    if settings["tasks"] != 1:
+        raise OptionError(f"mnist has one task, got tasks={settings['tasks']}")
     digits = load_digits()
-    settings = {
-        "seeds": seeds,
-        "train_samples": len(digits.train[0]),
-        "test_samples": len(digits.test[0]),
-        "network": str(network(masked=False)),
-        "init": "torch's for W, normal for the masks",
-        "rounds": ROUNDS,
-        "evaluate_every": EVALUATE_EVERY,
-        **OPTIONS,
-    }
-    finished = output.begin(settings, digits.source, digits.note)
+    finished = output.begin(digits.source, digits.note)
     if finished is not None:
         return finished
+    found = study.run(output, settings, problem, SCORE, METHODS)
+    histograms = [examined["gates"] for examined in found.examined["masked"]]
+    return output.finish(found.scores, found.baselines, found.budget, figures, {**found.more, "gates": histograms})
 
-    def evaluate(loop: TaskLoop) -> dict[str, float]:
-        loop.model.eval()
-        images, labels = digits.test
-        with torch.no_grad(), loop.using(TASK):
-            right = sum(int((loop.model(x).argmax(1) == y).sum()) for x, y in zip(images.split(1000), labels.split(1000)))
-        return {"test": 100 * right / len(labels)}
 
-    scores: Scores = {"masked": {ACCURACY: []}, "plain": {ACCURACY: []}}
-    curves: dict[str, list[list[float]]] = {"masked": [], "plain": []}
-    gates: list[torch.Tensor] = []
-    for number in seeds:
-        for method in ("masked", "plain"):
-            masked = method == "masked"
-            folder = out / f"seed-{number}" / method
-            loop = TaskLoop(
-                seeded(number, partial(network, masked)),
-                {TASK: digits.train},
-                F.cross_entropy,
-                per_task_masks=masked,
-                seed=number,
-                out=folder,
-                evaluate=evaluate,
-                evaluate_every=EVALUATE_EVERY,
-                tensorboard=False,
-                label=f"{method}, seed {number}",
-                **OPTIONS,
-            ).run(ROUNDS)
-            curves[method].append([line["test"] for line in read_metrics(folder) if "test" in line])
-            scores[method][ACCURACY].append(evaluate(loop)["test"])
-            if masked:
-                layers = [layer for layer in loop.model.modules() if isinstance(layer, MaskedLayer)]
-                gates.append(torch.cat([layer.masks[TASK].detach().sigmoid().flatten() for layer in layers]))
-
-    figure, (left, right) = new_figure(2)
-    steps = [OPTIONS["steps"] * rounds for rounds in range(EVALUATE_EVERY, ROUNDS + 1, EVALUATE_EVERY)]
-    for method, label in (("masked", "masked CNN"), ("plain", "the same CNN, no masks")):
-        plot_seeds(left, method, label, steps, curves[method])
-    left.set(xlabel="gradient steps", ylabel="test accuracy (%)")
-    left.legend(fontsize=8)
-    start = torch.randn(len(gates[0]), generator=torch.Generator().manual_seed(seed)).sigmoid()
-    for values, label, style in (
-        (start, "normal init (a sample)", STYLES["plain"]),
-        (gates[0], "after training", STYLES["masked"]),
+def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    figure, (axes,) = new_figure(1)
+    edges = torch.linspace(0, 1, BINS + 1)
+    for values, label, color in (
+        (_initial(metrics), "at the start", "#555555"),
+        (metrics["gates"][0], "after training", "#0072B2"),
     ):
-        right.hist(values.tolist(), bins=40, range=(0, 1), histtype="step", linewidth=1.8, label=label, **style)
-    right.set(xlabel=f"gate, sigmoid(M) (no unit), seed {seed}", ylabel="weights (number)")
-    right.legend(fontsize=8)
-    budget = (
-        f"{len(digits.train[0])} training images, {ROUNDS * OPTIONS['steps']} steps of {OPTIONS['batch_size']} for either; with "
-        f"one task, the plain net is both baselines, shared and independent."
-    )
-    return output.finish(scores, ["plain"], budget, figure)
+        axes.stairs(values, edges.tolist(), label=label, color=color, linewidth=1.8)
+    axes.set(xlabel=f"gate, sigmoid(M) (no unit), seed {metrics['seed']}", ylabel="weights (number)")
+    axes.legend(fontsize=8)
+    return {"": study.figure(metrics), "gates": figure}
+
+
+def tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    return study.tables(metrics)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return 100 * (logits.argmax(-1) == labels).double().mean()
+
+
+def _initial(metrics: Mapping[str, Any]) -> list[float]:
+    """The expected histogram of the gates as they are drawn: ``sigmoid`` of a standard normal."""
+    edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64).logit()
+    return (sum(metrics["gates"][0]) * torch.special.ndtr(edges).diff()).tolist()

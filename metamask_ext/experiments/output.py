@@ -45,7 +45,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "hard": {"color": "#CC79A7", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
     "lottery": {"color": "#E69F00", "linestyle": (0, (5, 1))},
     "maml": {"color": "#000000", "linestyle": ":"},
-    "sequence": {"color": "#555555", "linestyle": (0, (1, 1))},
+    "sequence": {"color": "#999999", "linestyle": "-"},
     "look-up": {"color": "#56B4E9", "linestyle": ":", "marker": "s", "markersize": 4},
     "superposition": {"color": "#56B4E9", "linestyle": "-.", "marker": "^", "markersize": 4},
     "mask only": {"color": "#0072B2", "linestyle": "-", "marker": "o", "markersize": 4},

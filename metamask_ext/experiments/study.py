@@ -10,27 +10,53 @@ come one after another; what a training step costs.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from . import study_methods as methods_
 from .output import Output
-from .study_figure import figure, tables
 from .study_methods import FORGETTING, METHODS
 from .study_new import new_task_scores
 from .study_problem import Problem, Score, TaskData
+from .study_report import after_learning, at_the_end, cost_ratio, figure, needed, new_tasks, tables, trained
 
-__all__ = ["BASELINES", "METHODS", "Problem", "Score", "Study", "TaskData", "figure", "run", "settings", "tables"]
+__all__ = [
+    "BASELINES",
+    "METHODS",
+    "Problem",
+    "Score",
+    "Study",
+    "TaskData",
+    "after_learning",
+    "at_the_end",
+    "cost_ratio",
+    "figure",
+    "grid",
+    "needed",
+    "new_tasks",
+    "run",
+    "settings",
+    "tables",
+    "trained",
+]
 
+SHORTEST_S = 0.02
+"""How long a method is timed at least before the next one."""
 BASELINES = ("shared", "independent", "maml", "sequence")
 MakeProblem = Callable[[int, Mapping[str, Any]], Problem]
 
 
-def settings(grid: Mapping[str, list[Mapping[str, float]]], **changes: Any) -> dict[str, Any]:
+def grid(**values: list[float]) -> list[dict[str, float]]:
+    """All combinations of these values, the first of each first."""
+    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
+
+
+def settings(grid: Mapping[str, Sequence[Mapping[str, float]]], **changes: Any) -> dict[str, Any]:
     """The entry ``study`` of an experiment's SETTINGS.
 
     Args:
@@ -39,23 +65,26 @@ def settings(grid: Mapping[str, list[Mapping[str, float]]], **changes: Any) -> d
             the first.
         changes: of the values below; ``maml`` and ``new`` are merged.
     """
+    if len({len(configs) for configs in grid.values()}) != 1:
+        raise ValueError(f"grid must have as many configurations for each method, got { ({k: len(v) for k, v in grid.items()}) }")
     made: dict[str, Any] = {
         "tuning": True,
         "optimizer": "adam",
         "round_steps": 10,
         "batch": 32,
         "weight_decay": 0.0,
-        "cost_rounds": 50,
+        "cost_rounds": 20,
         "maml": {"tasks": 5, "inner_steps": 3, "samples": 100, "first_order": False},
         "new": {
             "samples": [1, 3, 10, 30, 100, 300, 1000],
-            "steps": 200,
+            "steps": 500,
             "batch": 32,
             "rates": {
-                "superposition": [0.03, 0.1, 0.3],
-                "mask only": [0.1, 0.3, 0.03],
-                "everything": [0.03, 0.01, 0.1],
-                "inner steps": [1.0, 0.3, 0.1],
+                "superposition": [0.1, 0.03, 0.01, 0.3],
+                "mask only": [0.3, 0.1, 0.03, 1.0],
+                "everything": [0.1, 0.03, 0.01, 0.003],
+                "from scratch": [0.1, 0.03, 0.01, 0.003],
+                "inner steps": [1.0, 0.5, 0.2, 0.1],
             },
         },
         "grid": {name: [dict(config) for config in configs] for name, configs in grid.items()},
@@ -95,29 +124,31 @@ def run(
         methods: which of ``METHODS``; with one task, ``shared``, ``independent`` and ``sequence`` are the same net.
     """
     given = (problem, settings, score)
-    chosen, tuning = _tuned(output, given, methods)
-    jobs: dict[tuple[int, str], Callable[[], Mapping[str, Any]]] = {}
     in_order = [name for name in methods if name in FORGETTING and settings["tasks"] > 1]
-    for seed in output.seeds:
+    seeds = output.seeds
+    chosen, tuning = _tuned(output, given, methods, len(seeds) * len([*methods, *in_order]) + 1)
+    jobs: dict[tuple[int, str], Callable[[], Mapping[str, Any]]] = {}
+    for seed in seeds:
         for name in methods:
             jobs[seed, name] = partial(_measure, given, name, chosen[name], seed, tuning["rates"][name])
         for name in in_order:
             jobs[seed, f"{name}, in order"] = partial(_measure_in_order, given, name, chosen[name], seed)
-    found = output.pieces(jobs, later=0)
-    cost = output.piece(output.seeds[0], "cost", partial(_cost, given, methods, chosen, output.seeds[0]))
+    found = output.pieces(jobs, later=1)
+    # By itself: other processes would change the times.
+    cost = output.piece(seeds[0], "cost", partial(_cost, given, methods, chosen, seeds[0]))
 
-    by_seed = {name: [found[seed, name] for seed in output.seeds] for name in methods}
+    by_seed = {name: [found[seed, name] for seed in seeds] for name in methods}
     scores = {name: {score.name: [statistics.fmean(piece["trained"]) for piece in by_seed[name]]} for name in methods}
     order = {
-        name: {key: [found[seed, f"{name}, in order"][key] for seed in output.seeds] for key in ("after", "end", "earlier")}
+        name: {key: [found[seed, f"{name}, in order"][key] for seed in seeds] for key in ("after", "end", "earlier")}
         for name in in_order
     }
     for name, kept in order.items():
-        scores[name][f"{score.name}, in order, its task just learned"] = [statistics.fmean(each) for each in kept["after"]]
-        scores[name][f"{score.name}, in order, at the end"] = [statistics.fmean(each) for each in kept["end"]]
+        scores[name]["in order: just learned"] = [statistics.fmean(each) for each in kept["after"]]
+        scores[name]["in order: at the end"] = [statistics.fmean(each) for each in kept["end"]]
     more = {
         "study": {
-            "score": {"name": score.name, "unit": score.unit, "higher_is_better": score.higher_is_better},
+            "score": {"name": score.name, "unit": score.unit, "higher_is_better": score.higher_is_better, "margin": score.margin},
             "methods": list(methods),
             "chosen": chosen,
             **tuning,
@@ -137,7 +168,7 @@ def run(
 Given = tuple[MakeProblem, Mapping[str, Any], Score]
 
 
-def _tuned(output: Output, given: Given, methods: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _tuned(output: Output, given: Given, methods: tuple[str, ...], later: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configuration of each method, and the rates of its ways to learn a new task for each number of samples."""
     study = given[1]["study"]
     counts = study["new"]["samples"]
@@ -146,7 +177,6 @@ def _tuned(output: Output, given: Given, methods: tuple[str, ...]) -> tuple[dict
         first = {way: [rates[0]] * len(counts) for way, rates in study["new"]["rates"].items()}
         return chosen, {"tuned": {}, "rates": {name: first for name in methods}}
     seed = output.seeds[-1] + 1
-    later = len(output.seeds) * (len(methods) + len(FORGETTING))
     jobs = {
         (seed, f"tuning, {name}, {place}"): partial(_try, given, name, config, seed)
         for name in methods
@@ -173,38 +203,38 @@ def _tuned(output: Output, given: Given, methods: tuple[str, ...]) -> tuple[dict
 def _trained(given: Given, name: str, config: Mapping[str, Any], seed: int) -> tuple[Problem, methods_.Method]:
     make, settings, _ = given
     problem = make(seed, settings)
-    trained = methods_.method(name, problem, settings, config, seed)
-    trained.train()
-    return problem, trained
+    method = methods_.method(name, problem, settings, config, seed)
+    method.train()
+    return problem, method
 
 
 def _try(given: Given, name: str, config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """The score of one configuration on the trained tasks of the tuning seed; none if it diverged."""
     try:
-        problem, trained = _trained(given, name, config, seed)
-        return {"score": statistics.fmean(trained.scores(len(problem.train.x)))}
+        problem, method = _trained(given, name, config, seed)
+        return {"score": statistics.fmean(method.scores(len(problem.train.x)))}
     except FloatingPointError as error:
         return {"score": None, "diverged": str(error)}
 
 
 def _try_new(given: Given, name: str, config: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    problem, trained = _trained(given, name, config, seed)
-    return {"new": new_task_scores(name, problem, trained, given[1]["study"])}
+    problem, method = _trained(given, name, config, seed)
+    return {"new": new_task_scores(name, problem, method, given[1]["study"])}
 
 
 def _measure(given: Given, name: str, config: Mapping[str, Any], seed: int, rates: Mapping[str, list[float]]) -> dict[str, Any]:
     """Questions 1 and 2 for one method and seed."""
-    problem, trained = _trained(given, name, config, seed)
-    measured: dict[str, Any] = {"trained": trained.scores(len(problem.train.x))}
+    problem, method = _trained(given, name, config, seed)
+    measured: dict[str, Any] = {"trained": method.scores(len(problem.train.x))}
     counts = [count for count in given[1]["study"]["new"]["samples"] if count <= problem.new_train.x.shape[1]]
-    found = new_task_scores(name, problem, trained, given[1]["study"], {way: [each[: len(counts)]] for way, each in rates.items()})
+    found = new_task_scores(name, problem, method, given[1]["study"], {way: [each[: len(counts)]] for way, each in rates.items()})
     measured["samples"] = counts
     measured["new"] = {way: scores[0] for way, scores in found.items()}
     for way, scores in measured["new"].items():
         if None in scores:
             raise FloatingPointError(f"{name}, {way}, {counts[scores.index(None)]} samples: the score is not finite")
-    if problem.examine is not None and trained.model is not None:
-        measured["examined"] = dict(problem.examine(name, trained.model))
+    if problem.examine is not None and method.model is not None:
+        measured["examined"] = dict(problem.examine(name, method.model))
     return measured
 
 
@@ -212,9 +242,9 @@ def _measure_in_order(given: Given, name: str, config: Mapping[str, Any], seed: 
     """Question 3: each task's score when it was just learned and at the end, and the mean score of those before the latest."""
     make, settings, _ = given
     problem = make(seed, settings)
-    trained = methods_.method(name, problem, settings, config, seed)
+    method = methods_.method(name, problem, settings, config, seed)
     scores: list[list[float]] = []
-    trained.train(lambda learned: scores.append(trained.scores(learned)))
+    method.train(lambda learned: scores.append(method.scores(learned)))
     earlier = [statistics.fmean(each[:-1]) for each in scores[1:]]
     return {"after": [each[-1] for each in scores], "end": scores[-1], "earlier": earlier}
 
@@ -226,13 +256,14 @@ def _cost(given: Given, methods: tuple[str, ...], chosen: Mapping[str, Any], see
     timed = [name for name in ("masked", "hard", "lottery", "shared", "maml") if name in methods]
     made = {name: methods_.method(name, problem, settings, chosen[name], seed) for name in timed}
     times: dict[str, list[float]] = {name: [] for name in timed}
-    for each in made.values():
-        each.some_steps()
     for _ in range(settings["study"]["cost_rounds"]):
         for name, each in made.items():
-            started = time.perf_counter()
-            steps = each.some_steps()
-            times[name].append(1e3 * (time.perf_counter() - started) / steps)
+            each.some_steps()  # the caches hold what the method before it used
+            started, steps, passed = time.perf_counter(), 0, 0.0
+            while passed < SHORTEST_S:
+                steps += each.some_steps()
+                passed = time.perf_counter() - started
+            times[name].append(1e3 * passed / steps)
     return {"milliseconds": {name: statistics.median(values) for name, values in times.items()}}
 
 
@@ -248,5 +279,6 @@ def _budget(settings: Mapping[str, Any], methods: tuple[str, ...]) -> str:
     return (
         f"{settings['steps']} gradient steps for all {settings['tasks']} tasks together, of {study['batch']} samples each; "
         f"independent: a task's share of them for each net; maml: meta-steps on {study['maml']['tasks']} tasks at once, so many "
-        f"fewer, half of the samples support, half queries; new tasks: {study['new']['steps']} steps of Adam. Tuning: {tuning}."
+        f"fewer, half of the samples support, half queries; new tasks: {study['new']['steps']} steps of Adam on "
+        f"{study['new']['batch']} samples. Tuning: {tuning}; tasks in order: as in random order."
     )

@@ -17,8 +17,9 @@ from .methods import descend, seeded
 from .settings import OptionError
 from .study_nets import Nets, Parameters
 from .study_problem import Config, Problem, in_parts
+from .tracking import track
 
-MASKED = {"masked": {"gate": "sigmoid"}, "hard": {"gate": "hard"}, "lottery": {"gate": "hard"}}
+MASKED: dict[str, dict[str, Any]] = {"masked": {"gate": "sigmoid"}, "hard": {"gate": "hard"}, "lottery": {"gate": "hard"}}
 """The methods with a mask for each task, and the options of their layers."""
 METHODS = ("masked", "hard", "lottery", "shared", "independent", "maml", "sequence")
 FORGETTING = ("masked", "hard", "lottery", "maml", "sequence")
@@ -68,7 +69,7 @@ class Loop(Method):
 
     def __init__(self, name: str, problem: Problem, settings: Mapping[str, Any], config: Config, seed: int):
         super().__init__(problem, settings, config, seed)
-        self.name, self.in_order = name, name == "sequence"
+        self.name, self.in_order, self.taken = name, name == "sequence", 0
         self.model: nn.Module = seeded(seed, self._made)
         self.loop = self._loop(None, None, 1)
 
@@ -84,24 +85,30 @@ class Loop(Method):
         return model
 
     def _loop(self, order: list[str] | None, evaluate: Callable[[TaskLoop], dict[str, float]] | None, every: int) -> TaskLoop:
-        problem, study, masked = self.problem, self.study, self.name in MASKED
+        problem, study = self.problem, self.study
         config = {key: value for key, value in self.config.items() if key != "scale"}
         return TaskLoop(
             self.model,
             {name: (x, y) for name, x, y in zip(problem.names, problem.train.x, problem.train.y)},
-            problem.loss,
+            self._tracked_loss,
             steps=study["round_steps"],
             **config,
             weight_decay=study["weight_decay"],
             optimizer=study["optimizer"],
             batch_size=study["batch"],
-            per_task_masks=masked,
+            per_task_masks=self.name in MASKED,
             order=order,
             seed=self.seed,
             evaluate=evaluate,
             evaluate_every=every,
             label=self.name,
         )
+
+    def _tracked_loss(self, prediction: Tensor, y: Tensor) -> Tensor:
+        value = self.problem.loss(prediction, y)
+        self.taken += 1
+        track(self.taken, loss=value.detach())
+        return value
 
     def train(self, after_task: Callable[[int], None] | None = None) -> None:
         names, rounds = self.problem.names, self.steps // self.study["round_steps"]
@@ -212,8 +219,8 @@ class Meta(Method):
         return self.problem.scores(self.problem.test, predict, list(range(tasks)))
 
     def some_steps(self) -> int:
-        self._descend(10, range(len(self.problem.train.x)))
-        return 10
+        self._descend(3, range(len(self.problem.train.x)))
+        return 3
 
 
 def fresh(problem: Problem, seed: int, count: int) -> Parameters:

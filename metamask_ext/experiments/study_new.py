@@ -17,7 +17,11 @@ from .study_methods import MASKED, Independent, Loop, Meta, Method, fresh
 from .study_nets import Nets, Parameters, gate_options, gates, shared_parameters, stacked_masks
 from .study_problem import Problem
 
-LOOK_UP, SUPERPOSITION, MASK_ONLY, EVERYTHING, INNER_STEPS = "look-up", "superposition", "mask only", "everything", "inner steps"
+LOOK_UP, SUPERPOSITION, MASK_ONLY, EVERYTHING = "look-up", "superposition", "mask only", "everything"
+INNER_STEPS, FROM_SCRATCH = "inner steps", "from scratch"
+WAYS = (LOOK_UP, SUPERPOSITION, MASK_ONLY, INNER_STEPS, EVERYTHING, FROM_SCRATCH)
+"""Look-up: the mask of the trained task that fits best. Superposition: a linear combination of the gates of the trained tasks. Mask
+only: from the mean of the trained masks. Everything: all weights too, from where the method left them."""
 Scores = list[list[float | None]]
 """For each of the rates tried, and each number of samples, the mean score over the new tasks; None: it was not finite."""
 
@@ -92,24 +96,25 @@ def new_task_scores(
     found: dict[str, Scores] = {}
     if isinstance(trained, Meta):
         found[INNER_STEPS] = _inner_steps(problem, trained, nets, counts, rates[INNER_STEPS])
-    if isinstance(trained, Independent):
-        ways[EVERYTHING] = Way(fresh(problem, trained.seed + 500_000, len(problem.new_train.x)), lambda learned: learned)
-    elif isinstance(trained, Loop) and name in MASKED:
+    if isinstance(trained, Independent) or (name == "shared" and len(problem.names) == 1):
+        ways[FROM_SCRATCH] = Way(fresh(problem, trained.seed + 500_000, len(problem.new_train.x)), lambda learned: learned)
+    if isinstance(trained, Loop) and name in MASKED:
         masks = Masks(trained.model, problem.names)
         found[LOOK_UP] = _look_up(problem, nets, masks, counts)
         ways = masks.ways()
         if name == "lottery":  # its weights stay as they were drawn
             del ways[EVERYTHING]
-    else:
-        assert trained.model is not None
+    elif trained.model is not None:
         start = {key: tensor[None] for key, tensor in shared_parameters(trained.model).items()}
         ways[EVERYTHING] = Way(start, lambda learned: learned)
     for key, way in ways.items():
-        found[key] = _fit(problem, nets, way, counts, rates[key], new)
+        found[key] = _fit(problem, nets, way, counts, rates[key], new, f"loss, new tasks, {key}")
     return found
 
 
-def _fit(problem: Problem, nets: Nets, way: Way, counts: list[int], rates: list[list[float]], new: Mapping[str, Any]) -> Scores:
+def _fit(
+    problem: Problem, nets: Nets, way: Way, counts: list[int], rates: list[list[float]], new: Mapping[str, Any], label: str
+) -> Scores:
     """Learn every new task from every number of samples at every rate, all at once, by Adam.
 
     A step takes the next ``batch`` samples, from the first again after the last. Adam does not see the scale of a gradient: with a
@@ -135,7 +140,7 @@ def _fit(problem: Problem, nets: Nets, way: Way, counts: list[int], rates: list[
         prediction = nets(theta(), train.x[task[:, None], chosen])
         return torch.vmap(problem.loss)(prediction, train.y[task[:, None], chosen]).sum()
 
-    descend(delta.values(), 1.0, new["steps"], loss)
+    descend(delta.values(), 1.0, new["steps"], loss, label)
     with torch.no_grad():
         return _means(problem, nets, theta(), len(rates), len(counts))
 

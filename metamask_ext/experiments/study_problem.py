@@ -23,11 +23,19 @@ class TaskData(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """The number that a problem is judged by: its name, with the unit if it is short, the unit of an axis, and which way is up."""
+    """The number that a problem is judged by.
+
+    Attributes:
+        name: with the unit if it is short.
+        unit: for an axis.
+        higher_is_better: which way is up.
+        margin: scores that differ by no more count as equal where samples are counted (question 2).
+    """
 
     name: str
     unit: str
     higher_is_better: bool
+    margin: float = 0.0
 
     def best(self, values: list[float | None]) -> int:
         """The place of the best of ``values``, of which None is the worst. FloatingPointError if all are None."""
