@@ -371,7 +371,7 @@ def _gates_figure(metrics: Metrics) -> Figure:
         image = panel.pcolormesh(steps, edges, shares.tolist(), cmap="cividis", norm="symlog", vmin=0, vmax=100)
         panel.set(xlabel="gradient steps, all tasks together", ylabel="gate (no unit)")
         panel.set_title(name, fontsize=9)
-        figure.colorbar(image, ax=panel, label=f"share of gates in a {1 / BINS:g} (%)")
+        figure.colorbar(image, ax=panel, label=f"share of gates in each interval of {1 / BINS:g} (%)")
     return figure
 
 
