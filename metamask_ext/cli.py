@@ -14,8 +14,11 @@ from ._info import build_info
 from ._terminal import fail, show
 from .bank.commands import app as bank
 from .continual.files import OutputError
-from .experiments import EXPERIMENTS, OptionError
+from .experiments import EXPERIMENTS, OptionError, PieceError, settings_of
 from .experiments import run as run_experiment
+from .experiments.report import report as write_report
+from .experiments.settings import to_toml
+from .experiments.suite import run_all
 
 app = typer.Typer(
     help="Masked weights for PyTorch: experiments, benchmarks and what is installed.",
@@ -34,24 +37,61 @@ def list_experiments() -> None:
 
 @app.command()
 def run(
-    name: Annotated[str, typer.Argument(help="One of 'metamask list'.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for metrics.json, the figure and the checkpoints.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="One of 'metamask list', or 'all'.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for metrics.json, the figure and what goes before.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="First seed.", min=0, max=2**62)] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="One seed instead of five; supsup: 5 tasks.")] = False,
-    tasks: Annotated[int | None, typer.Option(help="supsup: the number of tasks.", show_default=False)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, and less of everything: seconds, not minutes.")] = False,
+    tasks: Annotated[int | None, typer.Option(help="The number of tasks.", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(help="The number of steps.", show_default=False)] = None,
+    seeds: Annotated[int | None, typer.Option(help="The number of seeds.", show_default=False)] = None,
     rotated: Annotated[bool, typer.Option("--rotated", help="supsup: rotations, not permutations.")] = False,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings.", show_default=False)] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings as TOML, and run nothing.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that compute. [default: the cores]", show_default=False, min=1)
+    ] = None,
+    tracking: Annotated[
+        str | None, typer.Option(help="Also write down the training: csv or tensorboard.", show_default=False)
+    ] = None,
 ) -> None:
-    """Run an experiment. A killed run in OUT continues; a finished one is shown; one with other settings is refused."""
-    if name not in EXPERIMENTS:
-        fail(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}", 2)
-    # Only what was given: an experiment that lacks an option refuses it.
-    options = {key: value for key, value in {"tasks": tasks, "rotated": rotated or None}.items() if value is not None}
+    """Run an experiment, or all. A killed run in OUT continues; a finished one is shown; one with other settings is refused."""
+    if name not in (*EXPERIMENTS, "all"):
+        fail(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}, all", 2)
+    # Only what was given: an experiment that lacks a setting refuses it.
+    given = {"tasks": tasks, "steps": steps, "seeds": seeds, "rotated": rotated or None}
+    changes = {key: value for key, value in given.items() if value is not None}
+    if name == "all" and (changes or config or print_config):
+        fail("'all' takes no settings: it runs every experiment with its own", 2)
     try:
-        run_experiment(name, out, seed, quick, **options)
+        if print_config:
+            typer.echo(to_toml(settings_of(name, quick, config, changes)), nl=False)
+        elif out is None:
+            fail("--out must be given: the folder of the run", 2)
+        elif name == "all":
+            run_all(out, seed, quick, workers=workers, tracking=tracking)
+        else:
+            run_experiment(name, out, seed, quick, config=config, workers=workers, tracking=tracking, **changes)
     except OptionError as error:
         fail(error, 2)
+    except (OutputError, ImportError, PieceError) as error:
+        fail(error)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where 'metamask run all' put its runs.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for results.md and results/.")] = Path("docs"),
+) -> None:
+    """Write the page of results from the metrics files of finished experiments."""
+    try:
+        page, missing = write_report(folder, out)
     except (OutputError, ImportError) as error:
         fail(error)
+    for line in missing:
+        typer.echo(f"missing: {line}")
+    typer.echo(f"wrote {page}")
 
 
 @app.command()

@@ -86,8 +86,8 @@ def run(
         What ``metrics.json`` holds.
 
     Raises:
-        ValueError: the experiment is unknown, or ``workers`` or ``tracking`` cannot be.
-        OptionError: a setting is unknown, or its value cannot be; nothing was written.
+        ValueError: the experiment is unknown.
+        OptionError: a setting is unknown, or its value cannot be, or that of ``workers`` or ``tracking``; nothing was written.
         ImportError: an optional package is missing; says what to install.
         metamask_ext.continual.OutputError: ``out`` cannot be used.
         PieceError: a piece of the work failed.

@@ -17,11 +17,13 @@ class Claim:
         text: a format string of the numbers: ``"the masked net reaches {masked:.3g}, one shared net {shared:.3g}"``.
         numbers: these numbers, from what ``metrics.json`` holds.
         holds: whether they bear the sentence out.
+        applies: whether the sentence is about a run with these metrics at all; most are about every run.
     """
 
     text: str
     numbers: Callable[[Metrics], dict[str, float]]
     holds: Callable[[dict[str, float]], bool]
+    applies: Callable[[Metrics], bool] = lambda metrics: True
 
     def answer(self, metrics: Metrics) -> tuple[str, bool]:
         """The sentence with its numbers, and whether it holds."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from .output import STYLES, new_figure, plot_seeds
+from .claims import Claim
+from .output import STYLES, bands, cell, new_figure, plot_seeds
 
-Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+Metrics = Mapping[str, Any]
+KINDS = ("regression", "classification")
+"""Of the baselines."""
 GROUPS = {
     "true": ("oracle", "true features"),
     "aliases": ("shared", "their aliases on the grid"),
@@ -17,16 +21,33 @@ GROUPS = {
 }
 
 
-def figures(toy: Mapping[str, Any], found: Runs, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A figure for each part, by its letter. ``found``: of each part, and of the baselines, what was measured for each seed."""
-    made = {"d": _toy_figure(toy)}
+def shown_sizes(settings: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Numbers of training points in the tables: that of meta-training, and its neighbours."""
+    points = settings["support_points"]
+    return points - 1, points, points + 1
+
+
+def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
+    """One table for regression and one for classification, whose numbers have other units."""
+    made = []
+    for unit, title in (("test MSE", "Regression"), ("wrong labels (%)", "Classification")):
+        head = [f"{unit}, n = {size}" for size in shown_sizes(metrics["settings"])]
+        methods = {**metrics["results"], **metrics["baselines"]}
+        rows = [[method, *(cell(its[key]) for key in head)] for method, its in methods.items() if head[0] in its]
+        made.append((title, [["method", *head], *rows]))
+    return made
+
+
+def figures(metrics: Metrics) -> dict[str, Any]:
+    """A figure for each part, by its letter."""
+    made = {"d": _toy_figure(metrics["toy"])}
     for letter in "efgh":
-        parts = [part for part in found if part.startswith(letter)]
+        parts = [part for part in metrics["settings"]["parts"] if part.startswith(letter)]
         figure, axes = new_figure(3, rows=len(parts))
         for row, part in enumerate(parts):
             loss, evolution, weights = axes[3 * row : 3 * row + 3]
-            _plot_loss(loss, part, found, settings)
-            _plot_weights(evolution, weights, part, found[part], settings)
+            _plot_loss(loss, part, metrics)
+            _plot_weights(evolution, weights, part, metrics)
         made[letter] = figure
     return made
 
@@ -49,51 +70,51 @@ def _toy_figure(toy: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _plot_loss(axes: Any, part: str, found: Runs, settings: Mapping[str, Any]) -> None:
+def _plot_loss(axes: Any, part: str, metrics: Metrics) -> None:
+    settings, curves = metrics["settings"], metrics["curves"]
     labels = settings["parts"][part]["labels"]
-    sizes, base = settings["sizes"], found["classification" if labels else "regression"]
-    for solver in found[part][0]["curves"]:
+    sizes, base = settings["sizes"], curves["classification" if labels else "regression"]
+    for solver in curves[part][0]:
         steps = "step" in solver
         suffix = f", {solver}" if part.startswith("f") else ""
         lines = [
-            ("both" if steps else "masked", f"meta-learned{suffix}", [run["curves"][solver] for run in found[part]]),
-            ("weights" if steps else "shared", f"weights of one{suffix}", [run["curves"][f"ones, {solver}"] for run in base]),
+            ("both" if steps else "masked", f"meta-learned{suffix}", [run[solver] for run in curves[part]]),
+            ("weights" if steps else "shared", f"weights of one{suffix}", [run[f"ones, {solver}"] for run in base]),
         ]
         if not steps:
-            lines.append(("oracle", "oracle: true features only", [run["curves"][f"oracle, {solver}"] for run in base]))
+            lines.append(("oracle", "oracle: true features only", [run[f"oracle, {solver}"] for run in base]))
         for style, label, values in lines:
             plot_seeds(axes, style, label, sizes, values)
     if labels:
         axes.axhline(50, color="#999999", linewidth=1, label="chance")
         axes.set(ylabel="wrong labels of new tasks (%)")
     else:
-        zero = statistics.fmean(run["curves"]["zero"][0] for run in base)
+        zero = statistics.fmean(run["zero"][0] for run in base)
         axes.axhline(zero, color="#999999", linewidth=1, label="zero predictor")
         axes.axhline(settings["noise"] ** 2, color="#999999", linewidth=1, linestyle=":", label="noise variance")
         axes.set(ylabel="test MSE of new tasks (signal variance: 1)", ylim=(1e-4, 10))
     axes.axvline(settings["support_points"], color="#CCCCCC", linewidth=4, zorder=0)
     axes.set(xscale="log", yscale="log", xlabel=f"training points n (bar: {settings['support_points']}, as in meta-training)")
     axes.set_title(f"part {part}: {settings['parts'][part]['solver']}", fontsize=10)
-    shown = [(handle, label) for handle, label in zip(*axes.get_legend_handles_labels()) if "range over" not in label]
-    axes.legend(*zip(*shown), fontsize=7, title="mean, band: range over seeds" if len(base) > 1 else None, title_fontsize=7)
+    axes.legend(fontsize=7, title=bands(len(base)), title_fontsize=7)
 
 
-def _plot_weights(evolution: Any, weights: Any, part: str, runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
+def _plot_weights(evolution: Any, weights: Any, part: str, metrics: Metrics) -> None:
+    settings = metrics["settings"]
     for group, (style, label) in GROUPS.items():
-        values = [run["weights"]["evolution"][group] for run in runs]
+        values = [run[group] for run in metrics["weights"][part]]
         updates = [settings["evolution_every"] * point for point in range(len(values[0]))]
         plot_seeds(evolution, style, label, updates, values)
     evolution.set(xlabel="meta-updates", ylabel="mean |c| of the group", yscale="log")
     evolution.set_title("weights during meta-training", fontsize=10)
-    shown = [(handle, label) for handle, label in zip(*evolution.get_legend_handles_labels()) if "range over" not in label]
-    evolution.legend(*zip(*shown), fontsize=7)
-    final = [abs(value) for value in runs[0]["weights"]["final"]]
+    evolution.legend(fontsize=7)
+    final = [abs(value) for value in metrics["weights of the first seed"][part]]
     for group, (style, label) in GROUPS.items():
         members = members_of(group, settings)
         frequencies = [(index + 1) // 2 for index in members]
         heights = [final[index] for index in members]
         weights.plot(frequencies, heights, ".", markersize=4, color=STYLES[style]["color"], label=label, linestyle="none")
-    weights.set(xlabel="frequency of the feature (periods in [-1, 1))", ylabel=f"|c| at the end, seed {settings['seeds'][0]}")
+    weights.set(xlabel="frequency of the feature (periods in [-1, 1))", ylabel=f"|c| at the end, seed {metrics['seeds'][0]}")
     weights.set_title("weights at the end", fontsize=10)
     weights.legend(fontsize=7)
 
@@ -112,10 +133,15 @@ def members_of(group: str, settings: Mapping[str, Any]) -> list[int]:
     return [index for index in range(settings["features"]) if kind(index) == group]
 
 
+def documents(metrics: Metrics) -> dict[str, str]:
+    """Further files of the experiment, made from its metrics."""
+    return {"answers.md": answers(metrics)}
+
+
 def answers(metrics: Mapping[str, Any]) -> str:
     """The homework's written questions, parts a to h, answered from ``metrics`` in Markdown."""
     at = _Measured(metrics)
-    seeds = at.settings["seeds"]
+    seeds = metrics["seeds"]
     numbers = f"means over seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"of seed {seeds[0]}"
     source = _paragraph(
         "Questions: EECS 182 (Berkeley, fall 2022), homework 9, problem 2. `metamask run feature-weights` makes this text from",
@@ -266,3 +292,67 @@ def _classification(at: _Measured, part: str) -> list[str]:
         ),
         f"![part {part}](feature-weights-{part}.png)",
     ]
+
+
+def _e(metrics: Metrics) -> dict[str, float]:
+    at = _Measured(metrics)
+    learned, fewer, more = (at("e", "min norm", size) for size in (at.n, at.n - 1, at.n + 1))
+    evolution = metrics["weights"]["e"]
+    ends = {group: statistics.fmean(run[group][-1] for run in evolution) for group in GROUPS}
+    worst, best = at("regression", "ones, min norm"), at("regression", "oracle, min norm")
+    return {"n": at.n, "learned": learned, "beside": min(fewer, more), "worst": worst, "best": best, **ends}
+
+
+def _f(metrics: Metrics) -> dict[str, float]:
+    at = _Measured(metrics)
+    five, one = ("f, 5 steps", "5 steps"), ("f, 1 step", "1 step")
+    aliases = (statistics.fmean(run["aliases"][-1] for run in metrics["weights"][part]) for part, _ in (five, one))
+    numbers = {"five": at(*five), "one": at(*one), "ones_five": at("regression", "ones, 5 steps")}
+    return numbers | {"ones_one": at("regression", "ones, 1 step")} | dict(zip(("aliases_five", "aliases_one"), aliases))
+
+
+def _labels(metrics: Metrics, part: str, solver: str) -> dict[str, float]:
+    at = _Measured(metrics)
+    names = {"ones": f"ones, {solver}", "oracle": f"oracle, {solver}"}
+    return {"learned": at(part, solver), **{key: at("classification", name) for key, name in names.items()}}
+
+
+CLAIMS = [
+    Claim(
+        "Regression (part e): with {n} points the test MSE is {learned:.4f} with meta-learned weights, {worst:.3f} with weights of "
+        "one, {best:.4f} for an oracle that has only the true features.",
+        _e,
+        lambda numbers: numbers["best"] < numbers["learned"] < 0.02 < 0.8 < numbers["worst"],
+    ),
+    Claim(
+        "The weights fit the grid that they were learned on: with one point more or less the MSE is at least {beside:.3f}.",
+        _e,
+        lambda numbers: numbers["beside"] > 5 * numbers["learned"],
+    ),
+    Claim(
+        "What falls are the aliases: mean |c| goes from 1 to {true:.2f} for the true features, {aliases:.2f} for their aliases and "
+        "{others:.2f} for the others.",
+        _e,
+        lambda numbers: numbers["true"] > 3 and numbers["aliases"] < 0.5 and 0.99 < numbers["others"] < 1.01,
+    ),
+    Claim(
+        "Gradient steps inside also do (part f): {five:.3f} with five steps, {one:.3f} with one, where weights of one have "
+        "{ones_five:.3f} and {ones_one:.3f}.",
+        _f,
+        lambda numbers: numbers["five"] < 0.05 and numbers["one"] < 0.2 and min(numbers["ones_five"], numbers["ones_one"]) > 0.8,
+    ),
+    Claim(
+        "A single step gives the aliases no reason to fall: |c| {aliases_one:.2f}, with five steps {aliases_five:.2f}.",
+        _f,
+        lambda numbers: numbers["aliases_one"] > 0.9 > 0.6 > numbers["aliases_five"],
+    ),
+    *(
+        Claim(
+            f"Classification with {title} (part {part}): {{learned:.1f}} % of the labels are wrong with meta-learned weights, "
+            "{oracle:.1f} % for the oracle, {ones:.1f} % with weights of one.",
+            partial(_labels, part=part, solver=solver),
+            lambda numbers: abs(numbers["learned"] - numbers["oracle"]) < 2 and numbers["ones"] > 40,
+        )
+        for part, solver, title in (("g", "min norm", "regression code"), ("h", "logistic", "logistic regression"))
+    ),
+]

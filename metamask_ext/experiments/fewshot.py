@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,39 +16,102 @@ from torch import Tensor, nn
 from ..meta import MAML
 from ..nn import MaskedConv2d, MaskedLinear
 from ..tasks import Characters, few_shot_tasks, load_characters
+from .claims import Claim, mean
+from .data import characters
 from .methods import descend, seeded
-from .output import Output, Scores, new_figure, one_thread, plot_seeds
+from .output import Output, Scores, new_figure, plot_seeds
+from .settings import OptionError
 
-# What each method adapts, at which inner rate, of a few that were tried. The gradient of a mask is that of theta times
-# W * s * (1 - s), which is small: hence its larger rate. 0.4 is the paper's.
-METHODS: dict[str, dict[str, Any]] = {
-    "masks": {"masked": True, "adapt": "masks", "inner_lr": 1000.0, "first_order": False},
-    "masks, first order": {"masked": True, "adapt": "masks", "inner_lr": 1000.0, "first_order": True},
-    "weights": {"masked": True, "adapt": "weights", "inner_lr": 0.4, "first_order": False},
-    "weights, first order": {"masked": True, "adapt": "weights", "inner_lr": 0.4, "first_order": True},
-    "plain": {"masked": False, "adapt": "weights", "inner_lr": 0.4, "first_order": False},
-    "plain, first order": {"masked": False, "adapt": "weights", "inner_lr": 0.4, "first_order": True},
-}
 LABELS = {
     "masks": "masked net, masks adapted (ours)",
     "weights": "masked net, weights adapted",
     "plain": "plain net (the paper's MAML)",
+    "masks, first order": "masked net, masks adapted (ours), first order",
+    "weights, first order": "masked net, weights adapted, first order",
+    "plain, first order": "plain net (the paper's MAML), first order",
     "pixels": "nearest neighbour, by pixels",
 }
-LABELS |= {method: f"{LABELS[method.split(',')[0]]}, first order" for method in METHODS if "first order" in method}
 BASELINES = ["plain", "plain, first order", "pixels"]
-# Images of a step: tasks * ways * (shots + queries). Fewer tasks where there are more images, so that all take about as long.
-SETTINGS: dict[str, dict[str, int]] = {
-    "5-way 1-shot": {"ways": 5, "shots": 1, "queries": 2, "tasks": 8, "iterations": 400, "test_tasks": 300},
-    "5-way 5-shot": {"ways": 5, "shots": 5, "queries": 3, "tasks": 4, "iterations": 300, "test_tasks": 300},
-    "20-way 1-shot": {"ways": 20, "shots": 1, "queries": 1, "tasks": 4, "iterations": 300, "test_tasks": 100},
-    "20-way 5-shot": {"ways": 20, "shots": 5, "queries": 1, "tasks": 2, "iterations": 200, "test_tasks": 100},
+SETTINGS: dict[str, Any] = {
+    "seeds": 1,
+    "lr": 3e-3,
+    "inner_steps": 1,
+    "filters": 32,
+    "kinds": ["5-way 1-shot", "5-way 5-shot", "20-way 1-shot", "20-way 5-shot"],
+    # Images of a step: tasks * ways * (shots + queries). Fewer tasks where there are more images, so that all take about as long.
+    "sizes": {
+        "5-way 1-shot": {"ways": 5, "shots": 1, "queries": 2, "tasks": 8, "steps": 400, "test_tasks": 300},
+        "5-way 5-shot": {"ways": 5, "shots": 5, "queries": 3, "tasks": 4, "steps": 300, "test_tasks": 300},
+        "20-way 1-shot": {"ways": 20, "shots": 1, "queries": 1, "tasks": 4, "steps": 300, "test_tasks": 100},
+        "20-way 5-shot": {"ways": 20, "shots": 5, "queries": 1, "tasks": 2, "steps": 200, "test_tasks": 100},
+    },
+    # What each method adapts, at which inner rate. The gradient of a mask is that of theta times W * s * (1 - s), which is small:
+    # hence its larger rate, chosen among 5 to 10,000 on 100 to 150 steps of 5-way and 20-way 1-shot tasks. 0.4 is the paper's.
+    "methods": {
+        "masks": {"masked": True, "adapt": "masks", "inner_lr": 1000.0},
+        "weights": {"masked": True, "adapt": "weights", "inner_lr": 0.4},
+        "plain": {"masked": False, "adapt": "weights", "inner_lr": 0.4},
+    },
+    "test": {"queries": 5, "steps": 3},
 }
-QUICK = {"5-way 1-shot": {**SETTINGS["5-way 1-shot"], "iterations": 150, "test_tasks": 100}}
-OPTIONS: dict[str, Any] = {"lr": 3e-3, "inner_steps": 1, "filters": 32}
-TEST_QUERIES, TEST_STEPS = 5, 3
+QUICK: dict[str, Any] = {
+    "kinds": ["5-way 1-shot"],
+    "filters": 16,
+    "sizes": {"5-way 1-shot": {"steps": 120, "test_tasks": 60}},
+}
 PAPER = {"5-way 1-shot": 98.7, "5-way 5-shot": 99.9, "20-way 1-shot": 95.8, "20-way 5-shot": 98.9}
-"""MAML on Omniglot, arXiv:1703.03400, table 1: test accuracy in percent, 64 filters."""
+"""MAML on Omniglot, arXiv:1703.03400, table 1: test accuracy in percent, 64 filters, 60,000 steps on 32 (5-way) or 16 tasks."""
+
+QUESTION = """Does what holds for sine waves hold for images: can a net tell new characters apart after one to three gradient
+steps that move only its masks? The proposal (section 1) names MAML as the method to compare with; this is section 5.2 of Finn,
+Abbeel and Levine (arXiv:1703.03400). Where there is no Omniglot the characters are glyphs of a font, printed and not
+handwritten, with a fraction of the paper's training: then the numbers are not comparable with the paper's."""
+
+
+def column(kind: str) -> str:
+    """What the accuracy is called in the metrics."""
+    return f"{kind}: test accuracy (%)"
+
+
+def _accuracies(metrics: Mapping[str, Any], kind: str = "5-way 1-shot") -> dict[str, float]:
+    """By method, in names that a format string can have."""
+    found = {method.replace(", ", "_").replace(" ", "_"): mean(metrics, method, column(kind)) for method in LABELS}
+    return {**found, "paper": PAPER[kind]}
+
+
+def _extremes(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """How far adapting masks is behind adapting the masked net's weights, at best and at worst, over the kinds of tasks."""
+    kinds = metrics["settings"]["kinds"]
+    behind = [mean(metrics, "weights", column(kind)) - mean(metrics, "masks", column(kind)) for kind in kinds]
+    return {"least": min(behind), "most": max(behind), "kinds": len(behind)}
+
+
+CLAIMS = [
+    Claim(
+        "5-way 1-shot, three steps: the accuracy on new characters is {masks:.1f} % with masks adapted, {weights:.1f} % with the "
+        "masked net's weights, {plain:.1f} % with the paper's MAML (the paper, on Omniglot: {paper} %); masks are within "
+        "five points of the others.",
+        _accuracies,
+        lambda numbers: numbers["masks"] > max(numbers["weights"], numbers["plain"]) - 5,
+    ),
+    Claim(
+        "All of them are better than the nearest image by pixels, {pixels:.1f} %.",
+        _accuracies,
+        lambda numbers: min(numbers[method] for method in numbers if method not in ("pixels", "paper")) > numbers["pixels"],
+    ),
+    Claim(
+        "Taking the inner gradients as constants costs accuracy at so few steps: masks {masks_first_order:.1f} %, weights "
+        "{weights_first_order:.1f} %, plain net {plain_first_order:.1f} %.",
+        _accuracies,
+        lambda numbers: all(numbers[f"{method}_first_order"] < numbers[method] for method in ("masks", "weights", "plain")),
+    ),
+    Claim(
+        "Adapting masks is {least:.1f} to {most:.1f} points behind adapting the masked net's weights, by kind of task "
+        "(of {kinds}).",
+        _extremes,
+        lambda numbers: numbers["most"] < 10,
+    ),
+]
 
 
 def network(masked: bool, ways: int, filters: int) -> nn.Sequential:
@@ -61,86 +126,92 @@ def network(masked: bool, ways: int, filters: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), linear(4 * filters, ways))
 
 
-@one_thread()
-def run(out: Path, seed: int, quick: bool) -> dict[str, Any]:
+def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     """Meta-training with one inner step, for each number of classes and images of each. Measured: the accuracy on tasks of new
-    characters after 0 to 3 steps; against the nearest image by pixels. One seed. See :func:`metamask_ext.experiments.run`.
-    """
-    settings = QUICK if quick else SETTINGS
-    output = Output("fewshot", out, seed, quick)
+    characters after 0 to 3 steps; against the nearest image by pixels."""
+    for kind in settings["kinds"]:
+        if kind not in settings["sizes"]:
+            raise OptionError(f"experiment 'fewshot': 'kinds' must be among {', '.join(settings['sizes'])}, got {kind!r}")
     data = load_characters()
-    finished = output.begin(
-        {
-            "seeds": [seed],
-            **OPTIONS,
-            "optimizer": "adam, cosine schedule",
-            "settings": settings,
-            "methods": METHODS,
-            "batch_norm": "batch",
-            "test_queries": TEST_QUERIES,
-            "test_steps": TEST_STEPS,
-        },
-        f"{data.source}: {len(data.train)} for training, {len(data.test)} for the test; turned by 90 degrees, others",
-        data.note,
-    )
+    turned = f"{len(data.train)} for training, {len(data.test)} for the test; turned by 90 degrees, others"
+    finished = output.begin(f"{data.source}: {turned}", data.note)
     if finished is not None:
         return finished
 
-    found: dict[str, dict[str, dict[str, list[float]]]] = {method: {} for method in [*METHODS, "pixels"]}
-    for setting, numbers in settings.items():
-        for method in found:
-            measured = output.piece(seed, f"{setting}, {method}", partial(_measured, method, numbers, data, seed))
-            found[method][setting] = measured
-            output.say(f"{setting}, {method}: {found[method][setting]['accuracy'][-1]:.1f} %")
-
-    def column(setting: str) -> str:
-        return f"{setting}: test accuracy (%)"
-
+    names = {(kind, method): f"{kind}, {method}" for kind in settings["kinds"] for method in LABELS}
+    made = output.pieces(
+        {
+            (seed, name): partial(_measured, kind, method, seed, settings)
+            for seed in output.seeds
+            for (kind, method), name in names.items()
+        }
+    )
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {method: {} for method in LABELS}
+    for (kind, method), name in names.items():
+        found[method][kind] = [made[seed, name] for seed in output.seeds]
     scores: Scores = {}
     intervals: dict[str, dict[str, float]] = {}
     for method, its in found.items():
-        scores[method] = {column(setting): [curve["accuracy"][-1]] for setting, curve in its.items()}
-        intervals[method] = {column(setting): curve["interval"][-1] for setting, curve in its.items()}
-    budget = f"{TEST_STEPS} gradient steps on a test task; for training " + "; ".join(
-        f"{setting}: {n['iterations']} steps on {n['tasks']} tasks of {n['ways']} x ({n['shots']} + {n['queries']}) images"
-        for setting, n in settings.items()
+        scores[method] = {column(kind): [run["accuracy"][-1] for run in runs] for kind, runs in its.items()}
+        intervals[method] = {column(kind): sum(run["interval"][-1] for run in runs) / len(runs) for kind, runs in its.items()}
+    budget = f"{settings['test']['steps']} gradient steps on a test task; for training " + "; ".join(
+        f"{kind}: {n['steps']} steps on {n['tasks']} tasks of {n['ways']} x ({n['shots']} + {n['queries']}) images"
+        for kind, n in ((kind, settings["sizes"][kind]) for kind in settings["kinds"])
     )
     more = {
         "interval_95_over_tasks": intervals,
         "curves": found,
-        "paper": {column(setting): PAPER[setting] for setting in settings},
+        "drawings": {"training": _drawings(data.train), "test": _drawings(data.test)},
+        "paper": {column(kind): PAPER[kind] for kind in settings["kinds"] if kind in PAPER},
         "paper_data": "Omniglot, 64 filters, 60,000 steps on 32 (5-way) or 16 (20-way) tasks",
     }
-    return output.finish(scores, BASELINES, budget, _figure(found, data), more)
+    return output.finish(scores, BASELINES, budget, figures, more)
 
 
-def _measured(method: str, numbers: dict[str, int], data: Characters, seed: int) -> dict[str, list[float]]:
+def tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """The accuracy with its interval over the test tasks, and the paper's."""
+    kinds = [kind for kind in metrics["settings"]["kinds"] if kind in PAPER]
+    head = ["test accuracy (%) ± 95 % interval over test tasks", *kinds]
+    methods = {**metrics["results"], **metrics["baselines"]}
+    rows = [
+        [
+            LABELS[method],
+            *(f"{numbers[column(k)]['mean']:.1f} ± {metrics['interval_95_over_tasks'][method][column(k)]:.1f}" for k in kinds),
+        ]
+        for method, numbers in methods.items()
+    ]
+    return [("", [head, *rows, ["paper: MAML, " + metrics["paper_data"], *(f"{PAPER[kind]}" for kind in kinds)]])]
+
+
+def _measured(kind: str, method: str, seed: int, settings: dict[str, Any]) -> dict[str, list[float]]:
     """Train a method and test it: its accuracy in percent after each number of steps, and half the width of its 95% interval."""
+    data, sizes, test = characters(), settings["sizes"][kind], settings["test"]
     if method == "pixels":
-        return _tested(data, numbers, seed, _nearest)
-    chosen = METHODS[method]
-    model = seeded(seed, lambda: network(chosen["masked"], numbers["ways"], OPTIONS["filters"]))
-    maml = MAML(model, chosen["inner_lr"], OPTIONS["inner_steps"], chosen["adapt"], chosen["first_order"])
+        return _tested(data, sizes, test, seed, _nearest)
+    base = method.removesuffix(", first order")
+    chosen = settings["methods"][base]
+    model = seeded(seed, lambda: network(chosen["masked"], sizes["ways"], settings["filters"]))
+    maml = MAML(model, chosen["inner_lr"], settings["inner_steps"], chosen["adapt"], first_order=method != base)
     generator = torch.Generator().manual_seed(seed)
 
     def drawn() -> Tensor:
-        return maml(F.cross_entropy, *few_shot_tasks(data.train, numbers["tasks"], *_sizes(numbers), generator))
+        return maml(F.cross_entropy, *few_shot_tasks(data.train, sizes["tasks"], *_counts(sizes), generator))
 
-    descend(model.parameters(), OPTIONS["lr"], numbers["iterations"], drawn)
+    descend(model.parameters(), settings["lr"], sizes["steps"], drawn)
 
     def logits(support: tuple[Tensor, Tensor], x: Tensor) -> list[Tensor]:
         parameters = maml.adapt(F.cross_entropy, support, steps=0)
         made = [maml.predict(parameters, x)]
-        for _ in range(TEST_STEPS):
+        for _ in range(test["steps"]):
             parameters = maml.adapt(F.cross_entropy, support, steps=1, parameters=parameters)
             made.append(maml.predict(parameters, x))
         return made
 
-    return _tested(data, numbers, seed, logits)
+    return _tested(data, sizes, test, seed, logits)
 
 
-def _sizes(numbers: dict[str, int]) -> tuple[int, int, int]:
-    return numbers["ways"], numbers["shots"], numbers["queries"]
+def _counts(sizes: dict[str, int]) -> tuple[int, int, int]:
+    return sizes["ways"], sizes["shots"], sizes["queries"]
 
 
 def _nearest(support: tuple[Tensor, Tensor], x: Tensor) -> list[Tensor]:
@@ -152,39 +223,54 @@ def _nearest(support: tuple[Tensor, Tensor], x: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _tested(data: Characters, numbers: dict[str, int], seed: int, logits: Any) -> dict[str, list[float]]:
+def _tested(data: Characters, sizes: dict[str, int], test: dict[str, int], seed: int, logits: Any) -> dict[str, list[float]]:
     generator = torch.Generator().manual_seed(1_000_000 + seed)
-    ways, shots, _ = _sizes(numbers)
+    ways, shots, _ = _counts(sizes)
     right: list[Tensor] = []
     together = 100 // ways  # so that a batch has a few hundred images
-    for begin in range(0, numbers["test_tasks"], together):
-        tasks = min(together, numbers["test_tasks"] - begin)
-        support, (x, y) = few_shot_tasks(data.test, tasks, ways, shots, TEST_QUERIES, generator)
+    for begin in range(0, sizes["test_tasks"], together):
+        tasks = min(together, sizes["test_tasks"] - begin)
+        support, (x, y) = few_shot_tasks(data.test, tasks, ways, shots, test["queries"], generator)
         right.append(torch.stack([(made.argmax(2) == y).double().mean(1) for made in logits(support, x)], 1))
     accuracy = 100 * torch.cat(right)  # [tasks, steps]
     interval = 1.96 * accuracy.std(0) / math.sqrt(len(accuracy))
     return {"accuracy": accuracy.mean(0).tolist(), "interval": interval.tolist()}
 
 
-def _figure(found: dict[str, dict[str, dict[str, list[float]]]], data: Characters) -> Any:
-    settings = list(found["masks"])
-    figure, axes = new_figure(min(2, len(settings)) + 1, rows=-(-len(settings) // 2))
-    columns = min(2, len(settings)) + 1
+def _drawings(images: Tensor) -> str:
+    """Five drawings each of eight characters, as a PNG in base64."""
+    from matplotlib.image import imsave
+
+    some = images[:8, :5].permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+    file = io.BytesIO()
+    imsave(file, some.numpy(), cmap="gray_r", format="png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The accuracy over gradient steps for each kind of tasks, and some of the drawings."""
+    from matplotlib.image import imread
+
+    kinds = metrics["settings"]["kinds"]
+    columns = min(2, len(kinds)) + 1
+    figure, axes = new_figure(columns, rows=-(-len(kinds) // 2))
     places = [number for number in range(len(axes)) if number % columns < columns - 1]
-    steps = list(range(TEST_STEPS + 1))
-    for place, setting in zip(places, settings):
+    steps = list(range(metrics["settings"]["test"]["steps"] + 1))
+    for place, kind in zip(places, kinds):
         panel = axes[place]
-        for method, its in found.items():
-            accuracy = its[setting]["accuracy"]
-            plot_seeds(panel, method, LABELS[method], steps, [accuracy if len(accuracy) > 1 else accuracy * len(steps)])
-        panel.axhline(PAPER[setting], color="#000000", linewidth=0.8, linestyle=(0, (1, 3)), label="the paper's MAML, on Omniglot")
+        for method, its in metrics["curves"].items():
+            runs = [run["accuracy"] if len(run["accuracy"]) > 1 else run["accuracy"] * len(steps) for run in its[kind]]
+            plot_seeds(panel, method, LABELS[method], steps, runs)
+        if kind in PAPER:
+            panel.axhline(PAPER[kind], color="#000000", linewidth=0.8, linestyle=(0, (1, 3)), label="the paper's MAML, on Omniglot")
         panel.set(xlabel="gradient steps on the support set", ylabel="test accuracy (%)", xticks=steps, ylim=(0, 102))
-        panel.set_title(setting, fontsize=10)
+        panel.set_title(kind, fontsize=10)
     lines = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
     figure.legend(lines.values(), lines, fontsize=8, loc="outside upper center", ncols=3)
-    for panel, images, title in zip(axes[columns - 1 :: columns], (data.train, data.test), ("training", "test")):
-        some = images[:8, :5].permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-        panel.imshow(some, cmap="gray_r")
+    for panel, (title, image) in zip(axes[columns - 1 :: columns], metrics["drawings"].items()):
+        panel.imshow(imread(io.BytesIO(base64.b64decode(image))))
         panel.set_title(f"{title}: 5 drawings each of 8 characters", fontsize=10)
-        panel.set_axis_off()
-    return figure
+    for panel in axes:
+        if not panel.lines:
+            panel.set_axis_off()
+    return {"": figure}

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from .._info import build_info
 from ..continual.files import OutputError, check_same_settings, locked, prepare_folder, write_atomic
-from .settings import flat
+from .settings import OptionError, flat
 from .tracking import check_tracking
 from .workers import Job, Key, Place, compute, cores, file_name, json_bytes
 
@@ -79,7 +79,7 @@ class Output:
         seeds: the seeds of the run.
 
     Raises:
-        ValueError: ``workers`` or ``tracking`` cannot be.
+        OptionError: ``workers`` or ``tracking`` cannot be.
         ImportError: matplotlib or what tracking needs is not installed.
 
     A context: at its end other processes may use the folder again.
@@ -102,7 +102,7 @@ class Output:
             raise ImportError('matplotlib is not installed: pip install "metamask_ext[experiments]"') from error
         check_tracking(tracking)
         if workers is not None and workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
+            raise OptionError(f"workers must be at least 1, got {workers}")
         self.name, self.folder, self.quick = name, out, quick
         self.settings = json.loads(json.dumps(dict(settings)))
         self.seeds = list(range(seed, seed + self.settings["seeds"]))
@@ -343,11 +343,16 @@ def write_figures(folder: Path, name: str, figures: Figure | Figures) -> list[st
     return list(files)
 
 
-def plot_seeds(axes: Axes, method: str, label: str, steps: Sequence[float], values: Sequence[Sequence[float]]) -> None:
-    """The mean of ``values`` (a curve for each seed); with several also a band, the 95 % interval of the mean at each step."""
+def plot_seeds(
+    axes: Axes, method: str, label: str, steps: Sequence[float], values: Sequence[Sequence[float]], **style: Any
+) -> None:
+    """The mean of ``values`` (a curve for each seed); with several also a band, the 95 % interval of the mean at each step.
+
+    ``method`` is one of ``STYLES``; ``style`` is changed in it.
+    """
     means = [statistics.fmean(points) for points in zip(*values)]
-    style = STYLES[method]
-    axes.plot(steps, means, label=label, linewidth=1.8, **style)
+    style = {"linewidth": 1.8, **STYLES[method], **style}
+    axes.plot(steps, means, label=label, **style)
     if len(values) > 1:
         widths = [half_width(points) for points in zip(*values)]
         low, high = ([mean + sign * width for mean, width in zip(means, widths)] for sign in (-1, 1))

@@ -14,8 +14,6 @@ from ..meta import MAML
 from ..nn import MaskedLinear
 from ..tasks.navigation import HORIZON, LONGEST_STEP, NavigationVectorEnv
 
-DISCOUNT, LAMBDA = 0.99, 0.97
-
 
 class GaussianPolicy(nn.Module):
     """Two hidden layers with tanh. ``[n, 2]`` positions to ``[n, 4]``: means and logarithms of standard deviations of the action,
@@ -39,12 +37,15 @@ class Episodes:
         positions, actions: ``[T, E, HORIZON, 2]``; actions in units of the longest step, before they are cut.
         rewards: ``[T, E, HORIZON]``.
         alive: the same, 1 until the goal is reached and 0 after.
+        discount, gae_lambda: of the advantages: what a later reward, and a later error of the baseline, count less for each step.
     """
 
     positions: Tensor
     actions: Tensor
     rewards: Tensor
     alive: Tensor
+    discount: float
+    gae_lambda: float
 
     @property
     def returns(self) -> Tensor:
@@ -61,15 +62,15 @@ class Episodes:
         returns = torch.zeros_like(self.rewards)
         running = torch.zeros_like(self.rewards[..., 0])
         for step in reversed(range(HORIZON)):
-            running = self.rewards[..., step] + DISCOUNT * running
+            running = self.rewards[..., step] + self.discount * running
             returns[..., step] = running
         values = self._baseline(returns)
         following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
-        errors = (self.rewards + DISCOUNT * following - values) * self.alive
+        errors = (self.rewards + self.discount * following - values) * self.alive
         advantages = torch.zeros_like(errors)
         running = torch.zeros_like(errors[..., 0])
         for step in reversed(range(HORIZON)):
-            running = errors[..., step] + DISCOUNT * LAMBDA * running
+            running = errors[..., step] + self.discount * self.gae_lambda * running
             advantages[..., step] = running
         count = self.alive.sum((1, 2), keepdim=True)
         centred = (advantages - (advantages * self.alive).sum((1, 2), keepdim=True) / count) * self.alive
@@ -95,12 +96,21 @@ def surrogate(prediction: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def rollout(policy: Callable[[Tensor], Tensor], goals: Tensor, episodes: int, generator: torch.Generator) -> Episodes:
+def rollout(
+    policy: Callable[[Tensor], Tensor],
+    goals: Tensor,
+    episodes: int,
+    generator: torch.Generator,
+    *,
+    discount: float,
+    gae_lambda: float,
+) -> Episodes:
     """Run ``episodes`` of each task at once.
 
     Args:
         policy: predictions ``[T, E, 4]`` for positions ``[T, E, 2]``.
         goals: ``[T, 2]``.
+        discount, gae_lambda: of the :class:`Episodes`.
     """
     tasks = len(goals)
     env = NavigationVectorEnv(tasks * episodes)
@@ -114,17 +124,21 @@ def rollout(policy: Callable[[Tensor], Tensor], goals: Tensor, episodes: int, ge
         observed, reward, ended, _, _ = env.step((LONGEST_STEP * action).flatten(0, 1).numpy())
         steps.append((position, action, torch.from_numpy(reward).reshape(tasks, episodes), alive))
         alive = 1.0 - torch.from_numpy(ended).reshape(tasks, episodes).float()
-    return Episodes(*(torch.stack(tensors, 2) for tensors in zip(*steps)))
+    positions, actions, rewards, alives = (torch.stack(tensors, 2) for tensors in zip(*steps))
+    return Episodes(positions, actions, rewards, alives, discount, gae_lambda)
 
 
 @torch.no_grad()
-def adaptation(maml: MAML, goals: Tensor, episodes: int, updates: int, generator: torch.Generator) -> list[Episodes]:
-    """The episodes of each task before its policy is adapted, and after each of the updates on those before it."""
+def adaptation(
+    maml: MAML, goals: Tensor, episodes: int, updates: int, generator: torch.Generator, **advantages: float
+) -> list[Episodes]:
+    """The episodes of each task before its policy is adapted, and after each of the updates on those before it;
+    ``advantages`` as for :func:`rollout`."""
     tasks = len(goals)
     nothing = torch.zeros(tasks, 1, 2)
     parameters = maml.adapt(surrogate, (nothing, (nothing, nothing[..., 0])), steps=0)
-    made = [rollout(partial(maml.predict, parameters), goals, episodes, generator)]
+    made = [rollout(partial(maml.predict, parameters), goals, episodes, generator, **advantages)]
     for _ in range(updates):
         parameters = maml.adapt(surrogate, made[-1].samples(), steps=1, parameters=parameters)
-        made.append(rollout(partial(maml.predict, parameters), goals, episodes, generator))
+        made.append(rollout(partial(maml.predict, parameters), goals, episodes, generator, **advantages))
     return made

@@ -1,9 +1,10 @@
-"""The settings of a run: the module's, then what ``--quick`` changes, then a TOML file, then single options; nothing unknown passes."""
+"""The settings of a run: the module's, and what ``--quick``, a TOML file and single options change in them."""
 
 from __future__ import annotations
 
 import copy
 import difflib
+import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ def resolve(experiment: str, settings: Mapping[str, Any], *changes: Mapping[str,
     Raises:
         OptionError: an unknown setting (the message has the nearest known one), or a value of another type.
     """
-    merged = copy.deepcopy(dict(settings))
+    merged = json.loads(json.dumps(dict(settings)))
     for change in changes:
         _merge(merged, change, "", experiment, list(paths(settings)))
     return merged
@@ -96,7 +97,7 @@ def _fitted(was: Any, value: Any, name: str, experiment: str) -> Any:
     """``value`` in the place of ``was``."""
     if isinstance(was, float) and type(value) is int:
         return float(value)
-    if isinstance(was, (list, tuple)) and isinstance(value, (list, tuple)):
+    if isinstance(was, list) and isinstance(value, (list, tuple)):
         return [_fitted(_like(was), item, f"{name}[{index}]", experiment) if was else item for index, item in enumerate(value)]
     if isinstance(was, dict) and isinstance(value, Mapping):
         for key in value:
@@ -110,7 +111,7 @@ def _fitted(was: Any, value: Any, name: str, experiment: str) -> Any:
     return copy.deepcopy(value)
 
 
-def _like(items: list[Any] | tuple[Any, ...]) -> Any:
+def _like(items: list[Any]) -> Any:
     """What an item of a list looks like: of numbers a float if there is one, of tables one with the keys of all."""
     if all(isinstance(item, dict) for item in items):
         return {key: value for item in items for key, value in item.items()}
@@ -125,6 +126,5 @@ def _kind(value: Any) -> str:
         str: "a string",
         dict: "a table",
         list: "a list",
-        tuple: "a list",
     }
     return kinds.get(type(value), f"a {type(value).__name__}")

@@ -6,11 +6,12 @@ Source: Wortsman et al., Supermasks in Superposition, arXiv:2006.14769, sections
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,29 +25,44 @@ from ..nn import MaskedLinear
 from ..nn.active import using_task
 from ..nn.masked_layer import DEFAULT_TASK
 from ..tasks import Digits, PermutedImages, RotatedImages, load_digits
-from . import OptionError
+from .claims import Claim, mean
+from .data import digits
 from .methods import seeded
-from .output import Output, Scores, json_bytes, new_figure, one_thread, read_json
+from .output import Output, Scores, bands, cell, new_figure, plot_seeds, read_json, summarized, table_of
+from .settings import OptionError
+from .tracking import track
+from .workers import json_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# 500 outputs for 10 classes: the entropy of a single image then tells whose mask it is (the paper, section 4.2).
-WIDTHS, CLASSES = (784, 300, 100, 500), 10
-# Of rates that learn about as well, a low one: most bits of the first layer stay as they were drawn, and entropy tells the tasks
-# apart. docs/results/README.md has the search.
-OPTIONS: dict[str, Any] = {"steps": 500, "lr": 1e-3, "batch_size": 64}
-TASKS, ROTATIONS, SAVE_EVERY = 250, 36, 25
-SAMPLES, BATCH, BATCHES = 5000, 128, 250
-QUICK: dict[str, Any] = {"tasks": 5, "steps": 200, "samples": 500}
+CLASSES, ROTATIONS = 10, 36
+SETTINGS: dict[str, Any] = {
+    "seeds": 1,
+    "tasks": 250,
+    "rotated": False,
+    "steps": 500,
+    # Of rates that learn about as well, a low one: most bits of the first layer stay as they were drawn, and entropy tells the
+    # tasks apart. Found by a small search on 2 to 4 permutations (accuracy) and 20 to 80 (inference): momentum SGD with 5 learns
+    # fastest, but then few images are given the right one of 20 tasks.
+    "lr": 1e-3,
+    "batch_size": 64,
+    # 500 outputs for 10 classes: the entropy of a single image then tells whose mask it is (the paper, section 4.2).
+    "widths": [784, 300, 100, 500],
+    "test": {"samples": 5000, "batch": 128, "batches": 250},
+    "save_every": 25,
+}
+ROTATED: dict[str, Any] = {"rotated": True, "tasks": ROTATIONS}
+QUICK: dict[str, Any] = {"tasks": 5, "steps": 200, "test": {"samples": 500}}
 
 ACCURACY, RIGHT = "test accuracy (%)", "task right (%)"
 PAPER_ACCURACY = 94.91
+"""arXiv:2006.14769: permuted MNIST, 250 tasks, LeNet-300-100, task not named, 60,000 training digits."""
 PAPER = f"paper: {PAPER_ACCURACY} %, task not named, 60,000 training digits"
 LABELS = {
     "named": "task named",
     "one image": "task inferred from one image",
-    "batch": f"task inferred from {BATCH} images",
+    "batch": "task inferred from a batch",
     "sequence": "one net without masks, in sequence",
 }
 # Okabe and Ito's colours. The first three lie on each other: hollow markers of three sizes show all of them.
@@ -58,15 +74,106 @@ LINES: dict[str, dict[str, Any]] = {
 }
 Point = dict[str, dict[str, float]]
 
+QUESTION = """Do masks over one W hold hundreds of tasks without forgetting, at one bit a weight, and can the mask of a task
+that nobody names be found? The proposal looks masks up by their task and mixes them for unseen ones "as is done in [4]"
+(section 2.1): this is [4], Wortsman et al., Supermasks in Superposition (arXiv:2006.14769, sections 3.2 to 3.4 and 4.2): masks
+only, on a frozen random W, as in the proposal's reading of the lottery ticket hypothesis (section 2)."""
 
-def network(masked: bool) -> nn.Sequential:
-    """LeNet-300-100 without biases, ``[n, 1, 28, 28]`` to ``[n, 500]``.
+
+def _accuracies(metrics: Mapping[str, Any]) -> dict[str, float]:
+    found = {method.replace(" ", "_"): mean(metrics, method, ACCURACY) for method in LABELS}
+    return {**found, "tasks": metrics["settings"]["tasks"], "paper": PAPER_ACCURACY}
+
+
+def _inferred(metrics: Mapping[str, Any]) -> dict[str, float]:
+    settings = metrics["settings"]
+    found = {key: mean(metrics, method, RIGHT) for key, method in (("one", "one image"), ("many", "batch"), ("chance", "chance"))}
+    return {**found, "tasks": settings["tasks"], "batch": settings["test"]["batch"]}
+
+
+def _packing(metrics: Mapping[str, Any]) -> dict[str, float]:
+    packing = metrics["packing"]
+    changed, digits = packing["test digits given another class"], packing["test digits"]
+    return {"changed": changed, "digits": digits, "tasks": metrics["settings"]["tasks"]}
+
+
+def _bytes(metrics: Mapping[str, Any]) -> dict[str, float]:
+    sizes = list(pairwise(metrics["settings"]["widths"]))
+    bits = sum(outputs * -(-inputs // 8) for inputs, outputs in sizes)
+    floats = 4 * sum(inputs * outputs for inputs, outputs in sizes)
+    return {**metrics["bytes per task"], "bits": bits, "floats": floats, "times": floats / metrics["bytes per task"]["memory"]}
+
+
+def _rotated(metrics: Mapping[str, Any]) -> bool:
+    return metrics["settings"]["rotated"]
+
+
+def _permuted(metrics: Mapping[str, Any]) -> bool:
+    return not _rotated(metrics)
+
+
+CLAIMS = [
+    Claim(
+        "After {tasks} tasks in one bank every task has what it learned: {named:.1f} % with the tasks named; one net that "
+        "learned them in "
+        "sequence is down to {sequence:.1f} %.",
+        _accuracies,
+        lambda numbers: numbers["sequence"] < numbers["named"] - 5,
+    ),
+    Claim(
+        "A single image is enough to find its mask among {tasks}: the right one for {one:.1f} % of the images (guessing: "
+        "{chance:.2g} %), "
+        "and for {many:.1f} % of the batches of {batch}.",
+        _inferred,
+        lambda numbers: numbers["one"] > 95 and numbers["many"] > 99,
+        _permuted,
+    ),
+    Claim(
+        "So the accuracy without names is that with them: {one_image:.1f} % from one image, {batch:.1f} % from a batch (the "
+        "paper, with "
+        "60,000 training digits: {paper} %).",
+        _accuracies,
+        lambda numbers: abs(numbers["one_image"] - numbers["named"]) < 6 and abs(numbers["batch"] - numbers["named"]) < 6,
+        _permuted,
+    ),
+    Claim(
+        "Rotations by 10 degrees are alike, and harder to tell apart: the right one of {tasks} for {one:.1f} % of the images "
+        "(guessing: "
+        "{chance:.2g} %), for {many:.1f} % of the batches of {batch}.",
+        _inferred,
+        lambda numbers: numbers["chance"] < numbers["one"] < 95 and numbers["one"] <= numbers["many"],
+        _rotated,
+    ),
+    Claim(
+        "A neighbour's mask often does: without names the accuracy is {one_image:.1f} % from one image, {batch:.1f} % from a "
+        "batch. The "
+        "paper takes a larger net for rotations (1024-1024, 200 outputs).",
+        _accuracies,
+        lambda numbers: numbers["one_image"] <= numbers["batch"] <= numbers["named"],
+        _rotated,
+    ),
+    Claim(
+        "Packing a finished mask to bits changed the class of {changed:.0f} of {digits:,.0f} test digits, over all {tasks} tasks.",
+        _packing,
+        lambda numbers: numbers["changed"] <= 1e-3 * numbers["digits"],
+    ),
+    Claim(
+        "A packed task takes {memory:,.0f} bytes in memory, one bit a weight, and {disk:,.0f} on disk; float32 masks would take "
+        "{floats:,.0f}, {times:.1f} times as much.",
+        _bytes,
+        lambda numbers: numbers["memory"] == numbers["bits"] and numbers["disk"] < 1.1 * numbers["bits"],
+    ),
+]
+
+
+def network(masked: bool, widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers of these widths without biases, with ReLU between them, ``[n, ...]`` to ``[n, widths[-1]]``.
 
     Masked: hard gates over a frozen W of ``+-sqrt(2 / in)``, the signs drawn (Ramanujan et al., arXiv:1911.13299, section 4); new
     logits are uniform in ``+-1 / sqrt(in)``.
     """
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in pairwise(WIDTHS):
+    for inputs, outputs in pairwise(widths):
         if masked:
             layer: nn.Linear = MaskedLinear(inputs, outputs, bias=False, gate="hard", mask_init=_kaiming_uniform)
             layer.weight.requires_grad_(False).copy_(layer.weight.sign() * math.sqrt(2 / inputs))
@@ -80,78 +187,86 @@ def _kaiming_uniform(logits: Tensor) -> None:
     nn.init.kaiming_uniform_(logits, a=math.sqrt(5))
 
 
-@one_thread()
-def run(out: Path, seed: int, quick: bool, *, tasks: int | None = None, rotated: bool = False) -> dict[str, Any]:
+def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     """Learn the tasks one after another, a mask each, and pack each when it is learned. Measured on held-out digits, at ten numbers
     of tasks: the accuracy with the tasks named, served as mixed batches; with each image's task inferred from it alone (one shot);
     and with a task inferred from 128 of its images: in one shot for permutations; for rotations, of which neighbours are alike, by
     halving, as the paper does. Beside it: one net without masks that learns the tasks in sequence, with the same steps.
 
-    One seed, unlike the other experiments. The bank grows in ``out/bank``; ``progress.json`` and ``sequence.pt`` hold the rest of
-    what a killed run needs. See :func:`metamask_ext.experiments.run`.
-
-    Args:
-        tasks: how many; 250 permutations or 36 rotations unless given, 5 if quick.
-        rotated: rotations by multiples of 10 degrees in the place of permutations.
+    Both take long: ``seed-<seed>/bank`` and ``progress.json``, or ``sequence.pt``, hold what a killed run needs within its piece.
 
     Raises:
-        OptionError: ``tasks`` is less than 1, or more than 36 rotations.
+        OptionError: there are fewer tasks than 1, or more than 36 rotations.
     """
-    options = {**OPTIONS, "samples": SAMPLES, "tasks": ROTATIONS if rotated else TASKS, **(QUICK if quick else {})}
-    if tasks is not None:
-        options["tasks"] = tasks
-    count = options["tasks"]
+    count, rotated = settings["tasks"], settings["rotated"]
     if count < 1 or (rotated and count > ROTATIONS):
         raise OptionError(f"tasks must be at least 1{f' and at most {ROTATIONS} if rotated' if rotated else ''}, got {count}")
-    output = Output("supsup", out, seed, quick)
-    data = Data.of(load_digits(), RotatedImages(count) if rotated else PermutedImages(count, seed=seed))
-    settings = {
-        "seeds": [seed],
-        "rotated": rotated,
-        "train_samples": len(data.digits.train[0]),
-        "test_samples": len(data.digits.test[0]),
-        "network": f"{'-'.join(map(str, WIDTHS))}, no bias, ReLU, hard gate, W = +-sqrt(2 / inputs) and frozen",
-        "optimizer": "adam, cosine",
-        **options,
-    }
-    finished = output.begin(settings, data.digits.source, data.digits.note)
+    found = load_digits()
+    sizes = f"{len(found.train[0]):,} for training, {len(found.test[0]):,} for the test"
+    finished = output.begin(f"{found.source}: {sizes}", found.note)
     if finished is not None:
         return finished
 
-    every = math.ceil(count / 10)
-    points = [*range(every, count, every), count]
-    bank, progress = _learn(out, data, points, options, seed, output.say)
-    curve = _learn_in_sequence(out, data, points, options, seed, output.say)
-    measured: list[Point] = [
-        {**progress["points"][str(point)], "sequence": {ACCURACY: accuracy}} for point, accuracy in zip(points, curve)
-    ]
-    scores: Scores = {method: {key: [value] for key, value in of_method.items()} for method, of_method in measured[-1].items()}
-    scores["chance"] = {ACCURACY: [100 / CLASSES], RIGHT: [100 / count]}
-    before, after, changed = (torch.tensor(numbers, dtype=torch.float64) for numbers in zip(*progress["packing"].values()))
-    folder = out / "bank"
-    more = {
+    work = {"masks": _masks, "sequence": _sequence}
+    made = output.pieces(
+        {
+            (seed, name): partial(measure, output.folder / f"seed-{seed}", seed, settings)
+            for seed in output.seeds
+            for name, measure in work.items()
+        }
+    )
+    runs = [made[seed, "masks"] for seed in output.seeds]
+    points = _points(count)
+    curves: dict[str, dict[str, list[list[float]]]] = {
+        method: {
+            key: [[run["points"][str(point)][method][key] for point in points] for run in runs]
+            for key in runs[0]["points"][str(count)][method]
+        }
+        for method in ("named", "one image", "batch")
+    }
+    curves["sequence"] = {ACCURACY: [made[seed, "sequence"]["curve"] for seed in output.seeds]}
+    scores: Scores = {method: {key: [c[-1] for c in of_seeds] for key, of_seeds in its.items()} for method, its in curves.items()}
+    scores["chance"] = {ACCURACY: [100 / CLASSES] * len(runs), RIGHT: [100 / count] * len(runs)}
+    tests = count * len(found.test[0])
+    more: dict[str, Any] = {
         "packing": {
-            "mean test accuracy before (%)": float(before.mean()),
-            "mean test accuracy after (%)": float(after.mean()),
-            "test digits given another class": int(changed.sum()),
+            **{key: fmean(run["packing"][key] for run in runs) for key in runs[0]["packing"]},
+            "test digits": tests,
         },
-        "bytes per task": {
-            "memory": max(map(bank.bytes_per_task, bank.tasks)),
-            "disk": sum(path.stat().st_size for path in [folder / INDEX, *(folder / "tasks").iterdir()]) / count,
-        },
-        "points": [{"tasks": point, **numbers} for point, numbers in zip(points, measured)],
+        "bytes per task": {key: max(run["bytes per task"][key] for run in runs) for key in runs[0]["bytes per task"]},
+        "points": points,
+        "curves": curves,
     }
     if not rotated:
         more["paper"] = {
             ACCURACY: PAPER_ACCURACY,
             "condition": "arXiv:2006.14769, permuted MNIST, LeNet-300-100, task not named, 60,000 training digits",
         }
+    test = settings["test"]
     budget = (
-        f"{len(data.digits.train[0])} training digits (the paper: 60,000); {options['steps']} steps of {options['batch_size']} a "
-        f"task, for its mask and for the net in sequence; {options['samples']} test images of all tasks at each point. "
-        f"Inference: one image by one_shot, {BATCH} images by {data.method}."
+        f"{len(found.train[0]):,} training digits (the paper: 60,000); {settings['steps']} steps of {settings['batch_size']} "
+        f"a task, "
+        f"for its mask and for the net in sequence; {test['samples']} test images of all tasks at each point. Inference: one image "
+        f"by one_shot, {test['batch']} images by {'binary' if rotated else 'one_shot'}."
     )
-    return output.finish(scores, ["sequence", "chance"], budget, _figure(points, measured, rotated), more)
+    return output.finish(scores, ["sequence", "chance"], budget, figures, more)
+
+
+def tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """The common table, and the accuracy by the number of tasks."""
+    head, rows = table_of(metrics)
+    by_tasks = [
+        [str(point), *(cell(summarized([run[at] for run in its[ACCURACY]])) for its in metrics["curves"].values())]
+        for at, point in enumerate(metrics["points"])
+    ]
+    named = [[LABELS.get(method, method), *cells] for method, *cells in rows]
+    return [("", [head, *named]), (f"{ACCURACY} by the number of tasks learned", [["tasks", *LABELS.values()], *by_tasks])]
+
+
+def _points(count: int) -> list[int]:
+    """The numbers of tasks at which there are measurements: ten."""
+    every = math.ceil(count / 10)
+    return [*range(every, count, every), count]
 
 
 @dataclass(frozen=True)
@@ -169,8 +284,10 @@ class Data:
         return "binary" if isinstance(self.tasks, RotatedImages) else "one_shot"
 
     @classmethod
-    def of(cls, digits: Digits, tasks: PermutedImages | RotatedImages) -> Data:
-        return cls(digits, tasks, digits.train[0].mean(), digits.train[0].std())
+    def of(cls, seed: int, settings: dict[str, Any]) -> Data:
+        found, count = digits(), settings["tasks"]
+        tasks = RotatedImages(count) if settings["rotated"] else PermutedImages(count, seed=seed)
+        return cls(found, tasks, found.train[0].mean(), found.train[0].std())
 
     def shown(self, images: Tensor, task: int | Tensor) -> Tensor:
         """Images as the task, or each one's task, shows them."""
@@ -185,23 +302,23 @@ class Data:
         images, labels = self.digits.test
         return (self.shown(images, task), labels) if rows is None else (self.shown(images[rows], task), labels[rows])
 
-    def mixed(self, tasks: int, samples: int, seed: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    def mixed(self, tasks: int, test: dict[str, int], seed: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """Batches ``(x, y, task)`` of test digits of the first ``tasks`` tasks, about as many of each, in random order."""
         generator = torch.Generator().manual_seed(seed)
-        task = (torch.arange(samples) % tasks)[torch.randperm(samples, generator=generator)]
-        rows = torch.randint(len(self.digits.test[0]), (samples,), generator=generator)
-        for some, of_them in zip(task.split(BATCH), rows.split(BATCH)):
+        task = (torch.arange(test["samples"]) % tasks)[torch.randperm(test["samples"], generator=generator)]
+        rows = torch.randint(len(self.digits.test[0]), (test["samples"],), generator=generator)
+        for some, of_them in zip(task.split(test["batch"]), rows.split(test["batch"])):
             yield (*self.test(some, of_them), some)
 
 
-def _fit(model: nn.Module, parameters: Iterable[Tensor], data: tuple[Tensor, Tensor], options: dict[str, Any], seed: int) -> None:
+def _fit(model: nn.Module, parameters: Iterable[Tensor], data: tuple[Tensor, Tensor], settings: dict[str, Any], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(parameters, lr=options["lr"])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options["steps"])
+    optimizer = torch.optim.Adam(parameters, lr=settings["lr"])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings["steps"])
     x, y = data
     model.train()
-    for _ in range(options["steps"]):
-        rows = torch.randint(len(x), (options["batch_size"],), generator=generator)
+    for _ in range(settings["steps"]):
+        rows = torch.randint(len(x), (settings["batch_size"],), generator=generator)
         F.cross_entropy(model(x[rows]), y[rows]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -213,40 +330,62 @@ def _seeds(seed: int, tasks: int) -> list[int]:
     return torch.randint(2**62, (tasks,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _learn(
-    out: Path, data: Data, points: list[int], options: dict[str, Any], seed: int, say: Callable[[str], None]
-) -> tuple[MaskBank, dict[str, Any]]:
-    """The bank of all tasks; and for each task what packing did, for each of ``points`` (numbers of tasks) what was measured."""
-    folder, path = out / "bank", out / "progress.json"
-    model = seeded(seed, partial(network, masked=True))
-    if (folder / INDEX).exists():
-        bank = MaskBank.load(folder, model)
+def _masks(folder: Path, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Fill the bank with all tasks: for each of the points (numbers of tasks) what was measured, what packing did, and the size."""
+    data, points = Data.of(seed, settings), _points(settings["tasks"])
+    saved, path = folder / "bank", folder / "progress.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = seeded(seed, partial(network, True, settings["widths"]))
+    if (saved / INDEX).exists():
+        bank = MaskBank.load(saved, model)
         learned, progress = len(bank.tasks), read_json(path)
     else:
         bank = MaskBank(model)
         learned, progress = 0, {"packing": {}, "points": {}}
+    for point, measured in progress["points"].items():
+        _track(int(point), measured)
     seeds, names = _seeds(seed, points[-1]), data.tasks.names
-    for stop in sorted({*points, *range(SAVE_EVERY, points[-1], SAVE_EVERY)}):
+    for stop in sorted({*points, *range(settings["save_every"], points[-1], settings["save_every"])}):
         if stop > learned:
             for task in range(learned, stop):
-                progress["packing"][names[task]] = _learn_one(bank, names[task], data, task, options, seeds[task])
+                progress["packing"][names[task]] = _learn_one(bank, names[task], data, task, settings, seeds[task])
             # Before the bank: after a kill between the two, what is here too much is learned and written again.
             write_atomic(path, json_bytes(progress))
-            bank.save(folder)
+            bank.save(saved)
             learned = stop
         if stop == learned and stop in points and str(stop) not in progress["points"]:
-            point = _measure(bank, data, options["samples"], seed)
-            progress["points"][str(stop)] = point
+            measured = _measure(bank, data, settings["test"], seed)
+            progress["points"][str(stop)] = measured
             write_atomic(path, json_bytes(progress))
-            shown = ", ".join(f"{LABELS[method]} {numbers[ACCURACY]:.1f} %" for method, numbers in point.items())
-            say(f"{stop} tasks: {shown}")
+            _track(stop, measured)
+            _say(stop, {method: numbers[ACCURACY] for method, numbers in measured.items()})
     missing = {*map(str, points)} - progress["points"].keys() or set(bank.tasks) - progress["packing"].keys()
     if missing:
         raise OutputError(f"{str(path)!r} lacks {sorted(missing)}, which the bank beside it is past: use another folder")
-    return bank, progress
+    before, after, changed = (torch.tensor(numbers, dtype=torch.float64) for numbers in zip(*progress["packing"].values()))
+    return {
+        "points": progress["points"],
+        "packing": {
+            "mean test accuracy before (%)": float(before.mean()),
+            "mean test accuracy after (%)": float(after.mean()),
+            "test digits given another class": int(changed.sum()),
+        },
+        "bytes per task": {
+            "memory": max(map(bank.bytes_per_task, bank.tasks)),
+            "disk": sum(path.stat().st_size for path in [saved / INDEX, *(saved / "tasks").iterdir()]) / points[-1],
+        },
+    }
 
 
-def _learn_one(bank: MaskBank, name: str, data: Data, task: int, options: dict[str, Any], seed: int) -> tuple[float, float, int]:
+def _track(tasks: int, measured: Point) -> None:
+    track(tasks, **{f"{method}/{key.removesuffix(' (%)')}": value for method, of in measured.items() for key, value in of.items()})
+
+
+def _say(tasks: int, accuracies: dict[str, float]) -> None:
+    print(f"{tasks} tasks: " + ", ".join(f"{LABELS[method]} {value:.1f} %" for method, value in accuracies.items()), flush=True)
+
+
+def _learn_one(bank: MaskBank, name: str, data: Data, task: int, settings: dict[str, Any], seed: int) -> tuple[float, float, int]:
     """Add a task to the bank, train its mask alone and pack it: its test accuracy before and after that, and the digits that got
     another class by it."""
     with torch.random.fork_rng(devices=[]):
@@ -257,18 +396,18 @@ def _learn_one(bank: MaskBank, name: str, data: Data, task: int, options: dict[s
     layers = [layer for layer in bank.model.modules() if isinstance(layer, MaskedLinear)]
     x, y = data.test(task)
     with using_task(bank.model, name):
-        _fit(bank.model, [layer.masks[name] for layer in layers], data.train(task), options, seed)
+        _fit(bank.model, [layer.masks[name] for layer in layers], data.train(task), settings, seed)
         before = _classes(bank.model, x)
         bank.pack(name)
         after = _classes(bank.model, x)
     return _percent(before == y), _percent(after == y), int((before != after).sum())
 
 
-def _measure(bank: MaskBank, data: Data, samples: int, seed: int) -> Point:
+def _measure(bank: MaskBank, data: Data, test: dict[str, int], seed: int) -> Point:
     """What the bank's tasks reach, with their names and without."""
     known, model, names = len(bank.tasks), bank.model, data.tasks.names
     named, one_image, right = [], [], []
-    for x, y, task in data.mixed(known, samples, seed):
+    for x, y, task in data.mixed(known, test, seed):
         given = [names[index] for index in task.tolist()]
         found = list(bank.infer_task(x))
         named.append(_classes(model, x, given) == y)
@@ -277,8 +416,8 @@ def _measure(bank: MaskBank, data: Data, samples: int, seed: int) -> Point:
 
     generator = torch.Generator().manual_seed(seed)
     batch, batch_right = [], []
-    for index in torch.randperm(known, generator=generator)[:BATCHES].tolist():
-        x, y = data.test(index, torch.randint(len(data.digits.test[0]), (BATCH,), generator=generator))
+    for index in torch.randperm(known, generator=generator)[: test["batches"]].tolist():
+        x, y = data.test(index, torch.randint(len(data.digits.test[0]), (test["batch"],), generator=generator))
         name = bank.infer_task(x, data.method, per_sample=False)
         batch.append(_classes(model, x, name) == y)
         batch_right.append(torch.tensor([name == names[index]]))
@@ -289,26 +428,29 @@ def _measure(bank: MaskBank, data: Data, samples: int, seed: int) -> Point:
     }
 
 
-def _learn_in_sequence(
-    out: Path, data: Data, points: list[int], options: dict[str, Any], seed: int, say: Callable[[str], None]
-) -> list[float]:
-    """One net without masks that learns the tasks one after another: at each of ``points``, its accuracy on all tasks so far."""
-    path = out / "sequence.pt"
-    model = seeded(seed, partial(network, masked=False))
+def _sequence(folder: Path, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """One net without masks that learns the tasks one after another: at each of the points, its accuracy on all tasks so far."""
+    data, points = Data.of(seed, settings), _points(settings["tasks"])
+    path = folder / "sequence.pt"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = seeded(seed, partial(network, False, settings["widths"]))
     learned, curve = 0, []
     if path.exists():
         state = load_checkpoint(path)
         learned, curve = state["learned"], state["curve"]
         model.load_state_dict(state["model"])
+    for point, accuracy in zip(points, curve):
+        _track(point, {"sequence": {ACCURACY: accuracy}})
     seeds = _seeds(seed, points[-1])
     for stop in points[len(curve) :]:
         for task in range(learned, stop):
-            _fit(model, model.parameters(), data.train(task), options, seeds[task])
+            _fit(model, model.parameters(), data.train(task), settings, seeds[task])
         learned = stop
-        curve.append(_percent(*(_classes(model, x) == y for x, y, _ in data.mixed(stop, options["samples"], seed))))
+        curve.append(_percent(*(_classes(model, x) == y for x, y, _ in data.mixed(stop, settings["test"], seed))))
         save_checkpoint(path, {"learned": learned, "curve": curve, "model": model.state_dict()})
-        say(f"{stop} tasks: {LABELS['sequence']} {curve[-1]:.1f} %")
-    return curve
+        _track(stop, {"sequence": {ACCURACY: curve[-1]}})
+        _say(stop, {"sequence": curve[-1]})
+    return {"curve": curve}
 
 
 def _classes(model: nn.Module, x: Tensor, task: Any = None) -> Tensor:
@@ -323,13 +465,15 @@ def _percent(*right: Tensor) -> float:
     return 100 * float(torch.cat(right).double().mean())
 
 
-def _figure(points: list[int], measured: list[Point], rotated: bool) -> Figure:
+def figures(metrics: Mapping[str, Any]) -> dict[str, Figure]:
+    """Accuracy, and how often the task is right, over the number of tasks."""
+    rotated, points, batch = metrics["settings"]["rotated"], metrics["points"], metrics["settings"]["test"]["batch"]
     figure, axes = new_figure(2)
     for axis, key in zip(axes, (ACCURACY, RIGHT)):
-        for method, label in LABELS.items():
-            if key in measured[0][method]:
-                values = [point[method][key] for point in measured]
-                axis.plot(points, values, label=label, linewidth=1.4, markerfacecolor="none", **LINES[method])
+        for method, its in metrics["curves"].items():
+            if key in its:
+                label = LABELS[method].replace("a batch", f"{batch} images")
+                plot_seeds(axis, "plain", label, points, its[key], linewidth=1.4, markerfacecolor="none", **LINES[method])
         kind = "rotations" if rotated else "permutations"
         axis.set(xlabel=f"tasks learned ({kind}, number)", xlim=(0, None), ylim=(0, 103))
     left, right = axes
@@ -341,5 +485,7 @@ def _figure(points: list[int], measured: list[Point], rotated: bool) -> Figure:
     left.set_ylabel("test accuracy, tasks so far (%)")
     right.set_ylabel("task right (% of images, batches)")
     # Below the axes: curves may run anywhere in them. Those on the right are all on the left too.
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    return figure
+    title = bands(len(metrics["seeds"]))
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, title=title, title_fontsize=8)
+    return {"": figure}

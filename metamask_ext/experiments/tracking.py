@@ -11,22 +11,24 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from .settings import OptionError
+
 KINDS = ("csv", "tensorboard")
 
 _recorder: ContextVar[Callable[[int, dict[str, float]], None] | None] = ContextVar("recorder", default=None)
 
 
 def track(step: int, **numbers: Any) -> None:
-    """Record numbers (Python's, or tensors of one element) of the piece that is running. Without ``--tracking``: nothing is done."""
+    """Record numbers (Python's, or tensors of one element) of the piece that is running; without ``--tracking`` nothing."""
     record = _recorder.get()
     if record is not None:
         record(step, {name: float(number) for name, number in numbers.items()})
 
 
 def check_tracking(kind: str | None) -> None:
-    """ValueError unless ``kind`` is one of ``KINDS`` or None; ImportError if it needs a package that is missing."""
+    """OptionError unless ``kind`` is one of ``KINDS`` or None; ImportError if it needs a package that is missing."""
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"tracking must be one of {', '.join(KINDS)}, got {kind!r}")
+        raise OptionError(f"tracking must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise ImportError('tensorboard is not installed: pip install "metamask_ext[experiments]"')
 

@@ -9,8 +9,8 @@ import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -65,7 +65,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def compute(jobs: Mapping[Key, Job], workers: int, place: Place) -> Iterator[tuple[Key, bytes] | None]:
+def compute(jobs: Mapping[Key, Job], workers: int, place: Place) -> Generator[tuple[Key, bytes] | None, None, None]:
     """The result of each of ``jobs`` as JSON, as they come: by ``workers`` processes, or with one of them in this process, in
     order. None now and then between them, where there are processes.
 
@@ -97,7 +97,7 @@ def _called(key: Key) -> str:
     return f"piece {key[1]!r} of seed {key[0]}"
 
 
-def _by_processes(jobs: Mapping[Key, Job], workers: int, place: Place) -> Iterator[tuple[Key, bytes] | None]:
+def _by_processes(jobs: Mapping[Key, Job], workers: int, place: Place) -> Generator[tuple[Key, bytes] | None, None, None]:
     # A forked process inherits threads' locks in whatever state they are in; torch's may hang there.
     context = multiprocessing.get_context("spawn")
     left = iter(jobs.items())
@@ -114,10 +114,8 @@ def _by_processes(jobs: Mapping[Key, Job], workers: int, place: Place) -> Iterat
         except Exception as error:
             raise PieceError(f"{_called(key)} cannot be sent to another process: {error}") from error
         running[worker] = key
-        try:
+        with suppress(OSError):  # the process is dead: the loop below finds that out
             worker.send_bytes(message)
-        except OSError:
-            pass  # the process is dead: the loop below finds that out
 
     try:
         for _ in range(workers):
@@ -131,8 +129,7 @@ def _by_processes(jobs: Mapping[Key, Job], workers: int, place: Place) -> Iterat
             ready = wait([*running], HEARTBEAT_S)
             if not ready:
                 yield None
-            for worker in ready:
-                assert isinstance(worker, Connection)
+            for worker in [each for each in running if each in ready]:
                 key = running.pop(worker)
                 try:
                     failure, data = worker.recv()
@@ -168,7 +165,8 @@ def _work(connection: Connection, place: Place) -> None:
         except EOFError:
             return
         try:
-            result = None, _measured(*pickle.loads(message), place)
+            key, job = pickle.loads(message)
+            result: tuple[str | None, bytes] = (None, _measured(key, job, place))
         except Exception as error:
             lines = traceback.format_exc().rstrip()
             result = f"{type(error).__name__}: {error}\n{lines}", b""
