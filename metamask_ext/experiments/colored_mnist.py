@@ -13,7 +13,7 @@ from ..tasks import ColoredImages, load_digits
 from . import data, study
 from .claims import Claim, Metrics
 from .mnist import ACCURACY, accuracy
-from .output import Output, new_figure
+from .output import Output
 from .study import Problem, Score, TaskData
 from .study_problem import Layer
 
@@ -102,3 +102,11 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
         return finished
     found = study.run(output, settings, problem, SCORE)
     return output.finish(found.scores, found.baselines, found.budget, figures, found.more)
+
+
+def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
+    return study.tables(metrics)
+
+
+def figures(metrics: Metrics) -> dict[str, Any]:
+    return {"": study.figure(metrics)}

@@ -57,10 +57,10 @@ QUICK: dict[str, Any] = {
 }
 SCORE = Score("test MSE", "units of y squared", higher_is_better=False, margin=0.02)
 QUESTION = """\
-Section 3.2: $y = \\sin((w \\odot m)^T x + b m_b)$, with $w$, $b$ and the masks as in section 3.1 (smaller weights: two periods of the
-sine). The net is the linear layer of 3.1, of one output, and three further layers that have to make a sine of it, with masks on every
-layer. Does the method find the first layer of 3.1, and does it find out that the later layers can be shared by all tasks? To see
-that, the trained net computes each task with the later layers' masks of another, and with the first layer's."""
+Section 3.2: $y = \\sin((w \\odot m)^T x + b m_b)$, with $w$, $b$ and the masks as in section 3.1 (smaller weights: two periods of
+the sine). The net is the linear layer of 3.1, of one output, and three further layers that have to make a sine of it, with masks on
+every layer. Does the method find the first layer of 3.1, and does it find out that the later layers can be shared by all tasks? To
+see that, the trained net computes each task with the later layers' masks of another, and with the first layer's."""
 
 BEGIN = {"alike": 0.0, "random": "normal"}
 """What the logits begin with, by the name in the settings."""
@@ -222,8 +222,8 @@ def _new(metrics: Metrics) -> dict[str, float]:
 
 CLAIMS = [
     Claim(
-        "Shared weights with masks on every layer learn the tasks: test MSE {masked:.3g} (hard gates {hard:.3g}); a net for each task "
-        "with the same steps in all {independent:.3g}, one shared net {shared:.3g}.",
+        "Shared weights with masks on every layer learn the tasks: test MSE {masked:.3g} (hard gates {hard:.3g}); a net for each "
+        "task with the same steps in all {independent:.3g}, one shared net {shared:.3g}.",
         _learned,
         lambda n: n["masked"] < 0.2 * n["shared"] and n["masked"] < n["independent"],
     ),
@@ -235,20 +235,20 @@ CLAIMS = [
     ),
     Claim(
         "As proposed, without an L2 term on M, the method does not find out that the later layers can be shared: with the later "
-        "layers' masks of another task the test MSE of a task goes from {own:.3g} to {later:.3g}; with the first layer's mask of another "
-        "to {first:.3g}.",
+        "layers' masks of another task the test MSE of a task goes from {own:.3g} to {later:.3g}; with the first layer's mask of "
+        "another to {first:.3g}.",
         partial(_sharing, 0),
         lambda n: n["later"] > 5 * n["own"],
     ),
     Claim(
-        "With an L2 term on M of {factor:g} it largely does: the later layers' masks of another task give {later:.3g}, the task's own "
-        "{own:.3g}, the first layer's mask of another {first:.3g}.",
+        "With an L2 term on M of {factor:g} it largely does: the later layers' masks of another task give {later:.3g}, the task's "
+        "own {own:.3g}, the first layer's mask of another {first:.3g}.",
         partial(_sharing, -1),
         lambda n: n["later"] < 0.25 * n["first"],
     ),
     Claim(
-        "The gates say the same: those of two tasks differ by {first:.3f} in the first layer and by {later:.3f} in the later ones without "
-        "the L2 term, by {first_l2:.3f} and {later_l2:.3f} with it (mean over pairs and entries, weighted with |W|).",
+        "The gates say the same: those of two tasks differ by {first:.3f} in the first layer and by {later:.3f} in the later ones "
+        "without the L2 term, by {first_l2:.3f} and {later_l2:.3f} with it (mean over pairs and entries, weighted with |W|).",
         _alike,
         lambda n: n["later_l2"] < 0.25 * n["first_l2"] and n["later"] > 0.4 * n["first"],
     ),

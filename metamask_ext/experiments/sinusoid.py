@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -12,7 +14,10 @@ from torch import nn
 
 from ..tasks import SinusoidTasks, sinusoid_tasks
 from . import study
+from .claims import Claim, Metrics
+from .output import Output, bands, new_figure, plot_seeds
 from .study import Problem, Score, TaskData
+from .study_methods import method
 from .study_problem import Layer
 
 SETTINGS: dict[str, Any] = {
@@ -24,23 +29,40 @@ SETTINGS: dict[str, Any] = {
     "train_samples": 1000,
     "test_samples": 1000,
     "new_tasks": 10,
+    # Beside the study: masked, shared and independent nets for other numbers of tasks, with as many steps for each task.
+    "numbers_of_tasks": [1, 2, 5, 10],
     "study": study.settings(
         {
-            "masked": [{"lr": 0.003, "mask_lr": 0.1}, {"lr": 0.003, "mask_lr": 0.03}, {"lr": 0.001, "mask_lr": 0.1}],
-            "hard": [{"lr": 0.001, "mask_lr": 0.01}, {"lr": 0.001, "mask_lr": 0.003}, {"lr": 0.003, "mask_lr": 0.01}],
-            "lottery": [{"mask_lr": 0.01, "scale": 2.0}, {"mask_lr": 0.03, "scale": 2.0}, {"mask_lr": 0.01, "scale": 4.0}],
-            "shared": [{"lr": 0.003}, {"lr": 0.001}, {"lr": 0.0003}],
-            "independent": [{"lr": 0.01}, {"lr": 0.003}, {"lr": 0.03}],
-            "maml": [{"lr": 0.003, "inner_lr": 0.1}, {"lr": 0.003, "inner_lr": 0.03}, {"lr": 0.001, "inner_lr": 0.1}],
-            "sequence": [{"lr": 0.003}, {"lr": 0.01}, {"lr": 0.001}],
+            "masked": study.grid(lr=[0.003, 0.01], mask_lr=[0.1, 0.03]),
+            "hard": study.grid(lr=[0.003, 0.001], mask_lr=[0.01, 0.03]),
+            "lottery": study.grid(mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
+            "shared": study.grid(lr=[0.003, 0.001, 0.0003, 0.01]),
+            "independent": study.grid(lr=[0.01, 0.003, 0.03, 0.001]),
+            "maml": study.grid(lr=[0.003, 0.001], inner_lr=[0.1, 0.03]),
+            "sequence": study.grid(lr=[0.003, 0.01, 0.001, 0.0003]),
         }
     ),
 }
+QUICK: dict[str, Any] = {
+    "seeds": 1,
+    "tasks": 5,
+    "steps": 5000,
+    "train_samples": 1000,
+    "new_tasks": 4,
+    "numbers_of_tasks": [1],
+    "study": {"tuning": False, "cost_rounds": 5, "new": {"samples": [10, 100, 1000], "steps": 200}},
+}
+SCORE = Score("test MSE", "units of y squared", higher_is_better=False, margin=0.02)
+QUESTION = """\
+Section 3.3: $y = \\sin(w^T x + b_1) + b_2$ with $w$, $b_1$ and $b_2$ drawn anew for each task: can a mask on shared weights stand
+for values that have no relation between tasks? A net with masks on every layer beside a net for each task, for several numbers of
+tasks, with the same steps for each task. To predict the mean of each task gives an MSE of about 1/2."""
+METHODS = ("masked", "shared", "independent")
 
 
 def network(sizes: list[int], linear: Layer, conv: Layer) -> nn.Module:
     """Layers of these sizes with tanh between them."""
-    layers = [layer for size, after in zip(sizes[:-2], sizes[1:-1]) for layer in (linear(size, after), nn.Tanh())]
+    layers = [layer for size, after in itertools.pairwise(sizes[:-1]) for layer in (linear(size, after), nn.Tanh())]
     return nn.Sequential(*layers, linear(*sizes[-2:]))
 
 
@@ -62,3 +84,95 @@ def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
     drawn = sinusoid_tasks(settings["tasks"] + settings["new_tasks"], generator, variables=settings["variables"])
     sizes = [settings["variables"], settings["hidden"], settings["hidden"], 1]
     return Problem(*split(drawn, settings, generator), partial(network, sizes), F.mse_loss, F.mse_loss)
+
+
+def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+    """The common study, and the error against the number of tasks. See :func:`metamask_ext.experiments.run`."""
+    finished = output.begin(
+        "drawn: x ~ N(0, I), |w| uniform in [0.4, 1.2], b1 in [-pi, pi], b2 in [-1, 1], all for each task alone, no noise"
+    )
+    if finished is not None:
+        return finished
+    found = study.run(output, settings, problem, SCORE)
+    chosen, each = found.more["study"]["chosen"], settings["steps"] // settings["tasks"]
+    jobs = {
+        (seed, f"{name}, {tasks} tasks"): partial(
+            _error, seed, {**settings, "tasks": tasks, "steps": tasks * each}, name, chosen[name]
+        )
+        for seed in output.seeds
+        for name in METHODS
+        for tasks in settings["numbers_of_tasks"]
+    }
+    pieces = output.pieces(jobs)
+    by_number = {
+        name: [
+            [pieces[seed, f"{name}, {tasks} tasks"]["error"] for tasks in settings["numbers_of_tasks"]] + [last]
+            for seed, last in zip(output.seeds, found.scores[name][SCORE.name])
+        ]
+        for name in METHODS
+    }
+    numbers = [*settings["numbers_of_tasks"], settings["tasks"]]
+    more = {**found.more, "by number of tasks": {"tasks": numbers, "errors": by_number}}
+    return output.finish(found.scores, found.baselines, found.budget, figures, more)
+
+
+def _error(seed: int, settings: Mapping[str, Any], name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean test MSE of one method."""
+    made = problem(seed, settings)
+    trained = method(name, made, settings, config, seed)
+    trained.train()
+    return {"error": statistics.fmean(trained.scores(len(made.names)))}
+
+
+def _by_number(metrics: Metrics, name: str, place: int) -> float:
+    return statistics.fmean(seed[place] for seed in metrics["by number of tasks"]["errors"][name])
+
+
+def _numbers(metrics: Metrics) -> dict[str, float]:
+    tasks = metrics["by number of tasks"]["tasks"]
+    masked, independent = ([_by_number(metrics, name, place) for place in (0, -1)] for name in ("masked", "independent"))
+    return {
+        "few": tasks[0],
+        "many": tasks[-1],
+        "masked_few": masked[0],
+        "masked_many": masked[1],
+        "independent_few": independent[0],
+        "independent_many": independent[1],
+    }
+
+
+def _trained(metrics: Metrics) -> dict[str, float]:
+    return {name: study.trained(metrics, name) for name in ("masked", "hard", "lottery", "shared", "independent")}
+
+
+CLAIMS = [
+    Claim(
+        "For {few:.0f} task(s) masks cost little: test MSE {masked_few:.3g}, nets of their own {independent_few:.3g}; for "
+        "{many:.0f} tasks, each with as many steps, {masked_many:.3g} and {independent_many:.3g}: {verdict}.",
+        _numbers,
+        lambda n: True,
+    ),
+    Claim(
+        "Masks do stand for much of the difference between the tasks: masked {masked:.3g} (hard gates {hard:.3g}, masks on frozen "
+        "random W {lottery:.3g}), one shared net {shared:.3g}, a net a task {independent:.3g}.",
+        _trained,
+        lambda n: n["masked"] < 0.5 * n["shared"],
+    ),
+]
+
+
+def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
+    return study.tables(metrics)
+
+
+def figures(metrics: Metrics) -> dict[str, Any]:
+    """The study's, and the error against the number of tasks."""
+    figure, (axes,) = new_figure(1)
+    found = metrics["by number of tasks"]
+    for name, label in (("masked", "masked"), ("shared", "one shared net"), ("independent", "a net a task")):
+        plot_seeds(axes, name, label, found["tasks"], found["errors"][name])
+    axes.set(xlabel="tasks (number)", ylabel="test MSE (units of y squared)", xscale="log", yscale="log")
+    axes.set_xticks(found["tasks"], [str(tasks) for tasks in found["tasks"]])
+    axes.minorticks_off()
+    axes.legend(fontsize=8, title=bands(len(metrics["seeds"])), title_fontsize=8)
+    return {"": study.figure(metrics), "tasks": figure}
