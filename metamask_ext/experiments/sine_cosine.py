@@ -47,8 +47,10 @@ SETTINGS: dict[str, Any] = {
 
 QUICK: dict[str, Any] = {
     "seeds": 1,
-    "new_tasks": 4,
-    "study": {"tuning": False, "cost_rounds": 5, "new": {"samples": [10, 100, 1000], "steps": 200}},
+    "tasks": 8,
+    "steps": 3000,
+    "new_tasks": 3,
+    "study": {"tuning": False, "cost_rounds": 3, "new": {"samples": [10, 1000], "steps": 100}},
 }
 SCORE = Score("test MSE", "units of y squared", higher_is_better=False, margin=0.02)
 QUESTION = """\
@@ -187,7 +189,7 @@ CLAIMS = [
     ),
     Claim(
         "Gates of the sigmoid stop short of 1, for W can be larger instead; hard gates cannot, and miss in more tasks: a bias of "
-        "{phase:.4g}, with a mean gate of {cosine:.2f} there and {sine:.2f} in the sine tasks, on the right side in {right:.3g} % of them.",
+        "{phase:.4g}, with a mean gate of {cosine:.2f} there and {sine:.2f} in the sine tasks, on the right side in {right:.3g} %.",
         partial(_gates, "hard"),
         lambda n: n["sine"] < 0.2 and n["right"] > 80,
     ),
