@@ -53,7 +53,7 @@ def test_info():
 
 def test_unknown_experiment(tmp_path):
     result = _metamask("run", "nope", "--out", str(tmp_path / "out"))
-    _assert_one_error(result, 2, "'nope'", ", ".join(EXPERIMENTS))
+    _assert_one_error(result, 2, "'nope'", ", ".join([*EXPERIMENTS, "all"]))
     assert not (tmp_path / "out").exists()
 
 
@@ -71,20 +71,25 @@ def test_folder_that_cannot_be_written(tmp_path):
 def test_run_passes_its_options(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(cli, "run_experiment", lambda *arguments, **options: calls.append((*arguments, options)))
+    monkeypatch.setattr(cli, "run_all", lambda *arguments, **options: calls.append(("all", *arguments, options)))
+    none = {"config": None, "workers": None, "tracking": None}
     assert _metamask("run", "mnist", "--out", str(tmp_path), "--seed", "7", "--quick").exit_code == 0
-    assert _metamask("run", "linear", "--out", str(tmp_path)).exit_code == 0
-    assert _metamask("run", "supsup", "--out", str(tmp_path), "--tasks", "9", "--rotated").exit_code == 0
+    assert _metamask("run", "linear", "--out", str(tmp_path), "--tracking", "csv", "--workers", "3").exit_code == 0
+    assert _metamask("run", "supsup", "--out", str(tmp_path), "--tasks", "9", "--rotated", "--config", "a.toml").exit_code == 0
+    assert _metamask("run", "linear", "--out", str(tmp_path), "--steps", "5", "--seeds", "2").exit_code == 0
+    assert _metamask("run", "all", "--out", str(tmp_path), "--quick", "--workers", "2").exit_code == 0
     assert calls == [
-        ("mnist", tmp_path, 7, True, {}),
-        ("linear", tmp_path, 0, False, {}),
-        ("supsup", tmp_path, 0, False, {"tasks": 9, "rotated": True}),
+        ("mnist", tmp_path, 7, True, none),
+        ("linear", tmp_path, 0, False, {**none, "tracking": "csv", "workers": 3}),
+        ("supsup", tmp_path, 0, False, {**none, "config": Path("a.toml"), "tasks": 9, "rotated": True}),
+        ("linear", tmp_path, 0, False, {**none, "steps": 5, "seeds": 2}),
+        ("all", tmp_path, 0, True, {"workers": 2, "tracking": None}),
     ]
 
 
-def test_option_of_another_experiment(tmp_path):
-    for option in (["--tasks", "3"], ["--rotated"]):
-        result = _metamask("run", "linear", "--out", str(tmp_path / "out"), *option)
-        _assert_one_error(result, 2, "experiment 'linear' has no option", option[0].strip("-"), "its options are: none")
+def test_settings_of_another_experiment(tmp_path):
+    result = _metamask("run", "mnist", "--out", str(tmp_path / "out"), "--rotated")
+    _assert_one_error(result, 2, "experiment 'mnist': unknown setting 'rotated'")
     result = _metamask("run", "supsup", "--out", str(tmp_path / "out"), "--tasks", "37", "--rotated")
     _assert_one_error(result, 2, "tasks must be at least 1 and at most 36 if rotated, got 37")
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from torch import nn
 
 from metamask_ext import add_task
 from metamask_ext import tasks as model_tasks
-from metamask_ext.continual import TaskLoop
+from metamask_ext.continual import CheckpointError, TaskLoop
 
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -134,6 +134,17 @@ def test_data_from_a_function():
     assert len(seen) == 6 and not torch.equal(seen[0], seen[1])
 
 
+def test_tasks_in_order(tmp_path):
+    seen = []
+    data = {name: lambda generator, name=name: seen.append(name) or (torch.ones(1, 3), torch.ones(1, 1)) for name in "abc"}
+    loop = TaskLoop(new_model(), data, F.mse_loss, steps=2, lr=0.01, order=["c", "a", "c"], out=tmp_path).run(2)
+    assert seen == ["c", "c", "a", "a"] and loop.steps_of == {"c": 2, "a": 2}
+    with pytest.raises(ValueError, match="rounds must be at most the 3 of order, got 4"):
+        loop.run(4)
+    with pytest.raises(CheckpointError, match="order was"):
+        TaskLoop(new_model(), data, F.mse_loss, steps=2, lr=0.01, order=["c", "a", "b"], out=tmp_path).run(3)
+
+
 def test_using_refuses_a_task_that_was_not_seen():
     loop = TaskLoop(new_model(), new_data("ab"), F.mse_loss, steps=1, lr=0.01, seed=0).run(1)
     (unseen,) = set("ab") - set(loop.steps_of)
@@ -146,6 +157,7 @@ def test_using_refuses_a_task_that_was_not_seen():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"order": ["a", "z"]}, "order must name tasks of the loop, 'a', got 'z'"),
         ({"optimizer": "lion"}, "optimizer must be 'sgd' or 'adam', got 'lion'"),
         ({"optimizer": "adam", "momentum": 0.9}, "momentum=0.9 with optimizer='adam'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from experiments_written import check_resumes, check_written
+from experiments_written import check_claims, check_resumes, check_written, quick_run
 
-from metamask_ext.experiments import one_step_learner, run, universality
+from metamask_ext.experiments import one_step_learner, universality
 from metamask_ext.experiments.one_step_learner import OneStepLearner
 from metamask_ext.meta import MAML
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def metrics(folder):
-    return run("universality", folder, 0, quick=True)
+    return quick_run("universality", folder)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,10 @@ def test_refused(table, values, message):
         OneStepLearner(table, values, LR)
 
 
+def test_claims(metrics):
+    check_claims(metrics)
+
+
 def test_construction(metrics):
     assert len(metrics["construction"]) == 3
     for learner in metrics["construction"].values():
@@ -118,7 +122,7 @@ def test_construction(metrics):
 
 
 def test_more_gradient_steps(metrics):
-    steps = metrics["settings"]["test_steps"]
+    steps = metrics["settings"]["test"]["steps"]
     for method in ("maml", "masks"):
         (run,) = metrics["curves"][method]
         errors = dict(zip(steps, run["mse"]))
@@ -152,15 +156,15 @@ def test_diverged_tasks_are_counted():
     def learner(tasks, support, x):
         return [torch.zeros_like(x) + torch.tensor(bad)[:, None, None]]
 
-    (errors,) = universality._errors(tasks, learner, torch.Generator(), {"shots": 5})
+    (errors,) = universality._errors(tasks, learner, torch.Generator(), 5)
     relative = errors / universality._power(tasks)
     torch.testing.assert_close(relative[:3], torch.full((3,), universality.DIVERGED).double())
     assert 0.5 < float(relative[3]) < 1.5
 
 
 def test_written(metrics, folder):
-    check_written(folder, metrics, ["universality.png"])
+    check_written(folder / "universality", metrics, ["universality.png"])
 
 
 def test_killed_run_continues(metrics, folder):
-    check_resumes(folder, metrics, "random.json")
+    check_resumes(folder / "universality", metrics, "random.json")

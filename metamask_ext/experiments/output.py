@@ -21,7 +21,7 @@ from .._info import build_info
 from ..continual.files import OutputError, check_same_settings, locked, prepare_folder, write_atomic
 from .settings import OptionError, flat
 from .tracking import check_tracking
-from .workers import Job, Key, Place, compute, cores, file_name, json_bytes
+from .workers import Job, Key, Place, Workers, cores, file_name, json_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +82,7 @@ class Output:
         OptionError: ``workers`` or ``tracking`` cannot be.
         ImportError: matplotlib or what tracking needs is not installed.
 
-    A context: at its end other processes may use the folder again.
+    A context: at its end the workers are ended, and other processes may use the folder.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class Output:
         self.name, self.folder, self.quick = name, out, quick
         self.settings = json.loads(json.dumps(dict(settings)))
         self.seeds = list(range(seed, seed + self.settings["seeds"]))
-        self.workers = cores() if workers is None else workers
+        self._workers = Workers(cores() if workers is None else workers, Place(out, tracking))
         self.console = Console()
         self.resumed = False
-        self._place, self._command = Place(out, tracking), command
+        self._command = command
         self.identity: dict[str, Any] = {"experiment": name, "seed": seed, "settings": self.settings}
         self._started, self._before = time.monotonic(), 0.0
         self._lock = ExitStack()
@@ -166,13 +166,14 @@ class Output:
     def __exit__(self, *error: object) -> None:
         if self._unfinished:
             self._save_elapsed()
+        self._workers.close()
         self._lock.close()
 
     def pieces(self, jobs: Mapping[Key, Job], later: int = 0) -> dict[Key, dict[str, Any]]:
         """What each of ``jobs``, by seed and name, returns: a dict of JSON values.
 
         Each is kept in ``seed-<seed>/<name>.json`` when it is there, so that a killed run goes on behind it. They are computed by
-        :attr:`workers` processes with one torch thread each, and are the same for any number of these. After each a line says how
+        the workers, processes with one torch thread each, and are the same for any number of these. After each a line says how
         many are done, and about how much time is left.
 
         Args:
@@ -183,6 +184,9 @@ class Output:
         Raises:
             PieceError: a job raised an error, or its process died; the message names the piece.
         """
+        return self._pieces(jobs, later, self._workers)
+
+    def _pieces(self, jobs: Mapping[Key, Job], later: int, workers: Workers) -> dict[Key, dict[str, Any]]:
         paths = {(seed, name): self.folder / f"seed-{seed}" / f"{file_name(name)}.json" for seed, name in jobs}
         if len({*paths.values()}) != len(paths):
             raise ValueError(f"pieces must have names of different files, got {list(jobs)}")
@@ -190,7 +194,7 @@ class Output:
         self._pieces_done += len(jobs) - len(todo)
         total = self._pieces_done + len(todo) + later
         started, before = time.monotonic(), self._computing
-        with closing(compute(todo, self.workers, self._place)) as results:
+        with closing(workers.compute(todo)) as results:
             for result in results:
                 self._computing = before + time.monotonic() - started
                 self._save_elapsed()
@@ -207,11 +211,7 @@ class Output:
 
     def piece(self, seed: int, name: str, job: Job) -> dict[str, Any]:
         """One of :meth:`pieces`, computed in this process."""
-        workers, self.workers = self.workers, 1
-        try:
-            return self.pieces({(seed, name): job})[seed, name]
-        finally:
-            self.workers = workers
+        return self._pieces({(seed, name): job}, 0, Workers(1, self._workers.place))[seed, name]
 
     def finish(
         self,
@@ -242,7 +242,7 @@ class Output:
             "baselines": {method: summary[method] for method in baselines},
             **(more or {}),
             "machine": machine(),
-            "workers": self.workers,
+            "workers": self._workers.count,
             "command": self._command,
             "duration_s": round(self._elapsed(), 3),
             "resumed": self.resumed,

@@ -41,7 +41,8 @@ def report(folder: str | Path, out: str | Path = "docs") -> tuple[Path, list[str
         The page, and a line for each run that is missing or not finished; the page has these too.
 
     Raises:
-        OutputError: there is no finished run at all, a metrics file cannot be read or lacks something, or ``out`` cannot be written.
+        OutputError: there is no finished run at all, a metrics file cannot be read or lacks something, or ``out``
+            cannot be written.
     """
     folder, out = Path(folder), Path(out)
     found = {run: (module_of(name), finished(folder / run)) for run, (name, _) in runs().items()}
@@ -53,15 +54,16 @@ def report(folder: str | Path, out: str | Path = "docs") -> tuple[Path, list[str
         if run not in done:
             state = "is not finished" if (folder / run / "run.json").exists() else "was not run"
             missing.append(f"`{run}` {state}")
-    parts = [_head(done, missing), *_questions(found)]
+    sections = []
     for run, (module, metrics) in done.items():
         try:
             prepare_folder(out / RESULTS / run)
             files = _files(module, metrics, folder / run, out / RESULTS / run)
-            parts.append(_section(run, module, metrics, files))
+            sections.append(_section(run, module, metrics, files))
         except KeyError as error:
             raise OutputError(f"{str(folder / run / 'metrics.json')!r} is not of this version: it lacks {error}") from error
-    write_atomic(out / PAGE, ("\n\n".join(parts) + "\n").encode())
+    page = [_head(done, missing), *_questions(found), *sections]
+    write_atomic(out / PAGE, ("\n\n".join(page) + "\n").encode())
     return out / PAGE, missing
 
 

@@ -123,8 +123,8 @@ def _fit(
     train, tasks = problem.new_train, len(problem.new_train.x)
     task = torch.arange(tasks).repeat(len(rates) * len(counts))
     samples = torch.tensor(counts).repeat_interleave(tasks).repeat(len(rates))[:, None]
-    rate = torch.tensor(rates, dtype=torch.float32).flatten().repeat_interleave(tasks)
     begin = {key: start.expand(tasks, *start.shape[1:])[task] for key, start in way.start.items()}
+    rate = torch.tensor(rates).to(next(iter(begin.values()))).flatten().repeat_interleave(tasks)
     delta = {key: torch.zeros_like(start).requires_grad_() for key, start in begin.items()}
     position = torch.arange(new["batch"])
     done = 0

@@ -65,26 +65,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def compute(jobs: Mapping[Key, Job], workers: int, place: Place) -> Generator[tuple[Key, bytes] | None, None, None]:
-    """The result of each of ``jobs`` as JSON, as they come: by ``workers`` processes, or with one of them in this process, in
-    order. None now and then between them, where there are processes.
-
-    Whoever closes the iterator, or leaves it by an exception, ends the processes.
-
-    Raises:
-        PieceError: a job raised an error, or its process died.
-    """
-    if min(workers, len(jobs)) > 1:
-        yield from _by_processes(jobs, min(workers, len(jobs)), place)
-        return
-    for key, job in jobs.items():
-        try:
-            data = _measured(key, job, place)
-        except Exception as error:
-            raise PieceError(f"{_called(key)} failed: {type(error).__name__}: {error}") from error
-        yield key, data
-
-
 def _measured(key: Key, job: Job, place: Place) -> bytes:
     seed, piece = key
     # A job that draws from the global generator gets the same numbers whatever was computed before it.
@@ -97,33 +77,70 @@ def _called(key: Key) -> str:
     return f"piece {key[1]!r} of seed {key[0]}"
 
 
-def _by_processes(jobs: Mapping[Key, Job], workers: int, place: Place) -> Generator[tuple[Key, bytes] | None, None, None]:
-    # A forked process inherits threads' locks in whatever state they are in; torch's may hang there.
-    context = multiprocessing.get_context("spawn")
-    left = iter(jobs.items())
-    processes: dict[Connection, Any] = {}
-    running: dict[Connection, Key] = {}
+class Workers:
+    """Up to ``count`` processes that compute pieces, started when there are pieces for them; with one, this process does it all.
 
-    def start_next(worker: Connection) -> None:
-        key, job = next(left, (None, None))
-        if key is None:
-            worker.close()
+    A context: at its end the processes are ended.
+    """
+
+    def __init__(self, count: int, place: Place):
+        self.count, self.place = count, place
+        self._processes: dict[Connection, Any] = {}
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes, whatever they do."""
+        for connection, process in self._processes.items():
+            connection.close()
+            process.kill()
+        for process in self._processes.values():
+            process.join()
+        self._processes.clear()
+
+    def compute(self, jobs: Mapping[Key, Job]) -> Generator[tuple[Key, bytes] | None, None, None]:
+        """The result of each of ``jobs`` as JSON, as they come; None now and then between them, where processes compute.
+
+        Raises:
+            PieceError: a job raised an error, or its process died. The processes are ended, as they are by any other exception, and
+                by whoever closes the iterator.
+        """
+        if min(self.count, len(jobs)) > 1:
+            try:
+                yield from self._by_processes(jobs)
+            except BaseException:
+                self.close()
+                raise
             return
-        try:
-            message = pickle.dumps((key, job))
-        except Exception as error:
-            raise PieceError(f"{_called(key)} cannot be sent to another process: {error}") from error
-        running[worker] = key
-        with suppress(OSError):  # the process is dead: the loop below finds that out
-            worker.send_bytes(message)
+        for key, job in jobs.items():
+            try:
+                data = _measured(key, job, self.place)
+            except Exception as error:
+                raise PieceError(f"{_called(key)} failed: {type(error).__name__}: {error}") from error
+            yield key, data
 
-    try:
-        for _ in range(workers):
-            worker, end = context.Pipe()
-            process = context.Process(target=_work, args=(end, place), daemon=True)
-            process.start()
-            processes[worker] = process
-            end.close()
+    def _by_processes(self, jobs: Mapping[Key, Job]) -> Generator[tuple[Key, bytes] | None, None, None]:
+        left = iter(jobs.items())
+        running: dict[Connection, Key] = {}
+
+        def start_next(worker: Connection) -> None:
+            for key, job in left:
+                try:
+                    message = pickle.dumps((key, job))
+                except Exception as error:
+                    raise PieceError(f"{_called(key)} cannot be sent to another process: {error}") from error
+                running[worker] = key
+                with suppress(OSError):  # the process is dead: the loop below finds that out
+                    worker.send_bytes(message)
+                return
+
+        while len(self._processes) < min(self.count, len(jobs)):
+            self._start()
+        for worker in self._processes:
             start_next(worker)
         while running:
             ready = wait([*running], HEARTBEAT_S)
@@ -134,22 +151,24 @@ def _by_processes(jobs: Mapping[Key, Job], workers: int, place: Place) -> Genera
                 try:
                     failure, data = worker.recv()
                 except (EOFError, OSError):
-                    processes[worker].join()
-                    code = processes[worker].exitcode
+                    process = self._processes[worker]
+                    process.join()
+                    code = process.exitcode
                     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                     raise PieceError(f"{_called(key)} failed: its process {how}") from None
                 if failure is not None:
                     raise PieceError(f"{_called(key)} failed: {failure}")
                 start_next(worker)
                 yield key, data
-        for process in processes.values():
-            process.join()
-    finally:
-        for worker, process in processes.items():
-            worker.close()
-            process.kill()
-        for process in processes.values():
-            process.join()
+
+    def _start(self) -> None:
+        # A forked process inherits threads' locks in whatever state they are in; torch's may hang there.
+        context = multiprocessing.get_context("spawn")
+        connection, end = context.Pipe()
+        process = context.Process(target=_work, args=(end, self.place), daemon=True)
+        process.start()
+        end.close()
+        self._processes[connection] = process
 
 
 def _work(connection: Connection, place: Place) -> None:
