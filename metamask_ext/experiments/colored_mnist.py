@@ -104,6 +104,52 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     return output.finish(found.scores, found.baselines, found.budget, figures, found.more)
 
 
+def _learned(metrics: Metrics) -> dict[str, float]:
+    return {name: study.trained(metrics, name) for name in metrics["study"]["methods"]}
+
+
+def _forgotten(metrics: Metrics) -> dict[str, float]:
+    found = {}
+    for name in ("masked", "hard", "lottery", "sequence"):
+        found[name] = study.at_the_end(metrics, name)
+        found[f"{name}_learned"] = study.after_learning(metrics, name)
+    return found
+
+
+def _new(metrics: Metrics) -> dict[str, float]:
+    few = metrics["study"]["samples"][-2]
+    ways = {"look_up": ("masked", "look-up"), "masks": ("masked", "mask only"), "shared": ("shared", "everything")}
+    found = {key: study.new_tasks(metrics, *way, few) for key, way in ways.items()}
+    return {"samples": few, **found, "scratch": study.new_tasks(metrics, "independent", "from scratch", few)}
+
+
+CLAIMS = [
+    Claim(
+        "The algorithm scales to it: a masked CNN is right on {masked:.1f} % of the test digits (hard gates {hard:.1f} %), a CNN "
+        "for each colour with the same steps in all on {independent:.1f} %, MAML on {maml:.1f} %.",
+        _learned,
+        lambda n: n["masked"] > n["independent"],
+    ),
+    Claim(
+        "Masks are not needed for it: one shared CNN, which sees all colours, is right on {shared:.1f} %, the masked one on {masked:.1f} %.",
+        _learned,
+        lambda n: n["shared"] > n["masked"] - 2,
+    ),
+    Claim(
+        "Colours one after another: at the end the masked CNN has {masked:.1f} % ({masked_learned:.1f} % when each was just "
+        "learned), masks on frozen W {lottery:.1f} % ({lottery_learned:.1f} %), the shared CNN in sequence {sequence:.1f} % ({sequence_learned:.1f} %).",
+        _forgotten,
+        lambda n: abs(n["lottery"] - n["lottery_learned"]) < 1e-6,
+    ),
+    Claim(
+        "A new colour, from {samples:,} digits: the best known mask {look_up:.1f} %, its mask alone trained {masks:.1f} %, the "
+        "shared CNN tuned {shared:.1f} %, a CNN from scratch {scratch:.1f} %.",
+        _new,
+        lambda n: max(n["look_up"], n["masks"]) > n["scratch"],
+    ),
+]
+
+
 def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
     return study.tables(metrics)
 

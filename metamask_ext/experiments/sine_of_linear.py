@@ -50,10 +50,10 @@ SETTINGS: dict[str, Any] = {
 QUICK: dict[str, Any] = {
     "seeds": 1,
     "tasks": 10,
-    "steps": 6000,
-    "new_tasks": 4,
+    "steps": 4000,
+    "new_tasks": 3,
     "sharing": {"begin": ["random"], "mask_weight_decay": [0.0, 1e-3]},
-    "study": {"tuning": False, "cost_rounds": 5, "new": {"samples": [10, 100, 1000], "steps": 200}},
+    "study": {"tuning": False, "cost_rounds": 3, "new": {"samples": [100, 1000], "steps": 100}},
 }
 SCORE = Score("test MSE", "units of y squared", higher_is_better=False, margin=0.02)
 QUESTION = """\
