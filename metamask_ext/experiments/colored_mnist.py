@@ -131,13 +131,15 @@ CLAIMS = [
         lambda n: n["masked"] > n["independent"],
     ),
     Claim(
-        "Masks are not needed for it: one shared CNN, which sees all colours, is right on {shared:.1f} %, the masked one on {masked:.1f} %.",
+        "Masks are not needed for it: one shared CNN, which sees all colours, is right on {shared:.1f} %, the masked one on "
+        "{masked:.1f} %.",
         _learned,
         lambda n: n["shared"] > n["masked"] - 2,
     ),
     Claim(
         "Colours one after another: at the end the masked CNN has {masked:.1f} % ({masked_learned:.1f} % when each was just "
-        "learned), masks on frozen W {lottery:.1f} % ({lottery_learned:.1f} %), the shared CNN in sequence {sequence:.1f} % ({sequence_learned:.1f} %).",
+        "learned), masks on frozen W {lottery:.1f} % ({lottery_learned:.1f} %), the shared CNN in sequence {sequence:.1f} % "
+        "({sequence_learned:.1f} %).",
         _forgotten,
         lambda n: abs(n["lottery"] - n["lottery_learned"]) < 1e-6,
     ),
