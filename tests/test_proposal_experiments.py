@@ -160,7 +160,8 @@ def test_the_unit_can_be_right(related):
     settings = {**settings_of("sine-cosine", quick=True), "tasks": 6, "test_samples": 20}
     made = sine_cosine._problem(related, 0, settings)
     count = settings["tasks"] + settings["new_tasks"]
-    drawn = sinusoid_tasks(count, torch.Generator().manual_seed(0), related=related, cosine=settings["cosine"])
+    options = {"magnitudes": settings["magnitudes"], "cosine": settings["cosine"]}
+    drawn = sinusoid_tasks(count, torch.Generator().manual_seed(0), related=related, **options)
     phase = drawn.phase + math.pi / 2 * drawn.cosine
     parameters = {"0.weight": drawn.weight[:, None], "0.bias": phase[:, None]}
     if not related:

@@ -82,3 +82,10 @@ def test_refused():
             draw(1, generator(), variables=0)
     with pytest.raises(ValueError, match=r"cosine must be a probability, in 0\.\.1, got 1\.5"):
         sinusoid_tasks(1, generator(), cosine=1.5)
+    with pytest.raises(ValueError, match=r"magnitudes must be two numbers from 0 on, the smaller first, got \[2\.0, 1\.0\]"):
+        sinusoid_tasks(1, generator(), magnitudes=[2.0, 1.0])
+
+
+def test_magnitudes():
+    weight = sinusoid_tasks(500, generator(), magnitudes=(2.0, 3.0)).weight.abs()
+    assert 2.0 <= float(weight.min()) < 2.01 and 2.99 < float(weight.max()) <= 3.0

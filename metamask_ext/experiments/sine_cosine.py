@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "tasks": 20,
     "steps": 10_000,  # of all tasks together
     "variables": 5,
+    "magnitudes": [0.3, 0.9],  # of weights
     "cosine": 0.3,  # the probability of a cosine
     "train_samples": 100,
     "test_samples": 1000,
@@ -88,7 +89,12 @@ def _problem(related: bool, seed: int, settings: Mapping[str, Any]) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     variables = settings["variables"]
     drawn = sinusoid_tasks(
-        settings["tasks"] + settings["new_tasks"], generator, variables=variables, related=related, cosine=settings["cosine"]
+        settings["tasks"] + settings["new_tasks"],
+        generator,
+        variables=variables,
+        magnitudes=settings["magnitudes"],
+        related=related,
+        cosine=settings["cosine"],
     )
 
     def network(linear: Layer, conv: Layer) -> nn.Module:
@@ -108,7 +114,7 @@ def _problem(related: bool, seed: int, settings: Mapping[str, Any]) -> Problem:
 def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     """The common study on tasks with one ``w``; errors and gates on unrelated ones. See :func:`metamask_ext.experiments.run`."""
     finished = output.begin(
-        "drawn: x ~ N(0, I), |w| uniform in [0.4, 1.2], the same for all tasks; sin or, with probability "
+        f"drawn: x ~ N(0, I), |w| uniform in {settings['magnitudes']}, the same for all tasks; sin or, with probability "
         f"{settings['cosine']:g}, cos of w^T x, no noise; unrelated: w, b1 and b2 as for 'sinusoid'"
     )
     if finished is not None:

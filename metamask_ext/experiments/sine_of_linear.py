@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "tasks": 20,
     "steps": 10_000,  # of all tasks together
     "variables": 5,
+    "magnitudes": [0.4, 1.2],  # of weights and biases
     "hidden": 32,
     "train_samples": 200,
     "test_samples": 1000,
@@ -83,14 +84,17 @@ def _problem(seed: int, settings: Mapping[str, Any]) -> tuple[Problem, Tensor, T
     """Also the true weights of the trained tasks, and which of them and of the biases are on."""
     generator = torch.Generator().manual_seed(seed)
     known, variables = settings["tasks"], settings["variables"]
-    drawn, support = sine_of_linear_tasks(known + settings["new_tasks"], generator, variables=variables)
+    count, sizes = known + settings["new_tasks"], settings["magnitudes"]
+    drawn, support = sine_of_linear_tasks(count, generator, variables=variables, magnitudes=sizes)
     net = partial(network, variables, settings["hidden"])
     return Problem(*split(drawn, settings, generator), net, F.mse_loss, F.mse_loss), drawn.weight[:known], support[:known]
 
 
 def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     """The common study, and how alike the masks of the tasks are in each layer. See :func:`metamask_ext.experiments.run`."""
-    finished = output.begin("drawn: x ~ N(0, I), |w| and |b| uniform in [0.4, 1.2], each on with probability 1/2, no noise")
+    finished = output.begin(
+        f"drawn: x ~ N(0, I), |w|, |b| uniform in {settings['magnitudes']}, each on with probability 1/2, no noise"
+    )
     if finished is not None:
         return finished
     conditions = {

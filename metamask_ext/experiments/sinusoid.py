@@ -25,6 +25,7 @@ SETTINGS: dict[str, Any] = {
     "tasks": 20,
     "steps": 20_000,  # of all tasks together
     "variables": 5,
+    "magnitudes": [0.4, 1.2],  # of weights
     "hidden": 64,
     "train_samples": 1000,
     "test_samples": 1000,
@@ -80,7 +81,9 @@ def split(drawn: SinusoidTasks, settings: Mapping[str, Any], generator: torch.Ge
 
 def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
     generator = torch.Generator().manual_seed(seed)
-    drawn = sinusoid_tasks(settings["tasks"] + settings["new_tasks"], generator, variables=settings["variables"])
+    drawn = sinusoid_tasks(
+        settings["tasks"] + settings["new_tasks"], generator, variables=settings["variables"], magnitudes=settings["magnitudes"]
+    )
     sizes = [settings["variables"], settings["hidden"], settings["hidden"], 1]
     return Problem(*split(drawn, settings, generator), partial(network, sizes), F.mse_loss, F.mse_loss)
 
@@ -88,7 +91,7 @@ def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
 def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     """The common study, and the error against the number of tasks. See :func:`metamask_ext.experiments.run`."""
     finished = output.begin(
-        "drawn: x ~ N(0, I), |w| uniform in [0.4, 1.2], b1 in [-pi, pi], b2 in [-1, 1], all for each task alone, no noise"
+        f"drawn: x ~ N(0, I), |w| uniform in {settings['magnitudes']}, b1 in [-pi, pi], b2 in [-1, 1], all for each task, no noise"
     )
     if finished is not None:
         return finished
