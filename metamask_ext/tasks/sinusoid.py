@@ -12,8 +12,8 @@ from torch import Tensor
 Samples = tuple[Tensor, Tensor]
 
 MAGNITUDES = (0.4, 1.2)
-"""Of weights, if nothing else is said. Of five variables with weights of these, ``z`` has a standard deviation of 1.9 where all are on,
-of 1.3 where half are: 99 % of the samples lie within two periods of the sine."""
+"""Of weights, if nothing else is said. Of five variables with weights of these, ``z`` has a standard deviation of 1.9 where all are
+on, of 1.3 where half are: 99 % of the samples lie within two periods of the sine."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def sinusoid_tasks(
     """Draw tasks ``y_t = sin(w_t^T x + b1_t) + b2_t`` (section 3.3), some with cos for sin (section 3.4).
 
     Args:
-        related: False: the ``|w_tk|`` are uniform between the two ``magnitudes``, with random signs, ``b1_t`` is uniform in [-pi, pi] and
-            ``b2_t`` in [-1, 1], all of them drawn for each task alone. True: all tasks have the same ``w``, and ``b1 = b2 = 0``, so
-            that only cos and sin tell them apart.
+        related: False: the ``|w_tk|`` are uniform between the two ``magnitudes``, with random signs, ``b1_t`` is uniform in
+            [-pi, pi] and ``b2_t`` in [-1, 1], all of them drawn for each task alone. True: all tasks have the same ``w``, and
+            ``b1 = b2 = 0``, so that only cos and sin tell them apart.
         cosine: the probability that a task has cos.
 
     Raises:
