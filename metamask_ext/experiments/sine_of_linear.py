@@ -152,21 +152,23 @@ def share(seed: int, settings: Mapping[str, Any], begin: str, decay: float) -> d
 def _swapped(made: Problem, shared: Parameters, open_: Parameters, support: Tensor) -> dict[str, float]:
     """The mean test MSE of a task with its own masks, and over all other tasks, with their masks in the later layers, or in the
     first (where these tasks differ there)."""
-    nets, tasks = Nets(made), len(made.names)
-    errors: dict[str, list[float]] = {OWN: [], LATER: [], FIRST: []}
-    for shift in range(tasks):
+    nets = Nets(made)
+
+    def errors(first: Parameters, later: Parameters) -> Tensor:
+        """Of each task, with the first layer's gates and the later ones' from these."""
+        theta = {name: shared[name] * (first if name.startswith("0.") else later)[name] for name in shared}
+        return (nets(theta, made.test.x) - made.test.y).square().mean((1, 2))
+
+    with_later, with_first = [], []
+    for shift in range(1, len(made.names)):
         other = {name: gate.roll(-shift, 0) for name, gate in open_.items()}
-        differs = (support != support.roll(-shift, 0)).any(1)
-        for number, from_other in ((OWN, ()), (LATER, "later"), (FIRST, "first")):
-            if (shift == 0) != (number == OWN):
-                continue
-            theta = {
-                name: shared[name] * (other if ("first" if name.startswith("0.") else "later") == from_other else open_)[name]
-                for name in open_
-            }
-            each = (nets(theta, made.test.x) - made.test.y).square().mean((1, 2))
-            errors[number] += (each[differs] if number == FIRST else each).tolist()
-    return {number: statistics.fmean(values) for number, values in errors.items()}
+        with_later.append(errors(open_, other))
+        with_first.append(errors(other, open_)[(support != support.roll(-shift, 0)).any(1)])
+    return {
+        OWN: float(errors(open_, open_).mean()),
+        LATER: float(torch.cat(with_later).mean()),
+        FIRST: float(torch.cat(with_first).mean()),
+    }
 
 
 def _differences(shared: Parameters, open_: Parameters) -> list[float]:
