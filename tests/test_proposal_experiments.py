@@ -12,7 +12,17 @@ from experiments_written import check_claims, check_resumes, check_written, no_d
 from torch import nn
 from torch.func import functional_call
 
-from metamask_ext.experiments import colored_mnist, module_of, run, saturation, settings_of, sine_cosine, sine_of_linear, sinusoid
+from metamask_ext.experiments import (
+    OptionError,
+    colored_mnist,
+    module_of,
+    run,
+    saturation,
+    settings_of,
+    sine_cosine,
+    sine_of_linear,
+    sinusoid,
+)
 from metamask_ext.experiments.study_nets import Nets
 from metamask_ext.tasks import ColoredImages, sinusoid_tasks
 
@@ -57,6 +67,21 @@ def test_results_do_not_depend_on_workers(tmp_path, name, config):
     for kind in ("results", "baselines"):
         assert one[kind] == two[kind]
     assert [claim.text.format(**claim.numbers(one)) for claim in module_of(name).CLAIMS]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("saturation", "weight_decay = []", "weight_decay must have an item at least, got none"),
+        ("saturation", "temperatures = [[1.0, 0.0]]", r"temperatures must be pairs of positive numbers, .* got \[1\.0, 0\.0\]"),
+        ("sine-of-linear", '[sharing]\nbegin = ["equal"]', "sharing.begin must be of alike, random, got 'equal'"),
+        ("sine-of-linear", "[sharing]\nmask_weight_decay = []", "sharing.mask_weight_decay must have an item at least, got none"),
+    ],
+)
+def test_refused_settings(tmp_path, name, config, message):
+    (tmp_path / "file.toml").write_text(config)
+    with pytest.raises(OptionError, match=message):
+        run(name, tmp_path / "out", quick=True, config=tmp_path / "file.toml")
 
 
 # saturation

@@ -20,6 +20,7 @@ from ..tasks import linear_tasks
 from .claims import Claim, Metrics, mean
 from .methods import seeded
 from .output import STYLES, Output, Scores, bands, new_figure
+from .settings import OptionError
 from .tracking import track
 
 if TYPE_CHECKING:
@@ -60,6 +61,12 @@ Penalty = tuple[str, float]
 
 def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     """The loop of the proposal on the tasks of 'linear', for each L2 term, temperature schedule and spread of the first masks."""
+    for key in ("weight_decay", "mask_weight_decay", "temperatures", "mask_spreads"):
+        if not settings[key]:
+            raise OptionError(f"{key} must have an item at least, got none")
+    for schedule in settings["temperatures"]:
+        if len(schedule) != 2 or min(schedule) <= 0:
+            raise OptionError(f"temperatures must be pairs of positive numbers, the first and the last, got {schedule}")
     data = "drawn: x ~ N(0, I), |w| and |b| uniform in [1, 3], each on with probability 1/2, no noise"
     if (finished := output.begin(data, "as in 'linear'")) is not None:
         return finished
@@ -115,7 +122,7 @@ def measure(seed: int, settings: dict[str, Any], penalty: Penalty, schedule: Seq
     begin = gates = _gates(model, names)
     steps, histograms = [0], []
     for point in range(points):
-        model.temperature = first * (last / first) ** (point / (points - 1))
+        model.temperature = first * (last / first) ** (point / max(points - 1, 1))
         loop.run(rounds * (point + 1) // points)
         steps.append(loop.step)
         gates = _gates(model, names)

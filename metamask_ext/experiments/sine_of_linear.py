@@ -19,6 +19,7 @@ from . import study
 from .claims import Claim, Metrics, mean
 from .methods import seeded
 from .output import STYLES, Output, bands, cell, new_figure
+from .settings import OptionError
 from .sinusoid import split
 from .study import Problem, Score
 from .study_nets import Nets, Parameters, gates, shared_parameters
@@ -92,6 +93,12 @@ def _problem(seed: int, settings: Mapping[str, Any]) -> tuple[Problem, Tensor, T
 
 def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     """The common study, and how alike the masks of the tasks are in each layer. See :func:`metamask_ext.experiments.run`."""
+    for begin in settings["sharing"]["begin"]:
+        if begin not in BEGIN:
+            raise OptionError(f"sharing.begin must be of {', '.join(BEGIN)}, got {begin!r}")
+    for key in ("begin", "mask_weight_decay"):
+        if not settings["sharing"][key]:
+            raise OptionError(f"sharing.{key} must have an item at least, got none")
     finished = output.begin(
         f"drawn: x ~ N(0, I), |w|, |b| uniform in {settings['magnitudes']}, each on with probability 1/2, no noise"
     )
@@ -186,8 +193,9 @@ def _differences(shared: Parameters, open_: Parameters) -> list[float]:
 
 
 def _condition(metrics: Metrics, decay: int) -> str:
-    """Of the rows on sharing, that whose masks are random at first, with the L2 factor of this place in the settings."""
-    return condition_name("random", metrics["settings"]["sharing"]["mask_weight_decay"][decay])
+    """Of the rows on sharing, that with the last of the first masks and the L2 factor of this place in the settings."""
+    sharing = metrics["settings"]["sharing"]
+    return condition_name(sharing["begin"][-1], sharing["mask_weight_decay"][decay])
 
 
 def _learned(metrics: Metrics) -> dict[str, float]:
