@@ -22,8 +22,8 @@ from .study_problem import Layer
 
 SETTINGS: dict[str, Any] = {
     "seeds": 5,
-    "tasks": 20,
-    "steps": 20_000,  # of all tasks together
+    "tasks": 10,
+    "steps": 10_000,  # of all tasks together
     "variables": 5,
     "magnitudes": [0.4, 1.2],  # of weights
     "hidden": 64,
@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "test_samples": 1000,
     "new_tasks": 10,
     # Beside the study: masked, shared and independent nets for other numbers of tasks, with as many steps for each task.
-    "numbers_of_tasks": [1, 2, 5, 10],
+    "numbers_of_tasks": [1, 2, 5, 20],
     "study": study.settings(
         {
             "masked": study.grid(lr=[0.003, 0.01], mask_lr=[0.03, 0.1]),
@@ -97,24 +97,23 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
         return finished
     found = study.run(output, settings, problem, SCORE)
     chosen, each = found.more["study"]["chosen"], settings["steps"] // settings["tasks"]
+    numbers = sorted({*settings["numbers_of_tasks"], settings["tasks"]})
     jobs = {
         (seed, f"{name}, {tasks} tasks"): partial(
             _error, seed, {**settings, "tasks": tasks, "steps": tasks * each}, name, chosen[name]
         )
-        for seed in output.seeds
-        for name in METHODS
-        for tasks in settings["numbers_of_tasks"]
+        for seed, name, tasks in itertools.product(output.seeds, METHODS, numbers)
+        if tasks != settings["tasks"]
     }
     pieces = output.pieces(jobs)
-    by_number = {
+    errors = {
         name: [
-            [pieces[seed, f"{name}, {tasks} tasks"]["error"] for tasks in settings["numbers_of_tasks"]] + [last]
-            for seed, last in zip(output.seeds, found.scores[name][SCORE.name])
+            [pieces[seed, f"{name}, {tasks} tasks"]["error"] if tasks != settings["tasks"] else of_study for tasks in numbers]
+            for seed, of_study in zip(output.seeds, found.scores[name][SCORE.name])
         ]
         for name in METHODS
     }
-    numbers = [*settings["numbers_of_tasks"], settings["tasks"]]
-    more = {**found.more, "by number of tasks": {"tasks": numbers, "errors": by_number}}
+    more = {**found.more, "by number of tasks": {"tasks": numbers, "errors": errors}}
     return output.finish(found.scores, found.baselines, found.budget, figures, more)
 
 
