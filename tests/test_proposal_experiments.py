@@ -58,7 +58,7 @@ SMALL_STUDY = "[study]\ncost_rounds = 1\n[study.new]\nsamples = [2, 5]\nsteps = 
             'tasks = 2\nsteps = 200\n[sharing]\nmask_weight_decay = [0.0, 0.1]\nbegin = ["alike", "random"]\n' + SMALL_STUDY,
         ),
         ("sinusoid", "tasks = 2\nsteps = 200\nnumbers_of_tasks = [1]\n" + SMALL_STUDY),
-        ("sine-cosine", "tasks = 4\nsteps = 400\n" + SMALL_STUDY),
+        ("sine-cosine", "tasks = 6\nsteps = 400\n" + SMALL_STUDY),
     ],
 )
 def test_results_do_not_depend_on_workers(tmp_path, name, config):
@@ -193,6 +193,12 @@ def test_the_unit_can_be_right(related):
         parameters |= {"2.weight": torch.ones(count, 1, 1), "2.bias": drawn.offset[:, None]}
     known = {name: stack[:6] for name, stack in parameters.items()}
     torch.testing.assert_close(Nets(made)(known, made.test.x), made.test.y, rtol=0, atol=1e-5)
+
+
+def test_both_kinds_of_task_are_needed():
+    settings = {**settings_of("sine-cosine", quick=True), "cosine": 0.0}
+    with pytest.raises(OptionError, match="tasks=8: of seed 3 0 have a cosine, take more tasks"):
+        sine_cosine.problem(3, settings)
 
 
 def test_phase_is_an_angle():

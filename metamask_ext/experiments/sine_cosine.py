@@ -16,6 +16,7 @@ from ..tasks import sinusoid_tasks
 from . import study
 from .claims import Claim, Metrics, mean
 from .output import STYLES, Output, cell, new_figure
+from .settings import OptionError
 from .sinusoid import split
 from .study import Problem, Score
 from .study_methods import method
@@ -107,6 +108,8 @@ def _problem(related: bool, seed: int, settings: Mapping[str, Any]) -> Problem:
         return {"gates": found.tolist(), "bias": float(shared_parameters(model)["0.bias"]), "cosine": cosine.tolist()}
 
     cosine = drawn.cosine[: settings["tasks"]]
+    if cosine.all() or not cosine.any():
+        raise OptionError(f"tasks={settings['tasks']}: of seed {seed} {int(cosine.sum())} have a cosine, take more tasks")
     made = Problem(*split(drawn, settings, generator), network, F.mse_loss, F.mse_loss, examine)
     return made
 
