@@ -37,7 +37,7 @@ $(VENV)/.test: $(VENV)/.built
 	touch $@
 
 demo: $(VENV)/.built  ## the seeds' main job on real digits, with figures, and a short benchmark
-	$(BIN)/metamask run linear --out $(OUT)/linear --seed 0
+	$(BIN)/metamask run linear --quick --out $(OUT)/linear --seed 0
 	$(BIN)/metamask run mnist --quick --out $(OUT)/mnist --seed 0
 	$(BIN)/metamask bench --quick --out $(OUT)/bench
 	@echo "Figures and numbers:"; find $(OUT) -name '*.png' -o -name metrics.json -o -name results.json | sort

@@ -63,7 +63,7 @@ def piece(seed: int, method: str, settings: dict[str, Any]) -> dict[str, Any]:
     curve = [float(value) for value in (10 if method == "masked" else 1) + torch.rand(settings["steps"], dtype=torch.float64)]
     for step, value in enumerate(curve):
         track(step, value=value, twice=torch.tensor(2 * value))
-    return {"score": curve[-1], "curve": curve, "process": 0}
+    return {"score": curve[-1], "curve": curve}
 
 
 def fault(kind: str) -> None:

@@ -9,18 +9,16 @@ from . import EXPERIMENTS, module_of, run
 from .output import read_json, shown_time
 
 MINUTES = {
-    "mnist": 12,
-    "supsup": 11,
-    "supsup-rotated": 3,
-    "maml-sine": 5,
-    "fewshot": 5,
-    "feature-weights": 2,
-    "universality": 8,
-    "navigation-2d": 8,
-    "colored-mnist": 18,
+    "mnist": 15,
+    "colored-mnist": 20,
+    "supsup": 7,
+    "supsup-rotated": 4,
+    "feature-weights": 1,
+    "universality": 4,
+    "navigation-2d": 4,
 }
 """About how long a full run takes on two cores, for the remaining time that is shown; others take about ``OTHER_MINUTES``."""
-OTHER_MINUTES = 5
+OTHER_MINUTES = 6
 
 
 def runs() -> dict[str, tuple[str, dict[str, Any]]]:

@@ -78,20 +78,11 @@ def _called(key: Key) -> str:
 
 
 class Workers:
-    """Up to ``count`` processes that compute pieces, started when there are pieces for them; with one, this process does it all.
-
-    A context: at its end the processes are ended.
-    """
+    """Up to ``count`` processes that compute pieces, started when there are pieces for them; with one, this process does it all."""
 
     def __init__(self, count: int, place: Place):
         self.count, self.place = count, place
         self._processes: dict[Connection, Any] = {}
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the processes, whatever they do."""
