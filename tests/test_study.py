@@ -125,11 +125,11 @@ def test_sequence_and_order():
     assert sequence.loop._order == [name for name in problem.names for _ in range(4)]
     assert list(sequence.loop.steps_of.values()) == [20, 20, 20]
     made, seen = method("masked", problem, small_settings(), CONFIG["masked"], 0), []
-    made.train(lambda learned: seen.append((learned, list(made.loop.steps_of), made.scores(learned))))
+    made.train(lambda learned: seen.append((learned, list(made.loop.steps_of), made.scores(range(learned)))))
     assert [(learned, names) for learned, names, _ in seen] == [(k, problem.names[:k]) for k in (1, 2, 3)]
-    assert seen[-1][2] == made.scores(3) and len(seen[0][2]) == 1
+    assert seen[-1][2] == made.scores(range(3)) and len(seen[0][2]) == 1
     maml, scores = method("maml", problem, small_settings(), CONFIG["maml"], 0), []
-    maml.train(lambda learned: scores.append(maml.scores(learned)))
+    maml.train(lambda learned: scores.append(maml.scores(range(learned))))
     assert [len(each) for each in scores] == [1, 2, 3]
 
 
@@ -144,12 +144,12 @@ def test_independent_nets_do_not_meet():
         torch.testing.assert_close(stack[0], second.parameters[name][0])
         assert not torch.allclose(stack[1], second.parameters[name][1])
     before = method("independent", problem, small_settings(), CONFIG["independent"], 0)
-    assert sum(first.scores(TASKS)) < sum(before.scores(TASKS))
+    assert sum(first.scores(range(TASKS))) < sum(before.scores(range(TASKS)))
 
 
 def test_few_steps_are_refused():
     settings = small_settings() | {"steps": 10}
-    with pytest.raises(OptionError, match="steps=10 are fewer than one for each of 3 tasks"):
+    with pytest.raises(OptionError, match="steps must be at least 15 for 3 tasks, got 10"):
         method("masked", small_problem(), settings, CONFIG["masked"], 0).train()
 
 
@@ -227,7 +227,7 @@ def test_look_up_finds_the_task():
         *(problem.network, problem.loss, problem.score),
     )
     ((few, many),) = _look_up(known, Nets(known), Masks(made.model, problem.names), [1, 20])
-    each = made.scores(TASKS)
+    each = made.scores(range(TASKS))
     assert many == pytest.approx((each[2] + each[0]) / 2) and few >= many
 
 

@@ -58,6 +58,7 @@ def test_choices(tiny):
     folder, metrics = tiny
     found = metrics["study"]
     grid = metrics["settings"]["study"]["grid"]
+    assert len(found["tuned"]["sequence, at the end"]) == 2 and found["tuned"]["sequence, at the end"] != found["tuned"]["sequence"]
     assert found["tuned"]["shared"][0] is None and found["chosen"]["shared"] == {"lr": 0.01}
     assert "diverged" in (folder / "out" / "seed-2" / "tuning-shared-0.json").read_text()
     for name in METHODS:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..tasks import LinearTasks, linear_tasks
 from . import study
+from .claims import Claim, mean
 from .output import Output, new_figure
 from .study import Problem, Score, TaskData
 from .study_nets import gates
@@ -42,6 +43,61 @@ SUPPORT = "support recovered (%)"
 QUESTION = """\
 Section 3.1: if the true model of each task is $y = (w \\odot m)^T x + b m_b$, with shared $w$, $b$ of 5 variables and each entry
 on or off, does the method find it?"""
+tables = study.tables
+CLAIMS = [
+    Claim(
+        "The method finds the model (section 3.1: it can capture the system perfectly): test MSE {masked:.2g}, and {support:.4g} % "
+        "of the entries of the true masks recovered; one shared net reaches {shared:.2g}, a net for each task {independent:.2g}.",
+        lambda metrics: {
+            "masked": study.trained(metrics, "masked"),
+            "support": mean(metrics, "masked", SUPPORT),
+            "shared": study.trained(metrics, "shared"),
+            "independent": study.trained(metrics, "independent"),
+        },
+        lambda numbers: numbers["masked"] <= 0.01 and numbers["support"] >= 99 and numbers["shared"] > 1,
+    ),
+    Claim(
+        "A sigmoid is never quite 0 or 1: what is left, {masked:.2g}, is gone with a hard gate, {hard:.2g} (tasks in random "
+        "order).",
+        lambda metrics: {"masked": study.trained(metrics, "masked"), "hard": study.trained(metrics, "hard")},
+        lambda numbers: numbers["hard"] < 0.1 * numbers["masked"],
+    ),
+    Claim(
+        "Masks alone, on random weights that are never trained (section 2: some mask of them should do), do not fit: test MSE "
+        "{lottery:.2g}. A linear model of 5 variables has too few subnetworks.",
+        lambda metrics: {"lottery": study.trained(metrics, "lottery")},
+        lambda numbers: numbers["lottery"] > 1,
+    ),
+    Claim(
+        "A new task has 6 unknowns. From 3 samples, mask only reaches {mask:.2g} and a fresh net {fresh:.2g}; from 10, "
+        "superposition {superposed:.2g}, mask only {mask_10:.2g}, a fresh net {fresh_10:.2g}: where every method has samples "
+        "enough, masks save none. Looking up the best of the trained masks gets no further than {look_up:.2g}.",
+        lambda metrics: {
+            "mask": study.new_tasks(metrics, "masked", "mask only", 3),
+            "fresh": study.new_tasks(metrics, "independent", "from scratch", 3),
+            "superposed": study.new_tasks(metrics, "masked", "superposition", 10),
+            "mask_10": study.new_tasks(metrics, "masked", "mask only", 10),
+            "fresh_10": study.new_tasks(metrics, "independent", "from scratch", 10),
+            "look_up": study.new_tasks(metrics, "masked", "look-up", metrics["study"]["samples"][-1]),
+        },
+        lambda numbers: (
+            numbers["mask"] < numbers["fresh"]
+            and max(numbers["superposed"], numbers["mask_10"], numbers["fresh_10"]) < 0.1 < numbers["look_up"]
+        ),
+    ),
+    Claim(
+        "Tasks one after another: one net fine-tuned goes from {sequence_after:.2g} on a task just learned to {sequence:.2g} on "
+        "all at the end, the masked net from {masked_after:.2g} to {masked:.2g}: masks keep most, not all, since W goes on moving.",
+        lambda metrics: {
+            "sequence_after": study.after_learning(metrics, "sequence"),
+            "sequence": study.at_the_end(metrics, "sequence"),
+            "masked_after": study.after_learning(metrics, "masked"),
+            "masked": study.at_the_end(metrics, "masked"),
+        },
+        lambda numbers: numbers["masked"] < 0.2 * numbers["sequence"] and numbers["masked_after"] < numbers["masked"],
+    ),
+    study.cost_claim(),
+]
 
 
 def tasks_of(seed: int, settings: Mapping[str, Any], labels: str = "score") -> LinearTasks:
@@ -105,7 +161,3 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     axes.set_yticks(range(0, len(found), 5))
     figure.colorbar(image, ax=axes, label="gate, sigmoid(M) (no unit)")
     return {"": study.figure(metrics), "support": figure}
-
-
-def tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    return study.tables(metrics)

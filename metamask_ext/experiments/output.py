@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import platform
 import statistics
@@ -344,18 +345,27 @@ def write_figures(folder: Path, name: str, figures: Figure | Figures) -> list[st
 
 
 def plot_seeds(
-    axes: Axes, method: str, label: str, steps: Sequence[float], values: Sequence[Sequence[float]], **style: Any
+    axes: Axes,
+    method: str,
+    label: str,
+    steps: Sequence[float],
+    values: Sequence[Sequence[float]],
+    geometric: bool = False,
+    **style: Any,
 ) -> None:
     """The mean of ``values`` (a curve for each seed); with several also a band, the 95 % interval of the mean at each step.
 
-    ``method`` is one of ``STYLES``; ``style`` is changed in it.
+    ``method`` is one of ``STYLES``; ``style`` is changed in it. ``geometric``: mean and interval are of the logarithms, for a
+    logarithmic axis; the values must be positive.
     """
-    means = [statistics.fmean(points) for points in zip(*values)]
+    forth, back = (math.log, math.exp) if geometric else (float, float)
+    points = [[forth(value) for value in of_seeds] for of_seeds in zip(*values)]
+    means = [statistics.fmean(of_seeds) for of_seeds in points]
     style = {"linewidth": 1.8, **STYLES[method], **style}
-    axes.plot(steps, means, label=label, **style)
+    axes.plot(steps, [back(mean) for mean in means], label=label, **style)
     if len(values) > 1:
-        widths = [half_width(points) for points in zip(*values)]
-        low, high = ([mean + sign * width for mean, width in zip(means, widths)] for sign in (-1, 1))
+        widths = [half_width(of_seeds) for of_seeds in points]
+        low, high = ([back(mean + sign * width) for mean, width in zip(means, widths)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 

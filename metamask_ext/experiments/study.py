@@ -23,7 +23,19 @@ from .output import Output
 from .study_methods import FORGETTING, METHODS
 from .study_new import new_task_scores
 from .study_problem import Problem, Score, TaskData
-from .study_report import after_learning, at_the_end, cost_ratio, figure, needed, new_tasks, tables, trained
+from .study_report import (
+    AT_THE_END,
+    JUST_LEARNED,
+    after_learning,
+    at_the_end,
+    cost_claim,
+    cost_ratio,
+    figure,
+    needed,
+    new_tasks,
+    tables,
+    trained,
+)
 
 __all__ = [
     "BASELINES",
@@ -34,6 +46,7 @@ __all__ = [
     "TaskData",
     "after_learning",
     "at_the_end",
+    "cost_claim",
     "cost_ratio",
     "figure",
     "grid",
@@ -60,9 +73,9 @@ def settings(grid: Mapping[str, Sequence[Mapping[str, float]]], **changes: Any) 
     """The entry ``study`` of an experiment's SETTINGS.
 
     Args:
-        grid: for each method the configurations tried, as many for each: ``lr`` (of W) and, with masks, ``mask_lr``; ``lottery``:
-            ``mask_lr`` and ``scale``, a factor of the frozen weights; ``maml``: ``lr`` and ``inner_lr``. A run without tuning takes
-            the first.
+        grid: for each method the configurations tried, as many for each: ``lr`` (of W) and, with masks, ``mask_lr``, or other
+            options of the loop; ``lottery``: ``mask_lr`` and ``scale``, a factor of the frozen weights; ``maml``: ``lr`` and
+            ``inner_lr``. A run without tuning takes the first.
         changes: of the values below; ``maml`` and ``new`` are merged.
     """
     if len({len(configs) for configs in grid.values()}) != 1:
@@ -144,8 +157,8 @@ def run(
         for name in in_order
     }
     for name, kept in order.items():
-        scores[name]["in order: just learned"] = [statistics.fmean(each) for each in kept["after"]]
-        scores[name]["in order: at the end"] = [statistics.fmean(each) for each in kept["end"]]
+        scores[name][JUST_LEARNED] = [statistics.fmean(each) for each in kept["after"]]
+        scores[name][AT_THE_END] = [statistics.fmean(each) for each in kept["end"]]
     more = {
         "study": {
             "score": {"name": score.name, "unit": score.unit, "higher_is_better": score.higher_is_better, "margin": score.margin},
@@ -162,7 +175,13 @@ def run(
         }
     }
     examined = {name: [piece["examined"] for piece in pieces] for name, pieces in by_seed.items() if "examined" in pieces[0]}
-    return Study(scores, [name for name in methods if name in BASELINES], _budget(settings, methods), more, examined)
+    return Study(
+        scores,
+        [name for name in methods if name in BASELINES],
+        _budget(settings, methods, more["study"]["samples"]),
+        more,
+        examined,
+    )
 
 
 Given = tuple[MakeProblem, Mapping[str, Any], Score]
@@ -188,6 +207,9 @@ def _tuned(output: Output, given: Given, methods: tuple[str, ...], later: int) -
     }
     chosen = {name: study["grid"][name][given[2].best(tuned[name])] for name in methods}
     jobs = {(seed, f"tuning, {name}, new tasks"): partial(_try_new, given, name, chosen[name], seed) for name in methods}
+    if "sequence" in methods:
+        ends = [tried[seed, f"tuning, sequence, {place}"].get("end") for place in range(len(study["grid"]["sequence"]))]
+        tuned["sequence, at the end"] = ends
     ways = output.pieces(jobs, later=later)
     rates = {}
     for name in methods:
@@ -209,10 +231,22 @@ def _trained(given: Given, name: str, config: Mapping[str, Any], seed: int) -> t
 
 
 def _try(given: Given, name: str, config: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The score of one configuration on the trained tasks of the tuning seed; none if it diverged."""
+    """The score of one configuration on the trained tasks of the tuning seed; none if it diverged.
+
+    Of ``sequence``, each task's when it was just learned: at the end the best rate would be one that learns nothing, and so has
+    nothing to forget. The score at the end is kept beside it.
+    """
+    make, settings, _ = given
+    problem = make(seed, settings)
+    method = methods_.method(name, problem, settings, config, seed)
+    tasks, learned = range(len(problem.train.x)), []
     try:
-        problem, method = _trained(given, name, config, seed)
-        return {"score": statistics.fmean(method.scores(len(problem.train.x)))}
+        if name == "sequence":
+            method.train(lambda count: learned.extend(method.scores([count - 1])))
+        else:
+            method.train()
+        end = statistics.fmean(method.scores(tasks))
+        return {"score": statistics.fmean(learned) if learned else end, "end": end}
     except FloatingPointError as error:
         return {"score": None, "diverged": str(error)}
 
@@ -225,7 +259,7 @@ def _try_new(given: Given, name: str, config: Mapping[str, Any], seed: int) -> d
 def _measure(given: Given, name: str, config: Mapping[str, Any], seed: int, rates: Mapping[str, list[float]]) -> dict[str, Any]:
     """Questions 1 and 2 for one method and seed."""
     problem, method = _trained(given, name, config, seed)
-    measured: dict[str, Any] = {"trained": method.scores(len(problem.train.x))}
+    measured: dict[str, Any] = {"trained": method.scores(range(len(problem.train.x)))}
     counts = [count for count in given[1]["study"]["new"]["samples"] if count <= problem.new_train.x.shape[1]]
     found = new_task_scores(name, problem, method, given[1]["study"], {way: [each[: len(counts)]] for way, each in rates.items()})
     measured["samples"] = counts
@@ -244,7 +278,7 @@ def _measure_in_order(given: Given, name: str, config: Mapping[str, Any], seed: 
     problem = make(seed, settings)
     method = methods_.method(name, problem, settings, config, seed)
     scores: list[list[float]] = []
-    method.train(lambda learned: scores.append(method.scores(learned)))
+    method.train(lambda learned: scores.append(method.scores(range(learned))))
     earlier = [statistics.fmean(each[:-1]) for each in scores[1:]]
     return {"after": [each[-1] for each in scores], "end": scores[-1], "earlier": earlier}
 
@@ -256,6 +290,10 @@ def _cost(given: Given, methods: tuple[str, ...], chosen: Mapping[str, Any], see
     timed = [name for name in ("masked", "hard", "lottery", "shared", "maml") if name in methods]
     made = {name: methods_.method(name, problem, settings, chosen[name], seed) for name in timed}
     times: dict[str, list[float]] = {name: [] for name in timed}
+    for each in made.values():
+        if isinstance(each, methods_.Loop):  # until it has seen the tasks: a new one costs more
+            for _ in range(3 * len(problem.train.x)):
+                each.some_steps()
     for _ in range(settings["study"]["cost_rounds"]):
         for name, each in made.items():
             each.some_steps()  # the caches hold what the method before it used
@@ -267,18 +305,29 @@ def _cost(given: Given, methods: tuple[str, ...], chosen: Mapping[str, Any], see
     return {"milliseconds": {name: statistics.median(values) for name, values in times.items()}}
 
 
-def _budget(settings: Mapping[str, Any], methods: tuple[str, ...]) -> str:
+def _budget(settings: Mapping[str, Any], methods: tuple[str, ...], samples: list[int]) -> str:
     study = settings["study"]
-    tried = max(len(study["grid"][name]) for name in methods)
-    rates = max(len(each) for each in study["new"]["rates"].values())
-    tuning = (
-        f"{tried} configurations of each method and {rates} rates of each way to learn a new task, tried on one further seed"
-        if study["tuning"]
-        else "the first configuration of each grid, without a search"
-    )
-    return (
-        f"{settings['steps']} gradient steps for all {settings['tasks']} tasks together, of {study['batch']} samples each; "
-        f"independent: a task's share of them for each net; maml: meta-steps on {study['maml']['tasks']} tasks at once, so many "
-        f"fewer, half of the samples support, half queries; new tasks: {study['new']['steps']} steps of Adam on "
-        f"{study['new']['batch']} samples. Tuning: {tuning}; tasks in order: as in random order."
-    )
+    new, tried = study["new"], len(study["grid"][methods[0]])
+    parts = [f"{settings['steps']} gradient steps, of {study['batch']} samples each, for all tasks together ({settings['tasks']})"]
+    if "independent" in methods:
+        parts.append("independent: for each net a task's share of them")
+    if "maml" in methods:
+        parts.append(
+            f"maml: meta-steps on {study['maml']['tasks']} tasks at once, so many fewer, half of the samples support and half "
+            f"queries, {study['maml']['inner_steps']} inner steps, on trained tasks from {study['maml']['samples']} samples"
+        )
+    parts.append(f"new tasks: {new['steps']} steps of Adam on {new['batch']} samples")
+    if len(samples) < len(new["samples"]):
+        parts.append(f"they have no more than {samples[-1]} samples")
+    if study["tuning"]:
+        parts.append(
+            f"tuning: {tried} configurations of each method, and {max(map(len, new['rates'].values()))} rates of each way to learn "
+            "a new task for each number of samples, tried on one further seed with all steps"
+        )
+        if "sequence" in methods:
+            parts.append("sequence is judged there by tasks just learned, the others by the trained tasks")
+    else:
+        parts.append("the first configuration of each grid, without a search")
+    if settings["tasks"] > 1:
+        parts.append("tasks in order: the same configurations")
+    return "; ".join(parts) + "."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,20 +47,19 @@ class Method:
         """Train on all tasks; with ``after_task`` one after another, which is then called with the number of those learned."""
         raise NotImplementedError
 
-    def scores(self, tasks: int) -> list[float]:
-        """The score of each of the first ``tasks`` tasks on its test data."""
+    def scores(self, tasks: Sequence[int]) -> list[float]:
+        """The score of each of these tasks on its test data."""
         raise NotImplementedError
 
     def some_steps(self) -> int:
         """Take a few steps, to be timed; their number."""
         raise NotImplementedError
 
-    def _per_task(self, steps: int) -> int:
-        """So many of all the steps are a task's."""
-        each = steps // len(self.problem.train.x)
-        if each < 1:
-            raise OptionError(f"steps={self.steps} are fewer than one for each of {len(self.problem.train.x)} tasks: take more")
-        return each
+    def _share(self, parts: int) -> int:
+        """All the steps over ``parts``. OptionError if that is none."""
+        if self.steps < parts:
+            raise OptionError(f"steps must be at least {parts} for {len(self.problem.train.x)} tasks, got {self.steps}")
+        return self.steps // parts
 
 
 class Loop(Method):
@@ -86,14 +85,13 @@ class Loop(Method):
 
     def _loop(self, order: list[str] | None, evaluate: Callable[[TaskLoop], dict[str, float]] | None, every: int) -> TaskLoop:
         problem, study = self.problem, self.study
-        config = {key: value for key, value in self.config.items() if key != "scale"}
+        config = {"weight_decay": study["weight_decay"], **{key: value for key, value in self.config.items() if key != "scale"}}
         return TaskLoop(
             self.model,
             {name: (x, y) for name, x, y in zip(problem.names, problem.train.x, problem.train.y)},
             self._tracked_loss,
             steps=study["round_steps"],
             **config,
-            weight_decay=study["weight_decay"],
             optimizer=study["optimizer"],
             batch_size=study["batch"],
             per_task_masks=self.name in MASKED,
@@ -111,8 +109,8 @@ class Loop(Method):
         return value
 
     def train(self, after_task: Callable[[int], None] | None = None) -> None:
-        names, rounds = self.problem.names, self.steps // self.study["round_steps"]
-        each = self._per_task(rounds)
+        names, length = self.problem.names, self.study["round_steps"]
+        each, rounds = self._share(length * len(names)), self.steps // length
         order, evaluate = None, None
         if after_task or self.in_order:
             rounds = each * len(names)
@@ -129,15 +127,15 @@ class Loop(Method):
         if unseen:
             raise OptionError(f"steps={self.steps} are {rounds} rounds, and in none of them was {unseen[0]!r} drawn: take more")
 
-    def scores(self, tasks: int) -> list[float]:
+    def scores(self, tasks: Sequence[int]) -> list[float]:
         names = self.problem.names
         self.model.eval()
 
-        def predict(task: int, x: Tensor) -> Tensor:
-            with self.loop.using(names[task]):
+        def predict(place: int, x: Tensor) -> Tensor:
+            with self.loop.using(names[tasks[place]]):
                 return in_parts(self.model, x)
 
-        found = self.problem.scores(self.problem.test, predict, list(range(tasks)))
+        found = self.problem.scores(self.problem.test, predict, tasks)
         self.model.train()
         return found
 
@@ -166,12 +164,11 @@ class Independent(Method):
             penalty = sum(stack.square().sum() for stack in leaves.values())
             return torch.vmap(self.problem.loss)(prediction, train.y[tasks, chosen]).sum() + decay * penalty
 
-        descend(leaves.values(), self.config["lr"], self._per_task(self.steps), loss)
+        descend(leaves.values(), self.config["lr"], self._share(len(train.x)), loss)
         self.parameters = {name: stack.detach() for name, stack in leaves.items()}
 
-    def scores(self, tasks: int) -> list[float]:
-        predict = partial(self.nets.one, self.parameters)
-        return self.problem.scores(self.problem.test, predict, list(range(tasks)))
+    def scores(self, tasks: Sequence[int]) -> list[float]:
+        return self.problem.scores(self.problem.test, lambda place, x: self.nets.one(self.parameters, tasks[place], x), tasks)
 
 
 class Meta(Method):
@@ -185,13 +182,12 @@ class Meta(Method):
         self.generator = torch.Generator().manual_seed(seed)
 
     def train(self, after_task: Callable[[int], None] | None = None) -> None:
-        tasks = len(self.problem.train.x)
-        steps = self.steps // self.study["maml"]["tasks"]
+        tasks, at_once = len(self.problem.train.x), self.study["maml"]["tasks"]
         if after_task is None:
-            self._descend(steps, range(tasks))
+            self._descend(self._share(at_once), range(tasks))
             return
         for task in range(tasks):
-            self._descend(self._per_task(steps), range(task, task + 1))
+            self._descend(self._share(at_once * tasks), range(task, task + 1))
             after_task(task + 1)
 
     def _descend(self, steps: int, tasks: range) -> None:
@@ -207,16 +203,17 @@ class Meta(Method):
 
         descend(self.model.parameters(), self.config["lr"], steps, loss)
 
-    def scores(self, tasks: int) -> list[float]:
+    def scores(self, tasks: Sequence[int]) -> list[float]:
         train, samples = self.problem.train, self.study["maml"]["samples"]
+        chosen = list(tasks)
         with torch.no_grad():
-            adapted = self.maml.adapt(self.problem.loss, (train.x[:tasks, :samples], train.y[:tasks, :samples]))
+            adapted = self.maml.adapt(self.problem.loss, (train.x[chosen, :samples], train.y[chosen, :samples]))
 
-        def predict(task: int, x: Tensor) -> Tensor:
-            own = TaskParameters({name: stack[task : task + 1] for name, stack in adapted.items()})
+        def predict(place: int, x: Tensor) -> Tensor:
+            own = TaskParameters({name: stack[place : place + 1] for name, stack in adapted.items()})
             return in_parts(lambda part: self.maml.predict(own, part[None])[0], x)
 
-        return self.problem.scores(self.problem.test, predict, list(range(tasks)))
+        return self.problem.scores(self.problem.test, predict, tasks)
 
     def some_steps(self) -> int:
         self._descend(3, range(len(self.problem.train.x)))

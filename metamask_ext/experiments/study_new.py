@@ -155,7 +155,7 @@ def _means(problem: Problem, nets: Nets, theta: Parameters, rates: int, counts: 
             first = (rate * counts + count) * tasks
             rows = {name: stack[first : first + tasks] for name, stack in theta.items()}
             try:
-                each = problem.scores(problem.new_test, partial(nets.one, rows), list(range(tasks)))
+                each = problem.scores(problem.new_test, partial(nets.one, rows), range(tasks))
             except FloatingPointError:
                 found[-1].append(None)
             else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ class Problem:
         """The net without masks."""
         return self.network(nn.Linear, nn.Conv2d)
 
-    def scores(self, data: TaskData, predict: Callable[[int, Tensor], Tensor], tasks: list[int]) -> list[float]:
+    def scores(self, data: TaskData, predict: Callable[[int, Tensor], Tensor], tasks: Sequence[int]) -> list[float]:
         """The score on ``data`` of the predictions ``predict(k, x)`` for the task ``tasks[k]``, for each ``k``.
 
         Raises:
@@ -86,9 +87,9 @@ class Problem:
         """
         with torch.no_grad():
             found = [float(self.score(predict(k, data.x[task]), data.y[task])) for k, task in enumerate(tasks)]
-        bad = [task for task, value in zip(tasks, found) if not torch.isfinite(torch.tensor(value))]
-        if bad:
-            raise FloatingPointError(f"the score of task {bad[0]} is {found[tasks.index(bad[0])]}: the rates are too large")
+        for task, value in zip(tasks, found):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the score of task {task} is {value}: the rates are too large")
         return found
 
 
