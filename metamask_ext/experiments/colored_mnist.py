@@ -51,11 +51,11 @@ SETTINGS: dict[str, Any] = {
 }
 QUICK: dict[str, Any] = {
     "seeds": 1,
-    "tasks": 4,
-    "steps": 800,
+    "tasks": 3,
+    "steps": 450,
     "test_samples": 500,
     "new_tasks": 1,
-    "study": {"tuning": False, "cost_rounds": 2, "new": {"samples": [10, 1000], "steps": 30}},
+    "study": {"tuning": False, "cost_rounds": 1, "new": {"samples": [10, 1000], "steps": 20}},
 }
 SCORE = Score(ACCURACY, "%", higher_is_better=True, margin=2.0)
 QUESTION = """\
