@@ -205,7 +205,7 @@ CLAIMS = [
         lambda n: abs(n["phase"] - n["half_pi"]) < 0.2 and n["cosine"] > 0.7 and n["sine"] < 0.2 and n["right"] > 95,
     ),
     Claim(
-        "Gates of the sigmoid stop short of 1, for W can be larger instead. Hard gates are 0 or 1, but more often the wrong one: on "
+        "Gates of the sigmoid stop short of 1, for W can be larger instead. Hard gates are 0 or 1, more often the wrong one: on "
         "the right side in {hard:.3g} % of the tasks, the sigmoid's in {masked:.3g} %; test MSE {hard_error:.3g} and {error:.3g}.",
         _hard,
         lambda n: n["hard"] <= n["masked"],
