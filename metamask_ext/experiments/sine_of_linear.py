@@ -51,8 +51,8 @@ SETTINGS: dict[str, Any] = {
 }
 QUICK: dict[str, Any] = {
     "seeds": 1,
-    "tasks": 8,
-    "steps": 3000,
+    "tasks": 6,
+    "steps": 2400,
     "new_tasks": 2,
     "sharing": {"begin": ["random"]},
     "study": {"tuning": False, "cost_rounds": 1, "new": {"samples": [100, 1000], "steps": 100}},
