@@ -15,6 +15,9 @@ from metamask_ext.experiments.feature_weights_report import answers, members_of
 from metamask_ext.experiments.feature_weights_theory import aliased_error, aliased_gradient, min_norm
 from metamask_ext.tasks.fourier import fourier_features, fourier_tasks, grid
 
+# The quick run is made once, so by one worker.
+pytestmark = pytest.mark.xdist_group("feature-weights")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:

@@ -17,6 +17,9 @@ from metamask_ext.experiments.policy_gradient import Episodes, GaussianPolicy, a
 from metamask_ext.meta import MAML
 from metamask_ext.tasks.navigation import HORIZON, NavigationEnv, NavigationVectorEnv
 
+# The quick run is made once, so by one worker.
+pytestmark = pytest.mark.xdist_group("navigation-2d")
+
 ADVANTAGES = navigation_2d.SETTINGS["advantages"]
 
 

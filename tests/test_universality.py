@@ -11,6 +11,9 @@ from metamask_ext.experiments import one_step_learner, universality
 from metamask_ext.experiments.one_step_learner import OneStepLearner
 from metamask_ext.meta import MAML
 
+# The quick run is made once, so by one worker.
+pytestmark = pytest.mark.xdist_group("universality")
+
 BINS, VALUES, LR = 4, torch.tensor([0.5, 0.8, 2.0], dtype=torch.float64), 0.05
 
 
