@@ -76,7 +76,8 @@ def test_tables_and_numbers(tiny):
     (_, by_method), (_, new) = study.tables(metrics)
     assert [row[0] for row in by_method[1:]] == list(LABELS.values())
     assert len(new) == 17 and ["masks on frozen W", "everything"] not in [row[:2] for row in new]
-    assert {len(row) for row in by_method} == {5} and {len(row) for row in new} == {5}
+    assert {len(row) for row in by_method} == {6} and {len(row) for row in new} == {5}
+    assert by_method[0][4] == "support recovered (%)" and [row[4] == "-" for row in by_method[1:]] == [False] * 2 + [True] * 5
     masked = metrics["study"]["order"]["masked"]
     assert study.after_learning(metrics, "masked") == pytest.approx(sum(map(sum, masked["after"])) / 4)
     assert study.at_the_end(metrics, "masked") == pytest.approx(sum(map(sum, masked["end"])) / 4)

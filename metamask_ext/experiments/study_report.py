@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .claims import Claim
 from .output import STYLES, bands, cell, half_width, new_figure, plot_seeds, summarized
@@ -177,7 +177,7 @@ def figure(metrics: Metrics) -> Any:
     fourth.set_title("forgetting: tasks one after another", fontsize=10)
     for axes in (second, fourth):
         if axes.lines:
-            values = [value for line in axes.lines for value in line.get_ydata()]
+            values = [float(value) for line in axes.lines for value in cast(Any, line.get_ydata())]
             low, high = min(values), max(values)
             # A band on few seeds can be wider than all there is to see.
             axes.set_ylim(*((low / 5, high * 5) if scale == "log" else (low - 0.1 * (high - low), high + 0.1 * (high - low))))
