@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..continual import TaskLoop
 from ..nn import MaskedConv2d, MaskedLinear
+from ..nn.layers import MaskInit
 from ..tasks import sine_of_linear_tasks
 from . import study
 from .claims import Claim, Metrics, mean
@@ -64,7 +65,7 @@ the sine). The net is the linear layer of 3.1, of one output, and three further 
 every layer. Does the method find the first layer of 3.1, and does it find out that the later layers can be shared by all tasks? To
 see that, the trained net computes each task with the later layers' masks of another, and with the first layer's."""
 
-BEGIN = {"alike": 0.0, "random": "normal"}
+BEGIN: dict[str, MaskInit] = {"alike": 0.0, "random": "normal"}
 """What the logits begin with, by the name in the settings."""
 OWN, LATER, FIRST = "own masks: test MSE", "later masks of another task: test MSE", "first mask of another task: test MSE"
 DIRECTION, SUPPORT = "first layer and true weights: cosine", "support recovered (%)"

@@ -59,6 +59,7 @@ Section 3.3: $y = \\sin(w^T x + b_1) + b_2$ with $w$, $b_1$ and $b_2$ drawn anew
 for values that have no relation between tasks? A net with masks on every layer beside a net for each task, for several numbers of
 tasks, with the same steps for each task. To predict the mean of each task gives an MSE of about 1/2."""
 METHODS = ("masked", "shared", "independent")
+FourParts = tuple[TaskData, TaskData, TaskData, TaskData]
 
 
 def network(sizes: list[int], linear: Layer, conv: Layer) -> nn.Module:
@@ -67,17 +68,17 @@ def network(sizes: list[int], linear: Layer, conv: Layer) -> nn.Module:
     return nn.Sequential(*layers, linear(*sizes[-2:]))
 
 
-def split(drawn: SinusoidTasks, settings: Mapping[str, Any], generator: torch.Generator) -> list[TaskData]:
+def split(drawn: SinusoidTasks, settings: Mapping[str, Any], generator: torch.Generator) -> FourParts:
     """Training and test data of the first ``tasks`` tasks, then those of the others, which are new."""
     known, train, new = settings["tasks"], settings["train_samples"], settings["study"]["new"]["samples"][-1]
     x, y = drawn.samples(max(train, new) + settings["test_samples"], generator)
     test = slice(max(train, new), None)
-    return [
+    return (
         TaskData(x[:known, :train], y[:known, :train]),
         TaskData(x[:known, test], y[:known, test]),
         TaskData(x[known:, :new], y[known:, :new]),
         TaskData(x[known:, test], y[known:, test]),
-    ]
+    )
 
 
 def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
