@@ -29,7 +29,7 @@ from .study_problem import Layer
 SETTINGS: dict[str, Any] = {
     "seeds": 5,
     "tasks": 20,
-    "steps": 10_000,  # of all tasks together
+    "steps": 8000,  # of all tasks together
     "variables": 5,
     "magnitudes": [0.4, 1.2],  # of weights and biases
     "hidden": 32,
