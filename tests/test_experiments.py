@@ -18,7 +18,8 @@ from metamask_ext.experiments import EXPERIMENTS, OptionError, PieceError, modul
 from metamask_ext.experiments.claims import mean
 from metamask_ext.experiments.settings import read_toml, to_toml
 
-OWN_FILES = ["feature-weights", "universality", "navigation-2d"]
+PROPOSAL = ["saturation", "sine-of-linear", "sinusoid", "sine-cosine", "colored-mnist"]
+OWN_FILES = ["feature-weights", "universality", "navigation-2d", *PROPOSAL]
 """Experiments whose quick run is made in files of their own."""
 HERE = [name for name in EXPERIMENTS if name not in OWN_FILES]
 

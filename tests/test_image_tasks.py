@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metamask_ext.tasks import PermutedImages, RotatedImages
+from metamask_ext.tasks import ColoredImages, PermutedImages, RotatedImages
 
-TASKS = {"permuted": PermutedImages(3, pixels=81, seed=4), "rotated": RotatedImages(36)}
+TASKS = {"permuted": PermutedImages(3, pixels=81, seed=4), "rotated": RotatedImages(36), "colored": ColoredImages(4, seed=2)}
 
 
 def test_permutation_moves_every_pixel_as_it_says():
@@ -56,6 +56,27 @@ def test_ten_degrees_against_bilinear_sampling_by_hand():
             assert abs(float(got[row, column]) - wanted) < 1e-9
 
 
+def test_colors_by_hand():
+    tasks = ColoredImages(3, seed=5)
+    assert tasks.names == ["color-0", "color-1", "color-2"] and len(tasks.colors.unique(dim=0)) == 3
+    assert float(tasks.colors.min()) >= 0 and float(tasks.colors.max()) < 1
+    image = torch.tensor([[0.0, 1.0], [0.5, 0.25]], dtype=torch.float64)
+    for task, color in enumerate(tasks.colors.tolist()):
+        got = tasks(image[None, None], task)
+        assert got.shape == (1, 3, 2, 2) and got.dtype == torch.float64
+        for channel, shade in enumerate(color):
+            # Paper has the colour, ink is white, grey is between them.
+            wanted = torch.tensor([[shade, 1.0], [0.5 + 0.5 * shade, 0.25 + 0.75 * shade]], dtype=torch.float64)
+            torch.testing.assert_close(got[0, channel], wanted)
+
+
+def test_colors_by_seed():
+    few, many, other = ColoredImages(2, seed=3), ColoredImages(500, seed=3), ColoredImages(2, seed=4)
+    assert torch.equal(few.colors, many.colors[:2]) and not torch.equal(few.colors, other.colors)
+    # 1,500 uniform numbers: standard deviation of the mean 0.0075; five of them
+    assert abs(float(many.colors.mean()) - 0.5) < 0.038
+
+
 @pytest.mark.parametrize("kind", TASKS)
 def test_mixed_batch_is_each_image_by_itself(kind):
     tasks, images = TASKS[kind], torch.rand(6, 1, 9, 9)
@@ -63,8 +84,8 @@ def test_mixed_batch_is_each_image_by_itself(kind):
     chosen = torch.tensor([2, 0, 1, 2, 2, 0])
     wanted = torch.cat([tasks(images[index : index + 1], task) for index, task in enumerate(chosen.tolist())])
     torch.testing.assert_close(tasks(images, chosen), wanted)
-    assert torch.equal(images, before) and not torch.equal(wanted, images)
-    assert tasks(images[:0], chosen[:0]).shape == (0, 1, 9, 9)
+    assert torch.equal(images, before) and not torch.equal(wanted, images.expand_as(wanted))
+    assert tasks(images[:0], chosen[:0]).shape == (0, *wanted.shape[1:])
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -91,12 +112,16 @@ def test_bad_images_and_numbers():
     for images in (torch.rand(2, 81), torch.rand(2, 1, 8, 9), torch.ones(2, 1, 9, 9, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"images must be floating point \[B, C, n, n\], got"):
             TASKS["rotated"](images, 0)
+    for images in (torch.rand(2, 3, 9, 9), torch.rand(2, 9, 9), torch.ones(2, 1, 9, 9, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"images must be floating point \[B, 1, height, width\], got"):
+            TASKS["colored"](images, 0)
     for kind in TASKS.values():
         with pytest.raises(TypeError, match="images must be a tensor, got list"):
             kind([[0.0]], 0)
     with pytest.raises(ValueError, match="tasks must be at least 1, got 0"):
         PermutedImages(0)
-    with pytest.raises(ValueError, match="tasks must be at least 1, got 0"):
-        RotatedImages(0)
+    for make in (RotatedImages, ColoredImages):
+        with pytest.raises(ValueError, match="tasks must be at least 1, got 0"):
+            make(0)
     with pytest.raises(ValueError, match="at most a full turn, got 37 tasks 10 degrees apart"):
         RotatedImages(37)

@@ -15,8 +15,13 @@ from .workers import PieceError, one_thread
 
 EXPERIMENTS = {
     "linear": "linear regression whose weights are on or off in each task (section 3.1)",
+    "sine-of-linear": "the sine of such a linear function: which layers' masks do the tasks share (section 3.2)",
+    "sinusoid": "sinusoids that share nothing: can masks be dynamic weights (section 3.3)",
+    "sine-cosine": "a sine that is sometimes a cosine: a bias of pi/2 behind a gate (section 3.4)",
     "logistic": "the same tasks with binary labels (section 3.5)",
     "mnist": "a masked and a plain CNN on handwritten digits (section 3.6)",
+    "colored-mnist": "digits on backgrounds of many colours, a mask for each (section 3.7)",
+    "saturation": "gates near 0 and 1, L2 terms on W and on the masks, and cooled gates (section 2.1)",
     "supsup": "hundreds of tasks in one bank, named or inferred (Wortsman et al., arXiv:2006.14769)",
     "maml-sine": "MAML on sine waves, adapting masks, weights or both (arXiv:1703.03400, section 5.1)",
     "fewshot": "MAML on images of characters, a few of each class (arXiv:1703.03400, section 5.2)",

@@ -1,4 +1,4 @@
-"""Tasks made of one set of images: a permutation of the pixels for each, or a rotation.
+"""Tasks made of one set of images: a permutation of the pixels for each, a rotation, or a colour of the background.
 
 The images stay as they are; a task is applied to a batch when it is used.
 """
@@ -108,6 +108,48 @@ class RotatedImages:
         rows = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
         grid = F.affine_grid(rows.to(images), list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, align_corners=False)
+
+
+class ColoredImages:
+    """Colored MNIST: task ``t`` has white digits on a background of a colour, ``y[b, c] = x[b, 0] + (1 - x[b, 0]) * colour_t[c]``.
+
+    Source: Blum and Law, EE5239 project proposal (2020), section 3.7.
+
+    Args:
+        tasks: how many.
+        seed: of a generator of its own. The first colours do not depend on how many follow.
+
+    Attributes:
+        names: ``"color-0"``, ...
+        colors: float32 ``[tasks, 3]``: red, green and blue, uniform in [0, 1).
+
+    Raises:
+        ValueError: ``tasks`` is less than 1.
+    """
+
+    def __init__(self, tasks: int, seed: int = 0):
+        _check_count("tasks", tasks)
+        self.names = [f"color-{task}" for task in range(tasks)]
+        self.colors = torch.rand(tasks, 3, generator=torch.Generator().manual_seed(seed))
+
+    def __call__(self, images: Tensor, task: int | Tensor) -> Tensor:
+        """The images as the task, or each image's task, shows them.
+
+        Args:
+            images: floating point ``[B, 1, height, width]`` in [0, 1], 1 where there is ink.
+            task: an index into ``names``, or int64 ``[B]``, one for each image.
+
+        Returns:
+            Images ``[B, 3, height, width]`` of the same dtype.
+
+        Raises:
+            TypeError, ValueError: ``images`` are no such tensor, ``task`` is no index, not int64, not of ``[B]``, or out of range.
+        """
+        task = _check_task(task, images, len(self.names))
+        if images.dim() != 4 or images.shape[1] != 1 or not images.is_floating_point():
+            raise ValueError(f"images must be floating point [B, 1, height, width], got {images.dtype} {list(images.shape)}")
+        color = self.colors[task].to(images).expand(len(images), 3)[:, :, None, None]
+        return images + (1 - images) * color
 
 
 def _check_count(name: str, count: int) -> None:

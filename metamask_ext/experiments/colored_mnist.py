@@ -1,0 +1,160 @@
+"""Digits on backgrounds of many colours, a mask for each: Blum and Law, EE5239 project proposal (2020), section 3.7."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tasks import ColoredImages, load_digits
+from . import data, study
+from .claims import Claim, Metrics
+from .mnist import ACCURACY, accuracy
+from .output import Output
+from .study import Problem, Score, TaskData
+from .study_problem import Layer
+
+SETTINGS: dict[str, Any] = {
+    "seeds": 5,
+    "tasks": 16,
+    "steps": 4800,  # of all tasks together
+    "train_samples": 1000,
+    "test_samples": 1000,
+    "new_tasks": 4,
+    "study": study.settings(
+        {
+            "masked": study.grid(lr=[3e-3, 1e-3], mask_lr=[3e-2, 3e-3]),
+            "hard": study.grid(lr=[3e-3, 1e-3], mask_lr=[3e-3, 3e-2]),
+            "lottery": study.grid(mask_lr=[3e-2, 1e-1], scale=[2.0, 1.0]),
+            "shared": study.grid(lr=[3e-3, 1e-3, 3e-4, 1e-2]),
+            "independent": study.grid(lr=[3e-3, 1e-3, 1e-2, 3e-4]),
+            "maml": study.grid(lr=[3e-3, 1e-3], inner_lr=[0.1, 0.01]),
+            "sequence": study.grid(lr=[3e-3, 1e-3, 3e-4, 1e-2]),
+        },
+        batch=64,
+        cost_rounds=10,
+        maml={"tasks": 4, "inner_steps": 1},
+        new={
+            "steps": 100,
+            "rates": {
+                "superposition": [0.1, 0.03, 0.3],
+                "mask only": [0.1, 0.03, 0.3],
+                "everything": [0.003, 0.001, 0.01],
+                "from scratch": [0.003, 0.001, 0.01],
+                "inner steps": [1.0, 0.3, 0.1],
+            },
+        },
+    ),
+}
+QUICK: dict[str, Any] = {
+    "seeds": 1,
+    "tasks": 3,
+    "steps": 450,
+    "test_samples": 500,
+    "new_tasks": 1,
+    "study": {"tuning": False, "cost_rounds": 1, "new": {"samples": [10, 1000], "steps": 20}},
+}
+SCORE = Score(ACCURACY, "%", higher_is_better=True, margin=2.0)
+QUESTION = """\
+Section 3.7: digits whose black background has a random colour in each task, here at 14x14 pixels: does the algorithm scale to a
+domain that is not trivial? A masked CNN beside one shared CNN, a CNN for each colour, and MAML."""
+
+
+def network(linear: Layer, conv: Layer) -> nn.Sequential:
+    """Two 3x3 convolutions with 2x2 max pooling and a linear layer; ``[n, 3, 14, 14]`` to ``[n, 10]``."""
+    return nn.Sequential(
+        conv(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), conv(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), linear(128, 10)
+    )
+
+
+def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
+    """Each task has images of its own draw, in its colour."""
+    digits, generator = data.digits(), torch.Generator().manual_seed(seed)
+    known, new = settings["tasks"], settings["new_tasks"]
+    colors = ColoredImages(known + new, seed=seed)
+    most = settings["study"]["new"]["samples"][-1]
+
+    def drawn(images: Tensor, labels: Tensor, tasks: range, count: int) -> TaskData:
+        chosen = torch.rand(len(tasks), len(labels), generator=generator).topk(min(count, len(labels))).indices
+        color = torch.tensor(tasks).repeat_interleave(chosen.shape[1])
+        shown = colors(F.avg_pool2d(images[chosen.flatten()], 2), color)
+        return TaskData(shown.unflatten(0, chosen.shape), labels[chosen])
+
+    return Problem(
+        drawn(*digits.train, range(known), settings["train_samples"]),
+        drawn(*digits.test, range(known), settings["test_samples"]),
+        drawn(*digits.train, range(known, known + new), most),
+        drawn(*digits.test, range(known, known + new), settings["test_samples"]),
+        network,
+        F.cross_entropy,
+        accuracy,
+    )
+
+
+def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+    """The common study on digits of many colours. See :func:`metamask_ext.experiments.run`."""
+    digits = load_digits()
+    finished = output.begin(f"{digits.source}, at 14x14 pixels, the background of a colour drawn for each task", digits.note)
+    if finished is not None:
+        return finished
+    found = study.run(output, settings, problem, SCORE)
+    return output.finish(found.scores, found.baselines, found.budget, figures, found.more)
+
+
+def _learned(metrics: Metrics) -> dict[str, float]:
+    return {name: study.trained(metrics, name) for name in metrics["study"]["methods"]}
+
+
+def _forgotten(metrics: Metrics) -> dict[str, float]:
+    found = {}
+    for name in ("masked", "hard", "lottery", "sequence"):
+        found[name] = study.at_the_end(metrics, name)
+        found[f"{name}_learned"] = study.after_learning(metrics, name)
+    return found
+
+
+def _new(metrics: Metrics) -> dict[str, float]:
+    few = metrics["study"]["samples"][-2]
+    ways = {"look_up": ("masked", "look-up"), "masks": ("masked", "mask only"), "shared": ("shared", "everything")}
+    found = {key: study.new_tasks(metrics, *way, few) for key, way in ways.items()}
+    return {"samples": few, **found, "scratch": study.new_tasks(metrics, "independent", "from scratch", few)}
+
+
+CLAIMS = [
+    Claim(
+        "The algorithm scales to it: a masked CNN is right on {masked:.1f} % of the test digits (hard gates {hard:.1f} %), a CNN "
+        "for each colour with the same steps in all on {independent:.1f} %, MAML on {maml:.1f} %.",
+        _learned,
+        lambda n: n["masked"] > n["independent"],
+    ),
+    Claim(
+        "Masks are not needed for it: one shared CNN, which sees all colours, is right on {shared:.1f} %, the masked one on "
+        "{masked:.1f} %.",
+        _learned,
+        lambda n: n["shared"] > n["masked"] - 2,
+    ),
+    Claim(
+        "Colours one after another: at the end the masked CNN has {masked:.1f} % ({masked_learned:.1f} % when each was just "
+        "learned), masks on frozen W {lottery:.1f} % ({lottery_learned:.1f} %), the shared CNN in sequence {sequence:.1f} % "
+        "({sequence_learned:.1f} %).",
+        _forgotten,
+        lambda n: abs(n["lottery"] - n["lottery_learned"]) < 1e-6,
+    ),
+    Claim(
+        "A new colour, from {samples:,} digits: the best known mask {look_up:.1f} %, its mask alone trained {masks:.1f} %, the "
+        "shared CNN tuned {shared:.1f} %, a CNN from scratch {scratch:.1f} %.",
+        _new,
+        lambda n: max(n["look_up"], n["masks"]) > n["scratch"],
+    ),
+]
+
+
+def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
+    return study.tables(metrics)
+
+
+def figures(metrics: Metrics) -> dict[str, Any]:
+    return {"": study.figure(metrics)}

@@ -1,0 +1,252 @@
+"""Sine with an occasional cosine: Blum and Law, EE5239 project proposal (2020), section 3.4."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tasks import sinusoid_tasks
+from . import study
+from .claims import Claim, Metrics, mean
+from .output import STYLES, Output, cell, new_figure
+from .settings import OptionError
+from .sinusoid import split
+from .study import Problem, Score
+from .study_methods import method
+from .study_nets import gates, shared_parameters
+from .study_problem import Layer
+
+SETTINGS: dict[str, Any] = {
+    "seeds": 5,
+    "tasks": 20,
+    "steps": 10_000,  # of all tasks together
+    "variables": 5,
+    "magnitudes": [0.3, 0.9],  # of weights
+    "cosine": 0.3,  # the probability of a cosine
+    "train_samples": 100,
+    "test_samples": 1000,
+    "new_tasks": 10,
+    "study": study.settings(
+        {
+            "masked": study.grid(lr=[0.1, 0.03], mask_lr=[0.03, 0.01]),
+            "hard": study.grid(lr=[0.03, 0.01], mask_lr=[0.01, 0.03]),
+            "lottery": study.grid(mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
+            "shared": study.grid(lr=[0.003, 0.001, 0.01, 0.03]),
+            "independent": study.grid(lr=[0.03, 0.01, 0.1, 0.003]),
+            "maml": study.grid(lr=[0.03, 0.01], inner_lr=[0.3, 0.1]),
+            "sequence": study.grid(lr=[0.03, 0.01, 0.1, 0.003]),
+        }
+    ),
+}
+
+
+QUICK: dict[str, Any] = {
+    "seeds": 1,
+    "tasks": 8,
+    "steps": 3000,
+    "new_tasks": 2,
+    "study": {"tuning": False, "cost_rounds": 1, "new": {"samples": [10, 1000], "steps": 100}},
+}
+SCORE = Score("test MSE", "units of y squared", higher_is_better=False, margin=0.02)
+QUESTION = """\
+Section 3.4: the sine is sometimes replaced with a cosine, a bias of $\\pi/2$ in it. With one $w$ for all tasks and a net
+$\\sin(\\theta^T x + b)$, is the bias $\\pi/2$ in the tasks with a cosine, behind a gate near 1 there and near 0 elsewhere? And
+with $w$, $b_1$ and $b_2$ of each task alone, as in section 3.3 ("unrelated")?
+There no method can tell the two kinds of task apart: with
+$b_1$ uniform over a period, sine and cosine are the same distribution of tasks."""
+MSE = SCORE.name
+PHASE, COSINE, SINE, RIGHT = (
+    "bias in cosine tasks, modulo 2 pi (radians)",
+    "bias gate in cosine tasks",
+    "bias gate in sine tasks",
+    "bias gate on the right side of 1/2 (%)",
+)
+NUMBERS = (PHASE, COSINE, SINE, RIGHT)
+GATED = ("masked", "hard")
+UNRELATED = ("masked", "hard", "shared", "independent")
+
+
+class Sine(nn.Module):
+    """The sine of each number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+
+def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
+    """Tasks with the same ``w``."""
+    return _problem(True, seed, settings)
+
+
+def _problem(related: bool, seed: int, settings: Mapping[str, Any]) -> Problem:
+    """``y = sin(theta^T x + bias)``, of one unit; where the tasks are not related, scaled and with an offset."""
+    generator = torch.Generator().manual_seed(seed)
+    variables = settings["variables"]
+    drawn = sinusoid_tasks(
+        settings["tasks"] + settings["new_tasks"],
+        generator,
+        variables=variables,
+        magnitudes=settings["magnitudes"],
+        related=related,
+        cosine=settings["cosine"],
+    )
+
+    def network(linear: Layer, conv: Layer) -> nn.Module:
+        return nn.Sequential(linear(variables, 1), Sine(), *([] if related else [linear(1, 1)]))
+
+    def examine(method: str, model: nn.Module) -> dict[str, Any]:
+        if method not in GATED:
+            return {}
+        found = gates(model, made.names)["0.bias"].flatten()
+        return {"gates": found.tolist(), "bias": float(shared_parameters(model)["0.bias"]), "cosine": cosine.tolist()}
+
+    cosine = drawn.cosine[: settings["tasks"]]
+    if cosine.all() or not cosine.any():
+        raise OptionError(f"tasks={settings['tasks']}: of seed {seed} {int(cosine.sum())} have a cosine, take more tasks")
+    made = Problem(*split(drawn, settings, generator), network, F.mse_loss, F.mse_loss, examine)
+    return made
+
+
+def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+    """The common study on tasks with one ``w``; errors and gates on unrelated ones. See :func:`metamask_ext.experiments.run`."""
+    finished = output.begin(
+        f"drawn: x ~ N(0, I), |w| uniform in {settings['magnitudes']}, the same for all tasks; sin or, with probability "
+        f"{settings['cosine']:g}, cos of w^T x, no noise; unrelated: w, b1 and b2 as for 'sinusoid'"
+    )
+    if finished is not None:
+        return finished
+    found = study.run(output, settings, problem, SCORE)
+    for name in GATED:
+        measured = [_measured(examined) for examined in found.examined[name]]
+        found.scores[name] |= {number: [each[number] for each in measured] for number in NUMBERS}
+    chosen = found.more["study"]["chosen"]
+    pieces = output.pieces(
+        {
+            (seed, f"unrelated, {name}"): partial(_unrelated, seed, settings, name, chosen[name])
+            for seed in output.seeds
+            for name in UNRELATED
+        }
+    )
+    for name in UNRELATED:
+        of_seeds = [pieces[seed, f"unrelated, {name}"] for seed in output.seeds]
+        found.scores[f"unrelated: {name}"] = {number: [each[number] for each in of_seeds] for number in of_seeds[0]}
+    baselines = [*found.baselines, *(f"unrelated: {name}" for name in UNRELATED if name not in GATED)]
+    more = {**found.more, "examined": found.examined["masked"]}
+    return output.finish(found.scores, baselines, found.budget, figures, more)
+
+
+def _measured(examined: Mapping[str, Any]) -> dict[str, float]:
+    """``NUMBERS`` of one trained model."""
+    found, cosine = torch.tensor(examined["gates"]), torch.tensor(examined["cosine"])
+    # Distance on the circle: the mean of the angles' cosines and sines.
+    phases = examined["bias"] * found[cosine]
+    phase = math.atan2(float(phases.sin().sum()), float(phases.cos().sum())) % (2 * math.pi)
+    right = 100 * float(((found > 0.5) == cosine).double().mean())
+    return {PHASE: phase, COSINE: float(found[cosine].mean()), SINE: float(found[~cosine].mean()), RIGHT: right}
+
+
+def _unrelated(seed: int, settings: Mapping[str, Any], name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean test MSE of one method on unrelated tasks, and of a masked one whether the bias's gate tells the cosine."""
+    made = _problem(False, seed, settings)
+    trained = method(name, made, settings, config, seed)
+    trained.train()
+    numbers = {MSE: statistics.fmean(trained.scores(range(len(made.names))))}
+    if name in GATED:
+        assert made.examine is not None and trained.model is not None
+        numbers[RIGHT] = _measured(made.examine(name, trained.model))[RIGHT]
+    return numbers
+
+
+def _learned(metrics: Metrics) -> dict[str, float]:
+    return {name: study.trained(metrics, name) for name in ("masked", "hard", "shared", "independent")}
+
+
+def _gates(metrics: Metrics) -> dict[str, float]:
+    phase, cosine, sine, right = (mean(metrics, "masked", number) for number in NUMBERS)
+    return {"phase": phase, "half_pi": math.pi / 2, "cosine": cosine, "sine": sine, "right": right}
+
+
+def _hard(metrics: Metrics) -> dict[str, float]:
+    return {
+        **{name: mean(metrics, name, RIGHT) for name in GATED},
+        "hard_error": study.trained(metrics, "hard"),
+        "error": study.trained(metrics, "masked"),
+    }
+
+
+def _apart(metrics: Metrics) -> dict[str, float]:
+    rate = metrics["settings"]["cosine"]
+    return {
+        **{name: mean(metrics, f"unrelated: {name}", MSE) for name in UNRELATED},
+        "right": mean(metrics, "unrelated: masked", RIGHT),
+        "guess": 100 * max(rate, 1 - rate),
+        "related": study.trained(metrics, "masked"),
+    }
+
+
+CLAIMS = [
+    Claim(
+        "A masked net of one unit learns both kinds of task: test MSE {masked:.3g} (hard gates {hard:.3g}); a net for each task "
+        "with the same steps in all {independent:.3g}, one shared net {shared:.3g}.",
+        _learned,
+        lambda n: n["masked"] < 0.2 * n["shared"],
+    ),
+    Claim(
+        "The bias is pi/2 = {half_pi:.4g} in the cosine tasks: {phase:.4g} behind the gate, which is {cosine:.2f} there and "
+        "{sine:.2f} in the sine tasks (means), on the right side of 1/2 in {right:.3g} % of the tasks.",
+        _gates,
+        lambda n: abs(n["phase"] - n["half_pi"]) < 0.2 and n["cosine"] > 0.7 and n["sine"] < 0.2 and n["right"] > 95,
+    ),
+    Claim(
+        "Gates of the sigmoid stop short of 1, for W can be larger instead. Hard gates are 0 or 1, more often the wrong one: on "
+        "the right side in {hard:.3g} % of the tasks, the sigmoid's in {masked:.3g} %; test MSE {hard_error:.3g} and {error:.3g}.",
+        _hard,
+        lambda n: n["hard"] <= n["masked"],
+    ),
+    Claim(
+        "With w, b1 and b2 of each task alone it does not work: the masked unit's test MSE is {masked:.3g} ({related:.3g} with one "
+        "w), that of a unit for each task {independent:.3g}, of one shared unit {shared:.3g}; the bias's gate says cosine or sine "
+        "rightly in {right:.3g} % of the tasks, to say always the more frequent one is right in {guess:.3g} %.",
+        _apart,
+        lambda n: n["masked"] > 3 * n["related"] and n["right"] < 85,
+    ),
+]
+
+
+def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
+    """The study's, and one of the bias, its gates, and the unrelated tasks."""
+    methods = {**metrics["results"], **metrics["baselines"]}
+    rows = [["method", MSE, *NUMBERS]]
+    for name in [*GATED, *(f"unrelated: {each}" for each in UNRELATED)]:
+        rows.append([name, *(cell(methods[name][number]) if number in methods[name] else "-" for number in (MSE, *NUMBERS))])
+    return [*study.tables(metrics), ("The bias behind its gate", rows)]
+
+
+def figures(metrics: Metrics) -> dict[str, Any]:
+    """The study's; and the gate of the bias, and the bias behind it, of each task."""
+    figure, (left, right) = new_figure(2)
+    for cosine, name, method_name, marker in ((False, "sine tasks", "masked", "o"), (True, "cosine tasks", "shared", "^")):
+        color = STYLES[method_name]["color"]
+        found = [
+            (seed, gate, examined["bias"] * gate)
+            for seed, examined in zip(metrics["seeds"], metrics["examined"])
+            for gate, each in zip(examined["gates"], examined["cosine"])
+            if each == cosine
+        ]
+        for panel, values in ((left, [gate for _, gate, _ in found]), (right, [phase for _, _, phase in found])):
+            seeds = [seed for seed, _, _ in found]
+            panel.plot(seeds, values, marker, color=color, label=name, markersize=5, markerfacecolor="none")
+    left.set(xlabel="seed (number)", ylabel="gate of the bias, sigmoid(M) (no unit)", ylim=(-0.05, 1.05))
+    right.axhline(math.pi / 2, color="#555555", linestyle=":", label="pi / 2")
+    right.set(xlabel="seed (number)", ylabel="bias behind its gate (radians)")
+    for panel in (left, right):
+        panel.set_xticks(metrics["seeds"])
+        panel.legend(fontsize=8, title="a point a task", title_fontsize=8)
+    return {"": study.figure(metrics), "bias": figure}

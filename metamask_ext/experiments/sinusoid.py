@@ -1,0 +1,208 @@
+"""Sinusoids that share nothing: Blum and Law, EE5239 project proposal (2020), section 3.3."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..tasks import SinusoidTasks, sinusoid_tasks
+from . import study
+from .claims import Claim, Metrics
+from .output import Output, bands, new_figure, plot_seeds
+from .study import Problem, Score, TaskData
+from .study_methods import method
+from .study_problem import Layer
+
+SETTINGS: dict[str, Any] = {
+    "seeds": 5,
+    "tasks": 10,
+    "steps": 10_000,  # of all tasks together
+    "variables": 5,
+    "magnitudes": [0.4, 1.2],  # of weights
+    "hidden": 64,
+    "train_samples": 1000,
+    "test_samples": 1000,
+    "new_tasks": 10,
+    # Beside the study: masked, shared and independent nets for other numbers of tasks, with as many steps for each task.
+    "numbers_of_tasks": [1, 2, 5, 20],
+    "study": study.settings(
+        {
+            "masked": study.grid(lr=[0.003, 0.01], mask_lr=[0.03, 0.1]),
+            "hard": study.grid(lr=[0.003, 0.001], mask_lr=[0.01, 0.03]),
+            "lottery": study.grid(mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
+            "shared": study.grid(lr=[0.003, 0.001, 0.0003, 0.01]),
+            "independent": study.grid(lr=[0.01, 0.003, 0.03, 0.001]),
+            "maml": study.grid(lr=[0.003, 0.001], inner_lr=[0.1, 0.03]),
+            "sequence": study.grid(lr=[0.003, 0.01, 0.001, 0.0003]),
+        }
+    ),
+}
+QUICK: dict[str, Any] = {
+    "seeds": 1,
+    "tasks": 3,
+    "steps": 1800,
+    "hidden": 32,
+    "new_tasks": 2,
+    "numbers_of_tasks": [1],
+    "study": {"tuning": False, "cost_rounds": 1, "new": {"samples": [100, 1000], "steps": 100}},
+}
+SCORE = Score("test MSE", "units of y squared", higher_is_better=False, margin=0.02)
+QUESTION = """\
+Section 3.3: $y = \\sin(w^T x + b_1) + b_2$ with $w$, $b_1$ and $b_2$ drawn anew for each task: can a mask on shared weights stand
+for values that have no relation between tasks? A net with masks on every layer beside a net for each task, for several numbers of
+tasks, with the same steps for each task. To predict the mean of each task gives an MSE of about 1/2."""
+METHODS = ("masked", "shared", "independent")
+FourParts = tuple[TaskData, TaskData, TaskData, TaskData]
+
+
+def network(sizes: list[int], linear: Layer, conv: Layer) -> nn.Module:
+    """Layers of these sizes with tanh between them."""
+    layers = [layer for size, after in itertools.pairwise(sizes[:-1]) for layer in (linear(size, after), nn.Tanh())]
+    return nn.Sequential(*layers, linear(*sizes[-2:]))
+
+
+def split(drawn: SinusoidTasks, settings: Mapping[str, Any], generator: torch.Generator) -> FourParts:
+    """Training and test data of the first ``tasks`` tasks, then those of the others, which are new."""
+    known, train, new = settings["tasks"], settings["train_samples"], settings["study"]["new"]["samples"][-1]
+    x, y = drawn.samples(max(train, new) + settings["test_samples"], generator)
+    test = slice(max(train, new), None)
+    return (
+        TaskData(x[:known, :train], y[:known, :train]),
+        TaskData(x[:known, test], y[:known, test]),
+        TaskData(x[known:, :new], y[known:, :new]),
+        TaskData(x[known:, test], y[known:, test]),
+    )
+
+
+def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = sinusoid_tasks(
+        settings["tasks"] + settings["new_tasks"], generator, variables=settings["variables"], magnitudes=settings["magnitudes"]
+    )
+    sizes = [settings["variables"], settings["hidden"], settings["hidden"], 1]
+    return Problem(*split(drawn, settings, generator), partial(network, sizes), F.mse_loss, F.mse_loss)
+
+
+def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+    """The common study, and the error against the number of tasks. See :func:`metamask_ext.experiments.run`."""
+    finished = output.begin(
+        f"drawn: x ~ N(0, I), |w| uniform in {settings['magnitudes']}, b1 in [-pi, pi], b2 in [-1, 1], all for each task, no noise"
+    )
+    if finished is not None:
+        return finished
+    found = study.run(output, settings, problem, SCORE)
+    chosen, each = found.more["study"]["chosen"], settings["steps"] // settings["tasks"]
+    numbers = sorted({*settings["numbers_of_tasks"], settings["tasks"]})
+    jobs = {
+        (seed, f"{name}, {tasks} tasks"): partial(
+            _error, seed, {**settings, "tasks": tasks, "steps": tasks * each}, name, chosen[name]
+        )
+        for seed, name, tasks in itertools.product(output.seeds, METHODS, numbers)
+        if tasks != settings["tasks"]
+    }
+    pieces = output.pieces(jobs)
+    errors = {
+        name: [
+            [pieces[seed, f"{name}, {tasks} tasks"]["error"] if tasks != settings["tasks"] else of_study for tasks in numbers]
+            for seed, of_study in zip(output.seeds, found.scores[name][SCORE.name])
+        ]
+        for name in METHODS
+    }
+    more = {**found.more, "by number of tasks": {"tasks": numbers, "errors": errors}}
+    return output.finish(found.scores, found.baselines, found.budget, figures, more)
+
+
+def _error(seed: int, settings: Mapping[str, Any], name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean test MSE of one method."""
+    made = problem(seed, settings)
+    trained = method(name, made, settings, config, seed)
+    trained.train()
+    return {"error": statistics.fmean(trained.scores(range(len(made.names))))}
+
+
+def _by_number(metrics: Metrics, name: str, place: int) -> float:
+    return statistics.fmean(seed[place] for seed in metrics["by number of tasks"]["errors"][name])
+
+
+def _numbers(metrics: Metrics) -> dict[str, float]:
+    tasks = metrics["by number of tasks"]["tasks"]
+    found = {f"{name}_{key}": _by_number(metrics, name, place) for name in METHODS for key, place in (("few", 0), ("many", -1))}
+    return {"few": tasks[0], "many": tasks[-1], **found}
+
+
+def _beside_own(metrics: Metrics) -> dict[str, float]:
+    one = {name: _by_number(metrics, name, 0) for name in METHODS}
+    ratios = {f"{name}_one": one[name] / one["independent"] for name in ("masked", "shared")}
+    return {**_trained(metrics), **ratios}
+
+
+def _with_one_task(metrics: Metrics) -> bool:
+    return metrics["by number of tasks"]["tasks"][0] == 1
+
+
+def _trained(metrics: Metrics) -> dict[str, float]:
+    found = {name: study.trained(metrics, name) for name in ("masked", "hard", "lottery", "shared", "independent")}
+    return {**found, "ratio": found["masked"] / found["independent"]}
+
+
+def _new(metrics: Metrics) -> dict[str, float]:
+    samples = metrics["study"]["samples"][-2]
+    return {
+        "samples": samples,
+        "masks": study.new_tasks(metrics, "masked", "mask only", samples),
+        "scratch": study.new_tasks(metrics, "independent", "from scratch", samples),
+    }
+
+
+CLAIMS = [
+    Claim(
+        "Masks on shared weights do stand for unrelated values: test MSE {masked:.3g} (hard gates {hard:.3g}, masks on frozen "
+        "random W {lottery:.3g}), where one shared net has {shared:.3g}.",
+        _trained,
+        lambda n: n["masked"] < 0.2 * n["shared"],
+    ),
+    Claim(
+        "The masked net's error is {ratio:.3g} times that of nets of their own with as many steps, {independent:.3g}, whose rate "
+        "falls to 0, while the loop's stays; with one task only it is {masked_one:.3g} times, and {shared_one:.3g} times for the "
+        "loop without masks. A mask has as many numbers as a net: nothing is saved, but for what a hard gate saves.",
+        _beside_own,
+        lambda n: n["ratio"] > 1,
+        _with_one_task,
+    ),
+    Claim(
+        "From {few:.0f} task(s) to {many:.0f}, each with as many steps, the masked net's error goes from {masked_few:.3g} to "
+        "{masked_many:.3g}, that of one shared net from {shared_few:.3g} to {shared_many:.3g}.",
+        _numbers,
+        lambda n: n["masked_many"] < 3 * n["masked_few"] and n["shared_many"] > 5 * n["shared_few"],
+    ),
+    Claim(
+        "A new task gains from the known ones where it has few samples, though it has no relation to them: from {samples:,} "
+        "samples the masks alone reach {masks:.3g}, a net from scratch {scratch:.3g}.",
+        _new,
+        lambda n: n["masks"] < n["scratch"],
+    ),
+]
+
+
+def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
+    return study.tables(metrics)
+
+
+def figures(metrics: Metrics) -> dict[str, Any]:
+    """The study's, and the error against the number of tasks."""
+    figure, (axes,) = new_figure(1)
+    found = metrics["by number of tasks"]
+    for name, label in (("masked", "masked"), ("shared", "one shared net"), ("independent", "a net a task")):
+        plot_seeds(axes, name, label, found["tasks"], found["errors"][name])
+    axes.set(xlabel="tasks (number)", ylabel="test MSE (units of y squared)", xscale="log", yscale="log")
+    axes.set_xticks(found["tasks"], [str(tasks) for tasks in found["tasks"]])
+    axes.minorticks_off()
+    axes.legend(fontsize=8, title=bands(len(metrics["seeds"])), title_fontsize=8)
+    return {"": study.figure(metrics), "tasks": figure}
