@@ -211,6 +211,8 @@ def test_piece_that_cannot_be_sent(tmp_path, monkeypatch):
 
 COMMAND = """
 import os, signal, sys
+# As a terminal starts it: what a shell starts in the background, these tests perhaps, ignores Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {here!r})
 import toy_experiment
 from metamask_ext.experiments import EXPERIMENTS
