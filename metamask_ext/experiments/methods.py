@@ -13,10 +13,19 @@ from .tracking import track
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def descend(parameters: Iterable[Tensor], lr: float, iterations: int, loss: Callable[[], Tensor], label: str = "loss") -> None:
-    """Minimise ``loss()``, which draws its own data, by Adam with a cosine schedule from ``lr`` to 0; tracked as ``label``."""
+def descend(
+    parameters: Iterable[Tensor],
+    lr: float,
+    iterations: int,
+    loss: Callable[[], Tensor],
+    label: str = "loss",
+    constant: bool = False,
+) -> None:
+    """Minimise ``loss()``, which draws its own data, by Adam with a cosine schedule from ``lr`` to 0, or at a ``constant`` rate;
+    tracked as ``label``."""
     optimizer = torch.optim.Adam(parameters, lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    schedulers = torch.optim.lr_scheduler
+    schedule = schedulers.ConstantLR(optimizer, 1.0) if constant else schedulers.CosineAnnealingLR(optimizer, iterations)
     for step in range(1, iterations + 1):
         optimizer.zero_grad()
         value = loss()

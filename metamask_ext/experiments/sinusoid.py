@@ -169,9 +169,9 @@ CLAIMS = [
         lambda n: n["masked"] < 0.2 * n["shared"],
     ),
     Claim(
-        "The masked net's error is {ratio:.3g} times that of nets of their own with as many steps, {independent:.3g}, whose rate "
-        "falls to 0, while the loop's stays; with one task only it is {masked_one:.3g} times, and {shared_one:.3g} times for the "
-        "loop without masks. A mask has as many numbers as a net: nothing is saved, but for what a hard gate saves.",
+        "The masked net's error is {ratio:.3g} times that of nets of their own with as many steps, {independent:.3g}; with one "
+        "task only it is {masked_one:.3g} times, and {shared_one:.3g} times for the loop without masks. A mask has as many "
+        "numbers as a net: nothing is saved, but for what a hard gate saves.",
         _beside_own,
         lambda n: n["ratio"] > 1,
         _with_one_task,

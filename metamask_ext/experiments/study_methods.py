@@ -145,7 +145,7 @@ class Loop(Method):
 
 
 class Independent(Method):
-    """A net for each task: all at once, by Adam, each with the steps of one task."""
+    """A net for each task: all at once, by Adam, each with the steps of one task; at a constant rate, as the loop's."""
 
     def __init__(self, problem: Problem, settings: Mapping[str, Any], config: Config, seed: int):
         super().__init__(problem, settings, config, seed)
@@ -164,7 +164,7 @@ class Independent(Method):
             penalty = sum(stack.square().sum() for stack in leaves.values())
             return torch.vmap(self.problem.loss)(prediction, train.y[tasks, chosen]).sum() + decay * penalty
 
-        descend(leaves.values(), self.config["lr"], self._share(len(train.x)), loss)
+        descend(leaves.values(), self.config["lr"], self._share(len(train.x)), loss, constant=True)
         self.parameters = {name: stack.detach() for name, stack in leaves.items()}
 
     def scores(self, tasks: Sequence[int]) -> list[float]:
@@ -201,7 +201,7 @@ class Meta(Method):
             x, y = train.x[task, chosen], train.y[task, chosen]
             return self.maml(self.problem.loss, (x[:, :half], y[:, :half]), (x[:, half:], y[:, half:]))
 
-        descend(self.model.parameters(), self.config["lr"], steps, loss)
+        descend(self.model.parameters(), self.config["lr"], steps, loss, constant=True)
 
     def scores(self, tasks: Sequence[int]) -> list[float]:
         train, samples = self.problem.train, self.study["maml"]["samples"]
