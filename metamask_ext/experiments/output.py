@@ -369,9 +369,9 @@ def plot_seeds(
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def bands(seeds: int) -> str:
-    """What the lines of :func:`plot_seeds` are, for a legend's title."""
-    return "mean over seeds; bands: its 95 % interval" if seeds > 1 else "one seed"
+def bands(seeds: int, drawn: str = "bands") -> str:
+    """What the lines of :func:`plot_seeds` are, for a legend's title; ``drawn``: what the intervals are drawn as."""
+    return f"mean over seeds; {drawn}: its 95 % interval" if seeds > 1 else "one seed"
 
 
 def new_figure(panels: int, rows: int = 1) -> tuple[Figure, list[Axes]]:

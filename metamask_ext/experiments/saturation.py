@@ -19,7 +19,7 @@ from ..nn.tasks import add_task, remove_task
 from ..tasks import linear_tasks
 from .claims import Claim, Metrics, mean
 from .methods import seeded
-from .output import STYLES, Output, Scores, bands, new_figure
+from .output import STYLES, Output, Scores, bands, cell, new_figure
 from .settings import OptionError
 from .tracking import track
 
@@ -346,7 +346,7 @@ CLAIMS = [
 
 def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
     """The error and the share of binary gates, a row for each L2 term, a pair of columns for each schedule."""
-    settings = metrics["settings"]
+    settings, numbers = metrics["settings"], {**metrics["results"], **metrics["baselines"]}
     made = []
     for spread in settings["mask_spreads"]:
         head = ["L2 term"]
@@ -355,9 +355,7 @@ def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
         rows = [head]
         for penalty in penalties(settings):
             names = [condition_name(penalty, schedule, spread) for schedule in settings["temperatures"]]
-            rows.append(
-                [_penalty_name(penalty), *(f"{mean(metrics, name, number):.3g}" for name in names for number in (MSE, NEAR_END))]
-            )
+            rows.append([_penalty_name(penalty), *(cell(numbers[name][number]) for name in names for number in (MSE, NEAR_END))])
         made.append((f"Logits that begin with a standard deviation of {spread:g}", rows))
     return made
 
@@ -410,5 +408,5 @@ def _factors_figure(metrics: Metrics) -> Figure:
         panel.set_title(f"logits begin with standard deviation {spread:g}", fontsize=9)
     for panel in panels[::2]:
         panel.set_yscale("log")
-    panels[0].legend(fontsize=7, title=bands(len(metrics["seeds"])), title_fontsize=7)
+    panels[0].legend(fontsize=7, title=bands(len(metrics["seeds"]), "bars"), title_fontsize=7)
     return figure
