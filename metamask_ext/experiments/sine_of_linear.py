@@ -308,7 +308,8 @@ def figures(metrics: Metrics) -> dict[str, Any]:
         )
     left.set(ylabel="test MSE (units of y squared)", yscale="log")
     left.set_xticks(range(len(shared)), [name.replace(", ", "\n").replace("masks ", "") for name in shared], fontsize=7)
-    left.legend(fontsize=8, title=bands(len(metrics["seeds"])), title_fontsize=8)
+    title = bands(len(metrics["seeds"]), "bars")
+    left.legend(fontsize=8, title=title, title_fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     for (name, each), color, line in zip(shared.items(), itertools.cycle(COLORS), itertools.cycle(("-", "--", ":"))):
         found = [each[difference_name(layer)] for layer in range(LAYERS)]
         right.errorbar(

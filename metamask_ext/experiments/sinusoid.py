@@ -184,8 +184,8 @@ CLAIMS = [
     ),
     Claim(
         "A new task has no relation to the known ones. From {few:,} samples its masks alone reach {masks_few:.3g}, a net from "
-        "scratch {scratch_few:.3g}; from {many:,}, {masks_many:.3g} and {scratch_many:.3g}: the known weights are little better to begin "
-        "with than random ones.",
+        "scratch {scratch_few:.3g}; from {many:,}, {masks_many:.3g} and {scratch_many:.3g}: the known weights are little better "
+        "to begin with than random ones.",
         _new,
         lambda n: n["masks_few"] < 1.2 * n["scratch_few"],
     ),
