@@ -69,10 +69,10 @@ CLAIMS = [
             "masked": study.trained(metrics, "masked"),
             "plain": study.trained(metrics, "shared"),
             "hard": study.trained(metrics, "hard"),
+            # Between seeds the difference has a standard deviation of about 0.3, and of 0.6 in the few steps of a quick run.
+            "margin": 0.8 if len(metrics["seeds"]) > 1 else 2.0,
         },
-        # 0.8 points for the mean of five seeds; between seeds the difference has a standard deviation of about 0.3 (0.6 in the few
-        # steps of a quick run).
-        lambda numbers: numbers["masked"] >= numbers["plain"] - 2,
+        lambda numbers: numbers["masked"] >= numbers["plain"] - numbers["margin"],
     ),
     Claim(
         "Masks on random weights that are never trained (section 2) get {lottery:.1f} %: far above chance, and below trained "
