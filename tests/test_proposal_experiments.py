@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -37,8 +38,10 @@ LOST = {
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in LOST])
-def test_quick_run(tmp_path, name):
+def test_quick_run(tmp_path, name, capsys):
     metrics = quick_run(name, tmp_path)
+    counted = [tuple(map(int, found)) for found in re.findall(r"^(\d+) of (\d+) pieces", capsys.readouterr().out, re.MULTILINE)]
+    assert counted == [(number, len(counted)) for number in range(1, len(counted) + 1)], "the remaining time counts every piece"
     figures = [f"{name}-{key}.png" if key else f"{name}.png" for key in module_of(name).figures(metrics)]
     check_written(tmp_path / name, metrics, figures)
     check_claims(metrics)

@@ -210,9 +210,9 @@ class Output:
                 self.say(f"{self._pieces_done} of {total} pieces" + (f", {shown_time(left)} left" if left else ""))
         return {key: read_json(path) for key, path in paths.items()}
 
-    def piece(self, seed: int, name: str, job: Job) -> dict[str, Any]:
+    def piece(self, seed: int, name: str, job: Job, later: int = 0) -> dict[str, Any]:
         """One of :meth:`pieces`, computed in this process."""
-        return self._pieces({(seed, name): job}, 0, Workers(1, self._workers.place))[seed, name]
+        return self._pieces({(seed, name): job}, later, Workers(1, self._workers.place))[seed, name]
 
     def finish(
         self,

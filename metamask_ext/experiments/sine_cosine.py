@@ -122,7 +122,7 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     )
     if finished is not None:
         return finished
-    found = study.run(output, settings, problem, SCORE)
+    found = study.run(output, settings, problem, SCORE, later=len(output.seeds) * len(UNRELATED))
     for name in GATED:
         measured = [_measured(examined) for examined in found.examined[name]]
         found.scores[name] |= {number: [each[number] for each in measured] for number in NUMBERS}

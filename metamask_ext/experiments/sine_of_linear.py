@@ -110,8 +110,8 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
         for begin, decay in itertools.product(settings["sharing"]["begin"], settings["sharing"]["mask_weight_decay"])
     }
     jobs = {(seed, name): partial(share, seed, settings, *each) for seed in output.seeds for name, each in conditions.items()}
+    found = study.run(output, settings, problem, SCORE, later=len(jobs))
     pieces = output.pieces(jobs)
-    found = study.run(output, settings, problem, SCORE)
     numbers = [*(OWN, LATER, FIRST, DIRECTION, SUPPORT), *(difference_name(layer) for layer in range(LAYERS))]
     shared = {name: {number: [pieces[seed, name][number] for seed in output.seeds] for number in numbers} for name in conditions}
     return output.finish({**found.scores, **shared}, found.baselines, found.budget, figures, found.more)

@@ -97,9 +97,10 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     )
     if finished is not None:
         return finished
-    found = study.run(output, settings, problem, SCORE)
-    chosen, each = found.more["study"]["chosen"], settings["steps"] // settings["tasks"]
     numbers = sorted({*settings["numbers_of_tasks"], settings["tasks"]})
+    later = len(output.seeds) * len(METHODS) * (len(numbers) - 1)
+    found = study.run(output, settings, problem, SCORE, later=later)
+    chosen, each = found.more["study"]["chosen"], settings["steps"] // settings["tasks"]
     jobs = {
         (seed, f"{name}, {tasks} tasks"): partial(
             _error, seed, {**settings, "tasks": tasks, "steps": tasks * each}, name, chosen[name]

@@ -124,7 +124,13 @@ class Study:
 
 
 def run(
-    output: Output, settings: Mapping[str, Any], problem: MakeProblem, score: Score, methods: tuple[str, ...] = METHODS
+    output: Output,
+    settings: Mapping[str, Any],
+    problem: MakeProblem,
+    score: Score,
+    methods: tuple[str, ...] = METHODS,
+    *,
+    later: int = 0,
 ) -> Study:
     """Compare the methods on a problem.
 
@@ -135,20 +141,21 @@ def run(
         problem: a function of a module (it is called in other processes): ``problem(seed, settings)``.
         score: what ``Problem.score`` computes.
         methods: which of ``METHODS``; with one task, ``shared``, ``independent`` and ``sequence`` are the same net.
+        later: how many pieces the experiment computes after the study, for the remaining time that is shown.
     """
     given = (problem, settings, score)
     in_order = [name for name in methods if name in FORGETTING and settings["tasks"] > 1]
     seeds = output.seeds
-    chosen, tuning = _tuned(output, given, methods, len(seeds) * len([*methods, *in_order]) + 1)
+    chosen, tuning = _tuned(output, given, methods, len(seeds) * len([*methods, *in_order]) + 1 + later)
     jobs: dict[tuple[int, str], Callable[[], Mapping[str, Any]]] = {}
     for seed in seeds:
         for name in methods:
             jobs[seed, name] = partial(_measure, given, name, chosen[name], seed, tuning["rates"][name])
         for name in in_order:
             jobs[seed, f"{name}, in order"] = partial(_measure_in_order, given, name, chosen[name], seed)
-    found = output.pieces(jobs, later=1)
+    found = output.pieces(jobs, later=1 + later)
     # By itself: other processes would change the times.
-    cost = output.piece(seeds[0], "cost", partial(_cost, given, methods, chosen, seeds[0]))
+    cost = output.piece(seeds[0], "cost", partial(_cost, given, methods, chosen, seeds[0]), later)
 
     by_seed = {name: [found[seed, name] for seed in seeds] for name in methods}
     scores = {name: {score.name: [statistics.fmean(piece["trained"]) for piece in by_seed[name]]} for name in methods}
