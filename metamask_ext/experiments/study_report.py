@@ -183,6 +183,7 @@ def figure(metrics: Metrics) -> Any:
             axes.set_ylim(*((low / 5, high * 5) if scale == "log" else (low - 0.1 * (high - low), high + 0.1 * (high - low))))
             axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         else:
+            axes.set_axis_off()
             axes.text(0.5, 0.5, "one task: nothing to forget", ha="center", va="center", transform=axes.transAxes)
     kind = "" if higher else f"geometric means, {SMALLEST:g} for smaller errors; "
     made.suptitle(kind + bands(len(metrics["seeds"])), fontsize=9)
