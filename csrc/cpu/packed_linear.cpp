@@ -34,7 +34,7 @@ struct Batch {
   std::vector<const uint8_t*> bits;  // of each row
   std::vector<Run> runs;             // of the tasks to expand; the rows before the first are the others
   int64_t few = 0;                   // how many those are
-  std::vector<at::Tensor> masks;     // those of the batch, kept alive
+  std::vector<at::Tensor> copies;    // of masks that are not contiguous
 
   Batch(const at::Tensor& slots, const PackedMasks& packed, int64_t rows_each) : samples(slots.numel()), rows(rows_each) {
     const at::Tensor contiguous = slots.contiguous();
@@ -46,8 +46,8 @@ struct Batch {
     std::vector<std::pair<int64_t, int64_t>> many;
     for (int64_t begin = 0, end; begin < samples; begin = end) {
       for (end = begin; end < samples && slot[sorted[end]] == slot[sorted[begin]];) ++end;
-      masks.push_back(packed.task(slot[sorted[begin]]));
-      for (int64_t i = begin; i < end; ++i) of_sample[sorted[i]] = masks.back().const_data_ptr<uint8_t>();
+      const uint8_t* const its = packed.bits(slot[sorted[begin]], copies);
+      for (int64_t i = begin; i < end; ++i) of_sample[sorted[i]] = its;
       if ((end - begin) * rows >= kExpandRows) many.emplace_back(begin, end);
     }
     few = samples * rows;
@@ -171,21 +171,21 @@ struct Arguments : PackedArguments {
 int64_t rows_of_a_sample(const at::Tensor& input) { return c10::multiply_integers(input.sizes().slice(1, input.dim() - 2)); }
 
 at::Tensor zeros_or_bias(const Batch& batch, const Arguments& arguments, const at::Tensor& slots, const OptionalTensor& bias,
-                         int64_t out, at::ScalarType type) {
-  const at::TensorOptions options = slots.options().dtype(type);
-  at::Tensor y = at::empty({batch.samples, batch.rows, out}, options);
+                         at::IntArrayRef sizes, at::ScalarType type) {
+  const int64_t out = sizes.back();
+  at::Tensor y = at::empty(sizes, slots.options().dtype(type));
   if (!given(bias)) return y.zero_();
   const at::Tensor b = bias->to(type);
   if (!arguments.packed_bias.has_value()) return y.copy_(b.expand_as(y));
   const at::Tensor contiguous = slots.contiguous(), b_row = b.contiguous();
   const int64_t* slot = contiguous.const_data_ptr<int64_t>();
+  std::vector<at::Tensor> copies;
   AT_DISPATCH_FLOATING_TYPES(type, "packed_masked_linear", [&] {
     const Scratch<scalar_t> row(round_up(out, kRowBytes / int64_t(sizeof(scalar_t))));
     scalar_t* y_data = y.mutable_data_ptr<scalar_t>();
     for (int64_t place = 0; place < batch.samples; ++place) {
-      const at::Tensor bits = arguments.packed_bias->task(slot[batch.sample(place)]);
-      packed_kernels<scalar_t>().expand(bits.const_data_ptr<uint8_t>(), 0, b_row.const_data_ptr<scalar_t>(), 0, row.data, 0, 1,
-                                        out);
+      const uint8_t* const bits = arguments.packed_bias->bits(slot[batch.sample(place)], copies);
+      packed_kernels<scalar_t>().expand(bits, 0, b_row.const_data_ptr<scalar_t>(), 0, row.data, 0, 1, out);
       for (int64_t r = 0; r < batch.rows; ++r) std::copy_n(row.data, out, y_data + (place * batch.rows + r) * out);
     }
   });
@@ -201,9 +201,10 @@ at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots
   // The product's dtype is decided: autocast, where it is on, must not change it again.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::ScalarType type = out_type == at::kDouble ? at::kDouble : at::kFloat;
-  const int64_t out = weight.size(0);
+  std::vector<int64_t> sizes = input.sizes().vec();
+  sizes.back() = weight.size(0);
   const Batch batch(slots, arguments.packed, rows_of_a_sample(input));
-  at::Tensor y = zeros_or_bias(batch, arguments, slots, bias, out, type);
+  at::Tensor y = zeros_or_bias(batch, arguments, slots, bias, sizes, type);
   AT_DISPATCH_FLOATING_TYPES(type, "packed_masked_linear", [&] {
     const PackedRows<scalar_t> x(input.to(out_type), batch.order, batch.rows, groups, weight.size(1));
     if (y.numel() > 0) PackedLinear<scalar_t>(weight, groups, batch).forward(x, y.mutable_data_ptr<scalar_t>());
@@ -212,9 +213,7 @@ at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots
     const at::Tensor order = at::tensor(batch.order, slots.options());
     y = at::empty_like(y).index_copy_(0, order, y);
   }
-  std::vector<int64_t> sizes = input.sizes().vec();
-  sizes.back() = out;
-  return y.view(sizes).to(out_type);
+  return y.to(out_type);
 }
 
 // The sum over each sample's rows, then over the samples whose bit is set.
@@ -227,12 +226,12 @@ at::Tensor bias_gradient(const at::Tensor& grad, const at::Tensor& slots, const 
   at::Tensor db = at::zeros({out}, sums.options());
   const at::Tensor contiguous = slots.contiguous();
   const int64_t* slot = contiguous.const_data_ptr<int64_t>();
+  std::vector<at::Tensor> copies;
   AT_DISPATCH_FLOATING_TYPES(type, "packed_masked_linear_backward", [&] {
     const scalar_t* sum = sums.const_data_ptr<scalar_t>();
     scalar_t* total = db.mutable_data_ptr<scalar_t>();
     for (int64_t i = 0; i < samples; ++i, sum += out) {
-      const at::Tensor bits = arguments.packed_bias->task(slot[i]);
-      const uint8_t* byte = bits.const_data_ptr<uint8_t>();
+      const uint8_t* const byte = arguments.packed_bias->bits(slot[i], copies);
       for (int64_t o = 0; o < out; ++o) total[o] += byte[o / 8] >> (o % 8) & 1 ? sum[o] : scalar_t(0);
     }
   });

@@ -35,12 +35,9 @@ at::Tensor gradient(const at::Tensor& grad, const at::Tensor& input, const at::T
   const int64_t samples = input.size(0), rows = c10::multiply_integers(input.sizes().slice(1, input.dim() - 2));
   const int64_t tasks = packed.tasks(), bits_row = packed_bytes(weight.size(1));
   at::Tensor result = at::empty({samples, tasks}, grad.options().dtype(kScalar<T>));
-  std::vector<at::Tensor> masks;
+  std::vector<at::Tensor> copies;
   std::vector<const uint8_t*> bits;
-  for (int64_t t = 0; t < tasks; ++t) {
-    masks.push_back(packed.task(t));
-    bits.push_back(masks.back().const_data_ptr<uint8_t>());
-  }
+  for (int64_t t = 0; t < tasks; ++t) bits.push_back(packed.bits(t, copies));
   const GroupedWeight<T> w(weight, groups);
   const PackedRows<T> dy(grad, {}, rows, 1, w.out, 1), x(input, {}, rows, groups, w.in);
   constexpr int64_t kRow = kSuperposedColumns;
