@@ -154,19 +154,27 @@ def test_pack_by_hand():
     assert mm.pack_mask(logits.requires_grad_()).tolist() == [[137, 1], [0, 0]]
 
 
+def spread(bits):
+    memory = torch.full((*bits.shape[:-1], bits.shape[-1] + 23), 255, dtype=torch.uint8)
+    memory[..., 3:-20] = bits
+    return memory[..., 3:-20]
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
 @pytest.mark.parametrize("layout", [transposed, wider, offset], ids=["transposed", "wider", "offset"])
-def test_any_strides(layout):
+def test_any_strides(layout, listed):
     shape = SHAPES["few and many"]
     x, slots, w, b, grad, packed, packed_bias = inputs(shape, torch.float32)
     y, grads = expected(x, slots, w, b, grad, packed, packed_bias, 1)
-    spaced = torch.zeros(5, 33, 40, dtype=torch.uint8)
-    spaced[..., 3:20] = packed[0]
-    args = (layout(x), slots.repeat_interleave(2)[::2], layout(w), [spaced[..., 3:20]], wider(b), packed_bias, 1)
+    spaced = spread(packed[0])
+    masks, bias_masks = (list(spaced), list(spread(packed_bias[0]))) if listed else ([spaced], [spread(packed_bias[0])])
+    assert not masks[0].is_contiguous()
+    args = (layout(x), slots.repeat_interleave(2)[::2], layout(w), masks, wider(b), bias_masks, 1)
     assert_near(ops.packed_masked_linear(*args), y, 129, "y")
     for one, other in zip(ops.packed_masked_linear_backward(layout(grad), *args), grads):
         assert_near(one, other, 129, "gradient")
     exact = reference.packed_superposition_gradient(grad.double(), x.double(), w.double(), packed, 1)
-    got = superposition_gradient(layout(grad), layout(x), layout(w), spaced[..., 3:20])
+    got = superposition_gradient(layout(grad), layout(x), layout(w), masks)
     assert_near(got, exact, w.numel(), "superposition")
 
 

@@ -34,11 +34,21 @@ METAMASK_INLINE const T* advance(const T* pointer, int64_t elements) {
   return pointer;
 }
 
+// What a tile asks for while it computes: `lines` of kRowBytes in each step of its loop. Asked for all at once, they would keep its
+// own loads waiting.
+struct Ahead {
+  const char* from;
+  int64_t lines;
+};
+
 // kFinite: x is, so that a product that is off may be left out instead of added as 0 times x, an operation less; and one load has
-// the bits of two vectors. Only where kPairs.
+// the bits of two vectors. Only where kPairs. kStep: the columns of a step.
+template <class T, bool kFinite>
+constexpr int64_t kStep = (kFinite ? 2 : 1) * Vector<T>::kLanes;
+
 template <class T, bool kFinite, int R, int C>
 METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* const* bits, int64_t offset, int64_t bits_row,
-                                  const T* w, int64_t w_row, T* y, int64_t y_row, int64_t columns) {
+                                  const T* w, int64_t w_row, T* y, int64_t y_row, int64_t columns, Ahead ahead) {
   using V = typename Vector<T>::type;
   constexpr int64_t kLanes = Vector<T>::kLanes;
   constexpr int kAtOnce = kFinite ? 2 : 1;
@@ -48,7 +58,8 @@ METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* cons
   for (int r = 0; r < R; ++r) rows[r] = bits[r] + offset;
   const int64_t x_three = three_of(x_row), w_three = three_of(w_row), bits_three = three_of(bits_row);
   int64_t k = 0;
-  for (; k + kAtOnce * kLanes <= columns; k += kAtOnce * kLanes) {
+  for (; k + kStep<T, kFinite> <= columns; k += kStep<T, kFinite>) {
+    for (int64_t line = 0; line < ahead.lines; ++line, ahead.from += kRowBytes) __builtin_prefetch(ahead.from, 0, 2);
     V weights[C][kAtOnce];
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
@@ -73,8 +84,8 @@ METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* cons
       }
       rows[r] = advance(rows[r], kLanes % 8 == 0 ? kAtOnce * kLanes / 8 : uint64_t(k % 8 + kLanes) / 8);
     }
-    x = advance(x, kAtOnce * kLanes);
-    w = advance(w, kAtOnce * kLanes);
+    x = advance(x, kStep<T, kFinite>);
+    w = advance(w, kStep<T, kFinite>);
   }
   // Unrolled to the end: sums that are once indexed by a variable are written to memory in each round above.
   while (k < columns) {
@@ -116,28 +127,25 @@ METAMASK_INLINE void forward_rows(const T* x, int64_t x_row, BitRows bits, const
   // group of rows asks for its share of the next tile of W, and for the bits of the next group, the last one for those of the first
   // group in the next tile: else all arithmetic waits where a tile begins.
   if (rows == 0) return;
-  const int64_t groups = (rows + kRows - 1) / kRows;
-  const int64_t share = ((columns + groups - 1) / groups * int64_t(sizeof(T)) + kRowBytes - 1) / kRowBytes * kRowBytes;
+  const auto divide = [](int64_t n, int64_t by) { return by == 0 ? 0 : (n + by - 1) / by; };
+  const int64_t wanted = next == nullptr ? 0 : outputs * w_row * int64_t(sizeof(T)) / kRowBytes;
+  const int64_t steps = columns / kStep<T, kFinite>;
+  const int64_t lines = divide(wanted, divide(rows, kRows) * divide(outputs, kOutputs) * steps);
+  int64_t asked = 0;
   for (int64_t i = 0; i < rows; i += kRows) {
-    const int64_t share_begin = i / kRows * share, share_end = share_begin + share;
     with_count<kRows>(rows - i, [&](auto r) {
       for (int64_t j = 0; j < outputs; j += kOutputs) {
-        const bool last = i + kRows >= rows;
-        if (!last)
+        if (i + kRows < rows) {
           prefetch_bits(bits.bits + i + kRows, rows - i - kRows, bits.offset + j * bits.row, bits.row, outputs - j, columns);
-        if (next != nullptr) {
-          if (last) prefetch_bits(bits.bits, rows, bits.offset + (outputs + j) * bits.row, bits.row, outputs - j, columns);
-          for (int c = 0; c < kOutputs && j + c < outputs; ++c) {
-            const char* from = reinterpret_cast<const char*>(next + (j + c) * w_row);
-            for (int64_t byte = share_begin; byte < share_end && byte < columns * int64_t(sizeof(T)); byte += kRowBytes) {
-              __builtin_prefetch(from + byte, 0, 2);
-            }
-          }
+        } else if (next != nullptr) {
+          prefetch_bits(bits.bits, rows, bits.offset + (outputs + j) * bits.row, bits.row, outputs - j, columns);
         }
+        const Ahead ahead{reinterpret_cast<const char*>(next) + asked * kRowBytes, asked + steps * lines <= wanted ? lines : 0};
+        asked += steps * ahead.lines;
         with_count<kOutputs>(outputs - j, [&](auto c) {
           forward_tile<T, kFinite, decltype(r)::kValue, decltype(c)::kValue>(x + i * x_row, x_row, bits.bits + i,
                                                                              bits.offset + j * bits.row, bits.row, w + j * w_row,
-                                                                             w_row, y + i * y_row + j, y_row, columns);
+                                                                             w_row, y + i * y_row + j, y_row, columns, ahead);
         });
       }
     });

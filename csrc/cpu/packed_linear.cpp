@@ -15,8 +15,10 @@ namespace {
 
 // Rows of a task from which on expanding its theta costs less than testing its bits for each of them.
 constexpr int64_t kExpandRows = 6;
-// A tile of W takes an eighth of the second-level cache, with the bits and rows of x that it meets; backward has three tiles more.
-int64_t forward_tile() { return second_level_cache() / 8; }
+// A tile of W leaves room in the second-level cache for the next one, which is asked for meanwhile, and for the bits and rows of x
+// that it meets. Expanding a task's theta, there is none to ask for; backward has three tiles more.
+int64_t streamed_tile() { return second_level_cache() / 16; }
+int64_t expanded_tile() { return second_level_cache() / 8; }
 int64_t backward_tile() { return second_level_cache() / 16; }
 // Forward, a row's piece with those of four samples stays in the first-level cache. Backward, each panel passes once over dx, and a
 // tile needs many rows.
@@ -84,7 +86,8 @@ class PackedLinear {
 
   // y without the bias is added to what `y` holds, in the order of the groups.
   void forward(const PackedRows<T>& x, T* y) const {
-    const Panels panels(w_.out, w_.in, x.rows, sizeof(T), forward_tile(), kForwardRow);
+    const int64_t bytes = batch_.runs.empty() ? streamed_tile() : expanded_tile();
+    const Panels panels(w_.out, w_.in, x.rows, sizeof(T), bytes, kForwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile = panels.rows * tile_row;
     const bool finite = x.finite();
     w_.each_tile(panels, 2 * tile, [&](const GroupTile<T>& part, T* free) {
