@@ -164,6 +164,11 @@ def figure(metrics: Metrics) -> Any:
         third.annotate(f"{ratio:.2f}", (ratio, place), (8, -3), textcoords="offset points", fontsize=8)
     third.set(xlabel="time of a step over the shared net's (ratio)", xscale="log")
     third.margins(x=0.15)
+    low, high = third.get_xlim()
+    # The labels that matplotlib gives less than a decade overlap.
+    third.minorticks_off()
+    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+    third.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     third.set_yticks(range(len(times)), [LABELS[method] for method in times])
     third.set_title("cost", fontsize=10)
     for axes in (first, third):
