@@ -178,6 +178,20 @@ def test_any_strides(layout, listed):
     assert_near(got, exact, w.numel(), "superposition")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sample_does_not_depend_on_its_neighbours(dtype):
+    """Bit by bit: where four samples and four rows of W are summed at once, too."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, 71, generator=generator, dtype=dtype) for rows in (9, 10))
+    packed = [torch.randint(0, 256, (9, 10, 9), generator=generator, dtype=torch.uint8)]
+    slots = torch.arange(9)
+    y = ops.packed_masked_linear(x, slots, w, packed, None, None, 1)
+    for first, last in ((0, 1), (1, 4), (2, 9)):
+        part = ops.packed_masked_linear(x[first:last], slots[first:last], w, packed, None, None, 1)
+        assert torch.equal(part, y[first:last])
+    assert torch.equal(ops.packed_masked_linear(x, slots, w[3:5], [packed[0][:, 3:5]], None, None, 1), y[:, 3:5])
+
+
 def test_masks_anywhere_in_memory_are_read_to_their_end_only():
     """Rows of bits that begin at any byte, the last one at the end of its memory."""
     x, slots, w, b, _, packed, packed_bias = inputs(([0], (), 1, 7, 17, 1), torch.float32)

@@ -48,10 +48,14 @@ METAMASK_INLINE T sum(typename Vector<T>::type value) {
   typedef T Part __attribute__((vector_size(16), may_alias));
   alignas(kVectorBytes) T lanes[Vector<T>::kLanes];
   store(lanes, value);
-  constexpr int kLanes = 16 / sizeof(T);
-  Part total = *reinterpret_cast<const Part*>(lanes);
-#pragma GCC unroll 4
-  for (int i = kLanes; i < Vector<T>::kLanes; i += kLanes) total += *reinterpret_cast<const Part*>(lanes + i);
+  constexpr int kLanes = 16 / sizeof(T), kParts = kVectorBytes / 16, kHalf = kParts == 1 ? 1 : kParts / 2;
+  Part parts[kHalf];
+#pragma GCC unroll 2
+  for (int i = 0; i < kHalf; ++i) {
+    parts[i] = *reinterpret_cast<const Part*>(lanes + i * kLanes);
+    if constexpr (kParts > 1) parts[i] += *reinterpret_cast<const Part*>(lanes + (i + kHalf) * kLanes);
+  }
+  const Part total = kHalf == 2 ? parts[0] + parts[kHalf - 1] : parts[0];
   if constexpr (kLanes == 4) return (total[0] + total[2]) + (total[1] + total[3]);
   else return total[0] + total[1];
 }
