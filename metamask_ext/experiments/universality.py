@@ -120,15 +120,17 @@ def _construction(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 CLAIMS = [
-    *(
-        Claim(
-            f"Trained for one step, {name} goes on improving with more: MSE on new tasks {{before:.3g}} before, {{one:.3g}} "
-            f"after one, "
-            "{ten:.3g} after ten, {last:.3g} after {steps} steps.",
-            partial(_further, method=method),
-            lambda numbers: numbers["last"] < 0.8 * numbers["ten"] < 0.8 * numbers["one"] < 0.4 * numbers["before"],
-        )
-        for method, name in (("maml", "MAML"), ("masks", "MAML on masks"))
+    Claim(
+        "Trained for one step, MAML goes on improving with more: MSE on new tasks {before:.3g} before, {one:.3g} after one, "
+        "{ten:.3g} after ten, {last:.3g} after {steps} steps.",
+        partial(_further, method="maml"),
+        lambda numbers: numbers["last"] < 0.8 * numbers["ten"] < 0.8 * numbers["one"] < 0.4 * numbers["before"],
+    ),
+    Claim(
+        "MAML on masks improves too, most of it in the first ten steps: MSE {before:.3g} before, {one:.3g} after one, {ten:.3g} "
+        "after ten, {last:.3g} after {steps} steps.",
+        partial(_further, method="masks"),
+        lambda n: n["last"] < n["ten"] < 0.8 * n["one"] < 0.4 * n["before"] and n["ten"] - n["last"] < n["one"] - n["ten"],
     ),
     Claim(
         "Within the training distribution the recurrent learner is the better one after as many steps as in training: MSE "
