@@ -20,11 +20,13 @@ from .reference_packed import (
 )
 
 if BACKEND != "reference":
+    from . import _C
+
     _metamask = torch.ops.metamask
 
     _pack_mask = _metamask.pack_mask.default
     _unpack_mask = _metamask.unpack_mask.default
-    _packed_masked_linear = _metamask.packed_masked_linear.default
+    _packed_masked_linear = _C.packed_masked_linear
     _packed_masked_linear_backward = _metamask.packed_masked_linear_backward.default
     _packed_superposition_gradient = _metamask.packed_superposition_gradient.default
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from samples import DEVICES, DTYPES, offset, transposed, wider
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
 import metamask_ext as mm
@@ -420,7 +422,7 @@ def test_bad_input_is_refused_with_the_arguments_name(name):
     with pytest.raises(error, match=message):
         call()
     # and in the same words where plain torch runs
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(error, match=message):
+    with forward_ad.dual_level(), pytest.raises(error, match=message):
         call()
 
 
@@ -439,7 +441,27 @@ def test_raw_ops_refuse_what_does_not_fit():
         ops.unpack_mask(P[0, :3], (4, 9))
     with pytest.raises(ValueError, match="mask_logits must be"):
         ops.pack_mask(B[0], 0.0)
-    with pytest.raises(RuntimeError, match="packed_masked_linear has no derivative"):
-        ops.packed_masked_linear(X, SLOTS, W.clone().requires_grad_(), [P], None, None, 1)
     with pytest.raises(RuntimeError, match="packed_superposition_gradient has no derivative"):
         superposition_gradient(torch.zeros(2, 4, requires_grad=True), X, W, P)
+
+
+@pytest.mark.parametrize("op", [ops.packed_masked_linear, torch.ops.metamask.packed_masked_linear], ids=["direct", "torch.ops"])
+def test_both_ways_to_the_op_are_alike(op):
+    """torch.ops and the function of the extension that takes its place: neither is a constant silently, both know fake tensors."""
+    x, slots, w, b, _, packed, packed_bias = inputs(([0, 2], (), 1, 4, 9, 3), torch.float32)
+    args = [x, slots, w, packed, b, packed_bias, 1]
+    want = reference.packed_masked_linear(*args)
+    assert_near(op(*args), want, 9, "y")
+    for place in (0, 2, 4):
+        differentiated = [*args[:place], args[place].clone().requires_grad_(), *args[place + 1 :]]
+        with pytest.raises(RuntimeError, match="metamask::packed_masked_linear has no derivative"):
+            op(*differentiated)
+        with torch.no_grad():
+            assert_near(op(*differentiated), want, 9, "y")
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="metamask::packed_masked_linear has no derivative"):
+            op(*args[:place], forward_ad.make_dual(args[place], args[place]), *args[place + 1 :])
+    with FakeTensorMode() as mode:
+        fake = [[mode.from_tensor(each[0])] if isinstance(each, list) else each for each in args[:6]]
+        fake = [mode.from_tensor(each) if isinstance(each, torch.Tensor) else each for each in fake]
+        y = op(*fake, 1)
+    assert isinstance(y, FakeTensor) and y.shape == want.shape and y.dtype == want.dtype
