@@ -142,11 +142,11 @@ using Tensors = std::vector<at::Tensor>;
 at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, const Tensors& packed,
                                 const OptionalTensor& bias, const std::optional<Tensors>& packed_bias, int64_t groups,
                                 std::optional<at::ScalarType> dtype) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("metamask::packed_masked_linear", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::TensorList,
-                                               const OptionalTensor&, const std::optional<Tensors>&, int64_t,
-                                               std::optional<at::ScalarType>)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("metamask::packed_masked_linear", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::TensorList, const OptionalTensor&,
+                            const std::optional<Tensors>&, int64_t, std::optional<at::ScalarType>)>();
   refuse_if_differentiated(op, input);
   refuse_if_differentiated(op, weight);
   if (bias.has_value()) refuse_if_differentiated(op, *bias);
