@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Mapping
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..tasks import Characters, few_shot_tasks, load_characters
 from .claims import Claim, mean
 from .data import characters
 from .methods import descend, seeded
-from .output import Output, Scores, new_figure, plot_seeds
+from .output import STYLES, Output, Scores, bands, new_figure, plot_seeds
 from .settings import OptionError
 
 LABELS = {
@@ -261,12 +262,17 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
         for method, its in metrics["curves"].items():
             runs = [run["accuracy"] if len(run["accuracy"]) > 1 else run["accuracy"] * len(steps) for run in its[kind]]
             plot_seeds(panel, method, LABELS[method], steps, runs)
+            if len(its[kind][0]["accuracy"]) > 1:
+                means = [fmean(run["accuracy"][step] for run in its[kind]) for step in steps]
+                spread = [fmean(run["interval"][step] for run in its[kind]) for step in steps]
+                panel.errorbar(steps, means, spread, fmt="none", color=STYLES[method]["color"], capsize=2, linewidth=1)
         if kind in PAPER:
             panel.axhline(PAPER[kind], color="#000000", linewidth=0.8, linestyle=(0, (1, 3)), label="the paper's MAML, on Omniglot")
         panel.set(xlabel="gradient steps on the support set", ylabel="test accuracy (%)", xticks=steps, ylim=(0, 102))
         panel.set_title(kind, fontsize=10)
     lines = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
-    figure.legend(lines.values(), lines, fontsize=8, loc="outside upper center", ncols=3)
+    title = f"{bands(len(metrics['seeds']))}; bars: 95 % interval over tasks"
+    figure.legend(lines.values(), lines, fontsize=8, loc="outside upper center", ncols=3, title=title, title_fontsize=8)
     for panel, (title, image) in zip(axes[columns - 1 :: columns], metrics["drawings"].items()):
         panel.imshow(imread(io.BytesIO(base64.b64decode(image))))
         panel.set_title(f"{title}: 5 drawings each of 8 characters", fontsize=10)
