@@ -9,13 +9,17 @@ from . import EXPERIMENTS, module_of, run
 from .output import read_json, shown_time
 
 MINUTES = {
-    "mnist": 15,
-    "colored-mnist": 20,
-    "supsup": 7,
-    "supsup-rotated": 4,
-    "feature-weights": 1,
-    "universality": 4,
-    "navigation-2d": 4,
+    "saturation": 5,
+    "linear": 3,
+    "sinusoid": 9,
+    "sine-cosine": 3,
+    "logistic": 3,
+    "mnist": 9,
+    "colored-mnist": 25,
+    "supsup": 9,
+    "supsup-rotated": 1,
+    "universality": 3,
+    "navigation-2d": 3,
 }
 """About how long a full run takes on two cores, for the remaining time that is shown; others take about ``OTHER_MINUTES``."""
 OTHER_MINUTES = 6
