@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metamask_ext import MaskBank, unpack_mask
-
+from .. import MaskBank, unpack_mask
 from .problems import SEED
 from .tasks import lenet
 

@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from metamask_ext.meta import MAML
-from metamask_ext.nn import MaskedConv2d, MaskedLinear
-from metamask_ext.nn.masked_layer import MaskedLayer
-
+from ..meta import MAML
+from ..nn import MaskedConv2d, MaskedLinear
+from ..nn.masked_layer import MaskedLayer
 from .problems import SEED, Contender, Problem, Work
 
 PEERS = "METAMASK_PEERS"

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from metamask_ext import _ops
-
+from ..ops.linear import raw as linear_raw
+from ..ops.weight import raw as weight_raw
 from .report import between_marks
 
 ROUNDS = 300
@@ -53,15 +53,15 @@ def measure() -> Rates:
 
     def theta(rows: int) -> Callable[[], Any]:
         w, m = torch.randn(2, rows, wide)
-        return lambda: _ops.masked_weight(w, m, *SIGMOID)
+        return lambda: weight_raw.masked_weight(w, m, *SIGMOID)
 
     def gradients(rows: int) -> Callable[[], Any]:
         g, w, m = torch.randn(3, rows, wide)
-        return lambda: _ops.masked_weight_backward(g, w, m, *SIGMOID, (True, True))
+        return lambda: weight_raw.masked_weight_backward(g, w, m, *SIGMOID, (True, True))
 
     def product(batch: int) -> Callable[[], Any]:
         x, (w, m) = torch.randn(batch, wide), torch.randn(2, 64, wide)
-        return lambda: _ops.masked_linear(x, w, m, None, None, *SIGMOID)
+        return lambda: linear_raw.masked_linear(x, w, m, None, None, *SIGMOID)
 
     def read(mebibytes: int) -> Callable[[], Any]:
         x = torch.zeros(mebibytes << 18)

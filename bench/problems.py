@@ -16,7 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import metamask_ext
-from metamask_ext import reference
+
+from ..ops.conv2d import reference as conv2d_reference
+from ..ops.gate import SIGMOID
+from ..ops.linear import reference as linear_reference
+from ..ops.weight import reference as weight_reference
 
 LEARNING_RATE = 1e-3
 SEED = 0
@@ -68,7 +72,7 @@ class Layers(NamedTuple):
     conv2d: Function
 
 
-_GATE = (reference.SIGMOID, 1.0)
+_GATE = (SIGMOID, 1.0)
 
 OURS = Layers(
     metamask_ext.masked_weight,
@@ -86,9 +90,9 @@ DENSE = Layers(
     lambda x, w, m, stride: F.conv2d(x, w, stride=stride, padding=1),
 )
 SPECIFICATION = Layers(
-    lambda w, m: reference.masked_weight(w, m, *_GATE),
-    lambda x, w, m: reference.masked_linear(x, w, m, None, None, *_GATE),
-    lambda x, w, m, stride: reference.masked_conv2d(x, w, m, None, None, stride, 1, 1, 1, *_GATE),
+    lambda w, m: weight_reference.masked_weight(w, m, *_GATE),
+    lambda x, w, m: linear_reference.masked_linear(x, w, m, None, None, *_GATE),
+    lambda x, w, m, stride: conv2d_reference.masked_conv2d(x, w, m, None, None, stride, 1, 1, 1, *_GATE),
 )
 
 

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from metamask_ext import build_info
-from metamask_ext.continual.files import OutputError, prepare_folder, write_atomic
-
+from .. import build_info
+from ..files.checkpoint import OutputError, prepare_folder, write_atomic
 from . import bounds, report
 from .cases import SUITES, Case
 from .measure import summarise

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metamask_ext import MaskBank, convert, packed_masked_linear, reference, reference_packed, task_masked_linear, using_task
-from metamask_ext.bank.inference import Sums, entropy_gradient
-
+from .. import MaskBank, convert, packed_masked_linear, task_masked_linear, using_task
+from ..bank.inference import Sums, entropy_gradient
+from ..ops.gate import SIGMOID
+from ..ops.packed import reference as packed_reference
+from ..ops.weight import reference as weight_reference
 from .problems import SEED, Contender, Problem, Work
 
 SLOW = "with 1,000 tasks only the floor is compared: masks of bool would take 1 GiB, of float32 4 GiB"
@@ -36,7 +38,7 @@ def packed_forward(batch: int, width: int, tasks: int, device: str = "cpu") -> P
 
     def exact() -> tuple[Tensor, ...]:
         inputs = x.double(), slots, weight.double(), [bits]
-        return (reference_packed.packed_masked_linear(*inputs, None, None, 1),)
+        return (packed_reference.packed_masked_linear(*inputs, None, None, 1),)
 
     works: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: packed_masked_linear(x, slots, weight, bits),
@@ -97,7 +99,7 @@ def task_linear(tasks: int, rows: int, width: int, mode: str, device: str = "cpu
         return torch.bmm(x, (weight * torch.sigmoid(masks)).transpose(1, 2))
 
     def specification(x: Tensor, weight: Tensor, masks: Tensor) -> Tensor:
-        return torch.bmm(x, reference.masked_weight(weight, masks, reference.SIGMOID, 1.0).transpose(1, 2))
+        return torch.bmm(x, weight_reference.masked_weight(weight, masks, SIGMOID, 1.0).transpose(1, 2))
 
     def ready_made(x: Tensor, theta: Tensor) -> Tensor:
         return torch.bmm(x, theta.transpose(1, 2))
@@ -170,8 +172,8 @@ def inference(batch: int, tasks: int, outputs: int) -> Problem:
         for layer in model:
             if isinstance(layer, nn.Linear):
                 weight, bias = layer.weight.detach(), layer.bias.detach()
-                masks = [reference_packed.unpack_mask(layer.masks[name], weight.shape) for name in names]
-                bias_masks = [reference_packed.unpack_mask(layer.bias_masks[name], bias.shape) for name in names]
+                masks = [packed_reference.unpack_mask(layer.masks[name], weight.shape) for name in names]
+                bias_masks = [packed_reference.unpack_mask(layer.bias_masks[name], bias.shape) for name in names]
                 found.append((weight.double(), bias.double(), masks, bias_masks))
         return found
 

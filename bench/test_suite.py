@@ -6,8 +6,9 @@ One process for each case (``metamask_ext.bench.run`` does that): what a case co
 from __future__ import annotations
 
 import pytest
-from metamask_ext.bench.cases import SUITES, Case
-from metamask_ext.bench.measure import Others, check_apart, choose_rounds, nanoseconds, summarise, timed
+
+from .cases import SUITES, Case
+from .measure import Others, check_apart, choose_rounds, nanoseconds, summarise, timed
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for cases in SUITES.values() for case in cases])

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from metamask_ext import convert
-from metamask_ext.nn import MaskedLinear
-from metamask_ext.optim import FusedMaskedSGD
-
+from .. import convert
+from ..nn import MaskedLinear
+from ..optim import FusedMaskedSGD
 from .problems import LEARNING_RATE, SEED, Contender, Problem, Work
 
 
@@ -119,7 +118,7 @@ class _Mask(nn.Module):
 
 def resnet18_step(batch: int, size: int, fused: bool) -> Problem:
     """A training step of torchvision's ResNet-18 on images of ``size x size`` pixels, every convolution and linear layer masked."""
-    from metamask_ext.tasks._torchvision import import_torchvision
+    from ..data._torchvision import import_torchvision
 
     import_torchvision()
     from torchvision.models import resnet18

@@ -12,7 +12,7 @@
 TORCH_LIBRARY(metamask, m) {
   m.def("masked_weight(Tensor weight, Tensor mask_logits, int gate, float parameter, ScalarType? dtype=None) -> Tensor");
   m.def(
-      "masked_weight_backward(Tensor grad, Tensor weight, Tensor mask_logits, int gate, float parameter, bool[2] needs) -> "
+      "masked_weight_backward(Tensor grad, Tensor weight, Tensor mask_logits, int gate, float parameter, bool[2] needs=True) -> "
       "(Tensor, Tensor)");
   // Written in place with updates[i]; the settings are lr, weight_decay and momentum.
   m.def(
@@ -21,21 +21,21 @@ TORCH_LIBRARY(metamask, m) {
       "float[] mask_settings) -> (Tensor, Tensor)");
   m.def(
       "masked_weight_double_backward(Tensor? cotangent_weight, Tensor? cotangent_mask, Tensor grad, Tensor weight, "
-      "Tensor mask_logits, int gate, float parameter, bool[3] needs) -> (Tensor, Tensor, Tensor)");
+      "Tensor mask_logits, int gate, float parameter, bool[3] needs=True) -> (Tensor, Tensor, Tensor)");
   // The same for a list of weights. What is not needed is an empty list, and an empty list of cotangents is zero.
   m.def("masked_weight_list(Tensor[] weight, Tensor[] mask_logits, int gate, float parameter, ScalarType? dtype=None) -> Tensor[]");
   m.def(
       "masked_weight_list_backward(Tensor[] grad, Tensor[] weight, Tensor[] mask_logits, int gate, float parameter, "
-      "bool[2] needs) -> (Tensor[], Tensor[])");
+      "bool[2] needs=True) -> (Tensor[], Tensor[])");
   m.def(
       "masked_weight_list_double_backward(Tensor?[] cotangent_weight, Tensor?[] cotangent_mask, Tensor[] grad, Tensor[] weight, "
-      "Tensor[] mask_logits, int gate, float parameter, bool[3] needs) -> (Tensor[], Tensor[], Tensor[])");
+      "Tensor[] mask_logits, int gate, float parameter, bool[3] needs=True) -> (Tensor[], Tensor[], Tensor[])");
   m.def(
       "masked_linear(Tensor input, Tensor weight, Tensor mask_logits, Tensor? bias, Tensor? bias_mask_logits, int gate, "
       "float parameter, ScalarType? dtype=None) -> Tensor");
   m.def(
       "masked_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor mask_logits, Tensor? bias, "
-      "Tensor? bias_mask_logits, int gate, float parameter, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? bias_mask_logits, int gate, float parameter, bool[5] needs=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "masked_linear_backward_sgd_(Tensor grad, Tensor input, Tensor(a!) weight, Tensor(b!) mask_logits, Tensor(c!)? bias, "
       "Tensor(d!)? bias_mask_logits, Tensor(e!)? weight_velocity, Tensor(f!)? mask_velocity, Tensor(g!)? bias_velocity, "
@@ -50,14 +50,14 @@ TORCH_LIBRARY(metamask, m) {
   // `masks` is one tensor [T, out, in] or T tensors [out, in], `bias_masks` likewise or empty; gradients come in the same form.
   m.def(
       "task_masked_linear(Tensor input, Tensor slots, Tensor weight, Tensor[] masks, Tensor? bias, Tensor[] bias_masks, int gate, "
-      "float parameter, int groups, ScalarType? dtype=None) -> Tensor");
+      "float parameter, int groups=1, ScalarType? dtype=None) -> Tensor");
   m.def(
       "task_masked_linear_backward(Tensor grad, Tensor input, Tensor slots, Tensor weight, Tensor[] masks, Tensor? bias, "
-      "Tensor[] bias_masks, int gate, float parameter, int groups, bool[5] needs) -> (Tensor, Tensor, Tensor[], Tensor, Tensor[])");
+      "Tensor[] bias_masks, int gate, float parameter, int groups=1, bool[5] needs=True) -> (Tensor, Tensor, Tensor[], Tensor, Tensor[])");
   m.def(
       "task_masked_linear_double_backward(Tensor? cotangent_input, Tensor? cotangent_weight, Tensor?[] cotangent_masks, "
       "Tensor? cotangent_bias, Tensor?[] cotangent_bias_masks, Tensor grad, Tensor input, Tensor slots, Tensor weight, "
-      "Tensor[] masks, Tensor? bias, Tensor[] bias_masks, int gate, float parameter, int groups, bool[6] needs) -> "
+      "Tensor[] masks, Tensor? bias, Tensor[] bias_masks, int gate, float parameter, int groups=1, bool[6] needs=True) -> "
       "(Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor[])");
   // Masks of one bit a weight. `packed` is one tensor with a dimension of tasks in front, or a list of one tensor a task.
   m.def("pack_mask(Tensor mask_logits, float threshold) -> Tensor");
@@ -67,7 +67,7 @@ TORCH_LIBRARY(metamask, m) {
       "int groups, ScalarType? dtype=None) -> Tensor");
   m.def(
       "packed_masked_linear_backward(Tensor grad, Tensor input, Tensor slots, Tensor weight, Tensor[] packed, Tensor? bias, "
-      "Tensor[]? packed_bias, int groups, bool[3] needs) -> (Tensor, Tensor, Tensor)");
+      "Tensor[]? packed_bias, int groups, bool[3] needs=True) -> (Tensor, Tensor, Tensor)");
   m.def("packed_superposition_gradient(Tensor grad, Tensor input, Tensor weight, Tensor[] packed, int groups) -> Tensor");
 }
 

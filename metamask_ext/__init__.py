@@ -19,12 +19,14 @@ _import_module(".tasks", __name__)
 
 from . import meta, nn, optim
 from .bank import MaskBank
-from .functional import masked_conv2d, masked_linear, masked_weight
-from .mixed import task_masked_conv2d, task_masked_linear
-from .nn.active import using_task
+from .nn.context import using_task
 from .nn.convert import convert, merge
 from .nn.tasks import add_task, remove_task, slots, tasks
-from .packed import pack_mask, packed_masked_conv2d, packed_masked_linear, unpack_mask
+from .ops.conv2d.functional import masked_conv2d
+from .ops.linear.functional import masked_linear
+from .ops.mixed_task.functional import task_masked_conv2d, task_masked_linear
+from .ops.packed.functional import pack_mask, packed_masked_conv2d, packed_masked_linear, unpack_mask
+from .ops.weight.functional import masked_weight
 
 __version__ = build_info()["version"]
 

@@ -1,5 +1,5 @@
 """``python -m metamask_ext``: the command ``metamask``."""
 
-from .cli import main
+from .cli.app import main
 
 main()

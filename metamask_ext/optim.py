@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .autograd import MaskedLinear, MaskedWeight, Steps
-from .autograd_conv import MaskedConv2d
 from .nn.layers import MaskedLayer
 from .nn.names import escape
 from .nn.task_dict import TaskDict
 from .nn.tasks import tasks
+from .ops.conv2d.autograd import MaskedConv2d
+from .ops.linear.autograd import MaskedLinear
+from .ops.weight.autograd import MaskedWeight, Steps
 
 # Where a node's parameters are among its inputs.
 _PARAMETERS = {MaskedLinear: (1, 2, 3, 4), MaskedConv2d: (1, 2, 3, 4), MaskedWeight: (0, 1)}

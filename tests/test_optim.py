@@ -7,8 +7,8 @@ import threading
 
 import pytest
 import torch
-from samples import DEVICES
-from steps import (
+from support.samples import DEVICES
+from support.sgd_steps import (
     FUSED,
     SETTINGS,
     assert_equal_models,

@@ -111,7 +111,7 @@ def copy_sources() -> None:
 
 def run_tests(file: str) -> str:
     """``pass`` or ``fail``, of the tests of a file's kernels on the copy; anything else ends the script."""
-    from emulator import build
+    from support.emulator import build
 
     # A mutant that does not compile proves nothing.
     build("check")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from ..nn import tasks as model_tasks
-from ..nn.active import describe, using_task
+from ..nn.context import describe, using_task
 from ..nn.names import escape
 from ..nn.selection import Superposition
 from . import folder

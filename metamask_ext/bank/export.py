@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from ..ops.checks import check_pair
+from ..ops.gate import resolve_gate
+from ..ops.weight import reference as weight_reference
 from .index import INDEX, BankError
 from .store import Store
 
@@ -43,9 +45,9 @@ def task_state(store: Store, name: str) -> dict[str, Tensor]:
             if bits is not None:
                 state[key] = weight * _unpack(bits, shape)
             elif logits is not None:
-                reference.check_pair(weight, logits, key, LOGITS + key)
-                gate = reference.resolve_gate(layer["gate"], layer["temperature"], layer["threshold"])
-                state[key] = reference.masked_weight(weight, logits, *gate)
+                check_pair(weight, logits, key, LOGITS + key)
+                gate = resolve_gate(layer["gate"], layer["temperature"], layer["threshold"])
+                state[key] = weight_reference.masked_weight(weight, logits, *gate)
         except (KeyError, TypeError, ValueError) as error:
             raise BankError(f"{_file(store, name)}: {key}: {error}") from error
     for key, tensor in task.items():

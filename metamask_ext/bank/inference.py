@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
-from ..nn.active import using_task
+from ..nn.context import using_task
 from ..nn.layers import MaskedConv2d
 from ..nn.masked_layer import MaskedLayer
 from ..nn.selection import Superposition
 from ..nn.task_dict import TaskDict
-from ..packed import superposition_gradient, unpack_mask
+from ..ops.gate import gate_values
+from ..ops.packed.functional import superposition_gradient, unpack_mask
 
 METHODS = ("one_shot", "binary")
 
@@ -62,7 +62,7 @@ class Sums:
         total = kept.of(bits, like).clone() if bits else torch.zeros_like(like, requires_grad=False)
         for key in keys:
             if key not in bits:
-                total += reference.gate_values(masks._tensor(key), *layer._resolved())[0]
+                total += gate_values(masks._tensor(key), *layer._resolved())[0]
         return total / len(keys)
 
 

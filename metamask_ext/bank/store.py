@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .._files import sync_folder
+from ..files.folders import sync_folder
 from ..nn.names import check_name
 from .index import (
     INDEX,

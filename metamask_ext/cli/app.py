@@ -10,15 +10,15 @@ from typing import Annotated
 import torch
 import typer
 
-from ._info import build_info
-from ._terminal import fail, show
-from .bank.commands import app as bank
-from .continual.files import OutputError
-from .experiments import EXPERIMENTS, OptionError, PieceError, settings_of
-from .experiments import run as run_experiment
-from .experiments.report import report as write_report
-from .experiments.settings import to_toml
-from .experiments.suite import run_all
+from .._info import build_info
+from ..experiments.catalogue import EXPERIMENTS, OptionError, PieceError, settings_of
+from ..experiments.catalogue import run as run_experiment
+from ..experiments.engine.settings import to_toml
+from ..experiments.report import report as write_report
+from ..experiments.suite import run_all
+from ..files.checkpoint import OutputError
+from .bank import app as bank
+from .terminal import fail, show
 
 app = typer.Typer(
     help="Masked weights for PyTorch: experiments, benchmarks and what is installed.",
@@ -32,7 +32,7 @@ app.add_typer(bank, name="bank")
 @app.command(name="list")
 def list_experiments() -> None:
     """The experiments: a table on a terminal, else one name a line."""
-    show(("name", "what it does"), EXPERIMENTS.items())
+    show(("name", "what it does"), [(name, entry.summary) for name, entry in EXPERIMENTS.items()])
 
 
 @app.command()

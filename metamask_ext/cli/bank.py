@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from .._terminal import fail, show
+from ..bank.export import task_state
+from ..bank.index import BankError
+from ..bank.store import Store, TaskData, save, serialise
 from ..nn.names import escape
-from .export import task_state
-from .index import BankError
-from .store import Store, TaskData, save, serialise
+from .terminal import fail, show
 
 app = typer.Typer(help="Banks of tasks on disk.", no_args_is_help=True)
 

@@ -17,14 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from ..nn import MaskedLayer
-from ..nn.active import describe, using_task
-from ..nn.layers import DEFAULT_TASK
-from ..nn.names import check_name, escape
-from ..nn.task_dict import TaskDict
-from ..nn.tasks import add_task, masked_layers, remove_task
-from ..nn.tasks import tasks as model_tasks
-from .files import (
+from ..files.checkpoint import (
     CHECKPOINT,
     METRICS,
     CheckpointError,
@@ -38,6 +31,13 @@ from .files import (
     prepare_folder,
     save_checkpoint,
 )
+from ..nn import MaskedLayer
+from ..nn.context import describe, using_task
+from ..nn.layers import DEFAULT_TASK
+from ..nn.names import check_name, escape
+from ..nn.task_dict import TaskDict
+from ..nn.tasks import add_task, masked_layers, remove_task
+from ..nn.tasks import tasks as model_tasks
 
 Batch = tuple[Tensor, Tensor]
 TaskData = Batch | Callable[[torch.Generator], Batch]

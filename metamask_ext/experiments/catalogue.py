@@ -1,5 +1,4 @@
-"""The experiments, one file each, run by ``metamask run NAME --out DIR --seed S``: of the proposal (Blum and Law, EE5239, 2020)
-and of papers around it."""
+"""The experiments by name, and how one is run."""
 
 from __future__ import annotations
 
@@ -7,38 +6,87 @@ from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from .output import Output
-from .settings import OptionError, read_toml, resolve
-from .workers import PieceError, one_thread
+from .engine.jobs import PieceError, one_thread
+from .engine.run_folder import Output
+from .engine.settings import OptionError, read_toml, resolve
 
-EXPERIMENTS = {
-    "linear": "linear regression whose weights are on or off in each task (section 3.1)",
-    "sine-of-linear": "the sine of such a linear function: which layers' masks do the tasks share (section 3.2)",
-    "sinusoid": "sinusoids that share nothing: can masks be dynamic weights (section 3.3)",
-    "sine-cosine": "a sine that is sometimes a cosine: a bias of pi/2 behind a gate (section 3.4)",
-    "logistic": "the same tasks with binary labels (section 3.5)",
-    "mnist": "a masked and a plain CNN on handwritten digits (section 3.6)",
-    "colored-mnist": "digits on backgrounds of many colours, a mask for each (section 3.7)",
-    "saturation": "gates near 0 and 1, L2 terms on W and on the masks, and cooled gates (section 2.1)",
-    "supsup": "hundreds of tasks in one bank, named or inferred (Wortsman et al., arXiv:2006.14769)",
-    "maml-sine": "MAML on sine waves, adapting masks, weights or both (arXiv:1703.03400, section 5.1)",
-    "fewshot": "MAML on images of characters, a few of each class (arXiv:1703.03400, section 5.2)",
-    "feature-weights": "weights of features learned through regression and classification (EECS 182, homework 9)",
-    "universality": "MAML beside a recurrent meta-learner, and the construction of the proof (arXiv:1710.11622)",
-    "navigation-2d": "policies that learn the way to a goal in one or a few updates (arXiv:1703.03400, section 5.3)",
+
+class Entry(NamedTuple):
+    """An experiment: its module, imported when it is run, since it needs matplotlib; and what it does, in a line."""
+
+    module: str
+    summary: str
+
+
+EXPERIMENTS: dict[str, Entry] = {
+    "linear": Entry(
+        "metamask_ext.experiments.proposal.linear",
+        "linear regression whose weights are on or off in each task (section 3.1)",
+    ),
+    "sine-of-linear": Entry(
+        "metamask_ext.experiments.proposal.sine_of_linear",
+        "the sine of such a linear function: which layers' masks do the tasks share (section 3.2)",
+    ),
+    "sinusoid": Entry(
+        "metamask_ext.experiments.proposal.sinusoid",
+        "sinusoids that share nothing: can masks be dynamic weights (section 3.3)",
+    ),
+    "sine-cosine": Entry(
+        "metamask_ext.experiments.proposal.sine_cosine",
+        "a sine that is sometimes a cosine: a bias of pi/2 behind a gate (section 3.4)",
+    ),
+    "logistic": Entry(
+        "metamask_ext.experiments.proposal.logistic",
+        "the same tasks with binary labels (section 3.5)",
+    ),
+    "mnist": Entry(
+        "metamask_ext.experiments.proposal.mnist",
+        "a masked and a plain CNN on handwritten digits (section 3.6)",
+    ),
+    "colored-mnist": Entry(
+        "metamask_ext.experiments.proposal.colored_mnist",
+        "digits on backgrounds of many colours, a mask for each (section 3.7)",
+    ),
+    "saturation": Entry(
+        "metamask_ext.experiments.proposal.saturation",
+        "gates near 0 and 1, L2 terms on W and on the masks, and cooled gates (section 2.1)",
+    ),
+    "supsup": Entry(
+        "metamask_ext.experiments.papers.supsup",
+        "hundreds of tasks in one bank, named or inferred (Wortsman et al., arXiv:2006.14769)",
+    ),
+    "maml-sine": Entry(
+        "metamask_ext.experiments.papers.maml_sine",
+        "MAML on sine waves, adapting masks, weights or both (arXiv:1703.03400, section 5.1)",
+    ),
+    "fewshot": Entry(
+        "metamask_ext.experiments.papers.fewshot",
+        "MAML on images of characters, a few of each class (arXiv:1703.03400, section 5.2)",
+    ),
+    "feature-weights": Entry(
+        "metamask_ext.experiments.papers.feature_weights.experiment",
+        "weights of features learned through regression and classification (EECS 182, homework 9)",
+    ),
+    "universality": Entry(
+        "metamask_ext.experiments.papers.universality.experiment",
+        "MAML beside a recurrent meta-learner, and the construction of the proof (arXiv:1710.11622)",
+    ),
+    "navigation-2d": Entry(
+        "metamask_ext.experiments.papers.navigation_2d.experiment",
+        "policies that learn the way to a goal in one or a few updates (arXiv:1703.03400, section 5.3)",
+    ),
 }
-"""What there is to run, with a line about each. The modules are imported when they are run: they need matplotlib."""
 
-__all__ = ["EXPERIMENTS", "OptionError", "PieceError", "module_of", "run", "settings_of"]
+__all__ = ["EXPERIMENTS", "Entry", "OptionError", "PieceError", "module_of", "run", "settings_of"]
 
 
 def module_of(name: str) -> ModuleType:
     """The module of an experiment. ValueError if it is unknown."""
     if name not in EXPERIMENTS:
         raise ValueError(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}")
-    return import_module(f".{name.replace('-', '_')}", __name__)
+    return import_module(EXPERIMENTS[name].module)
 
 
 def settings_of(
@@ -68,7 +116,7 @@ def run(
     tracking: str | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Run an experiment; what it writes is described in :class:`metamask_ext.experiments.output.Output`.
+    """Run an experiment; what it writes is described in :class:`metamask_ext.experiments.engine.run_folder.Output`.
 
     Args:
         name: one of ``EXPERIMENTS``.

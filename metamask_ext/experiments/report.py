@@ -9,10 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..continual.files import OutputError, prepare_folder, write_atomic
-from . import module_of, settings_of
-from .output import seeds_text, table_of, write_figures
-from .settings import flat
+from ..files.checkpoint import OutputError, prepare_folder, write_atomic
+from .catalogue import module_of, settings_of
+from .engine.run_folder import seeds_text, table_of, write_figures
+from .engine.settings import flat
 from .suite import finished, runs
 
 PAGE, RESULTS = "results.md", "results"

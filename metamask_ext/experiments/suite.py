@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import EXPERIMENTS, module_of, run
-from .output import read_json, shown_time
+from .catalogue import EXPERIMENTS, module_of, run
+from .engine.run_folder import read_json, shown_time
 
 MINUTES = {
     "saturation": 5,

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._files import sync_folder
 from ..nn import MaskedLayer
+from .folders import sync_folder
 
 MAGIC = b"metamask_ext checkpoint 1\n"
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"

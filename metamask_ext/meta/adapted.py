@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.active import describe, run_selected
+from ..nn.context import describe, run_selected
 from ..nn.layers import MaskedConv2d, ReadThroughConv2d, ReadThroughLinear
 from ..nn.masked_layer import MaskedLayer, TaskMasks
 from ..nn.names import escape

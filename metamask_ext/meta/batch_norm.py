@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.active import selection_of
 from ..nn.batch_norm import TaskBatchNorm2d
+from ..nn.context import selection_of
 from ..nn.selection import GivenMasks
 
 POLICIES = ("batch", "frozen", "per task")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..reference import DTYPES
+from ..ops.checks import DTYPES
 from .layers import DEFAULT_TASK, MaskedConv2d, MaskedLayer, MaskedLinear, ReadThroughConv2d, ReadThroughLinear
 from .per_task import keep_per_task, plain_copy
 from .task_layer import TaskLayer

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
-from ..mixed import task_masked_conv2d, task_masked_linear
-from ..packed import packed_masked_conv2d, packed_masked_linear
+from ..ops.conv2d import functional as conv2d_functional
+from ..ops.linear import functional as linear_functional
+from ..ops.mixed_task.functional import task_masked_conv2d, task_masked_linear
+from ..ops.packed.functional import packed_masked_conv2d, packed_masked_linear
+from ..ops.weight import functional as weight_functional
 from .masked_layer import DEFAULT_TASK, MaskedLayer, MaskInit, TaskMasks
 
 __all__ = [
@@ -76,7 +78,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     def _masked(self, input: Tensor, mask_logits: Tensor, bias_mask_logits: Tensor | None) -> Tensor:
         weight, bias = self._shared()
-        return functional.masked_linear(
+        return linear_functional.masked_linear(
             input,
             weight,
             mask_logits,
@@ -155,7 +157,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def _masked(self, input: Tensor, mask_logits: Tensor, bias_mask_logits: Tensor | None) -> Tensor:
         weight, bias = self._shared()
         input, geometry = self._padded(input)
-        return functional.masked_conv2d(
+        return conv2d_functional.masked_conv2d(
             input,
             weight,
             mask_logits,
@@ -182,10 +184,10 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         weight, bias = self._shared()
         input, (stride, padding, dilation, groups) = self._padded(input)
         tasks, channels = len(masks), input.shape[1]
-        theta = functional.masked_weight(weight.expand_as(masks), masks, **self._gate())
+        theta = weight_functional.masked_weight(weight.expand_as(masks), masks, **self._gate())
         if bias is not None:
             bias = bias.expand(tasks, -1)
-            bias = bias if bias_masks is None else functional.masked_weight(bias, bias_masks, **self._gate())
+            bias = bias if bias_masks is None else weight_functional.masked_weight(bias, bias_masks, **self._gate())
             bias = bias.flatten()
         images = input.reshape(-1, tasks * channels, *input.shape[2:])
         y = F.conv2d(images, theta.flatten(0, 1), bias, stride, padding, dilation, tasks * groups)
@@ -242,7 +244,7 @@ def _read(layer: MaskedLayer, what: str) -> Any:
         return _read_in_eager(layer, what)
     if isinstance(active, tuple):
         shared, logits = layer._group(what)[0], active[what == "bias"]
-        return None if shared is None else functional.masked_weight(shared, cast(Tensor, logits), **layer._gate())
+        return None if shared is None else weight_functional.masked_weight(shared, cast(Tensor, logits), **layer._gate())
     return layer._theta(what, active) if isinstance(active, str) else active.read(layer, what)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, reference
-from ..packed import pack_mask, unpack_mask
-from ..reference import DTYPES, resolve_gate
-from .active import active_key, only_key
+from ..ops.checks import DTYPES
+from ..ops.gate import gate_values, resolve_gate
+from ..ops.packed.functional import pack_mask, unpack_mask
+from ..ops.weight import functional as weight_functional
+from .context import active_key, only_key
 from .names import escape
 from .selection import Selection, Superposition, TaskBatch
 from .task_dict import TaskDict
@@ -106,7 +107,7 @@ class MaskedLayer(TaskLayer):
             if mask.dtype == torch.uint8:
                 gate = unpack_mask(mask, like.shape).to(like.dtype)
             else:
-                gate = reference.gate_values(mask, *self._resolved())[0]
+                gate = gate_values(mask, *self._resolved())[0]
             total = total + amount * gate
         if self.gate == "hard":
             return total - 0.5 + self.threshold
@@ -230,7 +231,7 @@ class MaskedLayer(TaskLayer):
     def _with_mask(self, what: str, mask: Tensor | None) -> Any:
         """The masked ``weight`` or ``bias`` with these logits."""
         shared, _ = self._group(what)
-        return shared if shared is None or mask is None else functional.masked_weight(shared, mask, **self._gate())
+        return shared if shared is None or mask is None else weight_functional.masked_weight(shared, mask, **self._gate())
 
     def _mixed(self, superposition: Superposition, what: str) -> Any:
         if self._group(what)[0] is None:

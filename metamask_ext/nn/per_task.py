@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .active import using_task
+from .context import using_task
 from .masked_layer import DEFAULT_TASK
 from .selection import Superposition, TaskBatch
 from .task_dict import TaskDict

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .active import describe
+from .context import describe
 from .names import escape
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .active import describe
+from .context import describe
 from .names import escape
 
 

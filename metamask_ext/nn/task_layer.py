@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .active import active_key, describe, only_key
+from .context import active_key, describe, only_key
 from .names import check_name, escape, unescape
 from .selection import Selection, Superposition
 from .task_dict import TaskDict

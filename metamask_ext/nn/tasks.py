@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from .active import describe, is_active
+from .context import describe, is_active
 from .masked_layer import MaskedLayer
 from .names import check_name
 from .task_dict import TaskDict

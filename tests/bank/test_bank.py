@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_same_gradients, gradients, mlp, randomize_masks
+from support.models import assert_same_gradients, gradients, mlp, randomize_masks
 from test_using_tasks import MIXED, alone, cnn
 from torch import nn
 

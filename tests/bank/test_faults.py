@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from bank_processes import at_call
-from banks import META, contents, files, logits, new_bank, packed, read_body, shared, write_body
+from support.bank_processes import at_call
+from support.banks import META, contents, files, logits, new_bank, packed, read_body, shared, write_body
 
 from metamask_ext.bank import BankError, BankNotFoundError, Store, save
 from metamask_ext.bank import store as store_module

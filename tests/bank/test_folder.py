@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_same_gradients, gradients, randomize_masks
+from support.models import assert_same_gradients, gradients, randomize_masks
 from test_using_tasks import alone, cnn
 from torch import nn
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from banks import META, contents, files, logits, new_bank, packed, shared
+from support.banks import META, contents, files, logits, new_bank, packed, shared
 
 from metamask_ext.bank import BankError, BankNotFoundError, Store, save
 from metamask_ext.bank.store import DTYPES

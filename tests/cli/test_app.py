@@ -12,12 +12,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from metamask_ext import build_info, cli
-from metamask_ext.experiments import EXPERIMENTS
+from metamask_ext import build_info
+from metamask_ext.cli import app
+from metamask_ext.experiments.catalogue import EXPERIMENTS
 
 
 def _metamask(*arguments: str):
-    return CliRunner().invoke(cli.app, list(arguments))
+    return CliRunner().invoke(app.app, list(arguments))
 
 
 def _assert_one_error(result, code: int, *texts: str) -> None:
@@ -36,7 +37,9 @@ def test_list_is_a_table_on_a_terminal(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     result = _metamask("list")
-    assert result.exit_code == 0 and all(name in result.stdout and text in result.stdout for name, text in EXPERIMENTS.items())
+    assert result.exit_code == 0 and all(
+        name in result.stdout and entry.summary in result.stdout for name, entry in EXPERIMENTS.items()
+    )
 
 
 def test_info():
@@ -70,8 +73,8 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 def test_run_passes_its_options(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(cli, "run_experiment", lambda *arguments, **options: calls.append((*arguments, options)))
-    monkeypatch.setattr(cli, "run_all", lambda *arguments, **options: calls.append(("all", *arguments, options)))
+    monkeypatch.setattr(app, "run_experiment", lambda *arguments, **options: calls.append((*arguments, options)))
+    monkeypatch.setattr(app, "run_all", lambda *arguments, **options: calls.append(("all", *arguments, options)))
     none = {"config": None, "workers": None, "tracking": None}
     assert _metamask("run", "mnist", "--out", str(tmp_path), "--seed", "7", "--quick").exit_code == 0
     assert _metamask("run", "linear", "--out", str(tmp_path), "--tracking", "csv", "--workers", "3").exit_code == 0
@@ -109,7 +112,7 @@ def test_bench_hands_over(tmp_path, monkeypatch, code):
         calls.append((suite, out, quick))
         return code
 
-    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(run=run) if name == "metamask_ext.bench.run" else None)
+    monkeypatch.setattr(app, "import_module", lambda name: SimpleNamespace(run=run) if name == "metamask_ext.bench.run" else None)
     result = _metamask("bench", "--suite", "cpu", "--out", str(tmp_path), "--quick")
     assert result.exit_code == code and calls == [("cpu", tmp_path, True)]
 
@@ -121,9 +124,9 @@ def test_bench_without_its_packages(monkeypatch):
 
         return load
 
-    monkeypatch.setattr(cli, "import_module", missing("pytest_benchmark"))
+    monkeypatch.setattr(app, "import_module", missing("pytest_benchmark"))
     _assert_one_error(_metamask("bench"), 1, "pytest_benchmark", 'pip install "metamask_ext[bench]"')
-    monkeypatch.setattr(cli, "import_module", missing("metamask_ext.bench"))
+    monkeypatch.setattr(app, "import_module", missing("metamask_ext.bench"))
     _assert_one_error(_metamask("bench"), 1, "not in this installation")
 
 

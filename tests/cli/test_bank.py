@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from banks import META, contents, files, logits, new_bank, packed, read_body, shared
 from safetensors.torch import load_file
-from samples import assert_close
+from support.banks import META, contents, files, logits, new_bank, packed, read_body, shared
+from support.samples import assert_close
 from typer.testing import CliRunner
 
 import metamask_ext
-from metamask_ext import cli
 from metamask_ext.bank import BankError, Store, save
 from metamask_ext.bank.export import task_state
 from metamask_ext.bank.store import _locked
+from metamask_ext.cli import app
 
 
 def _bank(*arguments: object):
-    return CliRunner().invoke(cli.app, ["bank", *map(str, arguments)])
+    return CliRunner().invoke(app.app, ["bank", *map(str, arguments)])
 
 
 def _assert_done(result) -> str:
@@ -268,7 +268,7 @@ def test_a_full_disk_leaves_no_half_export(tmp_path):
     new_bank(tmp_path / "bank")
     program = (
         "import resource, sys; from metamask_ext import cli; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
-        f"sys.argv = ['metamask', 'bank', 'export', {str(tmp_path / 'bank')!r}, 'a', {str(tmp_path / 'file')!r}]; cli.main()"
+        f"sys.argv = ['metamask', 'bank', 'export', {str(tmp_path / 'bank')!r}, 'a', {str(tmp_path / 'file')!r}]; app.main()"
     )
     done = subprocess.run([sys.executable, "-B", "-c", program], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "File too large" in done.stderr, done.stderr

@@ -9,15 +9,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import continual_processes
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import assert_same, new_data, new_loop, new_model, state
+from support import loop_processes as continual_processes
+from support.loops import assert_same, new_data, new_loop, new_model, state
 from torch import nn
 
 from metamask_ext.continual import CheckpointError, OutputError, TaskLoop, read_metrics
-from metamask_ext.continual.files import locked
+from metamask_ext.files.checkpoint import locked
 from metamask_ext.nn import MaskedLinear
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import new_data, new_model
+from support.loops import new_data, new_model
 from torch import nn
 
 from metamask_ext import add_task

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metamask_ext.tasks import characters, few_shot_tasks, glyphs, load_characters
-from metamask_ext.tasks._torchvision import import_torchvision
+from metamask_ext.data import characters, few_shot_tasks, glyphs, load_characters
+from metamask_ext.data._torchvision import import_torchvision
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from metamask_ext.tasks import _download, digits, linear_tasks, load_digits
-from metamask_ext.tasks._torchvision import import_torchvision
+from metamask_ext.data import _download, digits, linear_tasks, load_digits
+from metamask_ext.data._torchvision import import_torchvision
 
 
 def test_linear_tasks_follow_the_formula():

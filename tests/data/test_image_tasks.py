@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metamask_ext.tasks import ColoredImages, PermutedImages, RotatedImages
+from metamask_ext.data import ColoredImages, PermutedImages, RotatedImages
 
 TASKS = {"permuted": PermutedImages(3, pixels=81, seed=4), "rotated": RotatedImages(36), "colored": ColoredImages(4, seed=2)}
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from metamask_ext.tasks import SineTasks, sine_tasks
+from metamask_ext.data import SineTasks, sine_tasks
 
 
 def generator(seed=0):

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from metamask_ext.tasks import sine_of_linear_tasks, sinusoid_tasks
-from metamask_ext.tasks.sinusoid import MAGNITUDES
+from metamask_ext.data import sine_of_linear_tasks, sinusoid_tasks
+from metamask_ext.data.sinusoid import MAGNITUDES
 
 LOW, HIGH = MAGNITUDES
 

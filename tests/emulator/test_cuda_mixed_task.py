@@ -6,10 +6,8 @@ import pytest
 import test_task_conv
 import test_task_linear
 import torch
-from emulated import FORWARD, RANDOM_WARPS, bring, emulator, in_the_emulator  # noqa: F401  fixtures
-from samples import DTYPES, GATES
-
-from metamask_ext import mixed
+from support.emulated import FORWARD, RANDOM_WARPS, bring, emulator, in_the_emulator  # noqa: F401  fixtures
+from support.samples import DTYPES, GATES
 
 bring(
     globals(),

@@ -14,11 +14,12 @@ import test_ops
 import test_sgd_ops
 import test_weight_list
 import torch
-from emulated import FORWARD, RANDOM_WARPS, bring, emulator, in_the_emulator  # noqa: F401  fixtures
-from samples import DTYPES, GATES, SMALL, Sample, ids, wider
+from support.emulated import FORWARD, RANDOM_WARPS, bring, emulator, in_the_emulator  # noqa: F401  fixtures
+from support.samples import DTYPES, GATES, SMALL, Sample, ids, wider
 from torch.profiler import ProfilerActivity, profile
 
-from metamask_ext import _ops
+from metamask_ext.ops.linear import raw as linear_raw
+from metamask_ext.ops.weight import raw as weight_raw
 
 # Those that test what only the CPU's kernels have are left out.
 ON_EVERY_DEVICE = {
@@ -122,7 +123,7 @@ def test_the_ops_run_in_the_emulator(emulator, dtype):  # noqa: F811
     """Without this, tests that never reached it would pass too."""
     weight, mask = SMALLEST.tensors(2, dtype)
     before = emulator.launches()
-    assert torch.isfinite(_ops.masked_weight(weight, mask, *GATES[0])).all()
+    assert torch.isfinite(weight_raw.masked_weight(weight, mask, *GATES[0])).all()
     assert emulator.launches() == before + 1
 
 
@@ -130,9 +131,9 @@ def test_the_ops_run_in_the_emulator(emulator, dtype):  # noqa: F811
 def test_a_list_takes_one_launch_until_its_arguments_are_too_many(emulator, listed, launches):  # noqa: F811
     weight, mask, grad, a, b = test_weight_list.columns(listed, 5, torch.float32)
     runs = (
-        lambda: _ops.masked_weight_list(weight, mask, *GATES[0]),
-        lambda: _ops.masked_weight_list_backward(grad, weight, mask, *GATES[0]),
-        lambda: _ops.masked_weight_list_double_backward(a, b, grad, weight, mask, *GATES[0]),
+        lambda: weight_raw.masked_weight_list(weight, mask, *GATES[0]),
+        lambda: weight_raw.masked_weight_list_backward(grad, weight, mask, *GATES[0]),
+        lambda: weight_raw.masked_weight_list_double_backward(a, b, grad, weight, mask, *GATES[0]),
     )
     for run, wanted in zip(runs, launches):
         before = emulator.launches()
@@ -179,7 +180,7 @@ def test_linear_of_a_small_batch_with_tf32(case, _tf32):
     y, grads = test_linear_ops.expected(tensors, GATES[0])
     *arguments, grad = tensors
     (batch, columns), out = case
-    got = [_ops.masked_linear(*arguments, *GATES[0]), *_ops.masked_linear_backward(grad, *arguments, *GATES[0])]
+    got = [linear_raw.masked_linear(*arguments, *GATES[0]), *linear_raw.masked_linear_backward(grad, *arguments, *GATES[0])]
     for name, one, exact, terms in zip(("y", "dx", "dW", "dM"), got, (y, *grads), (columns, out, batch, batch)):
         # Both factors are rounded to 10 bits of mantissa
         error, unit = (one.double() - exact).abs().max(), exact.abs().max() * terms**0.5
@@ -203,8 +204,8 @@ def aten_products(function):
 @pytest.mark.parametrize(("batch", "products"), [(1, (0, 0)), (32, (0, 0)), (33, (0, 2)), (64, (0, 2)), (65, (1, 2))], ids=str)
 def test_a_small_batch_takes_no_gemm_and_a_large_one_does(batch, products):
     *arguments, grad = test_linear_ops.inputs((batch, 24), 20, torch.float32)
-    assert aten_products(lambda: _ops.masked_linear(*arguments, *GATES[0])) == products[0]
-    assert aten_products(lambda: _ops.masked_linear_backward(grad, *arguments, *GATES[0])) == products[1]
+    assert aten_products(lambda: linear_raw.masked_linear(*arguments, *GATES[0])) == products[0]
+    assert aten_products(lambda: linear_raw.masked_linear_backward(grad, *arguments, *GATES[0])) == products[1]
 
 
 def test_sums_of_blocks_are_added_in_one_order(emulator):  # noqa: F811
@@ -212,7 +213,7 @@ def test_sums_of_blocks_are_added_in_one_order(emulator):  # noqa: F811
 
     def run(schedule, seed):
         emulator.set(schedule, seed)
-        return [_ops.masked_linear(*arguments, *GATES[0]), *_ops.masked_linear_backward(grad, *arguments, *GATES[0])]
+        return [linear_raw.masked_linear(*arguments, *GATES[0]), *linear_raw.masked_linear_backward(grad, *arguments, *GATES[0])]
 
     first = run(FORWARD, 1)
     for seed in (1, 2):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import test_packed
 import torch
-from emulated import FORWARD, RANDOM_WARPS, bring, emulator, in_the_emulator  # noqa: F401  fixtures
-from samples import DTYPES
+from support.emulated import FORWARD, RANDOM_WARPS, bring, emulator, in_the_emulator  # noqa: F401  fixtures
+from support.samples import DTYPES
 
 bring(
     globals(),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_on_cpu"))
-from emulator import BUILDS, FORWARD, RANDOM_WARPS, Emulator, why_not
+from support.emulator import BUILDS, FORWARD, RANDOM_WARPS, Emulator, why_not
 
 if why_not():
     pytest.skip(why_not(), allow_module_level=True)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments_written import check_claims, check_written, no_downloads, quick_run
+from support.experiments import check_claims, check_written, no_downloads, quick_run
 
 from metamask_ext import MaskBank
 from metamask_ext.continual import CheckpointError
-from metamask_ext.experiments import EXPERIMENTS, OptionError, PieceError, module_of, run, settings_of, supsup
-from metamask_ext.experiments.claims import mean
-from metamask_ext.experiments.settings import read_toml, to_toml
+from metamask_ext.experiments.catalogue import EXPERIMENTS, OptionError, PieceError, module_of, run, settings_of
+from metamask_ext.experiments.engine.claims import mean
+from metamask_ext.experiments.engine.settings import read_toml, to_toml
+from metamask_ext.experiments.papers import supsup
 
 PROPOSAL = ["saturation", "sine-of-linear", "sinusoid", "sine-cosine", "colored-mnist"]
 OWN_FILES = ["feature-weights", "universality", "navigation-2d", *PROPOSAL]

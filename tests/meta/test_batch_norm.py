@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randomize_masks
-from meta_models import LR, QUERIES, TASKS, assert_same, by_hand, chosen, images, run
+from support.meta_models import LR, QUERIES, TASKS, assert_same, by_hand, chosen, images, run
+from support.models import randomize_masks
 from torch import nn
 
 import metamask_ext as mm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randomize_masks
+from support.models import randomize_masks
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 

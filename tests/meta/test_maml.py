@@ -7,8 +7,21 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randomize_masks, two_task_model
-from meta_models import LR, MODELS, QUERIES, TASKS, adapted, assert_same, by_hand, chosen, images, linear_net, regression, run
+from support.meta_models import (
+    LR,
+    MODELS,
+    QUERIES,
+    TASKS,
+    adapted,
+    assert_same,
+    by_hand,
+    chosen,
+    images,
+    linear_net,
+    regression,
+    run,
+)
+from support.models import randomize_masks, two_task_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_same_gradients, gradients
+from support.models import assert_same_gradients, gradients
 from torch import nn
 
 from metamask_ext import add_task, convert, merge, remove_task, slots, tasks, using_task

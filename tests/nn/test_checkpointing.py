@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import assert_same_gradients, assert_uses, expected, gradients, mlp, reference_gradients, two_task_model
+from support.models import assert_same_gradients, assert_uses, expected, gradients, mlp, reference_gradients, two_task_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
 

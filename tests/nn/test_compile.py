@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_same_gradients, gradients, mlp, randomize_masks
+from support.models import assert_same_gradients, gradients, mlp, randomize_masks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import kinds, masked_names, randomize_masks, small_cnn
+from support.models import kinds, masked_names, randomize_masks, small_cnn
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm

@@ -8,12 +8,12 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import masked_names, masks_on, randomize_masks
+from support.models import masked_names, masks_on, randomize_masks
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from metamask_ext import add_task, convert, merge, tasks, using_task
-from metamask_ext.tasks._torchvision import import_torchvision
+from metamask_ext.data._torchvision import import_torchvision
 
 
 class _SwinLike(nn.Module):

@@ -7,8 +7,8 @@ import io
 import onnx
 import pytest
 import torch
-from helpers import assert_same_gradients, gradients, mlp, randomize_masks
 from onnx.reference import ReferenceEvaluator
+from support.models import assert_same_gradients, gradients, mlp, randomize_masks
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 

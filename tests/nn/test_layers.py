@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import LOGIT_ON, masks_on
+from support.models import LOGIT_ON, masks_on
 from torch import nn
 from torch.nn.utils import skip_init
 

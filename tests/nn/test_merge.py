@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import kinds, masks_on, randomize_masks, small_cnn, small_input
+from support.models import kinds, masks_on, randomize_masks, small_cnn, small_input
 from torch import nn
 
 import metamask_ext

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import assert_same_gradients, expected, gradients, mlp, randomize_masks, two_task_model
+from support.models import assert_same_gradients, expected, gradients, mlp, randomize_masks, two_task_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from helpers import assert_same_gradients, gradients, mlp, randomize_masks
+from support.models import assert_same_gradients, gradients, mlp, randomize_masks
 from test_using_tasks import MIXED, MODELS, alone, compare, make
 from torch import nn
 

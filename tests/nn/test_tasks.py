@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from helpers import gradients, mlp, two_task_model
+from support.models import gradients, mlp, two_task_model
 from torch import nn
 
 import metamask_ext

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import assert_same_gradients, assert_uses, expected, gradients, mlp, reference_gradients
+from support.models import assert_same_gradients, assert_uses, expected, gradients, mlp, reference_gradients
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import ALL, DEVICES, DTYPES, GATES, SMALL, assert_close, ids
+from support.samples import ALL, DEVICES, DTYPES, GATES, SMALL, assert_close, ids
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
 import metamask_ext as mm
-from metamask_ext import functional, reference
-from metamask_ext.reference import SIGMOID
+from metamask_ext.ops.dispatch import use_reference
+from metamask_ext.ops.gate import SIGMOID
+from metamask_ext.ops.weight import reference as weight_reference
 
 NAMES = {0: "sigmoid", 1: "hard"}
 
@@ -22,7 +23,7 @@ def options(gate):
 
 
 def plain(weight, mask, gate):
-    return reference.masked_weight(weight, mask, *gate)
+    return weight_reference.masked_weight(weight, mask, *gate)
 
 
 def leaves(sample, dtype=torch.float64, device="cpu", count=2):
@@ -141,7 +142,7 @@ def test_gradients_in_every_dtype_equal_the_float64_formula(dtype, gate, device)
         weight, mask = weight.detach().requires_grad_(), mask.detach().requires_grad_()
         got = torch.autograd.grad(mm.masked_weight(weight, mask, **options(gate)), (weight, mask), grad)
         double = [tensor.detach().double().cpu() for tensor in (grad, weight, mask)]
-        for name, one, other in zip(("dW", "dM"), got, reference.masked_weight_backward(*double, *gate)):
+        for name, one, other in zip(("dW", "dM"), got, weight_reference.masked_weight_backward(*double, *gate)):
             assert one.dtype == dtype
             assert_close(one.cpu(), other, f"{sample.name} {name}")
 
@@ -151,10 +152,10 @@ def test_the_references_own_formulas_equal_autograd_through_it():
         weight, mask, grad, a, b = leaves(SMALL[2], count=5)
         theta = plain(weight, mask, gate)
         first = torch.autograd.grad(theta, (weight, mask), grad, create_graph=True)
-        for one, other in zip(first, reference.masked_weight_backward(grad, weight, mask, *gate)):
+        for one, other in zip(first, weight_reference.masked_weight_backward(grad, weight, mask, *gate)):
             torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
         second = torch.autograd.grad(first, (grad, weight, mask), (a, b))
-        for one, other in zip(second, reference.masked_weight_double_backward(a, b, grad, weight, mask, *gate)):
+        for one, other in zip(second, weight_reference.masked_weight_double_backward(a, b, grad, weight, mask, *gate)):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
@@ -305,7 +306,7 @@ def test_which_path_runs_where():
 
     def note(name):
         def function(w):
-            seen[name] = functional._use_reference()
+            seen[name] = use_reference()
             return (w * w).sum()
 
         return function

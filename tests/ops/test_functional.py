@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import DEVICES, DTYPES
+from support.samples import DEVICES, DTYPES
 
 import metamask_ext as mm
 

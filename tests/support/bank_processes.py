@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from banks import files
+from support.banks import files
 
 from metamask_ext.bank import BankError, Store, save
 from metamask_ext.bank import store as store_module

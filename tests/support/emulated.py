@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_on_cpu"))
-from emulator import FORWARD, RANDOM_WARPS, Emulator, why_not  # noqa: F401  for the tests
+from support.emulator import FORWARD, RANDOM_WARPS, Emulator, why_not  # noqa: F401  for the tests
 
 if why_not():
     pytest.skip(why_not(), allow_module_level=True)

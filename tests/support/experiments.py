@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from metamask_ext import build_info
-from metamask_ext.experiments import module_of, report, run
-from metamask_ext.tasks import characters, digits
+from metamask_ext.data import characters, digits
+from metamask_ext.experiments.catalogue import module_of, report, run
 
 
 @contextmanager

@@ -17,11 +17,12 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from bank_processes import exit_code, forked, kill_self
-from loops import state
+from support.bank_processes import exit_code, forked, kill_self
+from support.loops import state
 from torch import nn
 
-from metamask_ext.continual import TaskLoop, files
+from metamask_ext.continual import TaskLoop
+from metamask_ext.files import checkpoint
 from metamask_ext.nn import MaskedLinear
 
 ROUNDS = 150
@@ -74,8 +75,8 @@ def deadly(owner: Any, name: str, nth: int, when: str) -> Iterator[None]:
 
 # Calls of fsync: of a temporary file, of its folder, of the metrics; in this order after the first checkpoint: metrics first.
 VICTIMS = (
-    (files, "write_atomic", 1, "amid"),
-    (files, "write_atomic", 9, "amid"),
+    (checkpoint, "write_atomic", 1, "amid"),
+    (checkpoint, "write_atomic", 9, "amid"),
     (os, "fsync", 7, "after"),
     (os, "fsync", 8, "after"),
     (os, "fsync", 9, "after"),

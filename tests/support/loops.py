@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from metamask_ext.continual import TaskLoop
-from metamask_ext.continual.files import load_checkpoint
+from metamask_ext.files.checkpoint import load_checkpoint
 from metamask_ext.nn import MaskedLinear
 
 

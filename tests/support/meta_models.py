@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from helpers import randomize_masks
+from support.models import randomize_masks
 from torch import Tensor, nn
 
 from metamask_ext.nn import MaskedConv2d, MaskedLinear

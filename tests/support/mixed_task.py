@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from samples import wider
+from support.samples import wider
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from metamask_ext import reference
+from metamask_ext.ops.weight import reference as weight_reference
 
 # (B, ...), groups, in, out, slots: one row a task, all rows one task, ragged, sorted, tasks absent and repeated, tiles and panels
 # with remainders, more columns than a tile, rows between, nothing at all
@@ -86,12 +86,12 @@ def plain(batch: Batch, gate) -> Tensor:
     bias_masks = batch.bias_masks[0] if len(batch.bias_masks) == 1 else batch.bias_masks
     samples = []
     for x, slot in zip(batch.input, batch.slots.tolist()):
-        theta = reference.masked_weight(batch.weight, masks[slot], *gate)
+        theta = weight_reference.masked_weight(batch.weight, masks[slot], *gate)
         parts = zip(x.chunk(batch.groups, -1), theta.chunk(batch.groups, 0)) if batch.groups > 1 else [(x, theta)]
         y = torch.cat([part @ rows.t() for part, rows in parts], -1)
         if batch.bias is not None:
             row = batch.bias
-            y = y + (reference.masked_weight(row, bias_masks[slot], *gate) if len(bias_masks) else row)
+            y = y + (weight_reference.masked_weight(row, bias_masks[slot], *gate) if len(bias_masks) else row)
         samples.append(y)
     return torch.stack(samples) if samples else batch.grad.new_zeros(batch.grad.shape)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metamask_ext import build_info
-from metamask_ext.reference import HARD, SIGMOID
+from metamask_ext.ops.gate import HARD, SIGMOID
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GATES = ((SIGMOID, 1.0), (SIGMOID, 0.5), (HARD, 0.0), (HARD, 0.25))

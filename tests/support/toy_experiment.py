@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from metamask_ext.experiments.claims import Claim, mean
-from metamask_ext.experiments.output import Output, new_figure, plot_seeds
-from metamask_ext.experiments.tracking import track
+from metamask_ext.experiments.engine.claims import Claim, mean
+from metamask_ext.experiments.engine.run_folder import Output, new_figure, plot_seeds
+from metamask_ext.experiments.engine.tracking import track
 
 SETTINGS: dict[str, Any] = {
     "seeds": 3,

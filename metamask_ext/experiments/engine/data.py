@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from ..tasks import Characters, Digits, load_characters, load_digits
-from ..tasks.digits import default_root
+from metamask_ext.data import Characters, Digits, load_characters, load_digits
+from metamask_ext.data.digits import default_root
 
 
 def digits() -> Digits:

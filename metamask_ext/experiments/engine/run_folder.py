@@ -18,11 +18,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .._info import build_info
-from ..continual.files import OutputError, check_same_settings, locked, prepare_folder, write_atomic
+from metamask_ext._info import build_info
+from metamask_ext.files.checkpoint import OutputError, check_same_settings, locked, prepare_folder, write_atomic
+
+from .jobs import Job, Key, Place, Workers, cores, file_name, json_bytes
 from .settings import OptionError, flat
 from .tracking import check_tracking
-from .workers import Job, Key, Place, Workers, cores, file_name, json_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..meta import MAML
-from ..nn import MaskedConv2d, MaskedLinear
-from ..tasks import Characters, few_shot_tasks, load_characters
-from .claims import Claim, mean
-from .data import characters
-from .methods import descend, seeded
-from .output import STYLES, Output, Scores, bands, new_figure, plot_seeds
-from .settings import OptionError
+from metamask_ext.data import Characters, few_shot_tasks, load_characters
+from metamask_ext.meta import MAML
+from metamask_ext.nn import MaskedConv2d, MaskedLinear
+
+from ..engine.claims import Claim, mean
+from ..engine.data import characters
+from ..engine.run_folder import STYLES, Output, Scores, bands, new_figure, plot_seeds
+from ..engine.settings import OptionError
+from ..engine.training import descend, seeded
 
 LABELS = {
     "masks": "masked net, masks adapted (ours)",

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..meta import MAML
-from ..nn import MaskedLinear
-from ..tasks import SineTasks, sine_tasks
-from .claims import Claim, mean
-from .methods import descend, seeded
-from .output import STYLES, Output, Scores, bands, new_figure, plot_seeds
+from metamask_ext.data import SineTasks, sine_tasks
+from metamask_ext.meta import MAML
+from metamask_ext.nn import MaskedLinear
+
+from ..engine.claims import Claim, mean
+from ..engine.run_folder import STYLES, Output, Scores, bands, new_figure, plot_seeds
+from ..engine.training import descend, seeded
 
 LABELS = {
     "masks": "masked net, masks adapted (ours)",

@@ -18,20 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bank import MaskBank
-from ..bank.index import INDEX
-from ..continual.files import OutputError, load_checkpoint, save_checkpoint, write_atomic
-from ..nn import MaskedLinear
-from ..nn.active import using_task
-from ..nn.masked_layer import DEFAULT_TASK
-from ..tasks import Digits, PermutedImages, RotatedImages, load_digits
-from .claims import Claim, mean
-from .data import digits
-from .methods import seeded
-from .output import Output, Scores, bands, cell, new_figure, plot_seeds, read_json, summarized, table_of
-from .settings import OptionError
-from .tracking import track
-from .workers import json_bytes
+from metamask_ext.bank import MaskBank
+from metamask_ext.bank.index import INDEX
+from metamask_ext.data import Digits, PermutedImages, RotatedImages, load_digits
+from metamask_ext.files.checkpoint import OutputError, load_checkpoint, save_checkpoint, write_atomic
+from metamask_ext.nn import MaskedLinear
+from metamask_ext.nn.context import using_task
+from metamask_ext.nn.masked_layer import DEFAULT_TASK
+
+from ..engine.claims import Claim, mean
+from ..engine.data import digits
+from ..engine.jobs import json_bytes
+from ..engine.run_folder import Output, Scores, bands, cell, new_figure, plot_seeds, read_json, summarized, table_of
+from ..engine.settings import OptionError
+from ..engine.tracking import track
+from ..engine.training import seeded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

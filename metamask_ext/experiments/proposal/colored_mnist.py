@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tasks import ColoredImages, load_digits
-from . import data, study
-from .claims import Claim, Metrics
+from metamask_ext.data import ColoredImages, load_digits
+
+from ..engine import data
+from ..engine.claims import Claim, Metrics
+from ..engine.run_folder import Output
+from ..study import comparison
+from ..study.comparison import Problem, Score, TaskData
+from ..study.problem import Layer
 from .mnist import ACCURACY, accuracy
-from .output import Output
-from .study import Problem, Score, TaskData
-from .study_problem import Layer
 
 SETTINGS: dict[str, Any] = {
     "seeds": 5,
@@ -24,15 +26,15 @@ SETTINGS: dict[str, Any] = {
     "train_samples": 1000,
     "test_samples": 1000,
     "new_tasks": 4,
-    "study": study.settings(
+    "study": comparison.settings(
         {
-            "masked": study.grid(lr=[3e-3, 1e-3], mask_lr=[3e-2, 3e-3]),
-            "hard": study.grid(lr=[3e-3, 1e-3], mask_lr=[3e-3, 3e-2]),
-            "lottery": study.grid(mask_lr=[3e-2, 1e-1], scale=[2.0, 1.0]),
-            "shared": study.grid(lr=[3e-3, 1e-3, 3e-4, 1e-2]),
-            "independent": study.grid(lr=[3e-3, 1e-3, 1e-2, 3e-4]),
-            "maml": study.grid(lr=[3e-3, 1e-3], inner_lr=[0.1, 0.01]),
-            "sequence": study.grid(lr=[3e-3, 1e-3, 3e-4, 1e-2]),
+            "masked": comparison.grid(lr=[3e-3, 1e-3], mask_lr=[3e-2, 3e-3]),
+            "hard": comparison.grid(lr=[3e-3, 1e-3], mask_lr=[3e-3, 3e-2]),
+            "lottery": comparison.grid(mask_lr=[3e-2, 1e-1], scale=[2.0, 1.0]),
+            "shared": comparison.grid(lr=[3e-3, 1e-3, 3e-4, 1e-2]),
+            "independent": comparison.grid(lr=[3e-3, 1e-3, 1e-2, 3e-4]),
+            "maml": comparison.grid(lr=[3e-3, 1e-3], inner_lr=[0.1, 0.01]),
+            "sequence": comparison.grid(lr=[3e-3, 1e-3, 3e-4, 1e-2]),
         },
         batch=64,
         cost_rounds=10,
@@ -101,27 +103,27 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     finished = output.begin(f"{digits.source}, at 14x14 pixels, the background of a colour drawn for each task", digits.note)
     if finished is not None:
         return finished
-    found = study.run(output, settings, problem, SCORE)
+    found = comparison.run(output, settings, problem, SCORE)
     return output.finish(found.scores, found.baselines, found.budget, figures, found.more)
 
 
 def _learned(metrics: Metrics) -> dict[str, float]:
-    return {name: study.trained(metrics, name) for name in metrics["study"]["methods"]}
+    return {name: comparison.trained(metrics, name) for name in metrics["study"]["methods"]}
 
 
 def _forgotten(metrics: Metrics) -> dict[str, float]:
     found = {}
     for name in ("masked", "hard", "lottery", "sequence"):
-        found[name] = study.at_the_end(metrics, name)
-        found[f"{name}_learned"] = study.after_learning(metrics, name)
+        found[name] = comparison.at_the_end(metrics, name)
+        found[f"{name}_learned"] = comparison.after_learning(metrics, name)
     return found
 
 
 def _new(metrics: Metrics) -> dict[str, float]:
     few = metrics["study"]["samples"][-2]
     ways = {"look_up": ("masked", "look-up"), "masks": ("masked", "mask only"), "shared": ("shared", "everything")}
-    found = {key: study.new_tasks(metrics, *way, few) for key, way in ways.items()}
-    scratch = study.new_tasks(metrics, "independent", "from scratch", few)
+    found = {key: comparison.new_tasks(metrics, *way, few) for key, way in ways.items()}
+    scratch = comparison.new_tasks(metrics, "independent", "from scratch", few)
     return {"samples": few, "steps": metrics["settings"]["study"]["new"]["steps"], **found, "scratch": scratch}
 
 
@@ -155,8 +157,8 @@ CLAIMS = [
 
 
 def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
-    return study.tables(metrics)
+    return comparison.tables(metrics)
 
 
 def figures(metrics: Metrics) -> dict[str, Any]:
-    return {"": study.figure(metrics)}
+    return {"": comparison.figure(metrics)}

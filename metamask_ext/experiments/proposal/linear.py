@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..tasks import LinearTasks, linear_tasks
-from . import study
-from .claims import Claim, mean
-from .output import Output, new_figure
-from .study import Problem, Score, TaskData
-from .study_nets import gates
+from metamask_ext.data import LinearTasks, linear_tasks
+
+from ..engine.claims import Claim, mean
+from ..engine.run_folder import Output, new_figure
+from ..study import comparison
+from ..study.comparison import Problem, Score, TaskData
+from ..study.networks import gates
 
 SETTINGS: dict[str, Any] = {
     "seeds": 5,
@@ -24,15 +25,15 @@ SETTINGS: dict[str, Any] = {
     "train_samples": 100,
     "test_samples": 1000,
     "new_tasks": 10,
-    "study": study.settings(
+    "study": comparison.settings(
         {
-            "masked": study.grid(lr=[0.01, 0.03, 0.003], mask_lr=[1.0, 0.3]),
-            "hard": study.grid(lr=[0.01, 0.03, 0.003], mask_lr=[0.1, 0.03]),
-            "lottery": study.grid(mask_lr=[0.1, 0.01, 1.0], scale=[4.0, 8.0]),
-            "shared": study.grid(lr=[0.01, 0.003, 0.001, 0.0003, 0.03, 0.1]),
-            "independent": study.grid(lr=[0.1, 0.03, 0.01, 0.003, 0.3, 1.0]),
-            "maml": study.grid(lr=[0.01, 0.03, 0.003], inner_lr=[0.3, 0.1]),
-            "sequence": study.grid(lr=[0.01, 0.003, 0.001, 0.0003, 0.03, 0.1]),
+            "masked": comparison.grid(lr=[0.01, 0.03, 0.003], mask_lr=[1.0, 0.3]),
+            "hard": comparison.grid(lr=[0.01, 0.03, 0.003], mask_lr=[0.1, 0.03]),
+            "lottery": comparison.grid(mask_lr=[0.1, 0.01, 1.0], scale=[4.0, 8.0]),
+            "shared": comparison.grid(lr=[0.01, 0.003, 0.001, 0.0003, 0.03, 0.1]),
+            "independent": comparison.grid(lr=[0.1, 0.03, 0.01, 0.003, 0.3, 1.0]),
+            "maml": comparison.grid(lr=[0.01, 0.03, 0.003], inner_lr=[0.3, 0.1]),
+            "sequence": comparison.grid(lr=[0.01, 0.003, 0.001, 0.0003, 0.03, 0.1]),
         },
         optimizer="sgd",
     ),
@@ -43,29 +44,29 @@ SUPPORT = "support recovered (%)"
 QUESTION = """\
 Section 3.1: if the true model of each task is $y = (w \\odot m)^T x + b m_b$, with shared $w$, $b$ of 5 variables and each entry
 on or off, does the method find it?"""
-tables = study.tables
+tables = comparison.tables
 CLAIMS = [
     Claim(
         "The method finds the model (section 3.1: it can capture the system perfectly): test MSE {masked:.2g}, and {support:.4g} % "
         "of the entries of the true masks recovered; one shared net reaches {shared:.2g}, a net for each task {independent:.2g}.",
         lambda metrics: {
-            "masked": study.trained(metrics, "masked"),
+            "masked": comparison.trained(metrics, "masked"),
             "support": mean(metrics, "masked", SUPPORT),
-            "shared": study.trained(metrics, "shared"),
-            "independent": study.trained(metrics, "independent"),
+            "shared": comparison.trained(metrics, "shared"),
+            "independent": comparison.trained(metrics, "independent"),
         },
         lambda numbers: numbers["masked"] <= 0.01 and numbers["support"] >= 99 and numbers["shared"] > 1,
     ),
     Claim(
         "A sigmoid is never quite 0 or 1: what is left, {masked:.2g}, is gone with a hard gate, {hard:.2g} (tasks in random "
         "order).",
-        lambda metrics: {"masked": study.trained(metrics, "masked"), "hard": study.trained(metrics, "hard")},
+        lambda metrics: {"masked": comparison.trained(metrics, "masked"), "hard": comparison.trained(metrics, "hard")},
         lambda numbers: numbers["hard"] < 0.1 * numbers["masked"],
     ),
     Claim(
         "Masks alone, on random weights that are never trained (section 2: some mask of them should do), do not fit: test MSE "
         "{lottery:.2g}. A linear model of 5 variables has too few subnetworks.",
-        lambda metrics: {"lottery": study.trained(metrics, "lottery")},
+        lambda metrics: {"lottery": comparison.trained(metrics, "lottery")},
         lambda numbers: numbers["lottery"] > 1,
     ),
     Claim(
@@ -73,12 +74,12 @@ CLAIMS = [
         "superposition {superposed:.2g}, mask only {mask_10:.2g}, a fresh net {fresh_10:.2g}: where every method has samples "
         "enough, masks save none. Looking up the best of the trained masks gets no further than {look_up:.2g}.",
         lambda metrics: {
-            "mask": study.new_tasks(metrics, "masked", "mask only", 3),
-            "fresh": study.new_tasks(metrics, "independent", "from scratch", 3),
-            "superposed": study.new_tasks(metrics, "masked", "superposition", 10),
-            "mask_10": study.new_tasks(metrics, "masked", "mask only", 10),
-            "fresh_10": study.new_tasks(metrics, "independent", "from scratch", 10),
-            "look_up": study.new_tasks(metrics, "masked", "look-up", metrics["study"]["samples"][-1]),
+            "mask": comparison.new_tasks(metrics, "masked", "mask only", 3),
+            "fresh": comparison.new_tasks(metrics, "independent", "from scratch", 3),
+            "superposed": comparison.new_tasks(metrics, "masked", "superposition", 10),
+            "mask_10": comparison.new_tasks(metrics, "masked", "mask only", 10),
+            "fresh_10": comparison.new_tasks(metrics, "independent", "from scratch", 10),
+            "look_up": comparison.new_tasks(metrics, "masked", "look-up", metrics["study"]["samples"][-1]),
         },
         lambda numbers: (
             numbers["mask"] < numbers["fresh"]
@@ -89,14 +90,14 @@ CLAIMS = [
         "Tasks one after another: one net fine-tuned goes from {sequence_after:.2g} on a task just learned to {sequence:.2g} on "
         "all at the end, the masked net from {masked_after:.2g} to {masked:.2g}: masks keep most, not all, since W goes on moving.",
         lambda metrics: {
-            "sequence_after": study.after_learning(metrics, "sequence"),
-            "sequence": study.at_the_end(metrics, "sequence"),
-            "masked_after": study.after_learning(metrics, "masked"),
-            "masked": study.at_the_end(metrics, "masked"),
+            "sequence_after": comparison.after_learning(metrics, "sequence"),
+            "sequence": comparison.at_the_end(metrics, "sequence"),
+            "masked_after": comparison.after_learning(metrics, "masked"),
+            "masked": comparison.at_the_end(metrics, "masked"),
         },
         lambda numbers: numbers["masked"] < 0.2 * numbers["sequence"] and numbers["masked_after"] < numbers["masked"],
     ),
-    study.cost_claim(),
+    comparison.cost_claim(),
 ]
 
 
@@ -141,7 +142,7 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     finished = output.begin("drawn: x ~ N(0, I), |w| and |b| uniform in [1, 3], each on with probability 1/2, no noise")
     if finished is not None:
         return finished
-    found = study.run(output, settings, problem, SCORE)
+    found = comparison.run(output, settings, problem, SCORE)
     for method in ("masked", "hard"):
         found.scores[method][SUPPORT] = [examined[SUPPORT] for examined in found.examined[method]]
     first = found.examined["masked"][0]
@@ -160,4 +161,4 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     axes.set_xticks(range(variables + 1), [f"$w_{k + 1}$" for k in range(variables)] + ["$b$"])
     axes.set_yticks(range(0, len(found), 5))
     figure.colorbar(image, ax=axes, label="gate, sigmoid(M) (no unit)")
-    return {"": study.figure(metrics), "support": figure}
+    return {"": comparison.figure(metrics), "support": figure}

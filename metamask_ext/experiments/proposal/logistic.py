@@ -8,10 +8,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import linear, study
-from .claims import Claim, mean
-from .output import Output
-from .study import Problem, Score
+from ..engine.claims import Claim, mean
+from ..engine.run_folder import Output
+from ..study import comparison
+from ..study.comparison import Problem, Score
+from . import linear
 
 SETTINGS: dict[str, Any] = {
     "seeds": 5,
@@ -21,15 +22,15 @@ SETTINGS: dict[str, Any] = {
     "train_samples": 200,
     "test_samples": 2000,
     "new_tasks": 10,
-    "study": study.settings(
+    "study": comparison.settings(
         {
-            "masked": study.grid(lr=[0.1, 0.3, 0.03], mask_lr=[1.0, 3.0]),
-            "hard": study.grid(lr=[0.1, 0.03, 0.3], mask_lr=[0.1, 0.03]),
-            "lottery": study.grid(mask_lr=[0.1, 0.01, 1.0], scale=[4.0, 8.0]),
-            "shared": study.grid(lr=[0.01, 0.003, 0.001, 0.03, 0.1, 0.3]),
-            "independent": study.grid(lr=[0.1, 0.03, 0.01, 0.003, 0.3, 1.0]),
-            "maml": study.grid(lr=[0.01, 0.03, 0.003], inner_lr=[1.0, 3.0]),
-            "sequence": study.grid(lr=[0.1, 0.03, 0.01, 0.3, 1.0, 3.0]),
+            "masked": comparison.grid(lr=[0.1, 0.3, 0.03], mask_lr=[1.0, 3.0]),
+            "hard": comparison.grid(lr=[0.1, 0.03, 0.3], mask_lr=[0.1, 0.03]),
+            "lottery": comparison.grid(mask_lr=[0.1, 0.01, 1.0], scale=[4.0, 8.0]),
+            "shared": comparison.grid(lr=[0.01, 0.003, 0.001, 0.03, 0.1, 0.3]),
+            "independent": comparison.grid(lr=[0.1, 0.03, 0.01, 0.003, 0.3, 1.0]),
+            "maml": comparison.grid(lr=[0.01, 0.03, 0.003], inner_lr=[1.0, 3.0]),
+            "sequence": comparison.grid(lr=[0.1, 0.03, 0.01, 0.3, 1.0, 3.0]),
         },
         optimizer="sgd",
         weight_decay=1e-3,
@@ -42,15 +43,15 @@ QUESTION = """\
 Section 3.5: the tasks of section 3.1 with labels that are 1 with probability $\\mathrm{sigmoid}((w \\odot m)^T x + b m_b)$: is
 the method compatible with classification as well as regression? The rule $1[z > 0]$ with the true parameters is the best that any
 classifier can do on average."""
-tables = study.tables
+tables = comparison.tables
 CLAIMS = [
     Claim(
         "The method is compatible with classification (section 3.5): test accuracy {masked:.1f} %, a net for each task "
         "{independent:.1f} %, one shared net {shared:.1f} %; the true parameters {true:.1f} %.",
         lambda metrics: {
-            "masked": study.trained(metrics, "masked"),
-            "independent": study.trained(metrics, "independent"),
-            "shared": study.trained(metrics, "shared"),
+            "masked": comparison.trained(metrics, "masked"),
+            "independent": comparison.trained(metrics, "independent"),
+            "shared": comparison.trained(metrics, "shared"),
             "true": mean(metrics, "true parameters", ACCURACY),
         },
         # 40,000 labels: standard deviation of an accuracy 0.2
@@ -64,11 +65,11 @@ CLAIMS = [
         "A new task from 3 samples: mask only {mask:.1f} %, a fresh net {fresh:.1f} %; from 1,000: {mask_1000:.1f} % and "
         "{fresh_1000:.1f} %, looking up the best of the trained masks {look_up:.1f} %.",
         lambda metrics: {
-            "mask": study.new_tasks(metrics, "masked", "mask only", 3),
-            "fresh": study.new_tasks(metrics, "independent", "from scratch", 3),
-            "mask_1000": study.new_tasks(metrics, "masked", "mask only", 1000),
-            "fresh_1000": study.new_tasks(metrics, "independent", "from scratch", 1000),
-            "look_up": study.new_tasks(metrics, "masked", "look-up", 1000),
+            "mask": comparison.new_tasks(metrics, "masked", "mask only", 3),
+            "fresh": comparison.new_tasks(metrics, "independent", "from scratch", 3),
+            "mask_1000": comparison.new_tasks(metrics, "masked", "mask only", 1000),
+            "fresh_1000": comparison.new_tasks(metrics, "independent", "from scratch", 1000),
+            "look_up": comparison.new_tasks(metrics, "masked", "look-up", 1000),
         },
         lambda numbers: (
             numbers["mask"] > numbers["fresh"]
@@ -80,14 +81,14 @@ CLAIMS = [
         "Tasks one after another: one net fine-tuned goes from {sequence_after:.1f} % on a task just learned to {sequence:.1f} % "
         "on all at the end, the masked net from {masked_after:.1f} % to {masked:.1f} %.",
         lambda metrics: {
-            "sequence_after": study.after_learning(metrics, "sequence"),
-            "sequence": study.at_the_end(metrics, "sequence"),
-            "masked_after": study.after_learning(metrics, "masked"),
-            "masked": study.at_the_end(metrics, "masked"),
+            "sequence_after": comparison.after_learning(metrics, "sequence"),
+            "sequence": comparison.at_the_end(metrics, "sequence"),
+            "masked_after": comparison.after_learning(metrics, "masked"),
+            "masked": comparison.at_the_end(metrics, "masked"),
         },
         lambda numbers: numbers["masked"] > numbers["sequence"] + 5,
     ),
-    study.cost_claim(),
+    comparison.cost_claim(),
 ]
 
 
@@ -104,13 +105,13 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     )
     if finished is not None:
         return finished
-    found = study.run(output, settings, problem, SCORE)
+    found = comparison.run(output, settings, problem, SCORE)
     found.scores["true parameters"] = {ACCURACY: [_of_true_parameters(seed, settings) for seed in output.seeds]}
     return output.finish(found.scores, [*found.baselines, "true parameters"], found.budget, figures, found.more)
 
 
 def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {"": study.figure(metrics)}
+    return {"": comparison.figure(metrics)}
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tasks import load_digits
-from . import data, study
-from .claims import Claim
-from .output import Output, new_figure
-from .settings import OptionError
-from .study import Problem, Score, TaskData
-from .study_nets import gates
-from .study_problem import Layer
+from metamask_ext.data import load_digits
+
+from ..engine import data
+from ..engine.claims import Claim
+from ..engine.run_folder import Output, new_figure
+from ..engine.settings import OptionError
+from ..study import comparison
+from ..study.comparison import Problem, Score, TaskData
+from ..study.networks import gates
+from ..study.problem import Layer
 
 METHODS = ("masked", "hard", "lottery", "shared", "maml")
 SETTINGS: dict[str, Any] = {
@@ -24,13 +26,13 @@ SETTINGS: dict[str, Any] = {
     "tasks": 1,
     "steps": 1000,
     "new_test_samples": 1000,
-    "study": study.settings(
+    "study": comparison.settings(
         {
-            "masked": study.grid(lr=[3e-3, 1e-3], mask_lr=[3e-3, 3e-2]),
-            "hard": study.grid(lr=[3e-3, 1e-3], mask_lr=[3e-3, 3e-2]),
-            "lottery": study.grid(mask_lr=[1e-2, 1e-1], scale=[1.0, 3.0]),
-            "shared": study.grid(lr=[3e-3, 1e-3, 3e-4, 1e-2]),
-            "maml": study.grid(lr=[3e-3, 1e-3], inner_lr=[0.1, 0.01]),
+            "masked": comparison.grid(lr=[3e-3, 1e-3], mask_lr=[3e-3, 3e-2]),
+            "hard": comparison.grid(lr=[3e-3, 1e-3], mask_lr=[3e-3, 3e-2]),
+            "lottery": comparison.grid(mask_lr=[1e-2, 1e-1], scale=[1.0, 3.0]),
+            "shared": comparison.grid(lr=[3e-3, 1e-3, 3e-4, 1e-2]),
+            "maml": comparison.grid(lr=[3e-3, 1e-3], inner_lr=[0.1, 0.01]),
         },
         batch=64,
         weight_decay=1e-4,
@@ -60,15 +62,15 @@ QUESTION = """\
 Section 3.6: with a single task, does a masked CNN classify black and white images of digits as well as the same CNN without masks?
 With one task, the shared net, the net of the task alone and the net trained in sequence are the same plain net. The new task of
 question 2 is ours: the digits turned by 90 degrees."""
-tables = study.tables
+tables = comparison.tables
 CLAIMS = [
     Claim(
         "A masked CNN performs as the CNN without masks does (section 3.6): test accuracy {masked:.2f} %, plain {plain:.2f} %, "
         "with a hard gate {hard:.2f} %.",
         lambda metrics: {
-            "masked": study.trained(metrics, "masked"),
-            "plain": study.trained(metrics, "shared"),
-            "hard": study.trained(metrics, "hard"),
+            "masked": comparison.trained(metrics, "masked"),
+            "plain": comparison.trained(metrics, "shared"),
+            "hard": comparison.trained(metrics, "hard"),
             # Between seeds the difference has a standard deviation of about 0.3, and of 0.6 in the few steps of a quick run.
             "margin": 0.8 if len(metrics["seeds"]) > 1 else 2.0,
         },
@@ -77,20 +79,20 @@ CLAIMS = [
     Claim(
         "Masks on random weights that are never trained (section 2) get {lottery:.1f} %: far above chance, and below trained "
         "weights, {plain:.1f} %, in as many steps.",
-        lambda metrics: {"lottery": study.trained(metrics, "lottery"), "plain": study.trained(metrics, "shared")},
+        lambda metrics: {"lottery": comparison.trained(metrics, "lottery"), "plain": comparison.trained(metrics, "shared")},
         lambda numbers: 30 < numbers["lottery"] < numbers["plain"],
     ),
     Claim(
         "Digits turned by 90 degrees, from 1,000 of them: mask only {mask:.1f} %, the mask and W {everything:.1f} %, a fresh net "
         "{fresh:.1f} %: with one task to come from, a mask alone does not do it.",
         lambda metrics: {
-            "mask": study.new_tasks(metrics, "masked", "mask only", 1000),
-            "everything": study.new_tasks(metrics, "masked", "everything", 1000),
-            "fresh": study.new_tasks(metrics, "shared", "from scratch", 1000),
+            "mask": comparison.new_tasks(metrics, "masked", "mask only", 1000),
+            "everything": comparison.new_tasks(metrics, "masked", "everything", 1000),
+            "fresh": comparison.new_tasks(metrics, "shared", "from scratch", 1000),
         },
         lambda numbers: numbers["mask"] < numbers["fresh"],
     ),
-    study.cost_claim(),
+    comparison.cost_claim(),
 ]
 BINS = 40
 
@@ -128,7 +130,7 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     finished = output.begin(digits.source, digits.note)
     if finished is not None:
         return finished
-    found = study.run(output, settings, problem, SCORE, METHODS)
+    found = comparison.run(output, settings, problem, SCORE, METHODS)
     histograms = [examined["gates"] for examined in found.examined["masked"]]
     return output.finish(found.scores, found.baselines, found.budget, figures, {**found.more, "gates": histograms})
 
@@ -143,7 +145,7 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
         axes.stairs(values, edges.tolist(), label=label, color=color, linewidth=1.8)
     axes.set(xlabel=f"gate, sigmoid(M) (no unit), seed {metrics['seed']}", ylabel="weights (number)")
     axes.legend(fontsize=8)
-    return {"": study.figure(metrics), "gates": figure}
+    return {"": comparison.figure(metrics), "gates": figure}
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

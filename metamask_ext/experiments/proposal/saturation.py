@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..continual import TaskLoop
-from ..nn import MaskedLinear
-from ..nn.active import using_task
-from ..nn.layers import DEFAULT_TASK
-from ..nn.tasks import add_task, remove_task
-from ..tasks import linear_tasks
-from .claims import Claim, Metrics, mean
-from .methods import seeded
-from .output import STYLES, Output, Scores, bands, cell, new_figure
-from .settings import OptionError
-from .tracking import track
+from metamask_ext.continual import TaskLoop
+from metamask_ext.data import linear_tasks
+from metamask_ext.nn import MaskedLinear
+from metamask_ext.nn.context import using_task
+from metamask_ext.nn.layers import DEFAULT_TASK
+from metamask_ext.nn.tasks import add_task, remove_task
+
+from ..engine.claims import Claim, Metrics, mean
+from ..engine.run_folder import STYLES, Output, Scores, bands, cell, new_figure
+from ..engine.settings import OptionError
+from ..engine.tracking import track
+from ..engine.training import seeded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

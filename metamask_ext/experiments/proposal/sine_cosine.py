@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tasks import sinusoid_tasks
-from . import study
-from .claims import Claim, Metrics, mean
-from .output import STYLES, Output, cell, new_figure
-from .settings import OptionError
+from metamask_ext.data import sinusoid_tasks
+
+from ..engine.claims import Claim, Metrics, mean
+from ..engine.run_folder import STYLES, Output, cell, new_figure
+from ..engine.settings import OptionError
+from ..study import comparison
+from ..study.comparison import Problem, Score
+from ..study.methods import method
+from ..study.networks import gates, shared_parameters
+from ..study.problem import Layer
 from .sinusoid import split
-from .study import Problem, Score
-from .study_methods import method
-from .study_nets import gates, shared_parameters
-from .study_problem import Layer
 
 SETTINGS: dict[str, Any] = {
     "seeds": 5,
@@ -33,15 +34,15 @@ SETTINGS: dict[str, Any] = {
     "train_samples": 100,
     "test_samples": 1000,
     "new_tasks": 10,
-    "study": study.settings(
+    "study": comparison.settings(
         {
-            "masked": study.grid(lr=[0.1, 0.03], mask_lr=[0.03, 0.01]),
-            "hard": study.grid(lr=[0.03, 0.01], mask_lr=[0.01, 0.03]),
-            "lottery": study.grid(mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
-            "shared": study.grid(lr=[0.003, 0.001, 0.01, 0.03]),
-            "independent": study.grid(lr=[0.03, 0.01, 0.1, 0.003]),
-            "maml": study.grid(lr=[0.03, 0.01], inner_lr=[0.3, 0.1]),
-            "sequence": study.grid(lr=[0.03, 0.01, 0.1, 0.003]),
+            "masked": comparison.grid(lr=[0.1, 0.03], mask_lr=[0.03, 0.01]),
+            "hard": comparison.grid(lr=[0.03, 0.01], mask_lr=[0.01, 0.03]),
+            "lottery": comparison.grid(mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
+            "shared": comparison.grid(lr=[0.003, 0.001, 0.01, 0.03]),
+            "independent": comparison.grid(lr=[0.03, 0.01, 0.1, 0.003]),
+            "maml": comparison.grid(lr=[0.03, 0.01], inner_lr=[0.3, 0.1]),
+            "sequence": comparison.grid(lr=[0.03, 0.01, 0.1, 0.003]),
         }
     ),
 }
@@ -122,7 +123,7 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
     )
     if finished is not None:
         return finished
-    found = study.run(output, settings, problem, SCORE, later=len(output.seeds) * len(UNRELATED))
+    found = comparison.run(output, settings, problem, SCORE, later=len(output.seeds) * len(UNRELATED))
     for name in GATED:
         measured = [_measured(examined) for examined in found.examined[name]]
         found.scores[name] |= {number: [each[number] for each in measured] for number in NUMBERS}
@@ -165,7 +166,7 @@ def _unrelated(seed: int, settings: Mapping[str, Any], name: str, config: Mappin
 
 
 def _learned(metrics: Metrics) -> dict[str, float]:
-    return {name: study.trained(metrics, name) for name in ("masked", "hard", "shared", "independent")}
+    return {name: comparison.trained(metrics, name) for name in ("masked", "hard", "shared", "independent")}
 
 
 def _gates(metrics: Metrics) -> dict[str, float]:
@@ -176,8 +177,8 @@ def _gates(metrics: Metrics) -> dict[str, float]:
 def _hard(metrics: Metrics) -> dict[str, float]:
     return {
         **{name: mean(metrics, name, RIGHT) for name in GATED},
-        "hard_error": study.trained(metrics, "hard"),
-        "error": study.trained(metrics, "masked"),
+        "hard_error": comparison.trained(metrics, "hard"),
+        "error": comparison.trained(metrics, "masked"),
     }
 
 
@@ -187,7 +188,7 @@ def _apart(metrics: Metrics) -> dict[str, float]:
         **{name: mean(metrics, f"unrelated: {name}", MSE) for name in UNRELATED},
         "right": mean(metrics, "unrelated: masked", RIGHT),
         "guess": 100 * max(rate, 1 - rate),
-        "related": study.trained(metrics, "masked"),
+        "related": comparison.trained(metrics, "masked"),
     }
 
 
@@ -226,7 +227,7 @@ def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
     rows = [["method", MSE, *NUMBERS]]
     for name in [*GATED, *(f"unrelated: {each}" for each in UNRELATED)]:
         rows.append([name, *(cell(methods[name][number]) if number in methods[name] else "-" for number in (MSE, *NUMBERS))])
-    return [*study.tables(metrics), ("The bias behind its gate", rows)]
+    return [*comparison.tables(metrics), ("The bias behind its gate", rows)]
 
 
 def figures(metrics: Metrics) -> dict[str, Any]:
@@ -249,4 +250,4 @@ def figures(metrics: Metrics) -> dict[str, Any]:
     for panel in (left, right):
         panel.set_xticks(metrics["seeds"])
         panel.legend(fontsize=8, title="a point a task", title_fontsize=8)
-    return {"": study.figure(metrics), "bias": figure}
+    return {"": comparison.figure(metrics), "bias": figure}

@@ -12,19 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..continual import TaskLoop
-from ..nn import MaskedConv2d, MaskedLinear
-from ..nn.layers import MaskInit
-from ..tasks import sine_of_linear_tasks
-from . import study
-from .claims import Claim, Metrics, mean
-from .methods import seeded
-from .output import STYLES, Output, bands, cell, new_figure
-from .settings import OptionError
+from metamask_ext.continual import TaskLoop
+from metamask_ext.data import sine_of_linear_tasks
+from metamask_ext.nn import MaskedConv2d, MaskedLinear
+from metamask_ext.nn.layers import MaskInit
+
+from ..engine.claims import Claim, Metrics, mean
+from ..engine.run_folder import STYLES, Output, bands, cell, new_figure
+from ..engine.settings import OptionError
+from ..engine.training import seeded
+from ..study import comparison
+from ..study.comparison import Problem, Score
+from ..study.networks import Nets, Parameters, gates, shared_parameters
+from ..study.problem import Layer
 from .sinusoid import split
-from .study import Problem, Score
-from .study_nets import Nets, Parameters, gates, shared_parameters
-from .study_problem import Layer
 
 SETTINGS: dict[str, Any] = {
     "seeds": 5,
@@ -38,15 +39,15 @@ SETTINGS: dict[str, Any] = {
     "new_tasks": 10,
     # Beside the study: how alike the tasks' masks are, by what they begin with and the L2 factor on M.
     "sharing": {"lr": 0.003, "mask_lr": 0.1, "batch": 64, "begin": ["alike", "random"], "mask_weight_decay": [0.0, 1e-3]},
-    "study": study.settings(
+    "study": comparison.settings(
         {
-            "masked": study.grid(lr=[0.003], mask_lr=[0.1, 0.03], mask_weight_decay=[1e-4, 0.0]),
-            "hard": study.grid(lr=[0.003, 0.001], mask_lr=[0.01, 0.03]),
-            "lottery": study.grid(mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
-            "shared": study.grid(lr=[0.003, 0.001, 0.0003, 0.01]),
-            "independent": study.grid(lr=[0.01, 0.03, 0.003, 0.001]),
-            "maml": study.grid(lr=[0.003, 0.001], inner_lr=[0.1, 0.03]),
-            "sequence": study.grid(lr=[0.003, 0.01, 0.001, 0.0003]),
+            "masked": comparison.grid(lr=[0.003], mask_lr=[0.1, 0.03], mask_weight_decay=[1e-4, 0.0]),
+            "hard": comparison.grid(lr=[0.003, 0.001], mask_lr=[0.01, 0.03]),
+            "lottery": comparison.grid(mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
+            "shared": comparison.grid(lr=[0.003, 0.001, 0.0003, 0.01]),
+            "independent": comparison.grid(lr=[0.01, 0.03, 0.003, 0.001]),
+            "maml": comparison.grid(lr=[0.003, 0.001], inner_lr=[0.1, 0.03]),
+            "sequence": comparison.grid(lr=[0.003, 0.01, 0.001, 0.0003]),
         }
     ),
 }
@@ -110,7 +111,7 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
         for begin, decay in itertools.product(settings["sharing"]["begin"], settings["sharing"]["mask_weight_decay"])
     }
     jobs = {(seed, name): partial(share, seed, settings, *each) for seed in output.seeds for name, each in conditions.items()}
-    found = study.run(output, settings, problem, SCORE, later=len(jobs))
+    found = comparison.run(output, settings, problem, SCORE, later=len(jobs))
     pieces = output.pieces(jobs)
     numbers = [*(OWN, LATER, FIRST, DIRECTION, SUPPORT), *(difference_name(layer) for layer in range(LAYERS))]
     shared = {name: {number: [pieces[seed, name][number] for seed in output.seeds] for number in numbers} for name in conditions}
@@ -200,7 +201,7 @@ def _condition(metrics: Metrics, decay: int) -> str:
 
 
 def _learned(metrics: Metrics) -> dict[str, float]:
-    return {method: study.trained(metrics, method) for method in ("masked", "hard", "shared", "independent")}
+    return {method: comparison.trained(metrics, method) for method in ("masked", "hard", "shared", "independent")}
 
 
 def _first_layer(metrics: Metrics) -> dict[str, float]:
@@ -230,8 +231,8 @@ def _new(metrics: Metrics) -> dict[str, float]:
     samples = metrics["study"]["samples"]
     found = {"few": samples[(len(samples) - 1) // 2], "many": samples[-1]}
     for key, count in list(found.items()):
-        found[f"masks_{key}"] = study.new_tasks(metrics, "masked", "mask only", count)
-        found[f"scratch_{key}"] = study.new_tasks(metrics, "independent", "from scratch", count)
+        found[f"masks_{key}"] = comparison.new_tasks(metrics, "masked", "mask only", count)
+        found[f"scratch_{key}"] = comparison.new_tasks(metrics, "independent", "from scratch", count)
     return found
 
 
@@ -283,7 +284,7 @@ def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
         ["masks", *numbers],
         *([name, *(cell(found[number]) for number in numbers)] for name, found in _shared(metrics).items()),
     ]
-    return [*study.tables(metrics), ("Masks of other tasks", rows)]
+    return [*comparison.tables(metrics), ("Masks of other tasks", rows)]
 
 
 def _shared(metrics: Metrics) -> dict[str, Any]:
@@ -326,4 +327,4 @@ def figures(metrics: Metrics) -> dict[str, Any]:
     right.set(xlabel="layer (number)", ylabel="difference of two tasks' gates,\nweighted with |W| (no unit)", ylim=(0, None))
     right.set_xticks(range(1, LAYERS + 1))
     right.legend(fontsize=7)
-    return {"": study.figure(metrics), "sharing": figure}
+    return {"": comparison.figure(metrics), "sharing": figure}

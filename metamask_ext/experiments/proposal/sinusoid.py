@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..tasks import SinusoidTasks, sinusoid_tasks
-from . import study
-from .claims import Claim, Metrics
-from .output import Output, bands, new_figure, plot_seeds
-from .study import Problem, Score, TaskData
-from .study_methods import method
-from .study_problem import Layer
+from metamask_ext.data import SinusoidTasks, sinusoid_tasks
+
+from ..engine.claims import Claim, Metrics
+from ..engine.run_folder import Output, bands, new_figure, plot_seeds
+from ..study import comparison
+from ..study.comparison import Problem, Score, TaskData
+from ..study.methods import method
+from ..study.problem import Layer
 
 SETTINGS: dict[str, Any] = {
     "seeds": 5,
@@ -32,15 +33,15 @@ SETTINGS: dict[str, Any] = {
     "new_tasks": 10,
     # Beside the study: masked, shared and independent nets for other numbers of tasks, with as many steps for each task.
     "numbers_of_tasks": [1, 2, 5, 20],
-    "study": study.settings(
+    "study": comparison.settings(
         {
-            "masked": study.grid(lr=[0.003, 0.01], mask_lr=[0.03, 0.1]),
-            "hard": study.grid(lr=[0.003, 0.001], mask_lr=[0.01, 0.03]),
-            "lottery": study.grid(mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
-            "shared": study.grid(lr=[0.003, 0.001, 0.0003, 0.01]),
-            "independent": study.grid(lr=[0.01, 0.003, 0.03, 0.001]),
-            "maml": study.grid(lr=[0.003, 0.001], inner_lr=[0.1, 0.03]),
-            "sequence": study.grid(lr=[0.003, 0.01, 0.001, 0.0003]),
+            "masked": comparison.grid(lr=[0.003, 0.01], mask_lr=[0.03, 0.1]),
+            "hard": comparison.grid(lr=[0.003, 0.001], mask_lr=[0.01, 0.03]),
+            "lottery": comparison.grid(mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
+            "shared": comparison.grid(lr=[0.003, 0.001, 0.0003, 0.01]),
+            "independent": comparison.grid(lr=[0.01, 0.003, 0.03, 0.001]),
+            "maml": comparison.grid(lr=[0.003, 0.001], inner_lr=[0.1, 0.03]),
+            "sequence": comparison.grid(lr=[0.003, 0.01, 0.001, 0.0003]),
         }
     ),
 }
@@ -99,7 +100,7 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
         return finished
     numbers = sorted({*settings["numbers_of_tasks"], settings["tasks"]})
     later = len(output.seeds) * len(METHODS) * (len(numbers) - 1)
-    found = study.run(output, settings, problem, SCORE, later=later)
+    found = comparison.run(output, settings, problem, SCORE, later=later)
     chosen, each = found.more["study"]["chosen"], settings["steps"] // settings["tasks"]
     jobs = {
         (seed, f"{name}, {tasks} tasks"): partial(
@@ -149,7 +150,7 @@ def _with_one_task(metrics: Metrics) -> bool:
 
 
 def _trained(metrics: Metrics) -> dict[str, float]:
-    found = {name: study.trained(metrics, name) for name in ("masked", "hard", "lottery", "shared", "independent")}
+    found = {name: comparison.trained(metrics, name) for name in ("masked", "hard", "lottery", "shared", "independent")}
     return {**found, "ratio": found["masked"] / found["independent"]}
 
 
@@ -157,8 +158,8 @@ def _new(metrics: Metrics) -> dict[str, float]:
     samples = metrics["study"]["samples"]
     found = {"few": samples[-3:][0], "many": samples[-1]}
     for key, count in list(found.items()):
-        found[f"masks_{key}"] = study.new_tasks(metrics, "masked", "mask only", count)
-        found[f"scratch_{key}"] = study.new_tasks(metrics, "independent", "from scratch", count)
+        found[f"masks_{key}"] = comparison.new_tasks(metrics, "masked", "mask only", count)
+        found[f"scratch_{key}"] = comparison.new_tasks(metrics, "independent", "from scratch", count)
     return found
 
 
@@ -194,7 +195,7 @@ CLAIMS = [
 
 
 def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
-    return study.tables(metrics)
+    return comparison.tables(metrics)
 
 
 def figures(metrics: Metrics) -> dict[str, Any]:
@@ -207,4 +208,4 @@ def figures(metrics: Metrics) -> dict[str, Any]:
     axes.set_xticks(found["tasks"], [str(tasks) for tasks in found["tasks"]])
     axes.minorticks_off()
     axes.legend(fontsize=8, title=bands(len(metrics["seeds"])), title_fontsize=8)
-    return {"": study.figure(metrics), "tasks": figure}
+    return {"": comparison.figure(metrics), "tasks": figure}

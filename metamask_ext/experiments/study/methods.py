@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..continual import TaskLoop
-from ..meta import MAML, TaskParameters
-from ..nn import MaskedConv2d, MaskedLinear
-from ..nn.tasks import masked_layers
-from .methods import descend, seeded
-from .settings import OptionError
-from .study_nets import Nets, Parameters
-from .study_problem import Config, Problem, in_parts
-from .tracking import track
+from metamask_ext.continual import TaskLoop
+from metamask_ext.meta import MAML, TaskParameters
+from metamask_ext.nn import MaskedConv2d, MaskedLinear
+from metamask_ext.nn.tasks import masked_layers
+
+from ..engine.settings import OptionError
+from ..engine.tracking import track
+from ..engine.training import descend, seeded
+from .networks import Nets, Parameters
+from .problem import Config, Problem, in_parts
 
 MASKED: dict[str, dict[str, Any]] = {"masked": {"gate": "sigmoid"}, "hard": {"gate": "hard"}, "lottery": {"gate": "hard"}}
 """The methods with a mask for each task, and the options of their layers."""

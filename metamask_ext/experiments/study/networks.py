@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..functional import masked_weight
-from ..nn.task_dict import TaskDict
-from ..nn.tasks import masked_layers
-from .study_problem import Problem, in_parts
+from metamask_ext.nn.task_dict import TaskDict
+from metamask_ext.nn.tasks import masked_layers
+from metamask_ext.ops.weight.functional import masked_weight
+
+from .problem import Problem, in_parts
 
 Parameters = dict[str, Tensor]
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import masked_weight
-from ..meta import MAML
-from .methods import descend
-from .study_methods import MASKED, Independent, Loop, Meta, Method, fresh
-from .study_nets import Nets, Parameters, gate_options, gates, shared_parameters, stacked_masks
-from .study_problem import Problem
+from metamask_ext.meta import MAML
+from metamask_ext.ops.weight.functional import masked_weight
+
+from ..engine.training import descend
+from .methods import MASKED, Independent, Loop, Meta, Method, fresh
+from .networks import Nets, Parameters, gate_options, gates, shared_parameters, stacked_masks
+from .problem import Problem
 
 LOOK_UP, SUPERPOSITION, MASK_ONLY, EVERYTHING = "look-up", "superposition", "mask only", "everything"
 INNER_STEPS, FROM_SCRATCH = "inner steps", "from scratch"

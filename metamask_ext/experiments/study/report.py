@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from .claims import Claim
-from .output import STYLES, bands, cell, half_width, new_figure, plot_seeds, summarized
-from .study_new import FROM_SCRATCH, WAYS
+from ..engine.claims import Claim
+from ..engine.run_folder import STYLES, bands, cell, half_width, new_figure, plot_seeds, summarized
+from .new_tasks import FROM_SCRATCH, WAYS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

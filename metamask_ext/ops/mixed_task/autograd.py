@@ -1,4 +1,4 @@
-"""The autograd Functions of batches that mix tasks, closed under differentiation as those of :mod:`metamask_ext.autograd`.
+"""The autograd Functions of mixed-task batches, closed under differentiation as those of :mod:`metamask_ext.ops.weight.autograd`.
 
 ``TaskMaskedLinear`` -> ``TaskMaskedLinearBackward`` -> ``TaskMaskedLinearDoubleBackward`` -> plain torch. A Function sees tensors
 among its arguments, not in lists: the masks and the bias masks come last, one by one. In a backward that nobody differentiates
@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import Function
 
-from . import _task_ops, reference_tasks
+from metamask_ext.torch_private import is_legacy_batched
 
-_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+from ..vjp import pull_back
+from . import raw, reference
 
 
 class Call(NamedTuple):
     """What is no tensor in a call of task_masked_linear; ``masks`` is how many tensors the masks are (those of the bias follow)."""
 
-    gate: int
-    parameter: float
+    gate_id: int
+    gate_param: float
     groups: int
     masks: int
 
@@ -34,8 +35,8 @@ class TaskMaskedLinear(Function):
         ctx.save_for_backward(input, slots, weight, bias, *masks)
         ctx.call = call
         of_weight, of_bias = masks[: call.masks], masks[call.masks :]
-        return _task_ops.task_masked_linear(
-            input, slots, weight, of_weight, bias, of_bias, call.gate, call.parameter, call.groups, dtype
+        return raw.task_masked_linear(
+            input, slots, weight, of_weight, bias, of_bias, call.gate_id, call.gate_param, call.groups, dtype
         )
 
     @staticmethod
@@ -44,12 +45,12 @@ class TaskMaskedLinear(Function):
         of_weight, of_bias = needs[6 : 6 + call.masks], needs[6 + call.masks :]
         wanted = needs[2], needs[4], any(of_weight), needs[5], any(of_bias)
         tensors = grad, *ctx.saved_tensors
-        if _is_batched(grad):
-            dx, dw, db, *dmasks = _backward(reference_tasks.task_masked_linear_backward, call, tensors, wanted)
+        if is_legacy_batched(grad):
+            dx, dw, db, *dmasks = _backward(reference.task_masked_linear_backward, call, tensors, wanted)
         elif torch.is_grad_enabled():
             dx, dw, db, *dmasks = TaskMaskedLinearBackward.apply(call, wanted, *tensors)
         else:
-            dx, dw, db, *dmasks = _backward(_task_ops.task_masked_linear_backward, call, tensors, wanted)
+            dx, dw, db, *dmasks = _backward(raw.task_masked_linear_backward, call, tensors, wanted)
         return (
             None,  # call
             None,  # dtype
@@ -62,15 +63,15 @@ class TaskMaskedLinear(Function):
 
 
 class TaskMaskedLinearBackward(Function):
-    """``dx``, ``dW``, ``db`` and those of the masks; only those in ``needs`` (of input, weight, masks, bias and bias masks)."""
+    """``dx``, ``dW``, ``db`` and those of the masks; ``output_mask`` says which (of input, weight, masks, bias, bias masks)."""
 
     @staticmethod
-    def forward(ctx, call, needs, grad, input, slots, weight, bias, *masks):
+    def forward(ctx, call, output_mask, grad, input, slots, weight, bias, *masks):
         ctx.save_for_backward(grad, input, slots, weight, bias, *masks)
         ctx.set_materialize_grads(False)
         ctx.call = call
         tensors = grad, input, slots, weight, bias, *masks
-        return _backward(_task_ops.task_masked_linear_backward, call, tensors, needs)
+        return _backward(raw.task_masked_linear_backward, call, tensors, output_mask)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -80,17 +81,17 @@ class TaskMaskedLinearBackward(Function):
             of_weight, of_bias = needs[7 : 7 + ctx.call.masks], needs[7 + ctx.call.masks :]
             wanted = needs[2], needs[3], needs[5], any(of_weight), needs[6], any(of_bias)
             tensors = *cotangents, *ctx.saved_tensors
-            if _is_batched(*tensors):
-                second = _double_backward(reference_tasks.task_masked_linear_double_backward, ctx.call, tensors, wanted)
+            if is_legacy_batched(*tensors):
+                second = _double_backward(reference.task_masked_linear_double_backward, ctx.call, tensors, wanted)
             elif torch.is_grad_enabled():
                 second = TaskMaskedLinearDoubleBackward.apply(ctx.call, wanted, *tensors)
             else:
-                second = _double_backward(_task_ops.task_masked_linear_double_backward, ctx.call, tensors, wanted)
+                second = _double_backward(raw.task_masked_linear_double_backward, ctx.call, tensors, wanted)
             ddy, dx, dw, db, *dmasks = second
             grads = ddy, dx, None, dw, db, *(dmask if need else None for dmask, need in zip(dmasks, needs[7:]))
         return (
             None,  # call
-            None,  # needs
+            None,  # output_mask
             *grads,
         )
 
@@ -102,21 +103,21 @@ class TaskMaskedLinearDoubleBackward(Function):
     """
 
     @staticmethod
-    def forward(ctx, call, needs, *tensors):
+    def forward(ctx, call, output_mask, *tensors):
         ctx.save_for_backward(*tensors)
-        ctx.call, ctx.needs = call, needs
-        return _double_backward(_task_ops.task_masked_linear_double_backward, call, tensors, needs)
+        ctx.call, ctx.output_mask = call, output_mask
+        return _double_backward(raw.task_masked_linear_double_backward, call, tensors, output_mask)
 
     @staticmethod
     def backward(ctx, *cotangents):
         def double_backward(*tensors):
-            return _double_backward(reference_tasks.task_masked_linear_double_backward, ctx.call, tensors, ctx.needs)
+            return _double_backward(reference.task_masked_linear_double_backward, ctx.call, tensors, ctx.output_mask)
 
-        grads = reference_tasks.pull_back(double_backward, ctx.saved_tensors, cotangents)
+        grads = pull_back(double_backward, ctx.saved_tensors, cotangents)
         grads = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[2:])]
         return (
             None,  # call
-            None,  # needs
+            None,  # output_mask
             *grads,
         )
 
@@ -124,17 +125,17 @@ class TaskMaskedLinearDoubleBackward(Function):
 # The Functions' tensors, and results, in the order of the ops and their references; None for each mask's that is not needed.
 
 
-def _backward(function, call, tensors, needs):
+def _backward(function, call, tensors, output_mask):
     """``tensors``: grad, input, slots, weight, bias and all masks; gives dx, dW, db and the masks' gradients."""
     grad, input, slots, weight, bias, *masks = tensors
     n = call.masks
     dx, dw, dmasks, db, dbias_masks = function(
-        grad, input, slots, weight, masks[:n], bias, masks[n:], call.gate, call.parameter, call.groups, needs
+        grad, input, slots, weight, masks[:n], bias, masks[n:], call.gate_id, call.gate_param, call.groups, output_mask
     )
     return dx, dw, db, *(dmasks or [None] * n), *(dbias_masks or [None] * (len(masks) - n))
 
 
-def _double_backward(function, call, tensors, needs):
+def _double_backward(function, call, tensors, output_mask):
     """``tensors``: the cotangents of what :func:`_backward` gives, and its tensors; gives ddy, dx, dW, db and the masks'."""
     count = len(tensors) // 2 - 4  # of all masks: 3 cotangents and 5 arguments are not of masks
     c_input, c_weight, c_bias, *c_masks = tensors[: 3 + count]
@@ -142,11 +143,6 @@ def _double_backward(function, call, tensors, needs):
     n = call.masks
     cotangents = c_input, c_weight, c_masks[:n], c_bias, c_masks[n:]
     ddy, dx, dw, dmasks, db, dbias_masks = function(
-        *cotangents, grad, input, slots, weight, masks[:n], bias, masks[n:], call.gate, call.parameter, call.groups, needs
+        *cotangents, grad, input, slots, weight, masks[:n], bias, masks[n:], call.gate_id, call.gate_param, call.groups, output_mask
     )
     return ddy, dx, dw, db, *(dmasks or [None] * n), *(dbias_masks or [None] * (count - n))
-
-
-def _is_batched(*tensors):
-    """Whether autograd runs this backward for a batch of gradients at once (``is_grads_batched``): only plain torch can."""
-    return any(tensor is not None and _is_legacy_batched(tensor) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Layers whose batch mixes tasks: every sample uses the mask of its own task.
+"""Layers for mixed-task batches: every sample uses the mask of its own task.
 
 ``theta_t = W * g(M_t)``. Source: C. Blum and A. Law, EE5239 project proposal (2020), eq. 3, one ``theta_M`` per task; that each
 sample of a batch names its task is ours. All functions can be differentiated any number of times, by autograd and by torch.func.
@@ -12,13 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _task_ops, functional, reference_tasks
-from .autograd_tasks import Call, TaskMaskedLinear
-from .functional import _autocast_dtype, _check_input_dtype
-from .reference import check_input, resolve_gate
-from .reference_tasks import check_masks, check_slot_values, check_slots, check_task_bias, check_task_linear, count_tasks
-
-__all__ = ["task_masked_conv2d", "task_masked_linear"]
+from ..checks import (
+    as_list,
+    check_conv2d,
+    check_masks,
+    check_slot_values,
+    check_slots,
+    check_task_bias,
+    check_task_linear,
+    count_tasks,
+    is_stacked,
+)
+from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
+from ..gate import resolve_gate
+from ..geometry import Geometry, im2col, resolve_geometry
+from ..weight.functional import theta_list
+from . import raw, reference
+from .autograd import Call, TaskMaskedLinear
 
 Masks = Tensor | Sequence[Tensor]
 
@@ -57,9 +67,9 @@ def task_masked_linear(
         ValueError: a shape or device does not fit, a slot is not in ``[0, T)``, the gate is unknown, or the temperature is not
             positive. Under torch.compile and a vmap over the slots, one out of range is torch's own error of an index.
     """
-    number, parameter = resolve_gate(gate, temperature, threshold)
-    given, given_bias = _listed("masks", masks), None if bias_masks is None else _listed("bias_masks", bias_masks)
-    return _linear(input, slots, weight, given, bias, given_bias, number, parameter, 1)
+    gate_id, gate_param = resolve_gate(gate, temperature, threshold)
+    given, given_bias = as_list("masks", masks), None if bias_masks is None else as_list("bias_masks", bias_masks)
+    return _linear(input, slots, weight, given, bias, given_bias, gate_id, gate_param, 1)
 
 
 def task_masked_conv2d(
@@ -80,7 +90,7 @@ def task_masked_conv2d(
 ) -> Tensor:
     """``y_b = conv2d(x_b, W * g(M_t)) + b * g(M_b,t)`` with ``t = slots[b]``: a convolution for a batch that mixes tasks.
 
-    It is :func:`task_masked_linear` over the patches of the input (``unfold``), which take ``kH * kW`` times its memory. On a GPU,
+    It is :func:`task_masked_linear` over the patches of the input (``im2col``), which take ``kH * kW`` times its memory. On a GPU,
     where the weights of all samples take no more memory than the patches (with ``groups=1``: where the output has at least as many
     places as channels), it is one convolution whose groups are the samples instead.
 
@@ -100,47 +110,25 @@ def task_masked_conv2d(
     Raises:
         TypeError, ValueError: as :func:`task_masked_linear`.
     """
-    number, parameter = resolve_gate(gate, temperature, threshold)
-    given, given_bias = _listed("masks", masks), None if bias_masks is None else _listed("bias_masks", bias_masks)
+    gate_id, gate_param = resolve_gate(gate, temperature, threshold)
+    given, given_bias = as_list("masks", masks), None if bias_masks is None else as_list("bias_masks", bias_masks)
     check_masks(given, weight)
-    if weight.dim() != 4:
-        raise ValueError(f"weight must be [C_out, C_in / groups, kH, kW], got shape {list(weight.shape)}")
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the rows of weight, {weight.shape[0]}, got {groups}")
-    check_input(input, weight)
-    _check_input_dtype(input, weight)
-    if input.dim() not in (3, 4) or input.shape[-3] != weight.shape[1] * groups:
-        raise ValueError(
-            f"input must be [B, C_in, H, W] or [C_in, H, W] with C_in = {weight.shape[1] * groups} as in weight "
-            f"{list(weight.shape)} with groups={groups}, got {list(input.shape)}"
-        )
+    check_conv2d(input, weight, groups)
+    check_input_dtype(input, weight)
     batch = input if input.dim() == 4 else input[None]
     check_slots(slots, batch, weight)
     check_task_bias(weight, given, bias, given_bias)
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    kernel = weight.shape[2:]
-    if isinstance(padding, str):
-        batch, padding = _padded(batch, padding, kernel, stride, dilation), (0, 0)
-    else:
-        padding = _pair("padding", padding, 0)
-    size = [
-        (length + 2 * pad - step * (width - 1) - 1) // by + 1
-        for length, pad, step, width, by in zip(batch.shape[2:], padding, dilation, kernel, stride)
-    ]
-    if min(size) < 1:
-        raise ValueError(
-            f"input must not be smaller than the kernel {list(kernel)} with dilation={dilation}, got {list(input.shape)}"
-        )
+    batch, geometry, size = resolve_geometry(batch, weight.shape[2:], stride, padding, dilation)
     if _takes_one_convolution(batch, weight, given, size):
-        y = _one_convolution(
-            batch, slots, weight, given, bias, given_bias, number, parameter, stride, padding, dilation, groups
-        ).contiguous()
+        y = _one_convolution(batch, slots, weight, given, bias, given_bias, gate_id, gate_param, geometry, groups).contiguous()
     else:
         # Made contiguous once: the op would do it forward and backward.
-        patches = F.unfold(batch, kernel, dilation, padding, stride).transpose(1, 2).contiguous()
-        stacked = reference_tasks.is_stacked(given, weight)
+        columns = im2col(batch, weight.shape[2:], *geometry).contiguous()
+        stacked = is_stacked(given, weight)
         flat = [mask.flatten(2 if stacked else 1) for mask in given]
-        y = _linear(patches, slots, weight.flatten(1), flat, bias, given_bias, number, parameter, groups)
+        y = _linear(columns, slots, weight.flatten(1), flat, bias, given_bias, gate_id, gate_param, groups)
         y = y.transpose(1, 2).contiguous().unflatten(2, size)
     return y if input.dim() == 4 else y[0]
 
@@ -167,11 +155,9 @@ def _one_convolution(
     masks: list[Tensor],
     bias: Tensor | None,
     bias_masks: list[Tensor] | None,
-    gate: int,
-    parameter: float,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    gate_id: int,
+    gate_param: float,
+    geometry: Geometry,
     groups: int,
 ) -> Tensor:
     """theta of every task in one pass, that of each sample looked up by its slot, and a convolution whose groups are the samples.
@@ -185,7 +171,7 @@ def _one_convolution(
     if bias is not None and bias_masks is not None:
         biases, bias_logits = _each_task(bias, bias_masks, tasks)
         weights, logits = weights + biases, logits + bias_logits
-    thetas = functional.thetas(weights, logits, gate, parameter, _autocast_dtype(weight))
+    thetas = theta_list(weights, logits, gate_id, gate_param, autocast_dtype(weight))
     # A negative index would count from the end: this one is out of range, which is an error also where nobody can look.
     slots = torch.where(slots < 0, tasks, slots)
     theta = torch.stack(thetas[:tasks])[slots].flatten(0, 1)
@@ -193,41 +179,14 @@ def _one_convolution(
         bias = torch.stack(thetas[tasks:])[slots].flatten()
     elif bias is not None:
         bias = bias.repeat(samples)
-    y = F.conv2d(batch.flatten(0, 1)[None], theta, bias, stride, padding, dilation, samples * groups)
+    y = F.conv2d(batch.flatten(0, 1)[None], theta, bias, *geometry, samples * groups)
     return y[0].unflatten(0, (samples, -1))
 
 
 def _each_task(weight: Tensor, masks: list[Tensor], tasks: int) -> tuple[list[Tensor], list[Tensor]]:
     """``weight`` for each task (the same memory), and the logits."""
-    logits = masks[0].unbind() if reference_tasks.is_stacked(masks, weight) else masks
+    logits = masks[0].unbind() if is_stacked(masks, weight) else masks
     return list(weight.expand(tasks, *weight.shape).unbind()), list(logits)
-
-
-def _listed(name: str, masks: Masks) -> list[Tensor]:
-    if isinstance(masks, Tensor):
-        return [masks]
-    if not isinstance(masks, Sequence):
-        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(masks).__name__}")
-    return list(masks)
-
-
-def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, or two, got {value!r}")
-    return pair
-
-
-def _padded(batch: Tensor, padding: str, kernel: Sequence[int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
-    if padding == "valid":
-        return batch
-    if padding != "same":
-        raise ValueError(f"padding must be 'valid', 'same', an integer or two, got {padding!r}")
-    if stride != (1, 1):
-        raise ValueError(f"padding='same' needs stride 1, got {stride}")
-    (height, width) = (step * (size - 1) for step, size in zip(dilation, kernel))
-    # Of an odd number, the larger half comes last, as in conv2d.
-    return F.pad(batch, (width // 2, width - width // 2, height // 2, height - height // 2))
 
 
 def _linear(
@@ -237,19 +196,19 @@ def _linear(
     masks: list[Tensor],
     bias: Tensor | None,
     bias_masks: list[Tensor] | None,
-    gate: int,
-    parameter: float,
+    gate_id: int,
+    gate_param: float,
     groups: int,
 ) -> Tensor:
-    if functional._use_reference():
+    if use_reference():
         _check(input, slots, weight, masks, bias, bias_masks, groups)
-        return reference_tasks.task_masked_linear(input, slots, weight, masks, bias, bias_masks or [], gate, parameter, groups)
+        return reference.task_masked_linear(input, slots, weight, masks, bias, bias_masks or [], gate_id, gate_param, groups)
     try:
         if input.dtype != weight.dtype:
-            _check_input_dtype(input, weight)
+            check_input_dtype(input, weight)
         if bias_masks is not None and len(bias_masks) == 0:  # the op would take it for a bias without masks
             check_task_bias(weight, masks, bias, bias_masks)
-        dtype = _autocast_dtype(weight)
+        dtype = autocast_dtype(weight)
         every = masks if bias_masks is None else [*masks, *bias_masks]
         if torch.is_grad_enabled() and (
             input.requires_grad
@@ -257,14 +216,11 @@ def _linear(
             or (bias is not None and bias.requires_grad)
             or any(mask.requires_grad for mask in every)
         ):
-            call = Call(gate, parameter, groups, len(masks))
+            call = Call(gate_id, gate_param, groups, len(masks))
             return TaskMaskedLinear.apply(call, dtype, input, slots, weight, bias, *every)
-        return _task_ops.task_masked_linear(input, slots, weight, masks, bias, bias_masks or [], gate, parameter, groups, dtype)
+        return raw.task_masked_linear(input, slots, weight, masks, bias, bias_masks or [], gate_id, gate_param, groups, dtype)
     except Exception as error:
-        failed = error
-    # The op checks its arguments in the same words. Checking here only what it did not take saves a small layer microseconds.
-    _check(input, slots, weight, masks, bias, bias_masks, groups)
-    raise failed
+        raise worded(error, _check, input, slots, weight, masks, bias, bias_masks, groups) from None
 
 
 def _check(
@@ -277,5 +233,5 @@ def _check(
     groups: int,
 ) -> None:
     check_task_linear(input, slots, weight, masks, bias, bias_masks, groups)
-    _check_input_dtype(input, weight)
+    check_input_dtype(input, weight)
     check_slot_values(slots, count_tasks(masks, weight))

@@ -1,118 +1,95 @@
-"""Typed callers of the raw ops on batches that mix tasks, and their fake kernels, as :mod:`metamask_ext._ops`."""
+"""The raw ops of the family, typed, and their fake kernels: see :mod:`metamask_ext.ops.weight.raw`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ._build import BACKEND
-from .reference_tasks import check_task_linear
+from metamask_ext._build import BACKEND
 
-if BACKEND != "reference":
-    from . import _ops  # noqa: F401  importing it registers torch.ops.metamask
-
-    _metamask = torch.ops.metamask
-
-    _task_masked_linear = _metamask.task_masked_linear.default
-    _task_masked_linear_backward = _metamask.task_masked_linear_backward.default
-    _task_masked_linear_double_backward = _metamask.task_masked_linear_double_backward.default
+from ..checks import check_task_linear
 
 Masks = Sequence[Tensor]
 """One tensor ``[T, *shape]``, or ``T`` tensors."""
 
+if TYPE_CHECKING:
 
-def task_masked_linear(
-    input: Tensor,
-    slots: Tensor,
-    weight: Tensor,
-    masks: Masks,
-    bias: Tensor | None,
-    bias_masks: Masks,
-    gate: int,
-    parameter: float,
-    groups: int = 1,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """See :func:`metamask_ext.reference_tasks.task_masked_linear`; the product is taken, and given, in ``dtype``."""
-    return _task_masked_linear(input, slots, weight, masks, bias, bias_masks, gate, parameter, groups, dtype)
+    def task_masked_linear(
+        input: Tensor,
+        slots: Tensor,
+        weight: Tensor,
+        masks: Masks,
+        bias: Tensor | None,
+        bias_masks: Masks,
+        gate_id: int,
+        gate_param: float,
+        groups: int = 1,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """See :func:`metamask_ext.ops.mixed_task.reference.task_masked_linear`; the product is taken, and given, in ``dtype``."""
 
+    def task_masked_linear_backward(
+        grad: Tensor,
+        input: Tensor,
+        slots: Tensor,
+        weight: Tensor,
+        masks: Masks,
+        bias: Tensor | None,
+        bias_masks: Masks,
+        gate_id: int,
+        gate_param: float,
+        groups: int = 1,
+        output_mask: Sequence[bool] = (True, True, True, True, True),
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor], Tensor | None, list[Tensor]]:
+        """The gradients of :func:`task_masked_linear` for input, weight, masks, bias and bias_masks.
 
-def task_masked_linear_backward(
-    grad: Tensor,
-    input: Tensor,
-    slots: Tensor,
-    weight: Tensor,
-    masks: Masks,
-    bias: Tensor | None,
-    bias_masks: Masks,
-    gate: int,
-    parameter: float,
-    groups: int = 1,
-    needs: tuple[bool, ...] = (True, True, True, True, True),
-) -> tuple[Tensor | None, Tensor | None, list[Tensor], Tensor | None, list[Tensor]]:
-    """The gradients of :func:`task_masked_linear` for input, weight, masks, bias and bias_masks.
+        Those of masks come in the form of the masks, with zeros for tasks that the batch does not have. What is not needed is
+        None, or an empty list.
+        """
 
-    Those of masks come in the form of the masks, with zeros for tasks that the batch does not have. What is not needed is None, or
-    an empty list.
-    """
-    return _task_masked_linear_backward(grad, input, slots, weight, masks, bias, bias_masks, gate, parameter, groups, needs)
+    def task_masked_linear_double_backward(
+        cotangent_input: Tensor | None,
+        cotangent_weight: Tensor | None,
+        cotangent_masks: Sequence[Tensor | None],
+        cotangent_bias: Tensor | None,
+        cotangent_bias_masks: Sequence[Tensor | None],
+        grad: Tensor,
+        input: Tensor,
+        slots: Tensor,
+        weight: Tensor,
+        masks: Masks,
+        bias: Tensor | None,
+        bias_masks: Masks,
+        gate_id: int,
+        gate_param: float,
+        groups: int = 1,
+        output_mask: Sequence[bool] = (True, True, True, True, True, True),
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor], Tensor | None, list[Tensor]]:
+        """The gradients of :func:`task_masked_linear_backward` for grad, input, weight, masks, bias and bias_masks.
 
+        A cotangent that is None, or a list of them that is empty, is zero. What is not needed is None, or an empty list.
+        """
 
-def task_masked_linear_double_backward(
-    cotangent_input: Tensor | None,
-    cotangent_weight: Tensor | None,
-    cotangent_masks: Sequence[Tensor | None],
-    cotangent_bias: Tensor | None,
-    cotangent_bias_masks: Sequence[Tensor | None],
-    grad: Tensor,
-    input: Tensor,
-    slots: Tensor,
-    weight: Tensor,
-    masks: Masks,
-    bias: Tensor | None,
-    bias_masks: Masks,
-    gate: int,
-    parameter: float,
-    groups: int = 1,
-    needs: tuple[bool, ...] = (True, True, True, True, True, True),
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor], Tensor | None, list[Tensor]]:
-    """The gradients of :func:`task_masked_linear_backward` for grad, input, weight, masks, bias and bias_masks.
-
-    A cotangent that is None, or a list of them that is empty, is zero. What is not needed is None, or an empty list.
-    """
-    return _task_masked_linear_double_backward(
-        cotangent_input,
-        cotangent_weight,
-        cotangent_masks,
-        cotangent_bias,
-        cotangent_bias_masks,
-        grad,
-        input,
-        slots,
-        weight,
-        masks,
-        bias,
-        bias_masks,
-        gate,
-        parameter,
-        groups,
-        needs,
-    )
+elif BACKEND != "reference":
+    task_masked_linear = torch.ops.metamask.task_masked_linear.default
+    task_masked_linear_backward = torch.ops.metamask.task_masked_linear_backward.default
+    task_masked_linear_double_backward = torch.ops.metamask.task_masked_linear_double_backward.default
 
 
 if BACKEND != "reference":
 
     @torch.library.register_fake("metamask::task_masked_linear")
-    def _(input, slots, weight, masks, bias, bias_masks, gate, parameter, groups, dtype=None):
+    def _(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups=1, dtype=None):
         check_task_linear(input, slots, weight, masks, bias, bias_masks or None, groups)
         return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or weight.dtype)
 
     @torch.library.register_fake("metamask::task_masked_linear_backward")
-    def _(grad, input, slots, weight, masks, bias, bias_masks, gate, parameter, groups, needs):
+    def _(grad, input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups=1, output_mask=(True,) * 5):
         check_task_linear(input, slots, weight, masks, bias, bias_masks or None, groups)
-        return _gradients(input, weight, masks, bias, bias_masks, needs)
+        return _gradients(input, weight, masks, bias, bias_masks, output_mask)
 
     @torch.library.register_fake("metamask::task_masked_linear_double_backward")
     def _(
@@ -128,19 +105,20 @@ if BACKEND != "reference":
         masks,
         bias,
         bias_masks,
-        gate,
-        parameter,
-        groups,
-        needs,
+        gate_id,
+        gate_param,
+        groups=1,
+        output_mask=(True,) * 6,
     ):
         check_task_linear(input, slots, weight, masks, bias, bias_masks or None, groups)
-        return grad.new_empty(grad.shape) if needs[0] else None, *_gradients(input, weight, masks, bias, bias_masks, needs[1:])
+        to_grad = grad.new_empty(grad.shape) if output_mask[0] else None
+        return to_grad, *_gradients(input, weight, masks, bias, bias_masks, output_mask[1:])
 
-    def _gradients(input, weight, masks, bias, bias_masks, needs):
+    def _gradients(input, weight, masks, bias, bias_masks, output_mask):
         return (
-            input.new_empty(input.shape) if needs[0] else None,
-            weight.new_empty(weight.shape) if needs[1] else None,
-            [mask.new_empty(mask.shape) for mask in masks] if needs[2] else [],
-            bias.new_empty(bias.shape) if bias is not None and needs[3] else None,
-            [mask.new_empty(mask.shape) for mask in bias_masks] if needs[4] else [],
+            input.new_empty(input.shape) if output_mask[0] else None,
+            weight.new_empty(weight.shape) if output_mask[1] else None,
+            [mask.new_empty(mask.shape) for mask in masks] if output_mask[2] else [],
+            bias.new_empty(bias.shape) if bias is not None and output_mask[3] else None,
+            [mask.new_empty(mask.shape) for mask in bias_masks] if output_mask[4] else [],
         )

@@ -1,8 +1,8 @@
-"""The autograd Functions over the raw ops on bit-packed masks, closed under differentiation.
+"""The autograd Functions of bit-packed masks, closed under differentiation.
 
 ``packed_masked_linear`` is linear in the input and in W, so that its gradients are linear in the output's gradient and one of the
 two: forward, input gradient and weight gradient are each other's derivatives, and two Functions give every order. See
-:mod:`metamask_ext.autograd` for the form that they have.
+:mod:`metamask_ext.ops.weight.autograd` for the form that they have.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _packed_ops as _ops
-from . import reference_packed as reference
-from .reference_packed import is_batched
+from metamask_ext.torch_private import is_batched
+
+from . import raw, reference
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -37,13 +37,15 @@ class PackedMaskedLinear(Function):
     def forward(ctx, input, slots, weight, bias, packed, packed_bias, groups, dtype):
         _save(ctx, (input, slots, weight, bias), packed, packed_bias)
         ctx.groups = groups
-        return _ops.packed_masked_linear(input, slots, weight, packed, bias, packed_bias, groups, dtype)
+        return raw.packed_masked_linear(input, slots, weight, packed, bias, packed_bias, groups, dtype)
 
     @staticmethod
     def backward(ctx, grad):
         input, slots, weight, bias, packed, packed_bias = _saved(ctx)
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
-        grad_input, grad_weight, grad_bias = _backward(grad, input, slots, weight, packed, bias, packed_bias, ctx.groups, needs)
+        output_mask = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
+        grad_input, grad_weight, grad_bias = _backward(
+            grad, input, slots, weight, packed, bias, packed_bias, ctx.groups, output_mask
+        )
         return (
             grad_input,
             None,  # slots
@@ -57,14 +59,14 @@ class PackedMaskedLinear(Function):
 
 
 class PackedMaskedLinearBackward(Function):
-    """``dx = dy @ theta``, ``dW = sum over samples of bit_t * (dy.T @ x)``, ``db = sum of bit_t * dy``; only those in ``needs``."""
+    """``dx = dy @ theta``, ``dW = sum over samples of bit_t * (dy.T @ x)``, ``db = sum of bit_t * dy``: those in ``output_mask``."""
 
     @staticmethod
-    def forward(ctx, grad, input, slots, weight, bias, packed, packed_bias, groups, needs):
+    def forward(ctx, grad, input, slots, weight, bias, packed, packed_bias, groups, output_mask):
         _save(ctx, (grad, input, slots, weight), packed, packed_bias)
         ctx.set_materialize_grads(False)
         ctx.groups = groups
-        return _ops.packed_masked_linear_backward(grad, input, slots, weight, packed, bias, packed_bias, groups, needs)
+        return raw.packed_masked_linear_backward(grad, input, slots, weight, packed, bias, packed_bias, groups, output_mask)
 
     @staticmethod
     def backward(ctx, for_input, for_weight, for_bias):
@@ -96,18 +98,18 @@ class PackedMaskedLinearBackward(Function):
             None,  # packed
             None,  # packed_bias
             None,  # groups
-            None,  # needs
+            None,  # output_mask
         )
 
 
 def _forward(input, slots, weight, packed, bias, packed_bias, groups, dtype) -> Tensor:
-    if is_batched(input) or is_batched(weight) or (bias is not None and is_batched(bias)):
+    if is_batched(input, weight, bias):
         # vmap over a backward (is_grads_batched): it has no way to call a raw op that takes a list
         return reference.packed_masked_linear(input, slots, weight, packed, bias, packed_bias, groups).to(dtype)
     return PackedMaskedLinear.apply(input, slots, weight, bias, packed, packed_bias, groups, dtype)
 
 
-def _backward(grad, input, slots, weight, packed, bias, packed_bias, groups, needs) -> tuple[Tensor | None, ...]:
-    if is_batched(grad) or is_batched(input) or is_batched(weight):
-        return reference.packed_masked_linear_backward(grad, input, slots, weight, packed, bias, packed_bias, groups, needs)
-    return PackedMaskedLinearBackward.apply(grad, input, slots, weight, bias, packed, packed_bias, groups, needs)
+def _backward(grad, input, slots, weight, packed, bias, packed_bias, groups, output_mask) -> tuple[Tensor | None, ...]:
+    if is_batched(grad, input, weight):
+        return reference.packed_masked_linear_backward(grad, input, slots, weight, packed, bias, packed_bias, groups, output_mask)
+    return PackedMaskedLinearBackward.apply(grad, input, slots, weight, bias, packed, packed_bias, groups, output_mask)

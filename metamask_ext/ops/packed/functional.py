@@ -9,25 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import _packed_ops as _ops
-from . import functional, reference_packed
-from .autograd_packed import PackedMaskedLinear
-from .functional import _autocast_dtype, _check_input_dtype
-from .reference import check_input
-from .reference_packed import (
+from ..checks import (
+    as_list,
+    check_conv2d,
     check_mask_logits,
     check_packed_grad,
     check_packed_input,
     check_packed_linear,
     check_packed_weight,
     check_shape,
+    check_slot_values,
 )
-from .reference_tasks import check_slot_values
-
-__all__ = ["pack_mask", "packed_masked_conv2d", "packed_masked_linear", "superposition_gradient", "unpack_mask"]
+from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
+from ..geometry import im2col, resolve_geometry
+from . import raw, reference
+from .autograd import PackedMaskedLinear
 
 
 def pack_mask(mask_logits: Tensor, *, threshold: float = 0.0) -> Tensor:
@@ -47,9 +45,9 @@ def pack_mask(mask_logits: Tensor, *, threshold: float = 0.0) -> Tensor:
         ValueError: ``mask_logits`` is a scalar, or ``threshold`` is NaN.
     """
     check_mask_logits(mask_logits, threshold)
-    if functional._use_reference():
-        return reference_packed.pack_mask(mask_logits, threshold)
-    return _ops.pack_mask(mask_logits.detach(), threshold)
+    if use_reference():
+        return reference.pack_mask(mask_logits, threshold)
+    return raw.pack_mask(mask_logits.detach(), threshold)
 
 
 def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
@@ -60,9 +58,9 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
         ValueError: ``packed`` is not the shape of a packed mask of ``shape``.
     """
     check_shape(packed, shape)
-    if functional._use_reference():
-        return reference_packed.unpack_mask(packed, shape)
-    return _ops.unpack_mask(packed, shape)
+    if use_reference():
+        return reference.unpack_mask(packed, shape)
+    return raw.unpack_mask(packed, shape)
 
 
 def packed_masked_linear(
@@ -107,7 +105,7 @@ def packed_masked_conv2d(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """``y_b = conv2d(x_b, W * bit_t) + b * bit_t`` with ``t = slots[b]``, by ``unfold`` and :func:`packed_masked_linear`.
+    """``y_b = conv2d(x_b, W * bit_t) + b * bit_t`` with ``t = slots[b]``, by ``im2col`` and :func:`packed_masked_linear`.
 
     Args:
         input: ``x``, ``[B, C_in, H, W]``, or ``[C_in, H, W]`` with one slot.
@@ -124,28 +122,10 @@ def packed_masked_conv2d(
         TypeError, ValueError: as :func:`packed_masked_linear`; also when ``input`` does not fit ``weight`` or ``padding`` is no
             padding.
     """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
-    if weight.dim() != 4:
-        raise ValueError(f"weight must be [C_out, C_in / groups, kH, kW], got shape {list(weight.shape)}")
-    check_input(input, weight)
-    if input.dim() not in (3, 4) or input.shape[-3] != weight.shape[1] * groups:
-        raise ValueError(
-            f"input must be [N, C_in, H, W] or [C_in, H, W] with C_in = {weight.shape[1] * groups} as in weight "
-            f"{list(weight.shape)} with groups={groups}, got {list(input.shape)}"
-        )
+    check_conv2d(input, weight, groups)
     images = input if input.dim() == 4 else input[None]
-    kernel, strides, dilations = tuple(weight.shape[2:]), _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    top, bottom, left, right = _margins(padding, kernel, strides, dilations)
-    if (top, left) != (bottom, right):
-        images = F.pad(images, (0, right - left, 0, bottom - top))
-    size = [
-        (n + 2 * before - d * (k - 1) - 1) // s + 1
-        for n, before, d, k, s in zip(images.shape[2:], (top, left), dilations, kernel, strides)
-    ]
-    if min(size) < 1:
-        raise ValueError(f"input must be at least as large as the kernel {list(kernel)} with its dilation, got {list(input.shape)}")
-    columns = F.unfold(images, kernel, dilations, (top, left), strides).transpose(1, 2)
+    images, geometry, size = resolve_geometry(images, weight.shape[2:], stride, padding, dilation)
+    columns = im2col(images, weight.shape[2:], *geometry)
     y = _linear(columns, slots, weight.flatten(1), packed, bias, packed_bias, groups)
     y = y.transpose(1, 2).reshape(images.shape[0], weight.shape[0], *size).contiguous()
     return y if input.dim() == 4 else y[0]
@@ -173,29 +153,20 @@ def superposition_gradient(
     Raises:
         TypeError, ValueError: as :func:`packed_masked_linear`.
     """
-    masks = _tensors("packed", packed)
-    use_reference = functional._use_reference()
-    if not use_reference:
-        try:
-            return _ops.packed_superposition_gradient(grad, input, weight, masks, groups)
-        except Exception as error:
-            failed = error
-    # The op has checked what it took, as in _linear.
-    check_packed_weight(weight, masks, groups)
+    masks = as_list("packed", packed)
+    if use_reference():
+        _check_superposition(grad, input, weight, masks, groups)
+        return reference.packed_superposition_gradient(grad, input, weight, masks, groups)
+    try:
+        return raw.packed_superposition_gradient(grad, input, weight, masks, groups)
+    except Exception as error:
+        raise worded(error, _check_superposition, grad, input, weight, masks, groups) from None
+
+
+def _check_superposition(grad: Tensor, input: Tensor, weight: Tensor, packed: list[Tensor], groups: int) -> None:
+    check_packed_weight(weight, packed, groups)
     check_packed_input(input, weight, groups)
     check_packed_grad(grad, input, weight)
-    if use_reference:
-        return reference_packed.packed_superposition_gradient(grad, input, weight, masks, groups)
-    raise failed
-
-
-def _tensors(name: str, masks: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The masks as the ops take them."""
-    if isinstance(masks, Tensor):
-        return [masks]
-    if not isinstance(masks, Sequence):
-        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(masks).__name__}")
-    return list(masks)
 
 
 def _linear(
@@ -207,26 +178,23 @@ def _linear(
     packed_bias: Tensor | Sequence[Tensor] | None,
     groups: int,
 ) -> Tensor:
-    masks, bias_masks = _tensors("packed", packed), None if packed_bias is None else _tensors("packed_bias", packed_bias)
+    masks, bias_masks = as_list("packed", packed), None if packed_bias is None else as_list("packed_bias", packed_bias)
     arguments = (input, slots, weight, masks, bias, bias_masks, groups)
-    if functional._use_reference():
+    if use_reference():
         _check(*arguments)
-        return reference_packed.packed_masked_linear(*arguments)
+        return reference.packed_masked_linear(*arguments)
     try:
         if input.dtype != weight.dtype:
-            _check_input_dtype(input, weight)
-        dtype = _autocast_dtype(weight)
+            check_input_dtype(input, weight)
+        dtype = autocast_dtype(weight)
         wanted = torch.is_grad_enabled() and (
             weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
         )
         if wanted:
             return PackedMaskedLinear.apply(input, slots, weight, bias, masks, bias_masks, groups, dtype)
-        return _ops.packed_masked_linear(*arguments, dtype)
+        return raw.packed_masked_linear(*arguments, dtype)
     except Exception as error:
-        failed = error
-    # The op checks its arguments in the same words; only what it could not take is checked here, as masked_linear does.
-    _check(*arguments)
-    raise failed
+        raise worded(error, _check, *arguments) from None
 
 
 def _check(
@@ -239,29 +207,5 @@ def _check(
     groups: int,
 ) -> None:
     tasks = check_packed_linear(input, slots, weight, packed, bias, packed_bias, groups)
-    _check_input_dtype(input, weight)
+    check_input_dtype(input, weight)
     check_slot_values(slots, tasks)
-
-
-def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{name} must be a number or two, at least {least}, got {value!r}")
-    return pair
-
-
-def _margins(
-    padding: str | int | tuple[int, int], kernel: tuple[int, ...], stride: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """What is added at the top, bottom, left and right; "same" adds an odd row or column at the end, as ``conv2d`` does."""
-    if padding == "valid":
-        return 0, 0, 0, 0
-    if padding == "same":
-        if stride != (1, 1):
-            raise ValueError(f"padding 'same' needs stride 1, got {stride}")
-        height, width = (d * (k - 1) for d, k in zip(dilation, kernel))
-        return height // 2, height - height // 2, width // 2, width - width // 2
-    if isinstance(padding, str):
-        raise ValueError(f"padding must be 'valid', 'same', a number or two, got {padding!r}")
-    rows, columns = _pair("padding", padding, 0)
-    return rows, rows, columns, columns

@@ -1,78 +1,68 @@
-"""Typed callers of the raw ops on bit-packed masks and their fake (shape-only) kernels: see :mod:`metamask_ext._ops`."""
+"""The raw ops of the family, typed, and their fake kernels: see :mod:`metamask_ext.ops.weight.raw`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import _ops  # noqa: F401  importing it registers torch.ops.metamask
-from ._build import BACKEND
-from .reference_packed import (
+from metamask_ext._build import BACKEND
+
+from ..checks import (
     check_mask_logits,
     check_packed_grad,
     check_packed_input,
     check_packed_linear,
     check_packed_weight,
     check_shape,
-    packed_shape,
 )
+from ..geometry import packed_shape
 
-if BACKEND != "reference":
-    from . import _C
+if TYPE_CHECKING:
 
-    _metamask = torch.ops.metamask
+    def pack_mask(mask_logits: Tensor, threshold: float) -> Tensor:
+        """See :func:`metamask_ext.ops.packed.reference.pack_mask`."""
 
-    _pack_mask = _metamask.pack_mask.default
-    _unpack_mask = _metamask.unpack_mask.default
-    _packed_masked_linear = _C.packed_masked_linear
-    _packed_masked_linear_backward = _metamask.packed_masked_linear_backward.default
-    _packed_superposition_gradient = _metamask.packed_superposition_gradient.default
+    def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
+        """See :func:`metamask_ext.ops.packed.reference.unpack_mask`."""
 
+    def packed_masked_linear(
+        input: Tensor,
+        slots: Tensor,
+        weight: Tensor,
+        packed: Sequence[Tensor],
+        bias: Tensor | None,
+        packed_bias: Sequence[Tensor] | None,
+        groups: int,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        """See :func:`metamask_ext.ops.packed.reference.packed_masked_linear`; the product is taken, and given, in ``dtype``."""
 
-def pack_mask(mask_logits: Tensor, threshold: float) -> Tensor:
-    """See :func:`metamask_ext.reference_packed.pack_mask`."""
-    return _pack_mask(mask_logits, threshold)
+    def packed_masked_linear_backward(
+        grad: Tensor,
+        input: Tensor,
+        slots: Tensor,
+        weight: Tensor,
+        packed: Sequence[Tensor],
+        bias: Tensor | None,
+        packed_bias: Sequence[Tensor] | None,
+        groups: int,
+        output_mask: Sequence[bool] = (True, True, True),
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of :func:`packed_masked_linear` for input, weight and bias; None where not needed."""
 
+    def packed_superposition_gradient(grad: Tensor, input: Tensor, weight: Tensor, packed: Sequence[Tensor], groups: int) -> Tensor:
+        """See :func:`metamask_ext.ops.packed.reference.packed_superposition_gradient`."""
 
-def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """See :func:`metamask_ext.reference_packed.unpack_mask`."""
-    return _unpack_mask(packed, shape)
+elif BACKEND != "reference":
+    from metamask_ext._C import packed_masked_linear  # noqa: F401  torch.ops boxes its lists, a third of the kernel's time
 
-
-def packed_masked_linear(
-    input: Tensor,
-    slots: Tensor,
-    weight: Tensor,
-    packed: Sequence[Tensor],
-    bias: Tensor | None,
-    packed_bias: Sequence[Tensor] | None,
-    groups: int,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """See :func:`metamask_ext.reference_packed.packed_masked_linear`; the product is taken, and given, in ``dtype``."""
-    return _packed_masked_linear(input, slots, weight, packed, bias, packed_bias, groups, dtype)
-
-
-def packed_masked_linear_backward(
-    grad: Tensor,
-    input: Tensor,
-    slots: Tensor,
-    weight: Tensor,
-    packed: Sequence[Tensor],
-    bias: Tensor | None,
-    packed_bias: Sequence[Tensor] | None,
-    groups: int,
-    needs: tuple[bool, bool, bool] = (True, True, True),
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of :func:`packed_masked_linear` for input, weight and bias; None where not needed."""
-    return _packed_masked_linear_backward(grad, input, slots, weight, packed, bias, packed_bias, groups, needs)
-
-
-def packed_superposition_gradient(grad: Tensor, input: Tensor, weight: Tensor, packed: Sequence[Tensor], groups: int) -> Tensor:
-    """See :func:`metamask_ext.reference_packed.packed_superposition_gradient`."""
-    return _packed_superposition_gradient(grad, input, weight, packed, groups)
+    pack_mask = torch.ops.metamask.pack_mask.default
+    unpack_mask = torch.ops.metamask.unpack_mask.default
+    packed_masked_linear_backward = torch.ops.metamask.packed_masked_linear_backward.default
+    packed_superposition_gradient = torch.ops.metamask.packed_superposition_gradient.default
 
 
 if BACKEND != "reference":
@@ -93,13 +83,13 @@ if BACKEND != "reference":
         return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or weight.dtype)
 
     @torch.library.register_fake("metamask::packed_masked_linear_backward")
-    def _(grad, input, slots, weight, packed, bias, packed_bias, groups, needs):
+    def _(grad, input, slots, weight, packed, bias, packed_bias, groups, output_mask=(True, True, True)):
         check_packed_linear(input, slots, weight, packed, bias, packed_bias, groups)
         check_packed_grad(grad, input, weight)
         return (
-            input.new_empty(input.shape) if needs[0] else None,
-            weight.new_empty(weight.shape) if needs[1] else None,
-            bias.new_empty(bias.shape) if bias is not None and needs[2] else None,
+            input.new_empty(input.shape) if output_mask[0] else None,
+            weight.new_empty(weight.shape) if output_mask[1] else None,
+            bias.new_empty(bias.shape) if bias is not None and output_mask[2] else None,
         )
 
     @torch.library.register_fake("metamask::packed_superposition_gradient")

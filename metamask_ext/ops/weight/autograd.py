@@ -1,32 +1,148 @@
-"""The autograd Functions of masked_weight for a list of weights, closed under differentiation as :mod:`metamask_ext.autograd`.
+"""The autograd Functions of the family, closed under differentiation.
 
-``MaskedWeightList`` -> ``MaskedWeightListBackward`` -> ``MaskedWeightListDoubleBackward`` -> plain torch. A Function sees tensors
-among its arguments, not in lists: it gets columns, one after another, of as many tensors as there are weights. A weight whose
-gradient nothing wants has no part in a backward.
+``MaskedWeight`` -> ``MaskedWeightBackward`` -> ``MaskedWeightDoubleBackward`` -> plain torch: each backward calls the next
+Function, never a raw op, because a raw op inside a backward gives silently wrong second derivatives. They use the form
+``forward(ctx, ...)``: ``setup_context`` costs about twice as much a call. They do not work inside torch.func transforms,
+under forward-mode AD or under torch.compile: :mod:`metamask_ext.ops.dispatch` keeps them from there.
+
+``MaskedWeightList`` and its like do the same for a list of weights. A Function sees tensors among its arguments, not in lists: it
+gets columns, one after another, of as many tensors as there are weights. A weight whose gradient nothing wants has no part in a
+backward.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _ops, reference
-from .autograd_tasks import _is_batched
-from .reference_tasks import pull_back
+from metamask_ext.torch_private import is_legacy_batched, set_node_default
+
+from ..vjp import pull_back
+from . import raw, reference
+
+
+class Steps(NamedTuple):
+    """Steps of SGD that a node's backward takes instead of giving gradients, set by :class:`metamask_ext.optim.FusedMaskedSGD`.
+
+    For each parameter of the node, in its order: whether it takes a step, its momentum buffer, and ``lr, weight_decay, momentum``.
+    """
+
+    updates: tuple[bool, ...]
+    momentum_buffers: tuple[Tensor | None, ...]
+    settings: tuple[tuple[float, float, float], ...]
+
+
+class MaskedWeight(Function):
+    """``theta = W * g(M)``."""
+
+    @staticmethod
+    def forward(ctx, weight, mask_logits, gate_id, gate_param, dtype=None):
+        ctx.save_for_backward(weight, mask_logits)
+        ctx.gate_id, ctx.gate_param = gate_id, gate_param
+        ctx.same_order = weight.stride() == mask_logits.stride()
+        return raw.masked_weight(weight, mask_logits, gate_id, gate_param, dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, mask_logits = ctx.saved_tensors
+        output_mask, steps = ctx.needs_input_grad[:2], ctx.steps
+        if steps is None:
+            grads = MaskedWeightBackward.apply(grad, weight, mask_logits, ctx.gate_id, ctx.gate_param, output_mask)
+        else:
+            grads = raw.masked_weight_backward_sgd_(
+                grad,
+                weight,
+                mask_logits,
+                ctx.gate_id,
+                ctx.gate_param,
+                output_mask,
+                steps.updates,
+                steps.momentum_buffers,
+                steps.settings,
+            )
+        return (
+            *grads,
+            None,  # gate_id
+            None,  # gate_param
+            None,  # dtype
+        )
+
+
+set_node_default(MaskedWeight, "steps", None)
+
+
+class MaskedWeightBackward(Function):
+    """``dL/dW = G * s`` and ``dL/dM = G * W * d``; only those in ``output_mask``."""
+
+    @staticmethod
+    def forward(ctx, grad, weight, mask_logits, gate_id, gate_param, output_mask):
+        ctx.save_for_backward(grad, weight, mask_logits)
+        ctx.set_materialize_grads(False)
+        ctx.gate_id, ctx.gate_param = gate_id, gate_param
+        return raw.masked_weight_backward(grad, weight, mask_logits, gate_id, gate_param, output_mask)
+
+    @staticmethod
+    def backward(ctx, cotangent_weight, cotangent_mask):
+        grads = (None, None, None)
+        if cotangent_weight is not None or cotangent_mask is not None:
+            grads = MaskedWeightDoubleBackward.apply(
+                cotangent_weight, cotangent_mask, *ctx.saved_tensors, ctx.gate_id, ctx.gate_param, ctx.needs_input_grad[:3]
+            )
+        return (
+            *grads,
+            None,  # gate_id
+            None,  # gate_param
+            None,  # output_mask
+        )
+
+
+class MaskedWeightDoubleBackward(Function):
+    """The gradients of :class:`MaskedWeightBackward`, in one pass; its own backward is plain torch."""
+
+    @staticmethod
+    def forward(ctx, cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate_id, gate_param, output_mask):
+        ctx.save_for_backward(cotangent_weight, cotangent_mask, grad, weight, mask_logits)
+        ctx.gate_id, ctx.gate_param, ctx.output_mask = gate_id, gate_param, output_mask
+        return raw.masked_weight_double_backward(
+            cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate_id, gate_param, output_mask
+        )
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        def double_backward(*tensors):
+            return reference.masked_weight_double_backward(*tensors, ctx.gate_id, ctx.gate_param, ctx.output_mask)
+
+        found = pull_back(double_backward, ctx.saved_tensors, cotangents)
+        grads = (grad if need else None for grad, need in zip(found, ctx.needs_input_grad))
+        return (
+            *grads,
+            None,  # gate_id
+            None,  # gate_param
+            None,  # output_mask
+        )
+
+
+def bias_gradients(grad, bias, bias_mask_logits, gate_id, gate_param, output_mask) -> tuple[Any, Any]:
+    """The gradients of the bias and of its logits, differentiable, from that of the masked bias."""
+    if bias is None or not any(output_mask):
+        return None, None
+    if bias_mask_logits is None:
+        return grad.to(bias.dtype), None
+    return MaskedWeightBackward.apply(grad, bias, bias_mask_logits, gate_id, gate_param, output_mask)
 
 
 class MaskedWeightList(Function):
     """``theta_i = W_i * g(M_i)``; columns: W, M."""
 
     @staticmethod
-    def forward(ctx, gate, parameter, dtype, *tensors):
+    def forward(ctx, gate_id, gate_param, dtype, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.gate, ctx.parameter = gate, parameter
+        ctx.gate_id, ctx.gate_param = gate_id, gate_param
         weight, mask_logits = _columns(tensors, 2)
-        return tuple(_ops.masked_weight_list(weight, mask_logits, gate, parameter, dtype))
+        return tuple(raw.masked_weight_list(weight, mask_logits, gate_id, gate_param, dtype))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -34,30 +150,30 @@ class MaskedWeightList(Function):
         made: Any = [None] * len(wanted)
         used = [index for index, grad in enumerate(grads) if grad is not None]
         if used:
-            needs = tuple(any(column[index] for index in used) for column in _columns(wanted, 2))
+            output_mask = tuple(any(column[index] for index in used) for column in _columns(wanted, 2))
             tensors = _rows((*grads, *ctx.saved_tensors), 3, used)
-            if _is_batched(*tensors):
-                found = _backward(reference.masked_weight_list_backward, ctx.gate, ctx.parameter, needs, tensors)
+            if is_legacy_batched(*tensors):
+                found = _backward(reference.masked_weight_list_backward, ctx.gate_id, ctx.gate_param, output_mask, tensors)
             else:
-                found = MaskedWeightListBackward.apply(ctx.gate, ctx.parameter, needs, *tensors)
+                found = MaskedWeightListBackward.apply(ctx.gate_id, ctx.gate_param, output_mask, *tensors)
             made = _placed(found, wanted, 2, used)
         return (
-            None,  # gate
-            None,  # parameter
+            None,  # gate_id
+            None,  # gate_param
             None,  # dtype
             *made,
         )
 
 
 class MaskedWeightListBackward(Function):
-    """The columns dL/dW and dL/dM, or Nones where ``needs`` says so; columns: grads, W, M."""
+    """The columns dL/dW and dL/dM, or Nones where ``output_mask`` says so; columns: grads, W, M."""
 
     @staticmethod
-    def forward(ctx, gate, parameter, needs, *tensors):
+    def forward(ctx, gate_id, gate_param, output_mask, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.gate, ctx.parameter = gate, parameter
-        return _backward(_ops.masked_weight_list_backward, gate, parameter, needs, tensors)
+        ctx.gate_id, ctx.gate_param = gate_id, gate_param
+        return _backward(raw.masked_weight_list_backward, gate_id, gate_param, output_mask, tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -65,17 +181,19 @@ class MaskedWeightListBackward(Function):
         made: Any = [None] * len(wanted)
         used = [index for index, pair in enumerate(zip(*_columns(cotangents, 2))) if any(one is not None for one in pair)]
         if used:
-            needs = tuple(any(column[index] for index in used) for column in _columns(wanted, 3))
+            output_mask = tuple(any(column[index] for index in used) for column in _columns(wanted, 3))
             tensors = _rows((*cotangents, *ctx.saved_tensors), 5, used)
-            if _is_batched(*tensors):
-                found = _double_backward(reference.masked_weight_list_double_backward, ctx.gate, ctx.parameter, needs, tensors)
+            if is_legacy_batched(*tensors):
+                found = _double_backward(
+                    reference.masked_weight_list_double_backward, ctx.gate_id, ctx.gate_param, output_mask, tensors
+                )
             else:
-                found = MaskedWeightListDoubleBackward.apply(ctx.gate, ctx.parameter, needs, *tensors)
+                found = MaskedWeightListDoubleBackward.apply(ctx.gate_id, ctx.gate_param, output_mask, *tensors)
             made = _placed(found, wanted, 3, used)
         return (
-            None,  # gate
-            None,  # parameter
-            None,  # needs
+            None,  # gate_id
+            None,  # gate_param
+            None,  # output_mask
             *made,
         )
 
@@ -87,33 +205,35 @@ class MaskedWeightListDoubleBackward(Function):
     """
 
     @staticmethod
-    def forward(ctx, gate, parameter, needs, *tensors):
+    def forward(ctx, gate_id, gate_param, output_mask, *tensors):
         ctx.save_for_backward(*tensors)
-        ctx.gate, ctx.parameter, ctx.needs = gate, parameter, needs
-        return _double_backward(_ops.masked_weight_list_double_backward, gate, parameter, needs, tensors)
+        ctx.gate_id, ctx.gate_param, ctx.output_mask = gate_id, gate_param, output_mask
+        return _double_backward(raw.masked_weight_list_double_backward, gate_id, gate_param, output_mask, tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
         def double_backward(*tensors):
-            return _double_backward(reference.masked_weight_list_double_backward, ctx.gate, ctx.parameter, ctx.needs, tensors)
+            return _double_backward(
+                reference.masked_weight_list_double_backward, ctx.gate_id, ctx.gate_param, ctx.output_mask, tensors
+            )
 
         grads = pull_back(double_backward, ctx.saved_tensors, cotangents)
         return (
-            None,  # gate
-            None,  # parameter
-            None,  # needs
+            None,  # gate_id
+            None,  # gate_param
+            None,  # output_mask
             *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[3:])),
         )
 
 
-def _backward(function, gate, parameter, needs, tensors):
+def _backward(function, gate_id, gate_param, output_mask, tensors):
     grad, weight, mask_logits = _columns(tensors, 3)
-    return _flat(function(grad, weight, mask_logits, gate, parameter, needs), len(weight))
+    return _flat(function(grad, weight, mask_logits, gate_id, gate_param, output_mask), len(weight))
 
 
-def _double_backward(function, gate, parameter, needs, tensors):
+def _double_backward(function, gate_id, gate_param, output_mask, tensors):
     cotangent_weight, cotangent_mask, grad, weight, mask_logits = _columns(tensors, 5)
-    made = function(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate, parameter, needs)
+    made = function(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate_id, gate_param, output_mask)
     return _flat(made, len(weight))
 
 

@@ -14,29 +14,30 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_experiment
+from support import toy_experiment
 from typer.testing import CliRunner
 
-from metamask_ext import cli
+from metamask_ext.cli import app
 from metamask_ext.continual import CheckpointError, OutputError
-from metamask_ext.experiments import EXPERIMENTS, OptionError, PieceError, report, run, settings_of, suite
-from metamask_ext.experiments.output import half_width, shown_time
-from metamask_ext.experiments.settings import read_toml, resolve, to_toml
+from metamask_ext.experiments import report, suite
+from metamask_ext.experiments.catalogue import EXPERIMENTS, Entry, OptionError, PieceError, run, settings_of
+from metamask_ext.experiments.engine.run_folder import half_width, shown_time
+from metamask_ext.experiments.engine.settings import read_toml, resolve, to_toml
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[2]
+TOY = Entry("support.toy_experiment", "for tests")
 
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     """The toy is the only experiment there is."""
-    monkeypatch.setitem(sys.modules, "metamask_ext.experiments.toy", toy_experiment)
     for name in [*EXPERIMENTS]:
         monkeypatch.delitem(EXPERIMENTS, name)
-    monkeypatch.setitem(EXPERIMENTS, "toy", "for tests")
+    monkeypatch.setitem(EXPERIMENTS, "toy", TOY)
 
 
 def _metamask(*arguments: str):
-    return CliRunner().invoke(cli.app, list(arguments))
+    return CliRunner().invoke(app.app, list(arguments))
 
 
 def _settings(*changes, **given):
@@ -142,8 +143,7 @@ def test_refused_options(tmp_path, arguments, message):
 def once(tmp_path_factory) -> Path:
     """The folder of a run in this process, tracked."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "metamask_ext.experiments.toy", toy_experiment)
-        patch.setitem(EXPERIMENTS, "toy", "for tests")
+        patch.setitem(EXPERIMENTS, "toy", TOY)
         folder = tmp_path_factory.mktemp("toy")
         run("toy", folder, workers=1, tracking="csv")
     return folder
@@ -214,10 +214,8 @@ import os, signal, sys
 # As a terminal starts it: what a shell starts in the background, these tests perhaps, ignores Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {here!r})
-import toy_experiment
-from metamask_ext.experiments import EXPERIMENTS
-sys.modules["metamask_ext.experiments.toy"] = toy_experiment
-EXPERIMENTS["toy"] = "for tests"
+from metamask_ext.experiments.catalogue import EXPERIMENTS, Entry
+EXPERIMENTS["toy"] = Entry("support.toy_experiment", "for tests")
 
 replace, left = os.replace, int(sys.argv.pop(1))
 
@@ -235,7 +233,7 @@ main()
 
 
 def _command(kill_after: int, *arguments: str) -> list[str]:
-    return [sys.executable, "-c", COMMAND.format(here=str(HERE)), str(kill_after), "run", "toy", *arguments]
+    return [sys.executable, "-c", COMMAND.format(here=str(TESTS)), str(kill_after), "run", "toy", *arguments]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -369,8 +367,7 @@ def test_tracking_tensorboard(once, tmp_path):
 
 def test_run_all_and_report(tmp_path, monkeypatch, capsys):
     """Everything in turn, what is finished not again; the page names what is missing and has the claims with their numbers."""
-    monkeypatch.setitem(sys.modules, "metamask_ext.experiments.second", toy_experiment)
-    monkeypatch.setitem(EXPERIMENTS, "second", "for tests")
+    monkeypatch.setitem(EXPERIMENTS, "second", TOY)
     monkeypatch.setitem(report.SECTIONS, "toy", "3.1 Proof of concept")
     monkeypatch.setattr(toy_experiment, "ROTATED", {"tasks": 2}, raising=False)
     monkeypatch.setitem(toy_experiment.SETTINGS, "rotated", False)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments_written import check_claims, check_resumes, check_written, quick_run
+from support.experiments import check_claims, check_resumes, check_written, quick_run
 
-from metamask_ext.experiments import feature_weights
-from metamask_ext.experiments.feature_weights_report import answers, members_of
-from metamask_ext.experiments.feature_weights_theory import aliased_error, aliased_gradient, min_norm
-from metamask_ext.tasks.fourier import fourier_features, fourier_tasks, grid
+from metamask_ext.data.fourier import fourier_features, fourier_tasks, grid
+from metamask_ext.experiments.papers.feature_weights import experiment
+from metamask_ext.experiments.papers.feature_weights.report import answers, members_of
+from metamask_ext.experiments.papers.feature_weights.theory import aliased_error, aliased_gradient, min_norm
 
 # The quick run is made once, so by one worker.
 pytestmark = pytest.mark.xdist_group("feature-weights")
@@ -93,7 +93,7 @@ def test_least_squares(points, zeros):
     features, y = fourier_features(grid(points), 61) * weights, torch.randn(3, points, generator=generator, dtype=torch.float64)
     test = torch.randn(7, 61, generator=generator, dtype=torch.float64)
     expected = (test @ torch.linalg.pinv(features) @ y.T).T
-    torch.testing.assert_close(feature_weights._least_squares(features, y, test), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(experiment._least_squares(features, y, test), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_logistic_in_a_basis_of_the_rows():
@@ -103,8 +103,8 @@ def test_logistic_in_a_basis_of_the_rows():
     generator = torch.Generator().manual_seed(0)
     features, test = (torch.randn(rows, 30, generator=generator, dtype=torch.float64) for rows in (12, 50))
     y = torch.stack([features[:, 0].sign(), torch.ones(12).double()])
-    c = feature_weights.SETTINGS["logistic_C"]
-    made = feature_weights._logistic(features, y, test, c)
+    c = experiment.SETTINGS["logistic_C"]
+    made = experiment._logistic(features, y, test, c)
     whole = LogisticRegression(C=c, fit_intercept=False, max_iter=1000).fit(features.numpy(), y[0].numpy())
     assert float((made[0].sign() == torch.from_numpy(whole.decision_function(test.numpy())).sign()).double().mean()) > 0.95
     assert bool((made[1] == 1).all())

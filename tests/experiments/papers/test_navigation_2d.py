@@ -9,18 +9,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from experiments_written import check_claims, check_resumes, check_written, quick_run
 from gymnasium.utils.env_checker import check_env
+from support.experiments import check_claims, check_resumes, check_written, quick_run
 
-from metamask_ext.experiments import navigation_2d, run
-from metamask_ext.experiments.policy_gradient import Episodes, GaussianPolicy, adaptation, rollout, surrogate
+from metamask_ext.data.navigation import HORIZON, NavigationEnv, NavigationVectorEnv
+from metamask_ext.experiments.catalogue import run
+from metamask_ext.experiments.papers.navigation_2d import experiment
+from metamask_ext.experiments.papers.navigation_2d.policy_gradient import Episodes, GaussianPolicy, adaptation, rollout, surrogate
 from metamask_ext.meta import MAML
-from metamask_ext.tasks.navigation import HORIZON, NavigationEnv, NavigationVectorEnv
 
 # The quick run is made once, so by one worker.
 pytestmark = pytest.mark.xdist_group("navigation-2d")
 
-ADVANTAGES = navigation_2d.SETTINGS["advantages"]
+ADVANTAGES = experiment.SETTINGS["advantages"]
 
 
 @pytest.fixture(scope="module")

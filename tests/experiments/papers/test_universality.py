@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from experiments_written import check_claims, check_resumes, check_written, quick_run
+from support.experiments import check_claims, check_resumes, check_written, quick_run
 
-from metamask_ext.experiments import one_step_learner, universality
-from metamask_ext.experiments.one_step_learner import OneStepLearner
+from metamask_ext.experiments.papers.universality import experiment, one_step_learner
+from metamask_ext.experiments.papers.universality.one_step_learner import OneStepLearner
 from metamask_ext.meta import MAML
 
 # The quick run is made once, so by one worker.
@@ -153,15 +153,15 @@ def test_depth(metrics):
 
 
 def test_diverged_tasks_are_counted():
-    tasks = universality.sine_tasks(4, torch.Generator().manual_seed(0))
+    tasks = experiment.sine_tasks(4, torch.Generator().manual_seed(0))
     bad = [float("nan"), float("inf"), 1e6, 0.0]
 
     def learner(tasks, support, x):
         return [torch.zeros_like(x) + torch.tensor(bad)[:, None, None]]
 
-    (errors,) = universality._errors(tasks, learner, torch.Generator(), 5)
-    relative = errors / universality._power(tasks)
-    torch.testing.assert_close(relative[:3], torch.full((3,), universality.DIVERGED).double())
+    (errors,) = experiment._errors(tasks, learner, torch.Generator(), 5)
+    relative = errors / experiment._power(tasks)
+    torch.testing.assert_close(relative[:3], torch.full((3,), experiment.DIVERGED).double())
     assert 0.5 < float(relative[3]) < 1.5
 
 

@@ -9,23 +9,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from experiments_written import check_claims, check_resumes, check_written, no_downloads, quick_run
+from support.experiments import check_claims, check_resumes, check_written, no_downloads, quick_run
 from torch import nn
 from torch.func import functional_call
 
-from metamask_ext.experiments import (
-    OptionError,
-    colored_mnist,
-    module_of,
-    run,
-    saturation,
-    settings_of,
-    sine_cosine,
-    sine_of_linear,
-    sinusoid,
-)
-from metamask_ext.experiments.study_nets import Nets
-from metamask_ext.tasks import ColoredImages, sinusoid_tasks
+from metamask_ext.data import ColoredImages, sinusoid_tasks
+from metamask_ext.experiments.catalogue import OptionError, module_of, run, settings_of
+from metamask_ext.experiments.proposal import colored_mnist, saturation, sine_cosine, sine_of_linear, sinusoid
+from metamask_ext.experiments.study.networks import Nets
 
 # A piece of each that a killed run computes once more
 LOST = {

@@ -11,12 +11,14 @@ from torch import nn
 from torch.func import functional_call
 
 from metamask_ext import using_task
-from metamask_ext.experiments import OptionError, linear, study
-from metamask_ext.experiments.methods import seeded
-from metamask_ext.experiments.study_methods import METHODS, Independent, Loop, Meta, fresh, method
-from metamask_ext.experiments.study_nets import Nets, gates, shared_parameters
-from metamask_ext.experiments.study_new import Masks, Way, _fit, _inner_steps, _look_up, new_task_scores
-from metamask_ext.experiments.study_problem import Problem, Score, TaskData
+from metamask_ext.experiments.catalogue import OptionError
+from metamask_ext.experiments.engine.training import seeded
+from metamask_ext.experiments.proposal import linear
+from metamask_ext.experiments.study import comparison
+from metamask_ext.experiments.study.methods import METHODS, Independent, Loop, Meta, fresh, method
+from metamask_ext.experiments.study.networks import Nets, gates, shared_parameters
+from metamask_ext.experiments.study.new_tasks import Masks, Way, _fit, _inner_steps, _look_up, new_task_scores
+from metamask_ext.experiments.study.problem import Problem, Score, TaskData
 
 TASKS, NEW = 3, 2
 
@@ -64,7 +66,7 @@ CONFIG = {
 def small_settings(**changes):
     grid = {name: [config] for name, config in CONFIG.items()}
     new = {"samples": [1, 5, 12], "steps": 4, "batch": 3}
-    return {"tasks": TASKS, "steps": 60, "study": study.settings(grid, round_steps=5, batch=4, new=new, **changes)}
+    return {"tasks": TASKS, "steps": 60, "study": comparison.settings(grid, round_steps=5, batch=4, new=new, **changes)}
 
 
 def trained(name, problem=None, **changes):
@@ -288,14 +290,14 @@ def test_scores_must_be_finite():
 
 
 def test_grid():
-    assert study.grid(lr=[1.0, 2.0], scale=[3.0, 4.0]) == [
+    assert comparison.grid(lr=[1.0, 2.0], scale=[3.0, 4.0]) == [
         {"lr": 1.0, "scale": 3.0},
         {"lr": 1.0, "scale": 4.0},
         {"lr": 2.0, "scale": 3.0},
         {"lr": 2.0, "scale": 4.0},
     ]
     with pytest.raises(ValueError, match=r"as many configurations for each method, got \{'masked': 1, 'shared': 2\}"):
-        study.settings({"masked": [{"lr": 1.0}], "shared": [{"lr": 1.0}, {"lr": 2.0}]})
+        comparison.settings({"masked": [{"lr": 1.0}], "shared": [{"lr": 1.0}, {"lr": 2.0}]})
 
 
 def test_gates_that_agree_with_the_truth():

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import FUSED, compare, each_setting, error
+from support.sgd_steps import FUSED, compare, each_setting, error
 from test_autograd import metamask_ops, nested_gradients
 from test_linear_ops import largest_allocation
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import metamask_ext as mm
-from metamask_ext import _ops, functional, reference
 from metamask_ext.nn import MaskedConv2d
+from metamask_ext.ops.conv2d import functional as conv2d_functional
+from metamask_ext.ops.conv2d import raw as conv2d_raw
+from metamask_ext.ops.geometry import im2col
 from metamask_ext.optim import FusedMaskedSGD
 
 # Size of the images, shape of the weight; stride, padding, dilation
@@ -73,8 +75,8 @@ def test_gradcheck_and_gradgradcheck(case):
         return y
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "CHANNELS_PER_PLACE", 1e-9)
-        patch.setattr(functional, "CHANNELS_PER_PLACE_1X1", 1e-9)
+        patch.setattr(conv2d_functional, "CHANNELS_PER_PLACE", 1e-9)
+        patch.setattr(conv2d_functional, "CHANNELS_PER_PLACE_1X1", 1e-9)
         assert gradcheck(function, tensors, check_batched_grad=True)
         assert gradgradcheck(function, tensors)
 
@@ -223,14 +225,14 @@ def test_patches_and_their_backward_equal_the_reference(case, dtype):
     (x, w, *_), geometry = inputs(case)
     kernel = w.shape[2:]
     pairs = [(value, value) if isinstance(value, int) else value for value in geometry]
-    expected = reference.patches(x, kernel, *pairs)
-    got = _ops.patches(x.detach().to(dtype), kernel, *pairs)
+    expected = im2col(x, kernel, *pairs)
+    got = conv2d_raw.im2col(x.detach().to(dtype), kernel, *pairs)
     assert torch.equal(got, expected.detach().to(dtype))
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     (wanted,) = torch.autograd.grad(expected, x, grad)
     # In any order: made contiguous
     transposed = grad.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
-    back = _ops.patches_backward(transposed, x.shape, kernel, *pairs)
+    back = conv2d_raw.col2im(transposed, x.shape, kernel, *pairs)
     assert back.dtype == dtype
     torch.testing.assert_close(back.double(), wanted, rtol=1e-5 if dtype == torch.float32 else 1e-13, atol=1e-5)
 
@@ -238,20 +240,20 @@ def test_patches_and_their_backward_equal_the_reference(case, dtype):
 def test_opcheck():
     x, kernel, geometry = torch.randn(2, 3, 5, 4), (3, 2), ((2, 1), (1, 0), (1, 2))
     torch.library.opcheck(torch.ops.metamask.patches.default, (x, kernel, *geometry))
-    grad = torch.ones_like(_ops.patches(x, kernel, *geometry))
+    grad = torch.ones_like(conv2d_raw.im2col(x, kernel, *geometry))
     torch.library.opcheck(torch.ops.metamask.patches_backward.default, (grad, x.shape, kernel, *geometry))
 
 
 @pytest.mark.parametrize(
     ("message", "call"),
     [
-        (r"input must be \[N, C, H, W\], got shape \[3, 3\]", lambda x, g: _ops.patches(x[0, 0], (1, 1), *g)),
-        ("stride must be two integers of at least 1, got", lambda x, g: _ops.patches(x, (1, 1), (0, 1), *g[1:])),
-        ("padding must be two integers of at least 0, got", lambda x, g: _ops.patches(x, (1, 1), g[0], (0, -1), g[2])),
-        ("input must not be smaller than the kernel", lambda x, g: _ops.patches(x, (1, 4), *g)),
-        ("size must be that of images", lambda x, g: _ops.patches_backward(x, (3, 3, 1, 1, 1), (1, 1), *g)),
-        (r"grad must be \[N, places, values\] = \[1, 9, 2\]", lambda x, g: _ops.patches_backward(x[0], x.shape, (1, 1), *g)),
-        ("metamask::patches has no derivative", lambda x, g: _ops.patches(x.requires_grad_(), (1, 1), *g)),
+        (r"input must be \[N, C, H, W\], got shape \[3, 3\]", lambda x, g: conv2d_raw.im2col(x[0, 0], (1, 1), *g)),
+        ("stride must be two integers of at least 1, got", lambda x, g: conv2d_raw.im2col(x, (1, 1), (0, 1), *g[1:])),
+        ("padding must be two integers of at least 0, got", lambda x, g: conv2d_raw.im2col(x, (1, 1), g[0], (0, -1), g[2])),
+        ("input must not be smaller than the kernel", lambda x, g: conv2d_raw.im2col(x, (1, 4), *g)),
+        ("size must be that of images", lambda x, g: conv2d_raw.col2im(x, (3, 3, 1, 1, 1), (1, 1), *g)),
+        (r"grad must be \[N, places, values\] = \[1, 9, 2\]", lambda x, g: conv2d_raw.col2im(x[0], x.shape, (1, 1), *g)),
+        ("metamask::patches has no derivative", lambda x, g: conv2d_raw.im2col(x.requires_grad_(), (1, 1), *g)),
     ],
     ids=["dimensions", "stride", "padding", "kernel", "size", "grad", "differentiated"],
 )

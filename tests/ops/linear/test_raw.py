@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samples import DEVICES, DTYPES, GATE_IDS, GATES, offset, opcheck, transposed, wider
+from support.samples import DEVICES, DTYPES, GATE_IDS, GATES, offset, opcheck, transposed, wider
 from torch.profiler import ProfilerActivity, profile
 
 import metamask_ext as mm
-from metamask_ext import _ops, reference
-from metamask_ext.reference import SIGMOID
+from metamask_ext.ops.gate import SIGMOID
+from metamask_ext.ops.linear import raw as linear_raw
+from metamask_ext.ops.linear import reference as linear_reference
 
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -41,7 +42,7 @@ def expected(tensors, gate, grad_mode=True):
     """Output and gradients by plain torch in float64."""
     x, w, m, b, bm, grad = (tensor.detach().double().cpu() for tensor in tensors)
     leaves = [tensor.requires_grad_() for tensor in (x, w, m, b, bm)]
-    y = reference.masked_linear(*leaves, *gate)
+    y = linear_reference.masked_linear(*leaves, *gate)
     return y.detach(), torch.autograd.grad(y, leaves, grad)
 
 
@@ -59,10 +60,10 @@ def check(shape, out, gate, dtype, device="cpu"):
     y, grads = expected(tensors, gate)
     *arguments, grad = tensors
     batch = max(grad.numel() // max(out, 1), 1)
-    got = _ops.masked_linear(*arguments, *gate)
+    got = linear_raw.masked_linear(*arguments, *gate)
     assert got.dtype == dtype
     assert_near(got, y, shape[-1], "y")
-    got = _ops.masked_linear_backward(grad, *arguments, *gate)
+    got = linear_raw.masked_linear_backward(grad, *arguments, *gate)
     for name, one, other, reduction in zip(("dx", "dW", "dM", "db", "dMb"), got, grads, (out, batch, batch, batch, batch)):
         assert one.dtype == dtype
         assert_near(one, other, reduction, name)
@@ -82,8 +83,8 @@ def test_any_strides(layout, device):
     tensors = inputs((5, 17), 129, torch.float32, device)
     y, grads = expected(tensors, GATES[0])
     x, w, m, b, bm, grad = [layout(t) if t.dim() == 2 else wider(t) for t in tensors]
-    assert_near(_ops.masked_linear(x, w, m, b, bm, *GATES[0]), y, 17, "y")
-    got = _ops.masked_linear_backward(grad, x, w, m, b, bm, *GATES[0])
+    assert_near(linear_raw.masked_linear(x, w, m, b, bm, *GATES[0]), y, 17, "y")
+    got = linear_raw.masked_linear_backward(grad, x, w, m, b, bm, *GATES[0])
     for one, other in zip(got, grads):
         assert_near(one, other, 129, "gradient")
 
@@ -94,10 +95,10 @@ def test_float32_parameters_with_a_16_bit_product(out, device):
     tensors = inputs((4, 129), 300, torch.float32, device)
     y, grads = expected(tensors, GATES[0])
     *arguments, grad = tensors
-    got = _ops.masked_linear(*arguments, *GATES[0], out)
+    got = linear_raw.masked_linear(*arguments, *GATES[0], out)
     assert got.dtype == out
     assert_near(got, y, 129, "y")
-    for one, other in zip(_ops.masked_linear_backward(grad.to(out), *arguments, *GATES[0]), grads):
+    for one, other in zip(linear_raw.masked_linear_backward(grad.to(out), *arguments, *GATES[0]), grads):
         assert one.dtype == torch.float32
         bound = 4 * torch.finfo(out).eps * 300**0.5 * other.abs().amax().item()
         assert bool(((one.double().cpu() - other).abs() <= bound).all())
@@ -111,7 +112,7 @@ def test_16_bit_gradient_of_the_input_is_as_accurate_as_a_dense_layers(dtype, de
     theta = w.double() * torch.sigmoid(m.double())
     exact = grad.double() @ theta
     needs = (True, False, False, False, False)
-    ours = _ops.masked_linear_backward(grad, x, w, m, None, None, SIGMOID, 1.0, needs)[0].double()
+    ours = linear_raw.masked_linear_backward(grad, x, w, m, None, None, SIGMOID, 1.0, needs)[0].double()
     dense = (grad @ theta.to(dtype)).double()
     assert (ours - exact).norm() <= 1.5 * (dense - exact).norm()
 
@@ -130,10 +131,10 @@ def test_bfloat16_products_of_any_parameters(param, shape, gate, device):
     tensors = [x, w.to(param), m.to(param), b.to(param), bm.to(param), grad]
     y, grads = expected(tensors, gate)
     *arguments, grad = tensors
-    got = _ops.masked_linear(*arguments, *gate, product)
+    got = linear_raw.masked_linear(*arguments, *gate, product)
     assert got.dtype == product
     assert_near(got, y, shape[-1], "y")
-    got = _ops.masked_linear_backward(grad, *arguments, *gate)
+    got = linear_raw.masked_linear_backward(grad, *arguments, *gate)
     for name, one, other, reduction in zip(("dx", "dW", "dM"), got, grads, (out, shape[0], shape[0])):
         assert_near(one if one.dtype == product else one.to(product), other, reduction, name)
 
@@ -145,15 +146,15 @@ def test_bfloat16_saturates_exactly_and_keeps_nan_where_it_is(device):
     for size in (200.0, 1e4, 3e38, float("inf")):
         saturated = torch.where(on, size, -size).to(m.dtype).expand_as(m).contiguous()
         dense = (x.double() * on) @ w.double().t()
-        assert_near(_ops.masked_linear(x, w, saturated, None, None, SIGMOID, 1.0), dense.cpu(), 70, "y")
+        assert_near(linear_raw.masked_linear(x, w, saturated, None, None, SIGMOID, 1.0), dense.cpu(), 70, "y")
         alone = torch.eye(70, dtype=x.dtype, device=device)
-        assert torch.equal(_ops.masked_linear(alone, w, saturated, None, None, SIGMOID, 1.0), (w * on).t())
-        dx, dw, dm, *_ = _ops.masked_linear_backward(grad, x, w, saturated, None, None, SIGMOID, 1.0)
+        assert torch.equal(linear_raw.masked_linear(alone, w, saturated, None, None, SIGMOID, 1.0), (w * on).t())
+        dx, dw, dm, *_ = linear_raw.masked_linear_backward(grad, x, w, saturated, None, None, SIGMOID, 1.0)
         assert bool(torch.isfinite(dx).all()) and bool((dw[:, ~on] == 0).all()) and bool((dm == 0).all())
     m[4, 69] = float("nan")
-    bad = torch.isnan(_ops.masked_linear(x, w, m, None, None, SIGMOID, 1.0))
+    bad = torch.isnan(linear_raw.masked_linear(x, w, m, None, None, SIGMOID, 1.0))
     assert bool(bad[:, 4].all()) and int(bad.sum()) == 3
-    dx, dw, dm, *_ = _ops.masked_linear_backward(grad, x, w, m, None, None, SIGMOID, 1.0)
+    dx, dw, dm, *_ = linear_raw.masked_linear_backward(grad, x, w, m, None, None, SIGMOID, 1.0)
     assert bool(torch.isnan(dx[:, 69]).all()) and int(torch.isnan(dx).sum()) == 3
     for one in (dw, dm):
         assert bool(torch.isnan(one[4, 69])) and int(torch.isnan(one).sum()) == 1
@@ -163,9 +164,9 @@ def test_bfloat16_saturates_exactly_and_keeps_nan_where_it_is(device):
 def test_bias_without_logits_and_no_bias(device):
     x, w, m, b, _, grad = inputs((4, 17), 129, torch.float64, device)
     theta = w * torch.sigmoid(m)
-    assert_near(_ops.masked_linear(x, w, m, None, None, SIGMOID, 1.0), (x @ theta.t()).cpu(), 17, "no bias")
-    assert_near(_ops.masked_linear(x, w, m, b, None, SIGMOID, 1.0), (x @ theta.t() + b).cpu(), 17, "plain bias")
-    *_, db, dbm = _ops.masked_linear_backward(grad, x, w, m, b, None, SIGMOID, 1.0, (False, False, False, True, False))
+    assert_near(linear_raw.masked_linear(x, w, m, None, None, SIGMOID, 1.0), (x @ theta.t()).cpu(), 17, "no bias")
+    assert_near(linear_raw.masked_linear(x, w, m, b, None, SIGMOID, 1.0), (x @ theta.t() + b).cpu(), 17, "plain bias")
+    *_, db, dbm = linear_raw.masked_linear_backward(grad, x, w, m, b, None, SIGMOID, 1.0, (False, False, False, True, False))
     assert_near(db, grad.sum(0).cpu(), 4, "db")
     assert dbm is None
 
@@ -173,10 +174,10 @@ def test_bias_without_logits_and_no_bias(device):
 @each_device
 def test_each_gradient_alone_equals_all_together(device):
     *arguments, grad = inputs((5, 129), 1134, torch.float32, device)
-    together = _ops.masked_linear_backward(grad, *arguments, *GATES[0])
+    together = linear_raw.masked_linear_backward(grad, *arguments, *GATES[0])
     for index in range(5):
         needs = tuple(position == index for position in range(5))
-        got = _ops.masked_linear_backward(grad, *arguments, *GATES[0], needs)
+        got = linear_raw.masked_linear_backward(grad, *arguments, *GATES[0], needs)
         assert [one is not None for one in got] == list(needs)
         torch.testing.assert_close(got[index], together[index], rtol=1e-6, atol=1e-6)
 
@@ -185,9 +186,12 @@ def test_the_same_numbers_every_time_for_a_number_of_threads():
     *arguments, grad = inputs((33, 1134), 1134, torch.float32)
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        first = [_ops.masked_linear(*arguments, *GATES[0]), *_ops.masked_linear_backward(grad, *arguments, *GATES[0])]
+        first = [linear_raw.masked_linear(*arguments, *GATES[0]), *linear_raw.masked_linear_backward(grad, *arguments, *GATES[0])]
         for _ in range(3):
-            again = [_ops.masked_linear(*arguments, *GATES[0]), *_ops.masked_linear_backward(grad, *arguments, *GATES[0])]
+            again = [
+                linear_raw.masked_linear(*arguments, *GATES[0]),
+                *linear_raw.masked_linear_backward(grad, *arguments, *GATES[0]),
+            ]
             assert all(torch.equal(one, other) for one, other in zip(first, again))
 
 
@@ -214,30 +218,30 @@ def largest_allocation(function):
 def test_nothing_of_the_weights_size_is_allocated_but_the_gradients():
     *arguments, grad = inputs((4, 1024), 8192, torch.float32)
     size = arguments[1].numel() * 4
-    assert largest_allocation(lambda: _ops.masked_linear(*arguments, *GATES[0])) < size / 8
+    assert largest_allocation(lambda: linear_raw.masked_linear(*arguments, *GATES[0])) < size / 8
     # Only dx: no gradient of the weight's size
     only_input = (True, False, False, False, False)
-    assert largest_allocation(lambda: _ops.masked_linear_backward(grad, *arguments, *GATES[0], only_input)) < size / 8
+    assert largest_allocation(lambda: linear_raw.masked_linear_backward(grad, *arguments, *GATES[0], only_input)) < size / 8
     # dW alone is one array, not two (the measured function holds its result until it ends)
     only_weight = (False, True, False, False, False)
-    used = largest_allocation(lambda: _ops.masked_linear_backward(grad, *arguments, *GATES[0], only_weight))
+    used = largest_allocation(lambda: linear_raw.masked_linear_backward(grad, *arguments, *GATES[0], only_weight))
     assert size <= used < 1.25 * size
 
 
 def test_raw_ops_refuse_what_does_not_fit():
     x, w, m, b, bm, grad = inputs((2, 3), 4, torch.float32)
     with pytest.raises(ValueError, match=r"input must be \[..., in\] with in = 3"):
-        _ops.masked_linear(x[:, :2], w, m, b, bm, SIGMOID, 1.0)
+        linear_raw.masked_linear(x[:, :2], w, m, b, bm, SIGMOID, 1.0)
     with pytest.raises(ValueError, match=r"weight must be \[out, in\]"):
-        _ops.masked_linear(x, b, b, None, None, SIGMOID, 1.0)
+        linear_raw.masked_linear(x, b, b, None, None, SIGMOID, 1.0)
     with pytest.raises(ValueError, match=r"bias must be \[out\] = \[4\]"):
-        _ops.masked_linear(x, w, m, b[:3], None, SIGMOID, 1.0)
+        linear_raw.masked_linear(x, w, m, b[:3], None, SIGMOID, 1.0)
     with pytest.raises(ValueError, match="bias_mask_logits must have the shape of bias"):
-        _ops.masked_linear(x, w, m, b, bm[:3], SIGMOID, 1.0)
+        linear_raw.masked_linear(x, w, m, b, bm[:3], SIGMOID, 1.0)
     with pytest.raises(ValueError, match=r"grad must be \[..., out\] = \[2, 4\], got \[2, 3\]"):
-        _ops.masked_linear_backward(grad[:, :3], x, w, m, b, bm, SIGMOID, 1.0)
+        linear_raw.masked_linear_backward(grad[:, :3], x, w, m, b, bm, SIGMOID, 1.0)
     with pytest.raises(RuntimeError, match="metamask::masked_linear has no derivative"):
-        _ops.masked_linear(x, w.requires_grad_(), m, b, bm, SIGMOID, 1.0)
+        linear_raw.masked_linear(x, w.requires_grad_(), m, b, bm, SIGMOID, 1.0)
 
 
 def test_backward_in_a_pool_thread_of_another_parallel_region():

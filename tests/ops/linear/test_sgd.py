@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samples import DEVICES, DTYPES, GATE_IDS, GATES
+from support.samples import DEVICES, DTYPES, GATE_IDS, GATES
 from test_linear_ops import assert_near, inputs
 
-from metamask_ext import _ops, reference
-from metamask_ext.reference import SIGMOID
+from metamask_ext.ops.gate import SIGMOID
+from metamask_ext.ops.linear import raw as linear_raw
+from metamask_ext.ops.linear import reference as linear_reference
+from metamask_ext.ops.weight import raw as weight_raw
+from metamask_ext.ops.weight import reference as weight_reference
 
 SETTINGS = ((0.1, 0.01, 0.9), (0.2, 0.02, 0.8), (0.3, 0.03, 0.7), (0.4, 0.04, 0.6))
 EVERY = (True,) * 5
@@ -37,8 +40,8 @@ def check(shape, out, gate, dtype, momentum=True, device="cpu"):
     velocities = [torch.full_like(p, 0.25) if momentum else None for p in parameters]
     before = [p.double().cpu().clone() for p in parameters]
     leaves = [t.double().cpu().clone().requires_grad_() for t in (x, *parameters)]
-    grads = torch.autograd.grad(reference.masked_linear(*leaves, *gate), leaves, grad.double().cpu())
-    got = _ops.masked_linear_backward_sgd_(grad, x, *parameters, *gate, EVERY, (True,) * 4, velocities, settings)
+    grads = torch.autograd.grad(linear_reference.masked_linear(*leaves, *gate), leaves, grad.double().cpu())
+    got = linear_raw.masked_linear_backward_sgd_(grad, x, *parameters, *gate, EVERY, (True,) * 4, velocities, settings)
     assert got[1:] == (None,) * 4
     assert_near(got[0], grads[0], out, "dx")
     for name, p, start, grad_p, velocity, its in zip(["W", "M", "b", "Mb"], parameters, before, grads[1:], velocities, settings):
@@ -69,8 +72,8 @@ def test_masked_weight_updates_what_is_asked_for_and_gives_the_rest(updates, dty
     g, w, m = (t.to(memory_format=torch.channels_last) for t in (g, w, m))
     before = [p.double().cpu().clone() for p in (w, m)]
     velocities = [torch.full_like(p, 0.25) if update else None for p, update in zip((w, m), updates)]
-    exact = reference.masked_weight_backward(g.double().cpu(), *before, SIGMOID, 0.5)
-    got = _ops.masked_weight_backward_sgd_(g, w, m, SIGMOID, 0.5, (True, True), updates, velocities, SETTINGS[:2])
+    exact = weight_reference.masked_weight_backward(g.double().cpu(), *before, SIGMOID, 0.5)
+    got = weight_raw.masked_weight_backward_sgd_(g, w, m, SIGMOID, 0.5, (True, True), updates, velocities, SETTINGS[:2])
     for p, start, grad, update, result, its in zip((w, m), before, exact, updates, got, SETTINGS):
         if update:
             assert result is None
@@ -86,7 +89,7 @@ def test_a_gradient_that_is_not_needed_is_not_given_and_does_not_move(device):
     start = m.clone()
     needs, updates = (False, True, False, False, True), (True, False, False, True)
     settings = [(0.1, 0.0, 0.0)] * 4
-    got = _ops.masked_linear_backward_sgd_(grad, x, w, m, b, bm, SIGMOID, 1.0, needs, updates, [None] * 4, settings)
+    got = linear_raw.masked_linear_backward_sgd_(grad, x, w, m, b, bm, SIGMOID, 1.0, needs, updates, [None] * 4, settings)
     assert got == (None,) * 5 and torch.equal(m, start)
 
 
@@ -116,22 +119,22 @@ def test_refusals_change_nothing():
     g = torch.ones(4, 5)
     start = [t.clone() for t in (w, m)]
     with pytest.raises(ValueError, match="weight has momentum 0.9 and no buffer"):
-        _ops.masked_weight_backward_sgd_(g, w, m, SIGMOID, 1.0, both, both, [None] * 2, [(0.1, 0.0, 0.9)] * 2)
+        weight_raw.masked_weight_backward_sgd_(g, w, m, SIGMOID, 1.0, both, both, [None] * 2, [(0.1, 0.0, 0.9)] * 2)
     with pytest.raises(ValueError, match="momentum buffer of mask_logits must have its shape"):
-        _ops.masked_weight_backward_sgd_(g, w, m, SIGMOID, 1.0, both, both, [None, torch.zeros(5)], pairs)
+        weight_raw.masked_weight_backward_sgd_(g, w, m, SIGMOID, 1.0, both, both, [None, torch.zeros(5)], pairs)
     with pytest.raises(ValueError, match="mask_logits must have the strides of weight to be updated in place"):
-        _ops.masked_weight_backward_sgd_(g, w, m.t().contiguous().t(), SIGMOID, 1.0, both, both, [None] * 2, pairs)
+        weight_raw.masked_weight_backward_sgd_(g, w, m.t().contiguous().t(), SIGMOID, 1.0, both, both, [None] * 2, pairs)
     with pytest.raises(ValueError, match="weight must be dense"):
-        _ops.masked_weight_backward_sgd_(g, torch.zeros(4, 10)[:, ::2], m, SIGMOID, 1.0, both, both, [None] * 2, pairs)
+        weight_raw.masked_weight_backward_sgd_(g, torch.zeros(4, 10)[:, ::2], m, SIGMOID, 1.0, both, both, [None] * 2, pairs)
     with pytest.raises(ValueError, match="weight must be contiguous"):
         transposed = w.t().contiguous().t()
-        _ops.masked_linear_backward_sgd_(
+        linear_raw.masked_linear_backward_sgd_(
             grad, x, transposed, m, b, bm, SIGMOID, 1.0, EVERY, (True, False, False, False), [None] * 4, [*pairs, *pairs]
         )
     with pytest.raises(ValueError, match="bias must have logits to be updated here"):
-        _ops.masked_linear_backward_sgd_(
+        linear_raw.masked_linear_backward_sgd_(
             grad, x, w, m, b, None, SIGMOID, 1.0, EVERY, (False, False, True, False), [None] * 4, [*pairs, *pairs]
         )
     with pytest.raises(RuntimeError, match="masked_weight_backward_sgd_ has no derivative"):
-        _ops.masked_weight_backward_sgd_(g, w.clone().requires_grad_(), m, SIGMOID, 1.0, both, both, [None] * 2, pairs)
+        weight_raw.masked_weight_backward_sgd_(g, w.clone().requires_grad_(), m, SIGMOID, 1.0, both, both, [None] * 2, pairs)
     assert torch.equal(w, start[0]) and torch.equal(m, start[1])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samples import DTYPES, GATES
-from steps import SETTINGS, assert_equal_models, each_setting, torch_sgd
-from tasks import Batch, plain, plain_gradients
+from support.mixed_task import Batch, plain, plain_gradients
+from support.samples import DTYPES, GATES
+from support.sgd_steps import SETTINGS, assert_equal_models, each_setting, torch_sgd
 from test_autograd import flat, metamask_ops, nested_gradients, options
 from test_task_linear import allocated, assert_near, cotangents_of
 from torch import nn

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import DTYPES, GATES, channels_last, wider
+from support.samples import DTYPES, GATES, channels_last, wider
 from test_autograd import metamask_ops, nested_gradients, options
 from test_task_linear import assert_near
 from torch.autograd import gradcheck, gradgradcheck
 
 import metamask_ext as mm
-from metamask_ext import mixed, reference
+from metamask_ext.ops.mixed_task import functional as mixed
+from metamask_ext.ops.weight import reference as weight_reference
 
 each_gate = pytest.mark.parametrize("gate", [GATES[1], GATES[3]], ids=["sigmoid", "hard"])
 # C_in, C_out, kernel, stride, padding, dilation, groups
@@ -50,7 +51,7 @@ def plain(x, w, m, b, bm, shape, gate, slots=SLOTS):
     settings = SHAPES[shape][3:]
     samples = []
     for one, slot in zip(x, slots.tolist()):
-        theta, row = reference.masked_weight(w, m[slot], *gate), reference.masked_weight(b, bm[slot], *gate)
+        theta, row = weight_reference.masked_weight(w, m[slot], *gate), weight_reference.masked_weight(b, bm[slot], *gate)
         samples.append(F.conv2d(one, theta, row, *settings))
     return torch.stack(samples)
 
@@ -208,7 +209,7 @@ REFUSED = {
     "stride": (ValueError, "stride must be an integer of at least 1, or two, got 0", (X, SLOTS, W, M), {"stride": 0}),
     "three strides": (ValueError, "stride must be an integer of at least 1, or two", (X, SLOTS, W, M), {"stride": (1, 1, 1)}),
     "same with stride": (ValueError, "padding='same' needs stride 1", (X, SLOTS, W, M), {"padding": "same", "stride": 2}),
-    "too small an input": (ValueError, "input must not be smaller than the kernel", (X[..., :2], SLOTS, W, M), {}),
+    "too small an input": (ValueError, "input must be at least as large as the kernel", (X[..., :2], SLOTS, W, M), {}),
 }
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samples import DEVICES, DTYPES, GATES, opcheck
-from tasks import CASES, TASKS, Batch, plain, plain_gradients
+from support.mixed_task import CASES, TASKS, Batch, plain, plain_gradients
+from support.samples import DEVICES, DTYPES, GATES, opcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 import metamask_ext as mm
-from metamask_ext import _task_ops, reference_tasks
-from metamask_ext.reference import SIGMOID
+from metamask_ext.ops.gate import SIGMOID
+from metamask_ext.ops.mixed_task import raw as mixed_task_raw
+from metamask_ext.ops.mixed_task import reference as mixed_task_reference
 
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -48,10 +49,10 @@ def check(case, gate, dtype, stacked, bias=True, device="cpu"):
     batch = Batch(case, dtype, stacked, bias, device=device)
     double = batch.double()
     arguments, terms = batch.arguments(gate), terms_of(batch)
-    y = _task_ops.task_masked_linear(*arguments)
+    y = mixed_task_raw.task_masked_linear(*arguments)
     assert y.dtype == dtype
     assert_near(y, plain(double, gate), batch.weight.shape[1], "y")
-    grads = leaves(_task_ops.task_masked_linear_backward(batch.grad, *arguments))
+    grads = leaves(mixed_task_raw.task_masked_linear_backward(batch.grad, *arguments))
     wanted = plain_gradients(double, gate)
     assert len(grads) == len(wanted) == len(batch.tensors())
     for index, (one, other) in enumerate(zip(grads, wanted)):
@@ -71,7 +72,7 @@ def cotangents_of(batch, seed=1):
 def check_double_backward(case, gate, dtype, stacked, bias=True, device="cpu"):
     batch = Batch(case, dtype, stacked, bias, device=device)
     cotangents = cotangents_of(batch)
-    got = leaves(_task_ops.task_masked_linear_double_backward(*cotangents, batch.grad, *batch.arguments(gate)))
+    got = leaves(mixed_task_raw.task_masked_linear_double_backward(*cotangents, batch.grad, *batch.arguments(gate)))
     double = batch.double()
     primals = [tensor.detach().requires_grad_() for tensor in (double.grad, *double.tensors())]
     other = double.with_tensors(primals[1:])
@@ -115,13 +116,13 @@ def check_without_bias_masks(case):
     batch = Batch(case, torch.float64)
     batch.bias_masks = []
     arguments = batch.arguments(GATE)
-    assert_near(_task_ops.task_masked_linear(*arguments), plain(batch, GATE), 17, "y")
-    got = leaves(_task_ops.task_masked_linear_backward(batch.grad, *arguments))
+    assert_near(mixed_task_raw.task_masked_linear(*arguments), plain(batch, GATE), 17, "y")
+    got = leaves(mixed_task_raw.task_masked_linear_backward(batch.grad, *arguments))
     for one, other in zip(got, plain_gradients(batch, GATE)):
         assert_near(one, other, 129, "gradient")
     cotangents = (*cotangents_of(batch)[:4], [])
-    got = _task_ops.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments)
-    wanted = reference_tasks.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments)
+    got = mixed_task_raw.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments)
+    wanted = mixed_task_reference.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments)
     for one, other in zip(leaves(got), leaves(wanted)):
         assert_near(one, other, terms_of(batch), "second gradient")
 
@@ -137,8 +138,8 @@ def test_a_bias_without_masks(case):
 def test_the_reference_equals_plain_torch_sample_by_sample(case, gate, stacked):
     batch = Batch(case, torch.float64, stacked)
     arguments = batch.arguments(gate)
-    assert_near(reference_tasks.task_masked_linear(*arguments), plain(batch, gate), 17, "y")
-    got = leaves(reference_tasks.task_masked_linear_backward(batch.grad, *arguments))
+    assert_near(mixed_task_reference.task_masked_linear(*arguments), plain(batch, gate), 17, "y")
+    got = leaves(mixed_task_reference.task_masked_linear_backward(batch.grad, *arguments))
     for one, other in zip(got, plain_gradients(batch, gate)):
         assert_near(one, other, 129, "gradient")
 
@@ -148,9 +149,11 @@ def test_the_reference_equals_plain_torch_sample_by_sample(case, gate, stacked):
 def test_any_strides(case, stacked):
     batch = Batch(case, torch.float32, stacked)
     loose = batch.wider()
-    assert torch.equal(_task_ops.task_masked_linear(*loose.arguments(GATE)), _task_ops.task_masked_linear(*batch.arguments(GATE)))
-    got = _task_ops.task_masked_linear_backward(loose.grad, *loose.arguments(GATE))
-    wanted = _task_ops.task_masked_linear_backward(batch.grad, *batch.arguments(GATE))
+    assert torch.equal(
+        mixed_task_raw.task_masked_linear(*loose.arguments(GATE)), mixed_task_raw.task_masked_linear(*batch.arguments(GATE))
+    )
+    got = mixed_task_raw.task_masked_linear_backward(loose.grad, *loose.arguments(GATE))
+    wanted = mixed_task_raw.task_masked_linear_backward(batch.grad, *batch.arguments(GATE))
     assert all(torch.equal(one, other) for one, other in zip(leaves(got), leaves(wanted)))
 
 
@@ -158,10 +161,10 @@ def test_any_strides(case, stacked):
 def test_float32_parameters_with_a_16_bit_product(out):
     batch = Batch("ragged", torch.float32)
     double = batch.double()
-    y = _task_ops.task_masked_linear(*batch.arguments(GATE), out)
+    y = mixed_task_raw.task_masked_linear(*batch.arguments(GATE), out)
     assert y.dtype == out
     assert_near(y, plain(double, GATE), 129, "y")
-    got = leaves(_task_ops.task_masked_linear_backward(batch.grad.to(out), *batch.arguments(GATE)))
+    got = leaves(mixed_task_raw.task_masked_linear_backward(batch.grad.to(out), *batch.arguments(GATE)))
     for one, other in zip(got, plain_gradients(double, GATE)):
         assert one.dtype == torch.float32
         assert_near(one.to(out), other, 1134, "gradient")
@@ -172,18 +175,18 @@ def test_float32_parameters_with_a_16_bit_product(out):
 def test_each_gradient_alone_equals_all_together(case, stacked):
     batch = Batch(case, torch.float64, stacked)
     arguments = batch.arguments(GATE)
-    together = _task_ops.task_masked_linear_backward(batch.grad, *arguments)
+    together = mixed_task_raw.task_masked_linear_backward(batch.grad, *arguments)
     for index in range(5):
         needs = tuple(position == index for position in range(5))
-        got = _task_ops.task_masked_linear_backward(batch.grad, *arguments, needs)
+        got = mixed_task_raw.task_masked_linear_backward(batch.grad, *arguments, needs)
         assert [bool(leaves(one)) for one in got] == list(needs)
         for one, other in zip(leaves(got[index]), leaves(together[index])):
             torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
     cotangents = cotangents_of(batch)
-    together = _task_ops.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments)
+    together = mixed_task_raw.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments)
     for index in range(6):
         needs = tuple(position == index for position in range(6))
-        got = _task_ops.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments, needs)
+        got = mixed_task_raw.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments, needs)
         assert [bool(leaves(one)) for one in got] == list(needs)
         for one, other in zip(leaves(got[index]), leaves(together[index])):
             torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
@@ -200,8 +203,8 @@ def check_absent_cotangents(batch):
         without = [absent if i == index else full[i] for i in range(5)]
         with_zero = [zero[i] if i == index else full[i] for i in range(5)]
         for given, wanted in ((missing, only), (without, with_zero)):
-            got = _task_ops.task_masked_linear_double_backward(*given, batch.grad, *arguments)
-            expected = _task_ops.task_masked_linear_double_backward(*wanted, batch.grad, *arguments)
+            got = mixed_task_raw.task_masked_linear_double_backward(*given, batch.grad, *arguments)
+            expected = mixed_task_raw.task_masked_linear_double_backward(*wanted, batch.grad, *arguments)
             for one, other in zip(leaves(got), leaves(expected)):
                 torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
 
@@ -217,7 +220,7 @@ def test_some_cotangents_of_a_list_of_masks():
     some = [one if index % 2 else None for index, one in enumerate(dm)]
     zeros = [one if index % 2 else torch.zeros_like(one) for index, one in enumerate(dm)]
     got, wanted = (
-        _task_ops.task_masked_linear_double_backward(dx, dw, given, db, dbm, batch.grad, *batch.arguments(GATE))
+        mixed_task_raw.task_masked_linear_double_backward(dx, dw, given, db, dbm, batch.grad, *batch.arguments(GATE))
         for given in (some, zeros)
     )
     assert all(torch.equal(one, other) for one, other in zip(leaves(got), leaves(wanted)))
@@ -226,7 +229,7 @@ def test_some_cotangents_of_a_list_of_masks():
 @each_form
 def test_absent_tasks_get_zeros_and_the_others_do_not(stacked):
     batch = Batch("3-d", torch.float32, stacked)  # tasks 0, 1 and 3 of 6
-    _, _, dm, _, dbm = _task_ops.task_masked_linear_backward(batch.grad, *batch.arguments(GATE))
+    _, _, dm, _, dbm = mixed_task_raw.task_masked_linear_backward(batch.grad, *batch.arguments(GATE))
     for grads in (dm, dbm):
         by_task = grads[0] if stacked else grads
         assert len(by_task) == TASKS
@@ -236,19 +239,19 @@ def test_absent_tasks_get_zeros_and_the_others_do_not(stacked):
 def test_values_that_are_not_finite_stay_in_their_row_and_task():
     batch = Batch("3-d", torch.float32)
     masks = batch.masks[0]
-    y = _task_ops.task_masked_linear(*batch.arguments(GATE))
+    y = mixed_task_raw.task_masked_linear(*batch.arguments(GATE))
     for value in (float("nan"), float("inf")):
         batch.weight[7, 16] = value  # the last column: next to the padding
         masks[0, 7, 16] = float("nan")
-        bad = ~torch.isfinite(_task_ops.task_masked_linear(*batch.arguments(GATE)))
+        bad = ~torch.isfinite(mixed_task_raw.task_masked_linear(*batch.arguments(GATE)))
         assert bool(bad[:, :, 7].all()) and int(bad.sum()) == 4 * 3
     batch.weight[7, 16] = 1.0
-    got = _task_ops.task_masked_linear(*batch.arguments(GATE))
+    got = mixed_task_raw.task_masked_linear(*batch.arguments(GATE))
     assert torch.isnan(got[:, :, 7]).all(-1).tolist() == [False, True, False, False]  # the sample of task 0
     assert int(torch.isnan(got).sum()) == 3
     rest = torch.arange(129) != 7
     assert torch.equal(got[..., rest], y[..., rest])
-    dx, dw, dm, *_ = _task_ops.task_masked_linear_backward(batch.grad, *batch.arguments(GATE))
+    dx, dw, dm, *_ = mixed_task_raw.task_masked_linear_backward(batch.grad, *batch.arguments(GATE))
     assert torch.isnan(dx).nonzero()[:, [0, 2]].unique(dim=0).tolist() == [[1, 16]]
     assert torch.isnan(dw).nonzero().tolist() == [[7, 16]]
     assert torch.isnan(dm[0]).nonzero().tolist() == [[0, 7, 16]]
@@ -259,11 +262,11 @@ def test_large_logits_give_the_dense_layer_or_nothing():
     for logit in (100.0, 1e4, float("inf")):
         batch.masks[0].fill_(logit)
         dense = batch.input.double() @ batch.weight.double().t()
-        assert_near(_task_ops.task_masked_linear(*batch.arguments(GATE)), dense, 17, "on")
+        assert_near(mixed_task_raw.task_masked_linear(*batch.arguments(GATE)), dense, 17, "on")
         batch.masks[0].neg_()
-        off = _task_ops.task_masked_linear(*batch.arguments(GATE))
+        off = mixed_task_raw.task_masked_linear(*batch.arguments(GATE))
         assert (off.abs().max() < 1e-36).item()
-        grads = leaves(_task_ops.task_masked_linear_backward(batch.grad, *batch.arguments(GATE)))
+        grads = leaves(mixed_task_raw.task_masked_linear_backward(batch.grad, *batch.arguments(GATE)))
         assert all(bool(torch.isfinite(grad).all()) for grad in grads)
 
 
@@ -275,9 +278,9 @@ def test_the_same_numbers_every_time_for_a_number_of_threads(case):
     def everything():
         return leaves(
             (
-                _task_ops.task_masked_linear(*arguments),
-                _task_ops.task_masked_linear_backward(batch.grad, *arguments),
-                _task_ops.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments),
+                mixed_task_raw.task_masked_linear(*arguments),
+                mixed_task_raw.task_masked_linear_backward(batch.grad, *arguments),
+                mixed_task_raw.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments),
             )
         )
 
@@ -293,9 +296,9 @@ def test_inputs_are_not_written():
     tensors = leaves((batch.tensors(), batch.grad, cotangents_of(batch)))
     kept = [tensor.clone() for tensor in tensors]
     cotangents = cotangents_of(batch)
-    _task_ops.task_masked_linear(*batch.arguments(GATE))
-    _task_ops.task_masked_linear_backward(batch.grad, *batch.arguments(GATE))
-    _task_ops.task_masked_linear_double_backward(*cotangents, batch.grad, *batch.arguments(GATE))
+    mixed_task_raw.task_masked_linear(*batch.arguments(GATE))
+    mixed_task_raw.task_masked_linear_backward(batch.grad, *batch.arguments(GATE))
+    mixed_task_raw.task_masked_linear_double_backward(*cotangents, batch.grad, *batch.arguments(GATE))
     assert all(torch.equal(one, other) for one, other in zip(tensors, kept))
 
 
@@ -308,9 +311,9 @@ def test_one_mask_expanded_for_all_tasks(dtype):
     for masks, bias_masks in (expanded, [[one.clone()] for (one,) in expanded]):
         batch.masks, batch.bias_masks = masks, bias_masks
         arguments = batch.arguments(GATE)
-        first = leaves(_task_ops.task_masked_linear_backward(batch.grad, *arguments))
-        second = leaves(_task_ops.task_masked_linear_double_backward(*cotangents_of(batch), batch.grad, *arguments))
-        made.append([_task_ops.task_masked_linear(*arguments), *first, *second])
+        first = leaves(mixed_task_raw.task_masked_linear_backward(batch.grad, *arguments))
+        second = leaves(mixed_task_raw.task_masked_linear_double_backward(*cotangents_of(batch), batch.grad, *arguments))
+        made.append([mixed_task_raw.task_masked_linear(*arguments), *first, *second])
     assert expanded[0][0].stride(0) == expanded[1][0].stride(0) == 0
     assert all(torch.equal(one, other) and one.is_contiguous() for one, other in zip(*made, strict=True))
 
@@ -344,13 +347,15 @@ def test_nothing_of_the_size_of_all_thetas_is_allocated_from_a_list():
     batch = Batch(((32,), 1, 512, 512, slots), torch.float32, stacked=False, tasks=16)
     size = batch.weight.numel() * 4
     arguments, cotangents = batch.arguments(GATE), cotangents_of(batch)
-    assert allocated(lambda: _task_ops.task_masked_linear(*arguments)) < size / 2
+    assert allocated(lambda: mixed_task_raw.task_masked_linear(*arguments)) < size / 2
     for masks, arrays in ((True, 17), (False, 1)):
         needs = (True, True, masks, True, masks)
-        used = allocated(lambda needs=needs: _task_ops.task_masked_linear_backward(batch.grad, *arguments, needs))
+        used = allocated(lambda needs=needs: mixed_task_raw.task_masked_linear_backward(batch.grad, *arguments, needs))
         assert arrays * size <= used < (arrays + 0.5) * size
         used = allocated(
-            lambda needs=needs: _task_ops.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments, (True, *needs))
+            lambda needs=needs: mixed_task_raw.task_masked_linear_double_backward(
+                *cotangents, batch.grad, *arguments, (True, *needs)
+            )
         )
         assert arrays * size <= used < (arrays + 1) * size
 
@@ -423,11 +428,11 @@ REFUSED_MASKS = {
 def refused(error, message, batch, values=False):
     arguments = batch.arguments(GATE)
     with pytest.raises(error, match=message):
-        _task_ops.task_masked_linear(*arguments)
+        mixed_task_raw.task_masked_linear(*arguments)
     with pytest.raises(error, match=message):
-        _task_ops.task_masked_linear_backward(batch.grad, *arguments)
+        mixed_task_raw.task_masked_linear_backward(batch.grad, *arguments)
     with pytest.raises(error, match=message):
-        _task_ops.task_masked_linear_double_backward(None, None, [], None, [], batch.grad, *arguments)
+        mixed_task_raw.task_masked_linear_double_backward(None, None, [], None, [], batch.grad, *arguments)
 
     def call():
         masks = batch.masks[0] if len(batch.masks) == 1 else batch.masks
@@ -442,7 +447,7 @@ def refused(error, message, batch, values=False):
         meta.slots = batch.slots.to("meta")
         meta.bias_masks = [one.to("meta") for one in batch.bias_masks]
         with pytest.raises(error, match=message):
-            _task_ops.task_masked_linear(*meta.arguments(GATE))
+            mixed_task_raw.task_masked_linear(*meta.arguments(GATE))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -477,20 +482,20 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="gate must be one of"):
         mm.task_masked_linear(x, slots, w, masks, gate="soft")
     with pytest.raises(ValueError, match="gate must be 0 .* got 2"):
-        _task_ops.task_masked_linear(x, slots, w, masks, b, bm, 2, 1.0)
+        mixed_task_raw.task_masked_linear(x, slots, w, masks, b, bm, 2, 1.0)
     for groups in (0, 2):
         with pytest.raises(ValueError, match=f"groups must divide the rows of weight, 129, got {groups}"):
-            _task_ops.task_masked_linear(x, slots, w, masks, b, bm, SIGMOID, 1.0, groups)
+            mixed_task_raw.task_masked_linear(x, slots, w, masks, b, bm, SIGMOID, 1.0, groups)
     with pytest.raises(ValueError, match=r"grad must be \[B, ..., out\] = \[4, 3, 129\], got \[4, 3, 2\]"):
-        _task_ops.task_masked_linear_backward(batch.grad[..., :2], *batch.arguments(GATE))
+        mixed_task_raw.task_masked_linear_backward(batch.grad[..., :2], *batch.arguments(GATE))
     with pytest.raises(ValueError, match="cotangent_masks must be as many as the masks, 6, or none, got 1"):
-        _task_ops.task_masked_linear_double_backward(None, None, [masks[0]], None, [], batch.grad, *batch.arguments(GATE))
+        mixed_task_raw.task_masked_linear_double_backward(None, None, [masks[0]], None, [], batch.grad, *batch.arguments(GATE))
     with pytest.raises(ValueError, match="cotangent_input must have the shape of input"):
-        _task_ops.task_masked_linear_double_backward(x[:1], None, [], None, [], batch.grad, *batch.arguments(GATE))
+        mixed_task_raw.task_masked_linear_double_backward(x[:1], None, [], None, [], batch.grad, *batch.arguments(GATE))
 
 
 def test_a_raw_op_refuses_to_be_differentiated_also_through_a_list():
     batch = Batch("3-d", stacked=False)
     batch.masks[2].requires_grad_()
     with pytest.raises(RuntimeError, match="metamask::task_masked_linear has no derivative"):
-        _task_ops.task_masked_linear(*batch.arguments(GATE))
+        mixed_task_raw.task_masked_linear(*batch.arguments(GATE))

@@ -8,7 +8,7 @@ from test_autograd import metamask_ops, nested_gradients
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import metamask_ext as mm
-from metamask_ext import reference_packed as reference
+from metamask_ext.ops.packed import reference as packed_reference
 
 SLOTS = torch.tensor([2, 0, 2, 1])
 # All of one task: theta is expanded
@@ -35,7 +35,7 @@ def linear(slots, packed=P, packed_bias=PB):
 
 
 def plain(slots, packed=(P,), packed_bias=(PB,)):
-    return lambda x, w, b: reference.packed_masked_linear(x, slots, w, packed, b, packed_bias, 1)
+    return lambda x, w, b: packed_reference.packed_masked_linear(x, slots, w, packed, b, packed_bias, 1)
 
 
 def linear_inputs(slots):

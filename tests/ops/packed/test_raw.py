@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import DEVICES, DTYPES, offset, transposed, wider
+from support.samples import DEVICES, DTYPES, offset, transposed, wider
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
 import metamask_ext as mm
-from metamask_ext import _packed_ops as ops
-from metamask_ext import reference_packed as reference
-from metamask_ext.packed import superposition_gradient
+from metamask_ext.ops.gate import compute_dtype
+from metamask_ext.ops.packed import raw as packed_raw
+from metamask_ext.ops.packed import reference as packed_reference
+from metamask_ext.ops.packed.functional import superposition_gradient
 
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -92,16 +93,16 @@ def check(shape, dtype, stacked=True, device="cpu"):
     x, slots, w, b, grad, packed, packed_bias = inputs(shape, dtype, stacked, device)
     groups, rows = shape[2], max(grad.numel() // max(grad.shape[-1], 1), 1)
     y, grads = expected(x, slots, w, b, grad, packed, packed_bias, groups)
-    got = ops.packed_masked_linear(x, slots, w, packed, b, packed_bias, groups)
+    got = packed_raw.packed_masked_linear(x, slots, w, packed, b, packed_bias, groups)
     assert got.dtype == dtype
     assert_near(got, y, x.shape[-1], "y")
-    got = ops.packed_masked_linear_backward(grad, x, slots, w, packed, b, packed_bias, groups)
+    got = packed_raw.packed_masked_linear_backward(grad, x, slots, w, packed, b, packed_bias, groups)
     for name, one, other, reduction in zip(("dx", "dW", "db"), got, grads, (w.shape[0], rows, rows)):
         assert one.dtype == dtype
         assert_near(one, other, reduction, name)
     doubles = (tensor.double().cpu() for tensor in (grad, x, w))
-    exact = reference.packed_superposition_gradient(*doubles, [one.cpu() for one in packed], groups)
-    got = ops.packed_superposition_gradient(grad, x, w, packed, groups)
+    exact = packed_reference.packed_superposition_gradient(*doubles, [one.cpu() for one in packed], groups)
+    got = packed_raw.packed_superposition_gradient(grad, x, w, packed, groups)
     assert got.dtype == dtype
     assert_near(got, exact, w.numel() * max(rows // max(len(slots), 1), 1), "superposition")
 
@@ -120,12 +121,12 @@ def test_the_reference_equals_a_loop_over_samples(shape, stacked):
     x, slots, w, b, grad, packed, packed_bias = inputs(shape, torch.float64, stacked)
     y, grads = expected(x, slots, w, b, grad, packed, packed_bias, shape[2])
     leaves = [tensor.clone().requires_grad_() for tensor in (x, w, b)]
-    got = reference.packed_masked_linear(leaves[0], slots, leaves[1], packed, leaves[2], packed_bias, shape[2])
+    got = packed_reference.packed_masked_linear(leaves[0], slots, leaves[1], packed, leaves[2], packed_bias, shape[2])
     torch.testing.assert_close(got.detach(), y, rtol=1e-12, atol=1e-12)
     for one, other in zip(torch.autograd.grad(got, leaves, grad, allow_unused=True), grads):
         torch.testing.assert_close(torch.zeros_like(other) if one is None else one, other, rtol=1e-12, atol=1e-12)
     needs = (True, True, True)
-    got = reference.packed_masked_linear_backward(grad, x, slots, w, packed, b, packed_bias, shape[2], needs)
+    got = packed_reference.packed_masked_linear_backward(grad, x, slots, w, packed, b, packed_bias, shape[2], needs)
     for one, other in zip(got, grads):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
@@ -136,13 +137,13 @@ def test_pack_and_unpack(shape, dtype):
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     for threshold in (0.0, 0.3, -float("inf"), float("inf")):
-        on = logits.to(reference._compute_dtype(dtype)) > threshold
+        on = logits.to(compute_dtype(dtype)) > threshold
         packed = mm.pack_mask(logits, threshold=threshold)
         assert packed.dtype == torch.uint8
-        assert torch.equal(packed, reference.pack_mask(logits, threshold))
+        assert torch.equal(packed, packed_reference.pack_mask(logits, threshold))
         rows = on if on.dim() == 1 else on.flatten(1)
         assert torch.equal(by_hand(packed, rows.shape), rows.double())
-        for unpack in (mm.unpack_mask, reference.unpack_mask):
+        for unpack in (mm.unpack_mask, packed_reference.unpack_mask):
             mask = unpack(packed, shape)
             assert mask.dtype == torch.bool and torch.equal(mask, on)
         if on.numel():
@@ -172,10 +173,10 @@ def test_any_strides(layout, listed):
     masks, bias_masks = (list(spaced), list(spread(packed_bias[0]))) if listed else ([spaced], [spread(packed_bias[0])])
     assert not masks[0].is_contiguous()
     args = (layout(x), slots.repeat_interleave(2)[::2], layout(w), masks, wider(b), bias_masks, 1)
-    assert_near(ops.packed_masked_linear(*args), y, 129, "y")
-    for one, other in zip(ops.packed_masked_linear_backward(layout(grad), *args), grads):
+    assert_near(packed_raw.packed_masked_linear(*args), y, 129, "y")
+    for one, other in zip(packed_raw.packed_masked_linear_backward(layout(grad), *args), grads):
         assert_near(one, other, 129, "gradient")
-    exact = reference.packed_superposition_gradient(grad.double(), x.double(), w.double(), packed, 1)
+    exact = packed_reference.packed_superposition_gradient(grad.double(), x.double(), w.double(), packed, 1)
     got = superposition_gradient(layout(grad), layout(x), layout(w), masks)
     assert_near(got, exact, w.numel(), "superposition")
 
@@ -187,22 +188,22 @@ def test_a_sample_does_not_depend_on_its_neighbours(dtype):
     x, w = (torch.randn(rows, 71, generator=generator, dtype=dtype) for rows in (9, 10))
     packed = [torch.randint(0, 256, (9, 10, 9), generator=generator, dtype=torch.uint8)]
     slots = torch.arange(9)
-    y = ops.packed_masked_linear(x, slots, w, packed, None, None, 1)
+    y = packed_raw.packed_masked_linear(x, slots, w, packed, None, None, 1)
     for first, last in ((0, 1), (1, 4), (2, 9)):
-        part = ops.packed_masked_linear(x[first:last], slots[first:last], w, packed, None, None, 1)
+        part = packed_raw.packed_masked_linear(x[first:last], slots[first:last], w, packed, None, None, 1)
         assert torch.equal(part, y[first:last])
-    assert torch.equal(ops.packed_masked_linear(x, slots, w[3:5], [packed[0][:, 3:5]], None, None, 1), y[:, 3:5])
+    assert torch.equal(packed_raw.packed_masked_linear(x, slots, w[3:5], [packed[0][:, 3:5]], None, None, 1), y[:, 3:5])
 
 
 def test_masks_anywhere_in_memory_are_read_to_their_end_only():
     """Rows of bits that begin at any byte, the last one at the end of its memory."""
     x, slots, w, b, _, packed, packed_bias = inputs(([0], (), 1, 7, 17, 1), torch.float32)
-    want = ops.packed_masked_linear(x, slots, w, packed, b, packed_bias, 1)
+    want = packed_raw.packed_masked_linear(x, slots, w, packed, b, packed_bias, 1)
     for start in range(1, 9):
         memory = torch.full((start + packed[0].numel(),), 255, dtype=torch.uint8)
         memory[start:] = packed[0].flatten()
         moved = memory[start:].view(packed[0].shape)
-        assert torch.equal(ops.packed_masked_linear(x, slots, w, [moved], b, packed_bias, 1), want)
+        assert torch.equal(packed_raw.packed_masked_linear(x, slots, w, [moved], b, packed_bias, 1), want)
 
 
 @pytest.mark.parametrize("wide", [0, 70])
@@ -215,7 +216,7 @@ def test_a_weight_that_is_off_is_zero_whatever_it_was_and_a_bad_input_shows(wide
         w, mask = (torch.cat([torch.full((2, wide), value), tensor], 1) for value, tensor in ((float("inf"), w), (-1.0, mask)))
         packed = mm.pack_mask(mask)[None]
         x, slots = torch.ones(samples, wide + 3), torch.zeros(samples, dtype=torch.int64)
-        for run in (mm.packed_masked_linear, lambda *t: reference.packed_masked_linear(*t[:3], [t[3]], None, None, 1)):
+        for run in (mm.packed_masked_linear, lambda *t: packed_reference.packed_masked_linear(*t[:3], [t[3]], None, None, 1)):
             assert run(x, slots, w, packed).tolist() == [[2.0, 2.0]] * samples
             for column in (0, wide + 2):
                 for value in (float("nan"), float("inf")):
@@ -274,8 +275,12 @@ def test_the_same_numbers_every_time_for_a_number_of_threads():
 
         def run():
             args = (x, slots, w, packed, b, packed_bias, 1)
-            backward = ops.packed_masked_linear_backward(grad, *args)
-            return [ops.packed_masked_linear(*args), *backward, ops.packed_superposition_gradient(grad, x, w, packed, 1)]
+            backward = packed_raw.packed_masked_linear_backward(grad, *args)
+            return [
+                packed_raw.packed_masked_linear(*args),
+                *backward,
+                packed_raw.packed_superposition_gradient(grad, x, w, packed, 1),
+            ]
 
         first = run()
         for _ in range(3):
@@ -285,10 +290,10 @@ def test_the_same_numbers_every_time_for_a_number_of_threads():
 def test_each_gradient_alone_equals_all_together():
     x, slots, w, b, grad, packed, packed_bias = inputs(SHAPES["few and many"], torch.float32)
     args = (grad, x, slots, w, packed, b, packed_bias, 1)
-    together = ops.packed_masked_linear_backward(*args)
+    together = packed_raw.packed_masked_linear_backward(*args)
     for index in range(3):
         needs = tuple(position == index for position in range(3))
-        got = ops.packed_masked_linear_backward(*args, needs)
+        got = packed_raw.packed_masked_linear_backward(*args, needs)
         assert [one is not None for one in got] == list(needs)
         torch.testing.assert_close(got[index], together[index], rtol=1e-6, atol=1e-6)
 
@@ -303,11 +308,11 @@ def test_no_theta_is_allocated():
     x, slots, w, b, grad, packed, packed_bias = inputs((list(range(8)), (), 1, 4096, 1024, 8), torch.float32)
     size = w.numel() * 4
     args = (x, slots, w, packed, b, packed_bias, 1)
-    assert largest_allocation(lambda: ops.packed_masked_linear(*args)) < size / 4
-    assert largest_allocation(lambda: ops.packed_masked_linear_backward(grad, *args, (True, False, True))) < size / 4
+    assert largest_allocation(lambda: packed_raw.packed_masked_linear(*args)) < size / 4
+    assert largest_allocation(lambda: packed_raw.packed_masked_linear_backward(grad, *args, (True, False, True))) < size / 4
     # dW alone is one array
-    assert largest_allocation(lambda: ops.packed_masked_linear_backward(grad, *args, (False, True, False))) < 1.5 * size
-    assert largest_allocation(lambda: ops.packed_superposition_gradient(grad, x, w, packed, 1)) < size / 4
+    assert largest_allocation(lambda: packed_raw.packed_masked_linear_backward(grad, *args, (False, True, False))) < 1.5 * size
+    assert largest_allocation(lambda: packed_raw.packed_superposition_gradient(grad, x, w, packed, 1)) < size / 4
 
 
 @pytest.mark.once
@@ -383,7 +388,7 @@ REFUSED = {
     "channels": (ValueError, "C_in = 2 .*groups=1", lambda: mm.packed_masked_conv2d(IMAGE, SLOTS, KERNEL, KP)),
     "padding": (
         ValueError,
-        "padding must be 'valid', 'same', a number or two, got 'full'",
+        "padding must be 'valid', 'same', an integer or two, got 'full'",
         lambda: mm.packed_masked_conv2d(IMAGE, SLOTS, KERNEL, KP, padding="full", groups=2),
     ),
     "stride": (
@@ -393,7 +398,7 @@ REFUSED = {
     ),
     "same with a stride": (
         ValueError,
-        "padding 'same' needs stride 1",
+        "padding='same' needs stride 1",
         lambda: mm.packed_masked_conv2d(IMAGE, SLOTS, KERNEL, KP, padding="same", stride=2, groups=2),
     ),
     "image too small": (
@@ -430,27 +435,29 @@ def test_raw_ops_refuse_what_does_not_fit():
     """The op's own checks: the functions reach some of them in Python first."""
     args = (X, SLOTS, W, [P], B, [PB], 1)
     with pytest.raises(ValueError, match=rf"{RANGE} 7 at position 1"):
-        ops.packed_masked_linear(X, torch.tensor([0, 7]), *args[2:])
+        packed_raw.packed_masked_linear(X, torch.tensor([0, 7]), *args[2:])
     with pytest.raises(ValueError, match=r"packed\[0\] must be \[out, ceil\(in / 8\)\], a task's being \[4, 2\], got \[4, 1\]"):
-        ops.packed_masked_linear(X, SLOTS, W, [P[0, :, :1], P[1]], None, None, 1)
+        packed_raw.packed_masked_linear(X, SLOTS, W, [P[0, :, :1], P[1]], None, None, 1)
     with pytest.raises(ValueError, match="groups must be at least 1 and divide out = 4, got 3"):
-        ops.packed_masked_linear(X, SLOTS, W, [P], None, None, 3)
+        packed_raw.packed_masked_linear(X, SLOTS, W, [P], None, None, 3)
     with pytest.raises(ValueError, match=r"grad must be \[B, ..., out\] = \[2, 4\], got \[2, 3\]"):
-        ops.packed_masked_linear_backward(torch.zeros(2, 3), *args)
+        packed_raw.packed_masked_linear_backward(torch.zeros(2, 3), *args)
     with pytest.raises(ValueError, match=r"packed must be \[4, 2\] for the shape"):
-        ops.unpack_mask(P[0, :3], (4, 9))
+        packed_raw.unpack_mask(P[0, :3], (4, 9))
     with pytest.raises(ValueError, match="mask_logits must be"):
-        ops.pack_mask(B[0], 0.0)
+        packed_raw.pack_mask(B[0], 0.0)
     with pytest.raises(RuntimeError, match="packed_superposition_gradient has no derivative"):
         superposition_gradient(torch.zeros(2, 4, requires_grad=True), X, W, P)
 
 
-@pytest.mark.parametrize("op", [ops.packed_masked_linear, torch.ops.metamask.packed_masked_linear], ids=["direct", "torch.ops"])
+@pytest.mark.parametrize(
+    "op", [packed_raw.packed_masked_linear, torch.ops.metamask.packed_masked_linear], ids=["direct", "torch.ops"]
+)
 def test_both_ways_to_the_op_are_alike(op):
     """torch.ops and the function of the extension that takes its place: neither is a constant silently, both know fake tensors."""
     x, slots, w, b, _, packed, packed_bias = inputs(([0, 2], (), 1, 4, 9, 3), torch.float32)
     args = [x, slots, w, packed, b, packed_bias, 1]
-    want = reference.packed_masked_linear(*args)
+    want = packed_reference.packed_masked_linear(*args)
     assert_near(op(*args), want, 9, "y")
     for place in (0, 2, 4):
         differentiated = [*args[:place], args[place].clone().requires_grad_(), *args[place + 1 :]]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samples import ALL, DEVICES, DTYPES, GATE_IDS, GATES, LARGE, SMALL, Sample, assert_close
+from support.samples import ALL, DEVICES, DTYPES, GATE_IDS, GATES, LARGE, SMALL, Sample, assert_close
 from test_autograd import metamask_ops, nested_gradients, options
 from test_ops import MIXED, as_double, terms_to_mask
 from torch.autograd import gradcheck, gradgradcheck
 
 import metamask_ext as mm
-from metamask_ext import _ops, reference
-from metamask_ext.reference import SIGMOID
+from metamask_ext.ops.gate import SIGMOID
+from metamask_ext.ops.weight import raw as weight_raw
+from metamask_ext.ops.weight import reference as weight_reference
 
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_gate = pytest.mark.parametrize("gate", GATES, ids=GATE_IDS)
@@ -39,28 +40,32 @@ def columns(listed, count, dtype=torch.float64, device="cpu"):
 def check(listed, gate, dtype, device, other=None):
     weight, mask, grad, a, b = columns(listed, 5, dtype, device)
     grad = [one.to(other or dtype) for one in grad]
-    theta = _ops.masked_weight_list(weight, mask, *gate, other)
-    first = _ops.masked_weight_list_backward(grad, weight, mask, *gate)
-    second = _ops.masked_weight_list_double_backward(a, b, grad, weight, mask, *gate)
+    theta = weight_raw.masked_weight_list(weight, mask, *gate, other)
+    first = weight_raw.masked_weight_list_backward(grad, weight, mask, *gate)
+    second = weight_raw.masked_weight_list_double_backward(a, b, grad, weight, mask, *gate)
     assert [len(column) for column in (theta, *first, *second)] == [len(weight)] * 6
     for i in range(len(weight)):
         w, m, g, a_, b_ = as_double(weight[i], mask[i], grad[i], a[i], b[i])
         sizes = [term.abs() for term in (a_, b_, g, w)]
-        scale = reference.masked_weight_double_backward(*sizes, m, *gate)[0].abs(), 0.0, terms_to_mask(a_, b_, g, w, m, *gate)
+        scale = (
+            weight_reference.masked_weight_double_backward(*sizes, m, *gate)[0].abs(),
+            0.0,
+            terms_to_mask(a_, b_, g, w, m, *gate),
+        )
         wanted = [
-            ("theta", theta[i], other or dtype, reference.masked_weight(w, m, *gate), 0.0),
+            ("theta", theta[i], other or dtype, weight_reference.masked_weight(w, m, *gate), 0.0),
             *zip(
                 ("dW", "dM"),
                 (column[i] for column in first),
                 (dtype, dtype),
-                reference.masked_weight_backward(g, w, m, *gate),
+                weight_reference.masked_weight_backward(g, w, m, *gate),
                 (0.0, 0.0),
             ),
             *zip(
                 ("dG", "ddW", "ddM"),
                 (column[i] for column in second),
                 (other or dtype, dtype, dtype),
-                reference.masked_weight_double_backward(a_, b_, g, w, m, *gate),
+                weight_reference.masked_weight_double_backward(a_, b_, g, w, m, *gate),
                 scale,
             ),
         ]
@@ -89,23 +94,23 @@ def test_a_list_of_large_weights_does_not_depend_on_the_number_of_threads():
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        dw, dm = _ops.masked_weight_list_backward(grad, weight, mask, SIGMOID, 1.0)
-        results.append([*_ops.masked_weight_list(weight, mask, SIGMOID, 1.0), *dw, *dm])
+        dw, dm = weight_raw.masked_weight_list_backward(grad, weight, mask, SIGMOID, 1.0)
+        results.append([*weight_raw.masked_weight_list(weight, mask, SIGMOID, 1.0), *dw, *dm])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     for one, w, m in zip(results[0], weight, mask):
-        assert torch.equal(one, _ops.masked_weight(w, m, SIGMOID, 1.0))
+        assert torch.equal(one, weight_raw.masked_weight(w, m, SIGMOID, 1.0))
 
 
 @each_device
 def test_only_the_lists_that_are_needed_are_made(device):
     weight, mask, grad, a, b = columns("all small", 5, torch.float32, device)
-    backward = _ops.masked_weight_list_backward(grad, weight, mask, *GATES[0])
+    backward = weight_raw.masked_weight_list_backward(grad, weight, mask, *GATES[0])
     for needs in ((True, False), (False, True), (False, False)):
-        got = _ops.masked_weight_list_backward(grad, weight, mask, *GATES[0], needs)
+        got = weight_raw.masked_weight_list_backward(grad, weight, mask, *GATES[0], needs)
         assert_same(got, [column if need else [] for column, need in zip(backward, needs)])
-    both = _ops.masked_weight_list_double_backward(a, b, grad, weight, mask, *GATES[0])
+    both = weight_raw.masked_weight_list_double_backward(a, b, grad, weight, mask, *GATES[0])
     for needs in ((True, False, False), (False, True, False), (False, False, True)):
-        got = _ops.masked_weight_list_double_backward(a, b, grad, weight, mask, *GATES[0], needs)
+        got = weight_raw.masked_weight_list_double_backward(a, b, grad, weight, mask, *GATES[0], needs)
         assert_same(got, [column if need else [] for column, need in zip(both, needs)])
 
 
@@ -116,8 +121,8 @@ def test_a_cotangent_of_a_list_that_is_not_there_is_zero(device):
     some, full = ([one if i % 2 else other for i, one in enumerate(a)] for other in (None, zero[0]))
     full = [zero[i] if one is zero[0] else one for i, one in enumerate(full)]
     for given, whole in (((a, []), (a, zero)), (([], b), (zero, b)), ((some, b), (full, b))):
-        got = _ops.masked_weight_list_double_backward(*given, grad, weight, mask, *GATES[0])
-        assert_same(got, _ops.masked_weight_list_double_backward(*whole, grad, weight, mask, *GATES[0]))
+        got = weight_raw.masked_weight_list_double_backward(*given, grad, weight, mask, *GATES[0])
+        assert_same(got, weight_raw.masked_weight_list_double_backward(*whole, grad, weight, mask, *GATES[0]))
 
 
 def assert_same(got, wanted):
@@ -136,7 +141,7 @@ def ours(*tensors, gate=GATES[1]):
 
 def plain(*tensors, gate=GATES[1]):
     count = len(tensors) // 2
-    return [reference.masked_weight(*pair, *gate) for pair in zip(tensors[:count], tensors[count:])]
+    return [weight_reference.masked_weight(*pair, *gate) for pair in zip(tensors[:count], tensors[count:])]
 
 
 # Finite differences need memory of its own for each element.
@@ -256,11 +261,11 @@ def test_opcheck_of_the_list_ops(dtype, device):
 def test_an_op_on_a_list_that_would_be_differentiated_by_accident_raises():
     weight, mask = [torch.ones(2), torch.ones(3, requires_grad=True)], [torch.ones(2), torch.ones(3)]
     with pytest.raises(RuntimeError, match="metamask::masked_weight_list has no derivative"):
-        _ops.masked_weight_list(weight, mask, *GATES[0])
+        weight_raw.masked_weight_list(weight, mask, *GATES[0])
     with pytest.raises(RuntimeError, match="metamask::masked_weight_list_backward has no derivative"):
-        _ops.masked_weight_list_backward(mask, mask, weight, *GATES[0])
+        weight_raw.masked_weight_list_backward(mask, mask, weight, *GATES[0])
     with pytest.raises(RuntimeError, match="metamask::masked_weight_list_double_backward has no derivative"):
-        _ops.masked_weight_list_double_backward([None, weight[1]], [], mask, mask, mask, *GATES[0])
+        weight_raw.masked_weight_list_double_backward([None, weight[1]], [], mask, mask, mask, *GATES[0])
 
 
 W = [torch.zeros(2, 3), torch.zeros(4)]
@@ -287,7 +292,7 @@ def test_a_wrong_list_is_refused_by_the_op_its_fake_and_the_functional_layer(nam
     if weight:  # without a tensor the dispatcher finds no kernel
         for to in ("cpu", "meta"):
             with pytest.raises(error, match=message):
-                _ops.masked_weight_list([one.to(to) for one in weight], [one.to(to) for one in mask], SIGMOID, 1.0)
+                weight_raw.masked_weight_list([one.to(to) for one in weight], [one.to(to) for one in mask], SIGMOID, 1.0)
 
 
 def test_what_is_no_list_and_gradients_that_do_not_fit_are_refused():
@@ -300,18 +305,18 @@ def test_what_is_no_list_and_gradients_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"weight\[1\] must be on the device of weight\[0\], cpu, got meta"):
         mm.masked_weight([W[0], W[1].to("meta")], [W[0], W[1].to("meta")])
     with pytest.raises(ValueError, match="temperature must be finite and greater than 0, got -1"):
-        _ops.masked_weight_list(W, W, SIGMOID, -1.0)
+        weight_raw.masked_weight_list(W, W, SIGMOID, -1.0)
     with pytest.raises(TypeError, match="dtype must be float32, bfloat16 or float16, got Double"):
-        _ops.masked_weight_list(W, W, SIGMOID, 1.0, torch.float64)
+        weight_raw.masked_weight_list(W, W, SIGMOID, 1.0, torch.float64)
     for to in ("cpu", "meta"):
         w = [one.to(to) for one in W]
         with pytest.raises(ValueError, match="grad must be as many as weight, 2, got 1"):
-            _ops.masked_weight_list_backward(w[:1], w, w, SIGMOID, 1.0)
+            weight_raw.masked_weight_list_backward(w[:1], w, w, SIGMOID, 1.0)
         with pytest.raises(ValueError, match=r"grad\[1\] must have the shape of weight"):
-            _ops.masked_weight_list_backward([w[0], w[0]], w, w, SIGMOID, 1.0)
+            weight_raw.masked_weight_list_backward([w[0], w[0]], w, w, SIGMOID, 1.0)
         with pytest.raises(ValueError, match="cotangent_mask must be as many as weight, 2, got 1"):
-            _ops.masked_weight_list_double_backward([], w[:1], w, w, w, SIGMOID, 1.0)
+            weight_raw.masked_weight_list_double_backward([], w[:1], w, w, w, SIGMOID, 1.0)
         with pytest.raises(ValueError, match=r"cotangent_weight\[0\] must have the shape of weight"):
-            _ops.masked_weight_list_double_backward([w[1], None], [], w, w, w, SIGMOID, 1.0)
+            weight_raw.masked_weight_list_double_backward([w[1], None], [], w, w, w, SIGMOID, 1.0)
     with pytest.raises(TypeError, match=r"grad\[1\] must have the dtype of grad\[0\]"):
-        _ops.masked_weight_list_backward([W[0], W[1].half()], W, W, SIGMOID, 1.0)
+        weight_raw.masked_weight_list_backward([W[0], W[1].half()], W, W, SIGMOID, 1.0)

@@ -8,12 +8,14 @@ import subprocess
 import sys
 
 import pytest
-import samples
 import torch
-from samples import ALL, DEVICES, DTYPES, GATE_IDS, GATES, SMALL, assert_close
+from support import samples
+from support.samples import ALL, DEVICES, DTYPES, GATE_IDS, GATES, SMALL, assert_close
 
-from metamask_ext import _ops, build_info, reference
-from metamask_ext.reference import HARD, SIGMOID
+from metamask_ext import build_info
+from metamask_ext.ops.gate import HARD, SIGMOID, gate_values
+from metamask_ext.ops.weight import raw as weight_raw
+from metamask_ext.ops.weight import reference as weight_reference
 
 each_sample = pytest.mark.parametrize("sample", ALL, ids=samples.ids(ALL))
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -34,8 +36,8 @@ def as_double(*tensors):
 
 def check_forward(sample, gate, dtype, device, out_dtype=None):
     weight, mask = sample.tensors(2, dtype, device)
-    got = _ops.masked_weight(weight, mask, *gate, out_dtype)
-    expected = reference.masked_weight(*as_double(weight, mask), *gate)
+    got = weight_raw.masked_weight(weight, mask, *gate, out_dtype)
+    expected = weight_reference.masked_weight(*as_double(weight, mask), *gate)
     assert got.dtype == (out_dtype or dtype)
     assert got.device == weight.device
     assert_close(got.cpu(), expected, "theta")
@@ -45,8 +47,8 @@ def check_forward(sample, gate, dtype, device, out_dtype=None):
 def check_backward(sample, gate, dtype, device, grad_dtype=None):
     weight, mask, grad = sample.tensors(3, dtype, device)
     grad = grad.to(grad_dtype or dtype)
-    got = _ops.masked_weight_backward(grad, weight, mask, *gate)
-    expected = reference.masked_weight_backward(*as_double(grad, weight, mask), *gate)
+    got = weight_raw.masked_weight_backward(grad, weight, mask, *gate)
+    expected = weight_reference.masked_weight_backward(*as_double(grad, weight, mask), *gate)
     for name, one, other in zip(("dW", "dM"), got, expected):
         assert one.dtype == dtype
         assert_close(one.cpu(), other, name)
@@ -55,19 +57,19 @@ def check_backward(sample, gate, dtype, device, grad_dtype=None):
 def check_double_backward(sample, gate, dtype, device, grad_dtype=None):
     weight, mask, grad, a, b = sample.tensors(5, dtype, device)
     grad = grad.to(grad_dtype or dtype)
-    got = _ops.masked_weight_double_backward(a, b, grad, weight, mask, *gate)
+    got = weight_raw.masked_weight_double_backward(a, b, grad, weight, mask, *gate)
     double = as_double(a, b, grad, weight, mask)
-    expected = reference.masked_weight_double_backward(*double, *gate)
+    expected = weight_reference.masked_weight_double_backward(*double, *gate)
     # Each output is a sum of two terms: their sizes, one by one
     sizes = [term.abs() for term in double[:4]]
-    scale = reference.masked_weight_double_backward(*sizes, double[4], *gate)[0].abs(), 0.0, terms_to_mask(*double, *gate)
+    scale = weight_reference.masked_weight_double_backward(*sizes, double[4], *gate)[0].abs(), 0.0, terms_to_mask(*double, *gate)
     for name, one, other, terms, kind in zip(("dG", "dW", "dM"), got, expected, scale, (grad.dtype, dtype, dtype)):
         assert one.dtype == kind
         assert_close(one.cpu(), other, name, terms)
 
 
 def terms_to_mask(a, b, grad, weight, mask, gate, parameter):
-    _, d, d2 = reference.gate_values(mask, gate, parameter)
+    _, d, d2 = gate_values(mask, gate, parameter)
     # 1 - 2s is itself a difference: its error is relative to 1
     return (a * grad * d).abs() + (b * grad * weight).abs() * torch.maximum(
         d2.abs(), d / parameter if gate == SIGMOID else d2.abs()
@@ -99,14 +101,16 @@ def test_answers_worked_out_by_hand(device):
     # sigmoid(ln 3) = 3/4; its derivative 3/16; the second 3/16 * (1 - 3/2) = -3/32
     weight, mask, grad = (torch.tensor([value], dtype=torch.float64, device=device) for value in (8.0, math.log(3), 2.0))
     one = torch.ones_like(weight)
-    assert _ops.masked_weight(weight, mask, SIGMOID, 1.0).item() == pytest.approx(6.0, rel=1e-15)
-    assert [t.item() for t in _ops.masked_weight_backward(grad, weight, mask, SIGMOID, 1.0)] == pytest.approx([1.5, 3.0], rel=1e-15)
-    second = _ops.masked_weight_double_backward(one, one, grad, weight, mask, SIGMOID, 1.0)
+    assert weight_raw.masked_weight(weight, mask, SIGMOID, 1.0).item() == pytest.approx(6.0, rel=1e-15)
+    assert [t.item() for t in weight_raw.masked_weight_backward(grad, weight, mask, SIGMOID, 1.0)] == pytest.approx(
+        [1.5, 3.0], rel=1e-15
+    )
+    second = weight_raw.masked_weight_double_backward(one, one, grad, weight, mask, SIGMOID, 1.0)
     assert [t.item() for t in second] == pytest.approx([0.75 + 1.5, 0.375, 0.375 - 1.5], rel=1e-15)
     # Hard: the threshold itself is off
     weight, mask = (torch.tensor(values, device=device) for values in ([5.0, 5.0, 5.0], [0.25, 0.2500001, -3.0]))
-    assert _ops.masked_weight(weight, mask, HARD, 0.25).tolist() == [0.0, 5.0, 0.0]
-    assert _ops.masked_weight_backward(torch.ones_like(weight), weight, mask, HARD, 0.25)[1].tolist() == [5.0, 5.0, 5.0]
+    assert weight_raw.masked_weight(weight, mask, HARD, 0.25).tolist() == [0.0, 5.0, 0.0]
+    assert weight_raw.masked_weight_backward(torch.ones_like(weight), weight, mask, HARD, 0.25)[1].tolist() == [5.0, 5.0, 5.0]
 
 
 @each_device
@@ -115,11 +119,11 @@ def test_large_and_infinite_logits_give_exactly_0_and_1(dtype, device):
     mask = torch.tensor([1e4, -1e4, math.inf, -math.inf], device=device).to(dtype)
     weight = torch.full_like(mask, 3.0)
     for gate, parameter in ((SIGMOID, 1.0), (SIGMOID, 1e-3), (HARD, 0.0)):
-        assert _ops.masked_weight(weight, mask, gate, parameter).tolist() == [3.0, 0.0, 3.0, 0.0]
-    grad_weight, grad_mask = _ops.masked_weight_backward(weight, weight, mask, SIGMOID, 1.0)
+        assert weight_raw.masked_weight(weight, mask, gate, parameter).tolist() == [3.0, 0.0, 3.0, 0.0]
+    grad_weight, grad_mask = weight_raw.masked_weight_backward(weight, weight, mask, SIGMOID, 1.0)
     assert grad_weight.tolist() == [3.0, 0.0, 3.0, 0.0]
     assert grad_mask.tolist() == [0.0] * 4
-    second = _ops.masked_weight_double_backward(weight, weight, weight, weight, mask, SIGMOID, 1.0)
+    second = weight_raw.masked_weight_double_backward(weight, weight, weight, weight, mask, SIGMOID, 1.0)
     assert [t.tolist() for t in second] == [[3.0, 0.0, 3.0, 0.0], [0.0] * 4, [0.0] * 4]
 
 
@@ -128,15 +132,15 @@ def test_large_and_infinite_logits_give_exactly_0_and_1(dtype, device):
 def test_nan_stays_nan(dtype, device):
     nan = torch.tensor([math.nan, 1.0], device=device).to(dtype)
     one = torch.ones_like(nan)
-    assert _ops.masked_weight(one, nan, SIGMOID, 1.0).isnan().tolist() == [True, False]
-    assert _ops.masked_weight(nan, one, HARD, 0.0).isnan().tolist() == [True, False]
-    assert _ops.masked_weight_backward(nan, one, one, SIGMOID, 1.0)[1].isnan().tolist() == [True, False]
+    assert weight_raw.masked_weight(one, nan, SIGMOID, 1.0).isnan().tolist() == [True, False]
+    assert weight_raw.masked_weight(nan, one, HARD, 0.0).isnan().tolist() == [True, False]
+    assert weight_raw.masked_weight_backward(nan, one, one, SIGMOID, 1.0)[1].isnan().tolist() == [True, False]
 
 
 def test_gradient_of_a_saturated_mask_keeps_its_accuracy():
     # s rounds to 1 in float32, so s * (1 - s) would be 0; exp(-20) / (1 + exp(-20))^2 is not
     one = torch.ones(1)
-    gradient = _ops.masked_weight_backward(one, one, torch.tensor([20.0]), SIGMOID, 1.0)[1].item()
+    gradient = weight_raw.masked_weight_backward(one, one, torch.tensor([20.0]), SIGMOID, 1.0)[1].item()
     assert gradient == pytest.approx(math.exp(-20) / (1 + math.exp(-20)) ** 2, rel=1e-6)
 
 
@@ -150,7 +154,7 @@ def test_16_bit_types_are_read_and_rounded_as_torch_does(dtype, device):
     # Every bit pattern read: W * 1 is the value itself
     every = every_float16().view(dtype).to(device)
     on = torch.full_like(every, math.inf)
-    widened = _ops.masked_weight(every, on, HARD, 0.0, torch.float32)
+    widened = weight_raw.masked_weight(every, on, HARD, 0.0, torch.float32)
     assert torch.equal(widened.nan_to_num(1.5, 3e38, -3e38), every.float().nan_to_num(1.5, 3e38, -3e38))
     # Written: values between neighbours, ties, subnormals, overflow
     finite = every_float16().view(dtype).double()
@@ -159,7 +163,7 @@ def test_16_bit_types_are_read_and_rounded_as_torch_does(dtype, device):
         [finite, (finite[1:] + finite[:-1]) / 2, finite * 1.0001, torch.tensor([7e4, -7e4, 65519.0, 65520.0, 1e-9])]
     )
     between = between.float().to(device)
-    narrowed = _ops.masked_weight(between, torch.full_like(between, math.inf), HARD, 0.0, dtype)
+    narrowed = weight_raw.masked_weight(between, torch.full_like(between, math.inf), HARD, 0.0, dtype)
     assert torch.equal(narrowed, between.to(dtype))
 
 
@@ -177,13 +181,13 @@ def test_result_keeps_the_memory_format_of_the_weight(sample, device):
 @pytest.mark.parametrize("gate", GATES[::2], ids=GATE_IDS[::2])
 def test_only_the_outputs_that_are_needed_are_made(gate, device):
     weight, mask, grad, a, b = SMALL[2].tensors(5, torch.float32, device)
-    both = _ops.masked_weight_backward(grad, weight, mask, *gate)
+    both = weight_raw.masked_weight_backward(grad, weight, mask, *gate)
     for needs in ((True, False), (False, True), (False, False)):
-        got = _ops.masked_weight_backward(grad, weight, mask, *gate, needs)
+        got = weight_raw.masked_weight_backward(grad, weight, mask, *gate, needs)
         assert all(torch.equal(g, e) if need else g is None for g, e, need in zip(got, both, needs))
-    everything = _ops.masked_weight_double_backward(a, b, grad, weight, mask, *gate)
+    everything = weight_raw.masked_weight_double_backward(a, b, grad, weight, mask, *gate)
     for needs in ((True, False, False), (False, True, False), (False, False, True)):
-        got = _ops.masked_weight_double_backward(a, b, grad, weight, mask, *gate, needs)
+        got = weight_raw.masked_weight_double_backward(a, b, grad, weight, mask, *gate, needs)
         assert all(torch.equal(g, e) if need else g is None for g, e, need in zip(got, everything, needs))
 
 
@@ -193,8 +197,8 @@ def test_a_cotangent_that_is_not_there_is_zero(gate, device):
     weight, mask, grad, a, b = SMALL[2].tensors(5, torch.float32, device)
     zero = torch.zeros_like(a)
     for given, full in (((a, None), (a, zero)), ((None, b), (zero, b))):
-        got = _ops.masked_weight_double_backward(*given, grad, weight, mask, *gate)
-        expected = _ops.masked_weight_double_backward(*full, grad, weight, mask, *gate)
+        got = weight_raw.masked_weight_double_backward(*given, grad, weight, mask, *gate)
+        expected = weight_raw.masked_weight_double_backward(*full, grad, weight, mask, *gate)
         assert all(torch.equal(g, e) for g, e in zip(got, expected))
 
 
@@ -203,9 +207,9 @@ def test_inputs_are_not_written(device):
     given = SMALL[2].tensors(5, torch.float32, device)
     kept = [tensor.clone() for tensor in given]
     weight, mask, grad, a, b = given
-    _ops.masked_weight(weight, mask, SIGMOID, 1.0)
-    _ops.masked_weight_backward(grad, weight, mask, SIGMOID, 1.0)
-    _ops.masked_weight_double_backward(a, b, grad, weight, mask, SIGMOID, 1.0)
+    weight_raw.masked_weight(weight, mask, SIGMOID, 1.0)
+    weight_raw.masked_weight_backward(grad, weight, mask, SIGMOID, 1.0)
+    weight_raw.masked_weight_double_backward(a, b, grad, weight, mask, SIGMOID, 1.0)
     assert all(torch.equal(one, other) for one, other in zip(given, kept))
 
 
@@ -215,8 +219,8 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        outputs = [_ops.masked_weight(weight, mask, SIGMOID, 1.0)]
-        results.append(outputs + list(_ops.masked_weight_backward(grad, weight, mask, SIGMOID, 1.0)))
+        outputs = [weight_raw.masked_weight(weight, mask, SIGMOID, 1.0)]
+        results.append(outputs + list(weight_raw.masked_weight_backward(grad, weight, mask, SIGMOID, 1.0)))
     assert all(torch.equal(one, other) for one, other in zip(*results))
 
 
@@ -225,7 +229,7 @@ def test_large_tensors_are_worked_on_by_all_threads():
     """A build without OpenMP would compute the same numbers in one thread."""
     script = (
         "import os, threading, torch; from metamask_ext import _ops; torch.set_num_threads(3); w = torch.empty(1 << 20);"
-        "before = len(os.listdir('/proc/self/task')); _ops.masked_weight(w, w, 0, 1.0);"
+        "before = len(os.listdir('/proc/self/task')); weight_raw.masked_weight(w, w, 0, 1.0);"
         "print(len(os.listdir('/proc/self/task')) - before)"
     )
     if sys.platform == "linux":
@@ -251,9 +255,15 @@ def test_opcheck(dtype, device):
 def test_fake_results_have_the_layout_of_the_real_ones():
     for sample in SMALL:
         weight, mask, grad = sample.tensors(3, torch.float32)
-        real = [_ops.masked_weight(weight, mask, SIGMOID, 1.0), *_ops.masked_weight_backward(grad, weight, mask, SIGMOID, 1.0)]
+        real = [
+            weight_raw.masked_weight(weight, mask, SIGMOID, 1.0),
+            *weight_raw.masked_weight_backward(grad, weight, mask, SIGMOID, 1.0),
+        ]
         weight, mask, grad = (tensor.to("meta") for tensor in (weight, mask, grad))
-        meta = [_ops.masked_weight(weight, mask, SIGMOID, 1.0), *_ops.masked_weight_backward(grad, weight, mask, SIGMOID, 1.0)]
+        meta = [
+            weight_raw.masked_weight(weight, mask, SIGMOID, 1.0),
+            *weight_raw.masked_weight_backward(grad, weight, mask, SIGMOID, 1.0),
+        ]
         for one, other in zip(real, meta):
             assert (one.shape, one.dtype) == (other.shape, other.dtype)
             assert one.stride() == other.stride() or one.numel() < 2, sample.name
@@ -286,42 +296,42 @@ def test_a_wrong_pair_is_refused_by_every_op_and_its_fake_and_the_functional_lay
         calls = [(weight, mask), (weight.to("meta"), mask.to("meta"))]
         for one, other in calls:
             with pytest.raises(error, match=message):
-                _ops.masked_weight(one, other, SIGMOID, 1.0)
+                weight_raw.masked_weight(one, other, SIGMOID, 1.0)
             with pytest.raises(error, match=message):
-                _ops.masked_weight_backward(one, one, other, SIGMOID, 1.0)
+                weight_raw.masked_weight_backward(one, one, other, SIGMOID, 1.0)
             with pytest.raises(error, match=message):
-                _ops.masked_weight_double_backward(one, one, one, one, other, SIGMOID, 1.0)
+                weight_raw.masked_weight_double_backward(one, one, one, one, other, SIGMOID, 1.0)
 
 
 def test_raw_ops_refuse_a_wrong_gate_gradient_and_dtype():
     with pytest.raises(ValueError, match="gate must be 0 .* got 2"):
-        _ops.masked_weight(W, W, 2, 1.0)
+        weight_raw.masked_weight(W, W, 2, 1.0)
     with pytest.raises(ValueError, match="temperature must be finite and greater than 0, got -1"):
-        _ops.masked_weight(W, W, SIGMOID, -1.0)
+        weight_raw.masked_weight(W, W, SIGMOID, -1.0)
     with pytest.raises(TypeError, match="dtype must be float32, bfloat16 or float16, got Double"):
-        _ops.masked_weight(W, W, SIGMOID, 1.0, torch.float64)
+        weight_raw.masked_weight(W, W, SIGMOID, 1.0, torch.float64)
     with pytest.raises(ValueError, match="grad must have the shape of weight, \\[2, 3\\], got \\[2\\]"):
-        _ops.masked_weight_backward(torch.zeros(2), W, W, SIGMOID, 1.0)
+        weight_raw.masked_weight_backward(torch.zeros(2), W, W, SIGMOID, 1.0)
     with pytest.raises(TypeError, match="grad must be float32, bfloat16 or float16, got Double"):
-        _ops.masked_weight_backward(W.double(), W, W, SIGMOID, 1.0)
+        weight_raw.masked_weight_backward(W.double(), W, W, SIGMOID, 1.0)
     with pytest.raises(ValueError, match="cotangent_mask must have the shape of weight"):
-        _ops.masked_weight_double_backward(W, torch.zeros(2), W, W, W, SIGMOID, 1.0)
+        weight_raw.masked_weight_double_backward(W, torch.zeros(2), W, W, W, SIGMOID, 1.0)
 
 
 def test_an_op_that_would_be_differentiated_by_accident_raises():
     weight, mask = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3)
     with pytest.raises(RuntimeError, match="metamask::masked_weight has no derivative"):
-        _ops.masked_weight(weight, mask, SIGMOID, 1.0)
+        weight_raw.masked_weight(weight, mask, SIGMOID, 1.0)
     with pytest.raises(RuntimeError, match="metamask::masked_weight_backward has no derivative"):
-        _ops.masked_weight_backward(mask, mask, weight, SIGMOID, 1.0)
+        weight_raw.masked_weight_backward(mask, mask, weight, SIGMOID, 1.0)
     with pytest.raises(RuntimeError, match="metamask::masked_weight_double_backward has no derivative"):
-        _ops.masked_weight_double_backward(weight, None, mask, mask, mask, SIGMOID, 1.0)
+        weight_raw.masked_weight_double_backward(weight, None, mask, mask, mask, SIGMOID, 1.0)
     with pytest.raises(RuntimeError, match="has no derivative"):
-        torch.func.grad(lambda w: _ops.masked_weight(w, mask, SIGMOID, 1.0).sum())(mask)
+        torch.func.grad(lambda w: weight_raw.masked_weight(w, mask, SIGMOID, 1.0).sum())(mask)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no derivative"):
-        _ops.masked_weight(torch.autograd.forward_ad.make_dual(mask, mask), mask, SIGMOID, 1.0)
+        weight_raw.masked_weight(torch.autograd.forward_ad.make_dual(mask, mask), mask, SIGMOID, 1.0)
     with torch.no_grad():
-        assert _ops.masked_weight(weight, mask, SIGMOID, 1.0).shape == (2, 3)
+        assert weight_raw.masked_weight(weight, mask, SIGMOID, 1.0).shape == (2, 3)
 
 
 @pytest.mark.once

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..continual.files import write_atomic
-from ..meta import MAML
-from ..tasks.fourier import fourier_features, fourier_tasks, grid
-from .feature_weights_report import CLAIMS, GROUPS, KINDS, documents, figures, members_of, shown_sizes, tables
-from .feature_weights_theory import aliased_pair, min_norm
-from .output import Output, Scores
-from .settings import OptionError
-from .tracking import track
+from metamask_ext.data.fourier import fourier_features, fourier_tasks, grid
+from metamask_ext.experiments.engine.run_folder import Output, Scores
+from metamask_ext.experiments.engine.settings import OptionError
+from metamask_ext.experiments.engine.tracking import track
+from metamask_ext.files.checkpoint import write_atomic
+from metamask_ext.meta import MAML
+
+from .report import CLAIMS, GROUPS, KINDS, documents, figures, members_of, shown_sizes, tables
+from .theory import aliased_pair, min_norm
 
 __all__ = ["CLAIMS", "QUESTION", "QUICK", "SETTINGS", "documents", "figures", "run", "tables"]
 

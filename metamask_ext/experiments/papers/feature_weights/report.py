@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from .claims import Claim
-from .output import STYLES, bands, cell, new_figure, plot_seeds
+from metamask_ext.experiments.engine.claims import Claim
+from metamask_ext.experiments.engine.run_folder import STYLES, bands, cell, new_figure, plot_seeds
 
 Metrics = Mapping[str, Any]
 KINDS = ("regression", "classification")

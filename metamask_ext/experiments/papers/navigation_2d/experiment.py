@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..meta import MAML
-from .claims import Claim, mean
-from .methods import seeded
-from .output import STYLES, Output, Scores, bands, new_figure, plot_seeds
-from .tracking import track
+from metamask_ext.experiments.engine.claims import Claim, mean
+from metamask_ext.experiments.engine.run_folder import STYLES, Output, Scores, bands, new_figure, plot_seeds
+from metamask_ext.experiments.engine.tracking import track
+from metamask_ext.experiments.engine.training import seeded
+from metamask_ext.meta import MAML
 
 LABELS = {
     "maml": "MAML",

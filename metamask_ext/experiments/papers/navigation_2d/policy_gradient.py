@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..meta import MAML
-from ..nn import MaskedLinear
-from ..tasks.navigation import HORIZON, LONGEST_STEP, NavigationVectorEnv
+from metamask_ext.data.navigation import HORIZON, LONGEST_STEP, NavigationVectorEnv
+from metamask_ext.meta import MAML
+from metamask_ext.nn import MaskedLinear
 
 
 class GaussianPolicy(nn.Module):

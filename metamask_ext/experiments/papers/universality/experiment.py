@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..meta import MAML
-from ..nn import MaskedLinear
-from ..tasks import SineTasks, sine_tasks
-from .claims import Claim
-from .methods import descend, seeded
+from metamask_ext.data import SineTasks, sine_tasks
+from metamask_ext.experiments.engine.claims import Claim
+from metamask_ext.experiments.engine.run_folder import Output, Scores, bands, cell, new_figure, plot_seeds, summarized, table_of
+from metamask_ext.experiments.engine.settings import OptionError
+from metamask_ext.experiments.engine.training import descend, seeded
+from metamask_ext.meta import MAML
+from metamask_ext.nn import MaskedLinear
+
 from .one_step_learner import OneStepLearner
-from .output import Output, Scores, bands, cell, new_figure, plot_seeds, summarized, table_of
-from .settings import OptionError
 
 LABELS = {
     "maml": "MAML",

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from . import study_methods as methods_
-from .output import Output
-from .study_methods import FORGETTING, METHODS
-from .study_new import new_task_scores
-from .study_problem import Problem, Score, TaskData
-from .study_report import (
+from ..engine.run_folder import Output
+from . import methods as methods_
+from .methods import FORGETTING, METHODS
+from .new_tasks import new_task_scores
+from .problem import Problem, Score, TaskData
+from .report import (
     AT_THE_END,
     JUST_LEARNED,
     after_learning,

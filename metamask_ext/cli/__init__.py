@@ -1,0 +1,5 @@
+"""The command ``metamask``."""
+
+from .app import main
+
+__all__ = ["main"]

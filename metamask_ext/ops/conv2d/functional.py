@@ -1,0 +1,125 @@
+"""``masked_conv2d``: a convolution with a masked weight."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metamask_ext.torch_private import bare_apply
+
+from ..checks import check_bias, check_conv2d, check_pair
+from ..dispatch import autocast_dtype, check_input_dtype, use_reference
+from ..gate import resolve_gate
+from ..geometry import Geometry, output_size
+from ..weight.functional import theta
+from . import reference
+from .autograd import MaskedConv2d, conv2d_product
+
+_apply_conv2d = bare_apply(MaskedConv2d)
+
+
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None = None,
+    bias_mask_logits: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    gate: str = "sigmoid",
+    temperature: float = 1.0,
+    threshold: float = 0.0,
+) -> Tensor:
+    """``y = conv2d(x, W * g(M)) + b * g(M_b)``: :func:`torch.nn.functional.conv2d` with a masked weight.
+
+    On a CPU, where the output has few places for its channels, the convolution is a product in which ``theta`` is never in memory.
+
+    Args:
+        input: ``x``, ``[N, C_in, H, W]`` or ``[C_in, H, W]``.
+        weight: ``W``, ``[C_out, C_in / groups, kH, kW]``.
+        mask_logits: ``M``, of the shape of ``weight``.
+        bias: ``b``, ``[C_out]``, or None.
+        bias_mask_logits: ``M_b``, ``[C_out]``; None leaves the bias unmasked.
+        stride, padding, dilation, groups: as in ``conv2d``; padding may be ``"valid"`` or ``"same"``.
+        gate, temperature, threshold: see :func:`masked_weight`.
+
+    Returns:
+        ``y``, ``[N, C_out, H', W']`` or ``[C_out, H', W']``; under autocast in the autocast dtype, as ``conv2d`` does.
+
+    Raises:
+        TypeError, ValueError: as :func:`masked_weight`; also when ``input`` does not fit ``weight``.
+    """
+    gate_id, gate_param = resolve_gate(gate, temperature, threshold)
+    check_pair(weight, mask_logits)
+    check_conv2d(input, weight, groups)
+    check_input_dtype(input, weight)
+    check_bias(weight, bias, bias_mask_logits)
+    if use_reference():
+        return reference.masked_conv2d(
+            input, weight, mask_logits, bias, bias_mask_logits, stride, padding, dilation, groups, gate_id, gate_param
+        )
+    parameters = (weight, mask_logits, bias, bias_mask_logits)
+    if groups == 1 and (geometry := _product_geometry(input, weight, mask_logits, stride, padding, dilation)) is not None:
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (input, *parameters)):
+            return _apply_conv2d(input, *parameters, gate_id, gate_param, geometry)
+        return conv2d_product(input, *parameters, gate_id, gate_param, *geometry)[0]
+    weights, bias = _masked_parameters(*parameters, gate_id, gate_param)
+    return F.conv2d(input, weights, bias, stride, padding, dilation, groups)
+
+
+CHANNELS_PER_PLACE, CHANNELS_PER_PLACE_1X1 = 4, 8
+"""A convolution is a product with patches where its output has at least this many channels for each place (of all samples).
+
+With a kernel of one pixel torch's convolution is a product as well, and loses later."""
+
+
+def _product_geometry(
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    stride: int | tuple[int, int],
+    padding: str | int | tuple[int, int],
+    dilation: int | tuple[int, int],
+) -> Geometry | None:
+    """The geometry of a convolution that is to be a product; None: torch's must run.
+
+    Where places are few for the channels, theta is what a convolution waits for: written, read, brought into oneDNN's order, and
+    its gradient likewise. In the product they exist in cache only. Patches, as long as theta's rows, are written and read instead,
+    which pays while they are few (measured: docs/cpu.md).
+    """
+    if weight.dtype not in (torch.float32, torch.float64) or weight.device.type != "cpu" or input.dim() != 4:
+        return None
+    pairs = [(value, value) if isinstance(value, int) else value for value in (stride, padding, dilation)]
+    if any(isinstance(both, str) or len(both) != 2 for both in pairs):
+        return None
+    geometry = Geometry(*pairs)  # type: ignore[arg-type]  # no string is left
+    strides, margins, dilations = geometry
+    if min(*strides, *dilations) < 1 or min(margins) < 0:  # torch's convolution words what it refuses
+        return None
+    out, _, *kernel = weight.shape
+    height, width = output_size(input.shape, kernel, *geometry)
+    least = CHANNELS_PER_PLACE_1X1 if kernel == [1, 1] else CHANNELS_PER_PLACE
+    if height < 1 or width < 1 or weight.numel() == 0 or not 0 < least * len(input) * height * width <= out:
+        return None
+    in_order = input.is_contiguous() and weight.is_contiguous() and mask_logits.is_contiguous()
+    return geometry if in_order and autocast_dtype(weight) is None else None
+
+
+def _masked_parameters(
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+) -> tuple[Tensor, Tensor | None]:
+    """``theta`` and the masked bias, written at once in the dtype in which autocast will use them."""
+    dtype = autocast_dtype(weight)
+    weights = theta(weight, mask_logits, gate_id, gate_param, dtype)
+    if bias is not None and bias_mask_logits is not None:
+        bias = theta(bias, bias_mask_logits, gate_id, gate_param, dtype)
+    return weights, bias

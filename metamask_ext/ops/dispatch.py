@@ -1,0 +1,63 @@
+"""Decides which path runs: the kernels, or plain torch where no Function can go; and the dtype in which a layer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from metamask_ext._build import BACKEND
+from metamask_ext.torch_private import in_transform, is_any_autocast_enabled
+
+AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_no_kernels = BACKEND == "reference"
+_is_compiling = torch.compiler.is_compiling
+
+
+def use_reference() -> bool:
+    """Whether plain torch must run instead of a Function.
+
+    A Function inside a compiled ``func.grad``, or in a compiled step that calls ``autograd.grad``, returns wrong numbers with no
+    warning; under torch.func and forward-mode AD a Function of the form ``forward(ctx, ...)`` does not work at all.
+    """
+    return _no_kernels or _is_compiling() or in_transform()
+
+
+def autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """The dtype in which a GEMM or convolution over ``weight`` runs under autocast; None: no autocast (as for float64)."""
+    if not is_any_autocast_enabled():
+        return None
+    kind = weight.device.type
+    if is_autocast_enabled(kind) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def is_autocast_enabled(kind: str) -> bool:
+    """Whether autocast is on for a type of device; torch raises for one that has no autocast."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def check_input_dtype(input: Tensor, weight: Tensor) -> None:
+    """Refuse an input of another dtype than ``weight``, unless autocast converts both."""
+    if input.dtype == weight.dtype:
+        return
+    # Autocast converts all types but float64, which stays what it is.
+    converts = is_autocast_enabled(weight.device.type)
+    if not (converts and weight.dtype != torch.float64 and input.dtype in AUTOCAST_DTYPES):
+        wanted = f"the dtype of weight, {weight.dtype}" if not converts else "a dtype that autocast converts with weight's"
+        raise TypeError(f"input must have {wanted}, got {input.dtype}" + (f" and {weight.dtype}" if converts else ""))
+
+
+def worded(error: Exception, check: Callable[..., object], *arguments: object) -> Exception:
+    """The error to raise where a kernel refused its arguments: that of ``check(*arguments)``, else ``error`` itself.
+
+    The kernels check what they take in the same words. What cannot be passed to them at all (no tensor, say) fails in torch's words
+    first; checking only after a failure saves a small layer microseconds.
+    """
+    try:
+        check(*arguments)
+    except Exception as refusal:
+        return refusal
+    return error

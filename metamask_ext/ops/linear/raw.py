@@ -1,0 +1,105 @@
+"""The raw ops of the family, typed, and their fake kernels: see :mod:`metamask_ext.ops.weight.raw`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from metamask_ext._build import BACKEND
+
+from ..checks import check_linear, check_pair
+from ..weight.raw import SgdSettings
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of input, weight, mask_logits, bias and bias_mask_logits; None where not needed."""
+
+if TYPE_CHECKING:
+
+    def masked_linear(
+        input: Tensor,
+        weight: Tensor,
+        mask_logits: Tensor,
+        bias: Tensor | None,
+        bias_mask_logits: Tensor | None,
+        gate_id: int,
+        gate_param: float,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """See :func:`metamask_ext.ops.linear.reference.masked_linear`; the product is taken, and given, in ``dtype``."""
+
+    def masked_linear_backward(
+        grad: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        mask_logits: Tensor,
+        bias: Tensor | None,
+        bias_mask_logits: Tensor | None,
+        gate_id: int,
+        gate_param: float,
+        output_mask: Sequence[bool] = (True, True, True, True, True),
+    ) -> Gradients:
+        """The gradients of :func:`masked_linear`."""
+
+elif BACKEND != "reference":
+    masked_linear = torch.ops.metamask.masked_linear.default
+    masked_linear_backward = torch.ops.metamask.masked_linear_backward.default
+
+
+def masked_linear_backward_sgd_(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+    output_mask: Sequence[bool],
+    updates: Sequence[bool],
+    momentum_buffers: Sequence[Tensor | None],
+    settings: Sequence[SgdSettings],
+) -> Gradients:
+    """As :func:`masked_linear_backward`, with steps as :func:`metamask_ext.ops.weight.raw.masked_weight_backward_sgd_` takes them.
+
+    ``updates``, ``momentum_buffers`` and ``settings`` are those of weight, mask_logits, bias and bias_mask_logits.
+    """
+    return torch.ops.metamask.masked_linear_backward_sgd_.default(
+        *(grad, input, weight, mask_logits, bias, bias_mask_logits),
+        *momentum_buffers,
+        *(gate_id, gate_param, output_mask, updates),
+        [number for its in settings for number in its],
+    )
+
+
+if BACKEND != "reference":
+
+    @torch.library.register_fake("metamask::masked_linear")
+    def _(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, dtype=None):
+        check_pair(weight, mask_logits)
+        check_linear(input, weight, bias, bias_mask_logits)
+        return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or weight.dtype)
+
+    @torch.library.register_fake("metamask::masked_linear_backward")
+    def _(grad, input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, output_mask=(True,) * 5):
+        return _gradients(input, weight, mask_logits, bias, bias_mask_logits, output_mask)
+
+    @torch.library.register_fake("metamask::masked_linear_backward_sgd_")
+    def _(
+        grad, input, weight, mask_logits, bias, bias_mask_logits, v_w, v_m, v_b, v_bm, gate_id, gate_param, output_mask, updates, _
+    ):
+        left = [output_mask[0], *(need and not update for need, update in zip(output_mask[1:], updates))]
+        return _gradients(input, weight, mask_logits, bias, bias_mask_logits, left)
+
+    def _gradients(input, weight, mask_logits, bias, bias_mask_logits, output_mask):
+        check_pair(weight, mask_logits)
+        check_linear(input, weight, bias, bias_mask_logits)
+        return (
+            input.new_empty(input.shape) if output_mask[0] else None,
+            weight.new_empty(weight.shape) if output_mask[1] else None,
+            weight.new_empty(weight.shape) if output_mask[2] else None,
+            bias.new_empty(bias.shape) if bias is not None and output_mask[3] else None,
+            bias.new_empty(bias.shape) if bias_mask_logits is not None and output_mask[4] else None,
+        )

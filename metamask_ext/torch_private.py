@@ -1,0 +1,131 @@
+"""Every private symbol of torch that metamask_ext uses, each with its reason and what breaks without it.
+
+tests/test_torch_private.py pins each one: a torch upgrade that changes a symbol fails there, with its name. What a subclass of ``torch.nn.Module`` or ``torch.optim.Optimizer`` overrides or reads of its base (``_parameters``, ``_apply``,
+``_load_from_state_dict``) is not listed: torch documents it for subclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.vmap import lazy_load_decompositions
+from torch.autograd import Function, forward_ad
+
+disable_dynamo = torch._disable_dynamo
+"""``torch.compiler.disable`` without importing Dynamo, which takes seconds and is not needed by who never compiles."""
+
+current_graph_task = torch._C._current_graph_task_id
+"""The id of the backward that runs in this thread, -1 outside. Without it a recomputation could not be told from a forward."""
+
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+"""Whether autocast is on for any device: one call in place of four, where a small layer takes microseconds."""
+
+_functorch_level = _functorch.maybe_current_level
+
+
+def in_transform() -> bool:
+    """Whether a torch.func transform or a forward-mode AD level is active.
+
+    A Function of the form ``forward(ctx, ...)`` fails inside the first and has no jvp for the second: plain torch must run.
+    """
+    return _functorch_level() is not None or forward_ad._current_level >= 0
+
+
+def bare_apply(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` without its handling of torch.func, where that is not active: 10 % less time on small layers."""
+    return super(Function, function).apply  # type: ignore[misc]  # mypy wants an instance; the class's own method is meant
+
+
+def set_node_default(function: type[Function], name: str, value: object) -> None:
+    """Give every autograd node of ``function`` an attribute.
+
+    It is set on the class of the nodes: set in every forward, it would cost a small layer time.
+    """
+    setattr(function._backward_cls, name, value)  # type: ignore[attr-defined]  # made by torch's metaclass
+
+
+def function_of(node: object) -> type[Function] | None:
+    """The Function whose node this is; None for any other node of a graph."""
+    return getattr(type(node), "_forward_cls", None)
+
+
+def is_batched(*tensors: Tensor | None) -> bool:
+    """Whether a vmap runs over one of them: torch.func's, or that of autograd's ``is_grads_batched``."""
+    return any(
+        tensor is not None and (_functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor))
+        for tensor in tensors
+    )
+
+
+def is_legacy_batched(*tensors: Tensor | None) -> bool:
+    """Whether autograd runs this backward for a batch of gradients at once (``is_grads_batched``): only plain torch can."""
+    return any(tensor is not None and _functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+
+
+def concrete(tensor: Tensor) -> Tensor | None:
+    """The tensor below the wrappers of ``torch.func.grad``, whose values can be read; None where a vmap hides them."""
+    while _functorch.is_gradtrackingtensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    if _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor):
+        return None
+    return tensor
+
+
+def vmap(function: Callable[..., Any], arguments: list[Tensor]) -> Any:
+    """``torch.vmap(function, randomness="different")(*arguments)`` without the 28 microseconds of its wrapper.
+
+    A result that is no tensor comes back as it is.
+    """
+    size = len(arguments[0])
+    level = _functorch._vmap_increment_nesting(size, "different")
+    try:
+        result = function(*(_functorch._add_batch_dim(argument, 0, level) for argument in arguments))
+        return _functorch._remove_batch_dim(result, level, size, 0) if isinstance(result, Tensor) else result
+    finally:
+        _functorch._vmap_decrement_nesting()
+
+
+load_vmap_decompositions = lazy_load_decompositions
+"""What ``torch.vmap`` does before its first call, once a process: ops without a batching rule are then decomposed."""
+
+
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Whether a hook waits for the gradient of this leaf: an update inside the backward would pass it by."""
+    hooks: Any = tensor._backward_hooks, tensor._post_accumulate_grad_hooks  # type: ignore[attr-defined]  # not in torch's stubs
+    return any(hooks)
+
+
+def enclosing_checkpoints() -> Iterable[Any]:
+    """The frames of the non-reentrant activation checkpoints around this forward, innermost first.
+
+    A frame has ``recompute_fn``, what the backward will call. torch shows only the top of its stack of hooks: they are taken off
+    one by one and put back. Where torch's record is not found, a recomputation has no context and is refused.
+    """
+    autograd = torch._C._autograd
+    top = autograd._top_saved_tensors_default_hooks
+    if not top(True) or not autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # not in torch's stubs
+        return []
+    taken = []
+    try:
+        while hooks := top(True):
+            autograd._pop_saved_tensors_default_hooks()
+            taken.append(hooks)
+    finally:
+        for hooks in reversed(taken):
+            autograd._push_saved_tensors_default_hooks(*hooks)
+    frames = (_checkpoint_frame(pack_hook) for pack_hook, _ in taken)
+    return [frame for frame in frames if frame is not None]
+
+
+def _checkpoint_frame(pack_hook: object) -> Any:
+    """torch.utils.checkpoint's record of the region being run, found through its pack hook; None for any other hook."""
+    if isinstance(pack_hook, FunctionType) and pack_hook.__closure__:
+        for name, cell in zip(pack_hook.__code__.co_freevars, pack_hook.__closure__):
+            if name == "frame" and hasattr(cell.cell_contents, "recompute_fn"):
+                return cell.cell_contents
+    return None
