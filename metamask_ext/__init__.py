@@ -14,14 +14,11 @@ from ._info import build_info, check_build
 
 check_build()
 
-# The contract has a function of this subpackage's name. Imported first by a user, the subpackage would take the function's place.
-_import_module(".tasks", __name__)
-
 from . import meta, nn, optim
 from .bank import MaskBank
-from .nn.context import using_task
 from .nn.convert import convert, merge
 from .nn.tasks import add_task, remove_task, slots, tasks
+from .nn.using_task import using_task
 from .ops.conv2d.functional import masked_conv2d
 from .ops.linear.functional import masked_linear
 from .ops.mixed_task.functional import task_masked_conv2d, task_masked_linear

@@ -1,14 +1,15 @@
 """Every private symbol of torch that metamask_ext uses, each with its reason and what breaks without it.
 
-tests/test_torch_private.py pins each one: a torch upgrade that changes a symbol fails there, with its name. What a subclass of ``torch.nn.Module`` or ``torch.optim.Optimizer`` overrides or reads of its base (``_parameters``, ``_apply``,
+tests/test_torch_private.py pins each one: a torch upgrade that changes a symbol fails there, with its name. What a subclass of
+``torch.nn.Module`` or ``torch.optim.Optimizer`` overrides or reads of its base (``_parameters``, ``_apply``,
 ``_load_from_state_dict``) is not listed: torch documents it for subclasses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -100,32 +101,42 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
     return any(hooks)
 
 
-def enclosing_checkpoints() -> Iterable[Any]:
+class CheckpointFrame(Protocol):
+    """torch.utils.checkpoint's record of a region that is being run."""
+
+    recompute_fn: Callable[..., object]
+    """The function that the backward will call."""
+
+
+_autograd = torch._C._autograd
+_top_saved_tensors_hooks = _autograd._top_saved_tensors_default_hooks
+
+
+def enclosing_checkpoints() -> list[CheckpointFrame]:
     """The frames of the non-reentrant activation checkpoints around this forward, innermost first.
 
-    A frame has ``recompute_fn``, what the backward will call. torch shows only the top of its stack of hooks: they are taken off
-    one by one and put back. Where torch's record is not found, a recomputation has no context and is refused.
+    torch shows only the top of its stack of hooks: they are taken off one by one and put back. Where torch's record is not found, a
+    recomputation has no context and is refused.
     """
-    autograd = torch._C._autograd
-    top = autograd._top_saved_tensors_default_hooks
-    if not top(True) or not autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # not in torch's stubs
+    if not _top_saved_tensors_hooks(True) or not _autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # no stub
         return []
     taken = []
     try:
-        while hooks := top(True):
-            autograd._pop_saved_tensors_default_hooks()
+        while hooks := _top_saved_tensors_hooks(True):
+            _autograd._pop_saved_tensors_default_hooks()
             taken.append(hooks)
     finally:
         for hooks in reversed(taken):
-            autograd._push_saved_tensors_default_hooks(*hooks)
+            _autograd._push_saved_tensors_default_hooks(*hooks)
     frames = (_checkpoint_frame(pack_hook) for pack_hook, _ in taken)
     return [frame for frame in frames if frame is not None]
 
 
-def _checkpoint_frame(pack_hook: object) -> Any:
-    """torch.utils.checkpoint's record of the region being run, found through its pack hook; None for any other hook."""
+def _checkpoint_frame(pack_hook: object) -> CheckpointFrame | None:
+    """torch.utils.checkpoint's record, found through its pack hook; None for any other hook."""
     if isinstance(pack_hook, FunctionType) and pack_hook.__closure__:
         for name, cell in zip(pack_hook.__code__.co_freevars, pack_hook.__closure__):
             if name == "frame" and hasattr(cell.cell_contents, "recompute_fn"):
-                return cell.cell_contents
+                frame: CheckpointFrame = cell.cell_contents
+                return frame
     return None

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from ..nn import tasks as model_tasks
-from ..nn.context import describe, using_task
-from ..nn.names import escape
+from ..nn.names import describe, escape
 from ..nn.selection import Superposition
+from ..nn.using_task import using_task
 from . import folder
 from .inference import Sums, infer
 from .per_task import keep_matching, per_task_names

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.masked_layer import MaskedLayer, packed_shape
+from ..nn.masked_layer import MaskedLayer
 from ..nn.names import escape
 from ..nn.per_task import PerTask, keep_per_task
 from ..nn.task_dict import TaskDict
-from ..nn.task_layer import TaskLayer
-from ..nn.tasks import masked_layers, slots, task_layers
+from ..nn.task_layer import TaskLayer, task_layers
+from ..nn.tasks import masked_layers, slots
+from ..ops.geometry import packed_shape
 from .export import BITS, LOGITS, STATE
 from .index import INDEX, BankError
 from .per_task import shared_tensors

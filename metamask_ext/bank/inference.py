@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.context import using_task
 from ..nn.layers import MaskedConv2d
 from ..nn.masked_layer import MaskedLayer
-from ..nn.selection import Superposition
+from ..nn.selection import ObservedSuperposition
 from ..nn.task_dict import TaskDict
+from ..nn.task_layer import TaskLayer
+from ..nn.using_task import using_task
 from ..ops.gate import gate_values
 from ..ops.packed.functional import superposition_gradient, unpack_mask
 
@@ -66,24 +66,26 @@ class Sums:
         return total / len(keys)
 
 
-class _Probe(Superposition):
+class _Probe:
     """The mean of some tasks, ``theta = W * 1/T sum_t g(M_t)``, that remembers what every masked layer got and gave."""
 
     def __init__(self, names: Sequence[str], sums: Sums):
-        super().__init__(dict.fromkeys(names, 1.0 / len(names)))
+        amounts = dict.fromkeys(names, 1.0 / len(names))
+        self.selection = ObservedSuperposition(amounts, self._mixed, self._observe)
         self.sums = sums
         self.seen: list[tuple[MaskedLayer, Tensor, Tensor]] = []
 
-    def read(self, layer: Any, what: str) -> Any:
+    def _mixed(self, layer: nn.Module, what: str) -> Tensor | None:
         if not isinstance(layer, MaskedLayer):
-            return super().read(layer, what).detach()
+            assert isinstance(layer, TaskLayer)
+            return layer._mixed(self.selection, what).detach()
         shared, masks = layer._group(what)
         if shared is None or masks is None:
             return shared
-        return shared.detach() * self.sums.mean_gate(layer, masks, self.keys, shared.detach())
+        return shared.detach() * self.sums.mean_gate(layer, masks, self.selection.keys, shared.detach())
 
-    def forward(self, layer: MaskedLayer, input: Tensor) -> Tensor:
-        output = super().forward(layer, input)
+    def _observe(self, layer: nn.Module, input: Tensor, output: Tensor) -> Tensor:
+        assert isinstance(layer, MaskedLayer)
         if not output.requires_grad:
             output.requires_grad_()
         self.seen.append((layer, input.detach(), output))
@@ -134,7 +136,7 @@ def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_samp
     tasks (heads, batch-norm statistics) is averaged and held fixed.
     """
     probe = _Probe(names, sums)
-    with using_task(model, probe):
+    with using_task(model, probe.selection):
         output = model(x)
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(x):
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -152,7 +154,7 @@ def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_samp
                     f"{type(layer).__name__} was called with {len(given)} samples, x has {len(x)}: only "
                     "per_sample=False is possible"
                 )
-            total += _layer_gradient(layer, given, gradient, probe.keys, per_sample)
+            total += _layer_gradient(layer, given, gradient, probe.selection.keys, per_sample)
     return total
 
 

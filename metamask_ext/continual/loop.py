@@ -32,12 +32,11 @@ from ..files.checkpoint import (
     save_checkpoint,
 )
 from ..nn import MaskedLayer
-from ..nn.context import describe, using_task
-from ..nn.layers import DEFAULT_TASK
-from ..nn.names import check_name, escape
+from ..nn.names import DEFAULT_TASK, check_name, describe, escape
 from ..nn.task_dict import TaskDict
 from ..nn.tasks import add_task, masked_layers, remove_task
 from ..nn.tasks import tasks as model_tasks
+from ..nn.using_task import using_task
 
 Batch = tuple[Tensor, Tensor]
 TaskData = Batch | Callable[[torch.Generator], Batch]

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.context import describe, run_selected
-from ..nn.layers import MaskedConv2d, ReadThroughConv2d, ReadThroughLinear
+from ..nn.context import run_selected
+from ..nn.layers import MaskedConv2d
 from ..nn.masked_layer import MaskedLayer, TaskMasks
-from ..nn.names import escape
+from ..nn.names import describe, escape
+from ..nn.read_through import ReadThroughConv2d, ReadThroughLinear
 from ..nn.selection import GivenMasks, Superposition
 from ..nn.task_dict import TaskDict
 from ..nn.task_layer import TaskLayer

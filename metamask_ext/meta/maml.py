@@ -11,7 +11,7 @@ from torch._C import _functorch
 from torch._functorch.vmap import lazy_load_decompositions
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..nn.context import describe
+from ..nn.names import describe
 from .adapted import Adapt, AdaptedModel, Start
 from .batch_norm import Statistics
 from .steps import Rates, recomputed_steps, updated

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .masked_layer import DEFAULT_TASK
+from .names import DEFAULT_TASK
 from .per_task import PerTask
 from .selection import TaskBatch
 from .task_dict import TaskDict

@@ -16,10 +16,13 @@ import torch
 from torch import nn
 
 from ..ops.checks import DTYPES
-from .layers import DEFAULT_TASK, MaskedConv2d, MaskedLayer, MaskedLinear, ReadThroughConv2d, ReadThroughLinear
+from .layers import MaskedConv2d, MaskedLinear
+from .masked_layer import MaskedLayer
+from .names import DEFAULT_TASK
 from .per_task import keep_per_task, plain_copy
-from .task_layer import TaskLayer
-from .tasks import slots, task_layers
+from .read_through import ReadThroughConv2d, ReadThroughLinear
+from .task_layer import TaskLayer, task_layers
+from .tasks import slots
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.conv2d import functional as conv2d_functional
-from ..ops.linear import functional as linear_functional
+from ..ops.conv2d.functional import masked_conv2d
+from ..ops.linear.functional import masked_linear
 from ..ops.mixed_task.functional import task_masked_conv2d, task_masked_linear
 from ..ops.packed.functional import packed_masked_conv2d, packed_masked_linear
-from ..ops.weight import functional as weight_functional
-from .masked_layer import DEFAULT_TASK, MaskedLayer, MaskInit, TaskMasks
-
-__all__ = [
-    "DEFAULT_TASK",
-    "MaskInit",
-    "MaskedConv2d",
-    "MaskedLayer",
-    "MaskedLinear",
-    "ReadThroughConv2d",
-    "ReadThroughLinear",
-    "TaskMasks",
-]
+from ..ops.weight.functional import masked_weight
+from .masked_layer import MaskedLayer, MaskInit
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
@@ -78,7 +66,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     def _masked(self, input: Tensor, mask_logits: Tensor, bias_mask_logits: Tensor | None) -> Tensor:
         weight, bias = self._shared()
-        return linear_functional.masked_linear(
+        return masked_linear(
             input,
             weight,
             mask_logits,
@@ -157,7 +145,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def _masked(self, input: Tensor, mask_logits: Tensor, bias_mask_logits: Tensor | None) -> Tensor:
         weight, bias = self._shared()
         input, geometry = self._padded(input)
-        return conv2d_functional.masked_conv2d(
+        return masked_conv2d(
             input,
             weight,
             mask_logits,
@@ -184,10 +172,10 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         weight, bias = self._shared()
         input, (stride, padding, dilation, groups) = self._padded(input)
         tasks, channels = len(masks), input.shape[1]
-        theta = weight_functional.masked_weight(weight.expand_as(masks), masks, **self._gate())
+        theta = masked_weight(weight.expand_as(masks), masks, **self._gate())
         if bias is not None:
             bias = bias.expand(tasks, -1)
-            bias = bias if bias_masks is None else weight_functional.masked_weight(bias, bias_masks, **self._gate())
+            bias = bias if bias_masks is None else masked_weight(bias, bias_masks, **self._gate())
             bias = bias.flatten()
         images = input.reshape(-1, tasks * channels, *input.shape[2:])
         y = F.conv2d(images, theta.flatten(0, 1), bias, stride, padding, dilation, tasks * groups)
@@ -197,65 +185,3 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         weight, bias = self._shared()
         input, geometry = self._padded(input)
         return packed_masked_conv2d(input, slots, weight, masks, bias, bias_masks, *geometry)
-
-
-class _ReadThrough:
-    """For a layer whose parameters other code reads past forward: there ``weight`` and ``bias`` are the masked ones.
-
-    The parameters themselves, in ``state_dict``, ``parameters()`` and optimisers, are the shared ones as everywhere; torch's own
-    methods (``reset_parameters``) work on those too. Code that fills ``layer.weight`` from outside would fill a temporary.
-    """
-
-    _parameters: dict[str, nn.Parameter | None]
-    plain_type: Any
-
-    def _as_plain(self) -> Any:
-        return SimpleNamespace(**{**self.__dict__, **self._parameters})
-
-    def extra_repr(self) -> str:
-        return f"{self.plain_type.extra_repr(self._as_plain())}, {self._mask_repr()}"  # type: ignore[attr-defined]
-
-    def reset_parameters(self) -> None:
-        self.plain_type.reset_parameters(self._as_plain())
-        self._reset_masks()  # type: ignore[attr-defined]
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        # torch asks hasattr(self, name), which computes the masked weight, or raises when no task is active.
-        if name in ("weight", "bias") and (param is None or isinstance(param, nn.Parameter)):
-            self._parameters[name] = param
-        else:
-            super().register_parameter(name, param)  # type: ignore[misc]
-
-    def _shared(self) -> tuple[Tensor, Tensor | None]:
-        return cast(Tensor, self._parameters["weight"]), self._parameters["bias"]
-
-    @property
-    def weight(self) -> Any:
-        return _read(self, "weight")  # type: ignore[arg-type]
-
-    @property
-    def bias(self) -> Any:
-        return _read(self, "bias")  # type: ignore[arg-type]
-
-
-def _read(layer: MaskedLayer, what: str) -> Any:
-    active = layer._active()
-    if active is None:
-        return _read_in_eager(layer, what)
-    if isinstance(active, tuple):
-        shared, logits = layer._group(what)[0], active[what == "bias"]
-        return None if shared is None else weight_functional.masked_weight(shared, cast(Tensor, logits), **layer._gate())
-    return layer._theta(what, active) if isinstance(active, str) else active.read(layer, what)
-
-
-@torch._disable_dynamo
-def _read_in_eager(layer: MaskedLayer, what: str) -> Any:
-    return _read(layer, what)
-
-
-class ReadThroughLinear(_ReadThrough, MaskedLinear):  # type: ignore[misc, override]
-    """A MaskedLinear inside a module that reads its ``weight`` (``MultiheadAttention``'s ``out_proj``)."""
-
-
-class ReadThroughConv2d(_ReadThrough, MaskedConv2d):  # type: ignore[misc, override]
-    """A MaskedConv2d inside a module that reads its ``weight``."""

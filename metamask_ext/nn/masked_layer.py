@@ -1,8 +1,8 @@
-"""What layers with a mask for each task have in common: the masks, and which of them a forward uses."""
+"""The base of masked layers: a mask for each task, and the choice of the one that a forward uses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from ..ops.checks import DTYPES
 from ..ops.gate import gate_values, resolve_gate
+from ..ops.geometry import packed_shape
 from ..ops.packed.functional import pack_mask, unpack_mask
-from ..ops.weight import functional as weight_functional
-from .context import active_key, only_key
-from .names import escape
-from .selection import Selection, Superposition, TaskBatch
+from ..ops.weight.functional import masked_weight
+from ..torch_private import disable_dynamo
+from .context import Key, active_key, only_key
+from .names import DEFAULT_TASK, escape
+from .selection import GivenMasks, ObservedSuperposition, Superposition, TaskBatch
 from .task_dict import TaskDict
 from .task_layer import Init, TaskLayer
 
-MaskInit = str | float | Callable[[Tensor], Any]
-DEFAULT_TASK = "default"
+MaskInit = str | float | Callable[[Tensor], object]
 
 LARGEST_COMBINED = 4.0
 """How far from 0, in units of the temperature, a sigmoid gate's logits begin at most that come from a combination of masks (of
@@ -134,7 +135,7 @@ class MaskedLayer(TaskLayer):
                 for _, logits in masks._logits():
                     self._init_logits(logits)
 
-    def _active(self) -> tuple[Tensor, Tensor | None] | str | Selection | None:
+    def _active(self) -> tuple[Tensor, Tensor | None] | Key | None:
         """The active task's logits of the weight and of the bias; where there are none, the key of a packed task, or a selection.
 
         None: under torch.compile, which must leave those to eager mode.
@@ -164,15 +165,58 @@ class MaskedLayer(TaskLayer):
         if isinstance(active, tuple):
             return active
         if isinstance(active, TaskBatch):
-            return active.read(self, "mask_logits")
+            self._read("mask_logits", active)
         what = "the active task is packed: its mask has bits" if isinstance(active, str) else "tasks are superposed"
         raise RuntimeError(f"mask_logits of {type(self).__name__} cannot be read: {what}")
 
-    def _forward_selected(self, input: Tensor, active: str | Selection | None) -> Tensor:
+    def _forward_selected(self, input: Tensor, active: Key | None) -> Tensor:
         """The output where the active masks are no logits of one task."""
         if active is None:
             return _forward_in_eager(self, input)
-        return self._one_task(input, active) if isinstance(active, str) else active.forward(self, input)
+        if isinstance(active, str):
+            return self._one_task(input, active)
+        if isinstance(active, TaskBatch):
+            return self._forward_batch(input, active)
+        if isinstance(active, GivenMasks):
+            return self._forward_given(input, active)
+        output = self._plain(input, self._read("weight", active), self._read("bias", active))
+        return active.observe(self, input, output) if isinstance(active, ObservedSuperposition) else output
+
+    def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Tensor:
+        batch.check_size(self, self._samples(input))
+        keys = batch.keys
+        if len(keys) == 1:
+            return self._one_task(input, keys[0])
+        weight, bias = self._shared()
+        if not keys:
+            return self._plain(input, weight, bias)  # of no sample
+        device = weight.device
+        packed = tuple(self._task_dict()._is_bits(key) for key in keys)
+        if not any(packed) or all(packed):
+            run = self._packed if packed[0] else self._by_task
+            return run(input, batch.positions(device), *self._masks_of(keys))
+        rows, slots, other_rows, other_slots, back = batch.split(packed, device)
+        bits = [key for key, is_packed in zip(keys, packed) if is_packed]
+        logits = [key for key, is_packed in zip(keys, packed) if not is_packed]
+        parts = [
+            self._packed(input.index_select(0, rows), slots, *self._masks_of(bits)),
+            self._by_task(input.index_select(0, other_rows), other_slots, *self._masks_of(logits)),
+        ]
+        return torch.cat(parts).index_select(0, back)
+
+    def _masks_of(self, keys: Sequence[str]) -> tuple[list[Tensor], list[Tensor] | None]:
+        masks, bias_masks = self._task_dict(), self.bias_masks
+        of_bias = None if bias_masks is None else [bias_masks._tensor(key) for key in keys]
+        return [masks._tensor(key) for key in keys], of_bias
+
+    def _forward_given(self, input: Tensor, given: GivenMasks) -> Tensor:
+        masks = given.masks.get(self)
+        if masks is None:
+            return self._forward_selected(input, given.selected)
+        if given.slots is None:
+            return self._masked(input, *masks)
+        given.check_size(self, self._samples(input))
+        return self._of_tasks(input, given.slots, *masks)
 
     def _one_task(self, input: Tensor, key: str) -> Tensor:
         masks, bias_masks = self._task_dict(), self.bias_masks
@@ -231,7 +275,17 @@ class MaskedLayer(TaskLayer):
     def _with_mask(self, what: str, mask: Tensor | None) -> Any:
         """The masked ``weight`` or ``bias`` with these logits."""
         shared, _ = self._group(what)
-        return shared if shared is None or mask is None else weight_functional.masked_weight(shared, mask, **self._gate())
+        return shared if shared is None or mask is None else masked_weight(shared, mask, **self._gate())
+
+    def _read_given(self, what: str, given: GivenMasks) -> Any:
+        masks = given.masks.get(self)
+        if masks is None:
+            return super()._read_given(what, given)
+        if given.slots is not None:
+            raise RuntimeError(
+                f"{what} of {type(self).__name__} is ambiguous while several tasks are run as one batch: call the layer instead"
+            )
+        return self._with_mask(what, masks[what == "bias"])
 
     def _mixed(self, superposition: Superposition, what: str) -> Any:
         if self._group(what)[0] is None:
@@ -283,20 +337,14 @@ class MaskedLayer(TaskLayer):
         return None
 
 
-def packed_shape(shape: torch.Size) -> list[int]:
-    """Of the bits of a mask of this shape, as :func:`metamask_ext.pack_mask` lays them out."""
-    row = torch.Size(shape[1:]).numel() if len(shape) > 1 else shape[0]
-    return [*shape[: len(shape) > 1], -(-row // 8)]
-
-
-@torch._disable_dynamo  # torch.compiler.disable would import all of Dynamo here
+@disable_dynamo
 def _active_in_eager(layer: MaskedLayer) -> tuple[Tensor, Tensor | None] | None:
     """For torch.compile, which cannot read a context variable: one graph break, and the masks are inputs of what follows."""
     active = layer._active()
     return active if isinstance(active, tuple) else None
 
 
-@torch._disable_dynamo
+@disable_dynamo
 def _forward_in_eager(layer: MaskedLayer, input: Tensor) -> Tensor:
     """For torch.compile, where a layer's masks are many, or bits that may have to be fetched."""
     return layer.forward(input)

@@ -1,12 +1,16 @@
-"""Task names as parameter keys and file names."""
+"""Task names: what may be one, and its form as a parameter key and a file name."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from urllib.parse import unquote
 
 from torch import nn
+
+DEFAULT_TASK = "default"
+"""The one task of a new layer."""
 
 _ESCAPED = re.compile(r"(?:[A-Za-z0-9_-]|%[0-9A-F]{2})+")
 
@@ -53,3 +57,9 @@ def unescape(key: str) -> str | None:
 
 def _percent(character: str) -> str:
     return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))
+
+
+def describe(names: Iterable[str]) -> str:
+    """Names for an error message: the first eight of them."""
+    listed = list(names)
+    return ", ".join(repr(name) for name in listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .context import using_task
-from .masked_layer import DEFAULT_TASK
-from .selection import Superposition, TaskBatch
+from ..torch_private import disable_dynamo
+from .names import DEFAULT_TASK
+from .selection import GivenMasks, Selection, Superposition, TaskBatch
 from .task_dict import TaskDict
 from .task_layer import Init, TaskLayer
+from .using_task import using_task
+
+_TYPES: dict[type[nn.Module], type[PerTask]] = {}
+"""By the class of a plain module the class that keeps tensors of it per task; subclasses enter themselves."""
 
 
 class PerTask(TaskLayer):
@@ -29,6 +32,11 @@ class PerTask(TaskLayer):
 
     plain_type: Any
     per_task: nn.ModuleDict
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "plain_type" in cls.__dict__:
+            _TYPES.setdefault(cls.plain_type, cls)
 
     def _dicts(self) -> dict[str, TaskDict]:
         return {f"per_task.{name}": tensors for name, tensors in self._own().items()}
@@ -60,8 +68,7 @@ class PerTask(TaskLayer):
             return super().__getattr__(name)
         if torch.compiler.is_dynamo_compiling():
             return _read_in_eager(self, name)
-        selected = self._selected()
-        return self._theta(name, selected) if isinstance(selected, str) else selected.read(self, name)
+        return self._read(name, self._selected())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time.
@@ -75,7 +82,20 @@ class PerTask(TaskLayer):
             return self._plain_forward(*inputs, **options)
         if len(inputs) != 1 or options or not isinstance(inputs[0], Tensor):
             raise RuntimeError(f"{type(self).__name__} must be called with one tensor where several tasks are active")
-        return selected.forward_per_task(self, inputs[0])
+        return self._forward_selected(inputs[0], selected)
+
+    def _forward_selected(self, input: Tensor, active: Selection) -> Any:
+        if isinstance(active, TaskBatch):
+            active.check_size(self, len(input))
+            return self._forward_batch(input, active)
+        if isinstance(active, GivenMasks) and isinstance(self, nn.modules.batchnorm._BatchNorm):
+            return active.normalise(self, input)
+        if isinstance(active, Superposition) and self.training and self._has_buffers_of_tasks():
+            raise RuntimeError(
+                f"{type(self).__name__} has statistics of tasks, and a superposition has none to update: call the "
+                "model in eval mode"
+            )
+        return self._plain_forward(input)
 
     def _plain_forward(self, *inputs: Any, **options: Any) -> Any:
         return super().forward(*inputs, **options)  # type: ignore[misc]
@@ -165,14 +185,11 @@ def _first(tensors: TaskDict) -> Tensor:
     return tensors[next(iter(tensors))]
 
 
-@functools.cache
-def per_task_type(kind: Any) -> Any:
+def per_task_type(kind: type[nn.Module]) -> type[PerTask]:
     """The class that a module of class ``kind`` gets when tensors of it belong to tasks."""
-    if kind is nn.BatchNorm2d:
-        from .batch_norm import TaskBatchNorm2d
-
-        return TaskBatchNorm2d
-    return type(f"PerTask{kind.__name__}", (PerTask, kind), {"plain_type": kind})
+    if kind not in _TYPES:
+        type(f"PerTask{kind.__name__}", (PerTask, kind), {"plain_type": kind})
+    return _TYPES[kind]
 
 
 def _new(kind: Any) -> Any:
@@ -203,12 +220,12 @@ def plain_copy(module: PerTask, task: str, plain: Any, memo: dict[int, Any]) -> 
     plain.__dict__["_modules"] = copy.deepcopy(children, memo)
 
 
-@torch._disable_dynamo
+@disable_dynamo
 def _forward_in_eager(module: PerTask, *inputs: Any, **options: Any) -> Any:
     """For torch.compile, which cannot read a context variable."""
     return module.forward(*inputs, **options)
 
 
-@torch._disable_dynamo
+@disable_dynamo
 def _read_in_eager(module: PerTask, name: str) -> Any:
     return getattr(module, name)

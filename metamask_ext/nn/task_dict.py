@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import describe
-from .names import escape
+from .names import describe, escape
 
 
 class TaskDict(nn.ParameterDict):

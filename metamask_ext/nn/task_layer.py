@@ -1,15 +1,15 @@
-"""What layers with tensors of tasks have in common: the tasks themselves, their slots, and the state dict."""
+"""The base of layers with tensors of tasks: the tasks themselves, their slots, and the state dict."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from .context import active_key, describe, only_key
-from .names import check_name, escape, unescape
-from .selection import Selection, Superposition
+from .context import Key, active_key, only_key
+from .names import check_name, describe, escape, unescape
+from .selection import GivenMasks, ObservedSuperposition, Superposition
 from .task_dict import TaskDict
 
 SLOTS = "task_slots"
@@ -57,6 +57,24 @@ class TaskLayer(nn.Module):
         """The tensor ``what`` that forward uses under a superposition."""
         raise NotImplementedError
 
+    def _read(self, what: str, active: Key) -> Any:
+        """The tensor ``what`` that forward uses under this task or selection; RuntimeError where there is more than one."""
+        if isinstance(active, str):
+            return self._theta(what, active)
+        if isinstance(active, ObservedSuperposition):
+            return active.mixed(self, what)
+        if isinstance(active, Superposition):
+            return self._mixed(active, what)
+        if isinstance(active, GivenMasks):
+            return self._read_given(what, active)
+        raise RuntimeError(
+            f"{what} of {type(self).__name__} is ambiguous in a mixed-task batch: call the layer instead, or run the samples of "
+            "each task in a block of their own"
+        )
+
+    def _read_given(self, what: str, given: GivenMasks) -> Any:
+        return self._read(what, given.selected)
+
     def _new_task(self, task: str) -> None:
         check_name(task)
         for tensors, tensor in self._new_tensors():
@@ -73,7 +91,7 @@ class TaskLayer(nn.Module):
             raise ValueError(f"task must be one of {describe(self._task_dict())}, got {task!r}")
         return key
 
-    def _selected(self) -> str | Selection:
+    def _selected(self) -> Key:
         """The key of the active task, or the selection."""
         slots = self._task_dict()._slots
         if len(slots) == 1:
@@ -133,3 +151,15 @@ class TaskLayer(nn.Module):
 def _entries(tensors: TaskDict) -> Iterator[tuple[str, Any]]:
     yield from tensors._parameters.items()
     yield from tensors._buffers.items()
+
+
+def task_layers(model: nn.Module) -> list[tuple[str, TaskLayer]]:
+    """The layers of ``model`` with tensors of tasks, masked ones and others, with their names, each once. ValueError if none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, TaskLayer)]
+    return layers or raise_no_layer(model)
+
+
+def raise_no_layer(model: nn.Module) -> NoReturn:
+    raise ValueError(f"{type(model).__name__} has no masked layer: build it with metamask_ext.nn, or metamask_ext.convert it")

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .context import describe, is_active
+from .context import is_active
 from .masked_layer import MaskedLayer
-from .names import check_name
+from .names import check_name, describe
 from .task_dict import TaskDict
-from .task_layer import TaskLayer
+from .task_layer import TaskLayer, raise_no_layer, task_layers
 
 
 def masked_layers(model: nn.Module) -> list[tuple[str, MaskedLayer]]:
     """The masked layers of ``model`` with their names, each once. ValueError if there is none."""
     layers = [(name, layer) for name, layer in task_layers(model) if isinstance(layer, MaskedLayer)]
-    return layers or _raise_no_layer(model)
-
-
-def task_layers(model: nn.Module) -> list[tuple[str, TaskLayer]]:
-    """The layers of ``model`` with tensors of tasks, masked ones and others, with their names, each once. ValueError if none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, TaskLayer)]
-    return layers or _raise_no_layer(model)
-
-
-def _raise_no_layer(model: nn.Module) -> NoReturn:
-    raise ValueError(f"{type(model).__name__} has no masked layer: build it with metamask_ext.nn, or metamask_ext.convert it")
+    return layers or raise_no_layer(model)
 
 
 def tasks(model: nn.Module) -> list[str]:

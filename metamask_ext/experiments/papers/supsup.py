@@ -23,8 +23,8 @@ from metamask_ext.bank.index import INDEX
 from metamask_ext.data import Digits, PermutedImages, RotatedImages, load_digits
 from metamask_ext.files.checkpoint import OutputError, load_checkpoint, save_checkpoint, write_atomic
 from metamask_ext.nn import MaskedLinear
-from metamask_ext.nn.context import using_task
-from metamask_ext.nn.masked_layer import DEFAULT_TASK
+from metamask_ext.nn.names import DEFAULT_TASK
+from metamask_ext.nn.using_task import using_task
 
 from ..engine.claims import Claim, mean
 from ..engine.data import digits

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from metamask_ext.continual import TaskLoop
 from metamask_ext.data import linear_tasks
 from metamask_ext.nn import MaskedLinear
-from metamask_ext.nn.context import using_task
-from metamask_ext.nn.layers import DEFAULT_TASK
+from metamask_ext.nn.names import DEFAULT_TASK
 from metamask_ext.nn.tasks import add_task, remove_task
+from metamask_ext.nn.using_task import using_task
 
 from ..engine.claims import Claim, Metrics, mean
 from ..engine.run_folder import STYLES, Output, Scores, bands, cell, new_figure

@@ -59,7 +59,7 @@ class PackedMaskedLinear(Function):
 
 
 class PackedMaskedLinearBackward(Function):
-    """``dx = dy @ theta``, ``dW = sum over samples of bit_t * (dy.T @ x)``, ``db = sum of bit_t * dy``: those in ``output_mask``."""
+    """``dx = dy @ theta``, ``dW = sum_b bit_t * (dy_b.T @ x_b)``, ``db = sum_b bit_t * dy_b``: those in ``output_mask``."""
 
     @staticmethod
     def forward(ctx, grad, input, slots, weight, bias, packed, packed_bias, groups, output_mask):

@@ -111,8 +111,9 @@ class MaskedWeightDoubleBackward(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        def double_backward(*tensors):
-            return reference.masked_weight_double_backward(*tensors, ctx.gate_id, ctx.gate_param, ctx.output_mask)
+        def double_backward(a, b, grad, weight, mask_logits):
+            gate = ctx.gate_id, ctx.gate_param
+            return reference.masked_weight_double_backward(a, b, grad, weight, mask_logits, *gate, ctx.output_mask)
 
         found = pull_back(double_backward, ctx.saved_tensors, cotangents)
         grads = (grad if need else None for grad, need in zip(found, ctx.needs_input_grad))
