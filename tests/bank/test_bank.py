@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from support.mixed_task_models import MIXED, alone, cnn
 from support.models import assert_same_gradients, gradients, mlp, randomize_masks
-from test_using_tasks import MIXED, alone, cnn
 from torch import nn
 
 import metamask_ext
@@ -356,7 +356,7 @@ class TestPerTask:
         bank.model.eval()
         x = torch.randn(5, 2, 5, 5, dtype=torch.float64)
         results = []
-        for run in (lambda: _mixed(bank, x, names), lambda: alone(bank.model, x, names)):
+        for run in (lambda: together(bank, x, names), lambda: alone(bank.model, x, names)):
             output = run()
             output.square().sum().backward()
             results.append((output.detach(), gradients(bank.model)))
@@ -364,7 +364,7 @@ class TestPerTask:
         assert_same_gradients(results[0][1], results[1][1])
 
     def test_an_empty_batch_is_empty(self):
-        assert _mixed(self.bank(), torch.randn(0, 2, 5, 5).double(), []).shape == (0, 2)
+        assert together(self.bank(), torch.randn(0, 2, 5, 5).double(), []).shape == (0, 2)
 
     def test_superposition_mixes_heads_and_refuses_to_train_statistics(self):
         bank = self.bank()
@@ -433,11 +433,11 @@ class TestPerTask:
         assert list(model.state_dict()) == before
 
 
-def _mixed(bank, x, names):
+def together(bank, x, names):
     with using_task(bank.model, names):
         return bank.model(x)
 
 
 def test_mixed_batches_through_the_bank():
     bank, x = make("cnn", "a")
-    torch.testing.assert_close(_mixed(bank, x, MIXED), alone(bank.model, x, MIXED))
+    torch.testing.assert_close(together(bank, x, MIXED), alone(bank.model, x, MIXED))

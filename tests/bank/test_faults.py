@@ -17,6 +17,7 @@ import pytest
 import torch
 from support.bank_processes import at_call
 from support.banks import META, contents, files, logits, new_bank, packed, read_body, shared, write_body
+from support.paths import TESTS
 
 from metamask_ext.bank import BankError, BankNotFoundError, Store, save
 from metamask_ext.bank import store as store_module
@@ -37,8 +38,8 @@ def _assert_refused(folder: Path, *texts: str) -> None:
 
 
 def _run(program: str, folder: Path) -> dict[str, int]:
-    script = Path(__file__).with_name("bank_processes.py")
-    done = subprocess.run([sys.executable, str(script), program, str(folder)], capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "support.bank_processes", program, str(folder)]
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     return json.loads(done.stdout)
 

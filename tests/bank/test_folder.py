@@ -1,4 +1,4 @@
-"""MaskBank on disk: what a model and its folder give each other. The folder itself: test_bank_store.py, test_bank_faults.py."""
+"""MaskBank on disk: what a model and its folder give each other. The folder itself: test_store.py, test_faults.py."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
+from support.mixed_task_models import alone, cnn
 from support.models import assert_same_gradients, gradients, randomize_masks
-from test_using_tasks import alone, cnn
 from torch import nn
 
 import metamask_ext

@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from metamask_ext.bench import bank, bounds, cuda, measure, problems, report, run
 from metamask_ext.bench.cases import SUITES, Case
 

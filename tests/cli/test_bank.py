@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.banks import META, contents, files, logits, new_bank, packed, read_body, shared
-from support.samples import assert_close
+from support.closeness import assert_close
 from typer.testing import CliRunner
 
 import metamask_ext

@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import loop_processes as continual_processes
+from support import loop_processes
 from support.loops import assert_same, new_data, new_loop, new_model, state
+from support.paths import TESTS
 from torch import nn
 
 from metamask_ext.continual import CheckpointError, OutputError, TaskLoop, read_metrics
@@ -23,13 +23,13 @@ from metamask_ext.nn import MaskedLinear
 
 def test_killed_at_any_moment_ends_as_if_not_killed(tmp_path):
     """SIGKILL between and amid writes, then at random moments; the run that survives all of it equals one left alone."""
-    program = Path(__file__).with_name("continual_processes.py")
-    ran = subprocess.run([sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "support.loop_processes", str(tmp_path)]
+    ran = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr
     left_alone, killed = tmp_path / "alone", tmp_path / "killed"
     assert_same(state(killed), state(left_alone))
     assert (killed / "metrics.jsonl").read_bytes() == (left_alone / "metrics.jsonl").read_bytes()
-    assert len(read_metrics(killed)) == continual_processes.ROUNDS
+    assert len(read_metrics(killed)) == loop_processes.ROUNDS
     assert sorted(path.name for path in killed.iterdir()) == ["checkpoint.pt", "metrics.jsonl"], "no temporary file is left"
 
 

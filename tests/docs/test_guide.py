@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
+from support.paths import ROOT
 
 import metamask_ext
-
-ROOT = Path(__file__).parents[1]
 
 
 def _run_blocks(page: str, start: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -24,7 +22,7 @@ def _run_blocks(page: str, start: dict[str, Any]) -> tuple[dict[str, Any], int]:
 
 def test_life_of_a_task():
     torch.set_num_threads(1)
-    left, blocks = _run_blocks("docs/tasks.md", {})
+    left, blocks = _run_blocks("docs/guide/tasks.md", {})
     assert blocks == 10
     assert min(left["before"].values()) > 0.75 and left["new"] > 0.75
     # 64 samples, each served right about 86 % of the time: standard deviation 0.043
@@ -47,6 +45,6 @@ def test_readme(tmp_path, monkeypatch):
 
 
 def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,15 +1,15 @@
-"""The code of docs/meta.md runs, in order."""
+"""The code of docs/guide/meta.md runs, in order."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
+from support.paths import ROOT
 
 
 def test_code_of_the_page():
-    text = (Path(__file__).parent.parent / "docs" / "meta.md").read_text()
+    text = (ROOT / "docs/guide/meta.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 3
     names: dict = {}

@@ -16,7 +16,6 @@ import test_weight_list
 import torch
 from support.emulated import FORWARD, RANDOM_WARPS, bring, emulator, in_the_emulator  # noqa: F401  fixtures
 from support.samples import DTYPES, GATES, SMALL, Sample, ids, wider
-from torch.profiler import ProfilerActivity, profile
 
 from metamask_ext.ops.linear import raw as linear_raw
 from metamask_ext.ops.weight import raw as weight_raw
@@ -193,12 +192,6 @@ def test_linear_of_a_small_batch_with_tf32(case, _tf32):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_forward_of_a_batch_that_only_tensor_cores_have_room_for(case, dtype):
     test_linear_ops.check(*case, GATES[1], dtype)
-
-
-def aten_products(function):
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        function()
-    return sum(event.name in ("aten::mm", "aten::addmm") for event in profiler.events())
 
 
 @pytest.mark.parametrize(("batch", "products"), [(1, (0, 0)), (32, (0, 0)), (33, (0, 2)), (64, (0, 2)), (65, (1, 2))], ids=str)

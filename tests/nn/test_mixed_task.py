@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.models import assert_same_gradients, expected, gradients, mlp, randomize_masks, two_task_model
+from support.mixed_task_models import MIXED, MODELS, alone, compare, make, three_task_mlp, together
+from support.models import assert_same_gradients, expected, gradients, mlp, randomize_masks
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -20,71 +21,7 @@ from metamask_ext import add_task, remove_task, slots, tasks, using_task
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
 from metamask_ext.optim import FusedMaskedSGD
 
-MIXED = ["b", "a", "c", "b", "b"]
-
-
-def three_task_mlp():
-    model = mlp()
-    add_task(model, "c")
-    return model
-
-
-def cnn(gate="sigmoid"):
-    options = {"gate": gate, "threshold": 0.1} if gate == "hard" else {"temperature": 0.7}
-    model = two_task_model(
-        MaskedConv2d(2, 4, 3, padding=1, padding_mode="reflect", **options),
-        nn.Tanh(),
-        MaskedConv2d(4, 4, 3, stride=2, groups=2, bias=False, **options),
-        nn.Tanh(),
-        nn.Flatten(),
-        MaskedLinear(16, 3, **options),
-    )
-    add_task(model, "c")
-    return model.double()
-
-
-MODELS = {
-    "mlp": (three_task_mlp, (4,)),
-    "mlp-more-dimensions": (three_task_mlp, (2, 3, 4)),
-    "cnn": (cnn, (2, 6, 6)),
-    "cnn-hard": (lambda: cnn("hard"), (2, 6, 6)),
-}
 each_model = pytest.mark.parametrize("name", MODELS)
-
-
-def make(name, samples=5):
-    build, shape = MODELS[name]
-    return build(), torch.randn(samples, *shape, dtype=torch.float64)
-
-
-def alone(model, x, names):
-    """Each sample by itself, under its own task."""
-    outputs = []
-    for sample, name in zip(x, names, strict=True):
-        with using_task(model, name):
-            outputs.append(model(sample[None]))
-    return torch.cat(outputs)
-
-
-def compare(model, x, given, names=None, call=None):
-    """Output and gradients, of the input too, of the mixed batch and of its samples alone."""
-    names = given if names is None else names
-    results = []
-    for run in (lambda x: _mixed(model, x, given, call), lambda x: alone(model, x, names)):
-        leaf = x.detach().clone().requires_grad_()
-        output = run(leaf)
-        output.square().sum().backward()
-        results.append((output.detach(), leaf.grad, gradients(model)))
-    (got, got_dx, got_grads), (wanted, wanted_dx, wanted_grads) = results
-    torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(got_dx, wanted_dx)
-    assert_same_gradients(got_grads, wanted_grads)
-    return wanted_grads
-
-
-def _mixed(model, x, given, call=None):
-    with using_task(model, given):
-        return (call or model)(x)
 
 
 @each_model
@@ -108,15 +45,15 @@ def test_slots_in_a_list_and_in_a_tensor_mean_the_names_at_them(name):
     by_name = {task: slot for slot, task in enumerate(slots(model)) if task is not None}
     given = [by_name[task] for task in MIXED]
     assert min(given) == 1  # slot 0 was that of "default"
-    wanted = _mixed(model, x, MIXED)
+    wanted = together(model, x, MIXED)
     for form in (given, tuple(given), torch.tensor(given), [torch.tensor(slot) for slot in given], tuple(MIXED)):
-        torch.testing.assert_close(_mixed(model, x, form), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(together(model, x, form), wanted, rtol=0, atol=0)
 
 
 def test_second_derivatives_are_those_of_the_samples_alone():
     model, x = make("mlp")
     found = []
-    for run in (lambda: _mixed(model, x, MIXED), lambda: alone(model, x, MIXED)):
+    for run in (lambda: together(model, x, MIXED), lambda: alone(model, x, MIXED)):
         first = torch.autograd.grad(run().square().sum(), model[0].weight, create_graph=True)[0]
         first.square().sum().backward()
         found.append(gradients(model))
@@ -209,7 +146,7 @@ class TestBlocks:
     @each_model
     def test_a_batch_of_no_sample_is_empty_and_moves_nothing(self, name, given):
         model, x = make(name, samples=0)
-        output = _mixed(model, x, given)
+        output = together(model, x, given)
         with using_task(model, "a"):
             assert output.shape == model(x).shape
         output.sum().backward()
@@ -286,8 +223,8 @@ class TestBadInput:
         x = torch.randn(2, 4, dtype=torch.float64)
         with pytest.raises(ValueError, match="count their tasks differently: task 'a' is slot 1 of '0' and 2 of '1'"):
             using_task(model, [0, 1])
-        torch.testing.assert_close(_mixed(model, x, [0, 0]), alone(model, x, ["default"] * 2))
-        torch.testing.assert_close(_mixed(model, x, ["b", "a"]), alone(model, x, ["b", "a"]))
+        torch.testing.assert_close(together(model, x, [0, 0]), alone(model, x, ["default"] * 2))
+        torch.testing.assert_close(together(model, x, ["b", "a"]), alone(model, x, ["b", "a"]))
 
 
 class TestRemoval:
@@ -350,7 +287,7 @@ class TestSlots:
         add_task(other, "new")
         assert slots(other)[-1] == "new"
         x = torch.randn(3, 1, 1, 1)
-        torch.testing.assert_close(_mixed(other, x, [1, 4, 2]), alone(model, x, ["z", "m", "a"]))
+        torch.testing.assert_close(together(other, x, [1, 4, 2]), alone(model, x, ["z", "m", "a"]))
 
     def test_a_state_without_all_tasks_of_the_layer_leaves_its_slots(self):
         model, other = MaskedLinear(2, 2), MaskedLinear(2, 2)
@@ -405,7 +342,7 @@ class TestCheckpoints:
         alone(model, x, MIXED).square().sum().backward()
         wanted = gradients(model)
         with using_task(model, "a"):
-            loss = checkpoint(lambda given: _mixed(model, given, MIXED), x, use_reentrant=False).square().sum()
+            loss = checkpoint(lambda given: together(model, given, MIXED), x, use_reentrant=False).square().sum()
         loss.backward()
         assert_same_gradients(gradients(model), wanted)
 
@@ -450,9 +387,9 @@ class TestOptimisers:
         plain = torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9)
         for seed, given in enumerate((MIXED, ["a"] * 5, MIXED[::-1], "b")):
             x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-            fused.backward(_mixed(ours, x, given).square().sum())
+            fused.backward(together(ours, x, given).square().sum())
             plain.zero_grad()
-            _mixed(theirs, x, given).square().sum().backward()
+            together(theirs, x, given).square().sum().backward()
             plain.step()
         for (name, ours_parameter), theirs_parameter in zip(ours.named_parameters(), theirs.parameters()):
             torch.testing.assert_close(ours_parameter, theirs_parameter, msg=lambda text, name=name: f"{name}: {text}")
@@ -460,6 +397,6 @@ class TestOptimisers:
     def test_a_batch_of_one_task_runs_the_ordinary_op(self):
         model, x = make("mlp")
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            _mixed(model, x, ["b"] * 5)
+            together(model, x, ["b"] * 5)
         names = [event.name for event in profiler.events() if event.name.startswith("metamask::")]
         assert names == ["metamask::masked_linear"] * 3

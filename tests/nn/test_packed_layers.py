@@ -7,8 +7,8 @@ import io
 
 import pytest
 import torch
+from support.mixed_task_models import MIXED, MODELS, alone, compare, make
 from support.models import assert_same_gradients, gradients, mlp, randomize_masks
-from test_using_tasks import MIXED, MODELS, alone, compare, make
 from torch import nn
 
 import metamask_ext

@@ -5,21 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.samples import ALL, DEVICES, DTYPES, GATES, SMALL, assert_close, ids
+from support.closeness import assert_close
+from support.derivatives import flat, nested_gradients, options
+from support.profiling import metamask_ops
+from support.samples import ALL, DEVICES, DTYPES, GATES, SMALL, ids
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.profiler import ProfilerActivity, profile
 
 import metamask_ext as mm
 from metamask_ext.ops.dispatch import use_reference
-from metamask_ext.ops.gate import SIGMOID
 from metamask_ext.ops.weight import reference as weight_reference
-
-NAMES = {0: "sigmoid", 1: "hard"}
-
-
-def options(gate):
-    number, parameter = gate
-    return {"gate": NAMES[number], ("temperature" if number == SIGMOID else "threshold"): parameter}
 
 
 def plain(weight, mask, gate):
@@ -84,22 +78,6 @@ def test_masked_conv2d_gradcheck_and_gradgradcheck(stride, padding, dilation, gr
 
     assert gradcheck(function, conv_inputs(device, groups=groups), check_forward_ad=True)
     assert gradgradcheck(function, conv_inputs(device, groups=groups))
-
-
-def nested_gradients(function, inputs, order):
-    """The gradients of every order up to ``order``, each of a fixed random projection of the one before."""
-    generator = torch.Generator().manual_seed(3)
-    values, found = function(*inputs), []
-    for step in range(order):
-        # For all but the last one the graph is needed
-        weights = torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values)
-        grads = [None] * len(inputs)
-        if values.requires_grad:  # the derivative of a constant is zero (the hard gate is linear in each input)
-            grads = torch.autograd.grad((values * weights).sum(), inputs, create_graph=step < order - 1, allow_unused=True)
-        grads = [torch.zeros_like(tensor) if grad is None else grad for tensor, grad in zip(inputs, grads)]
-        found += [grad.detach() for grad in grads]
-        values = torch.cat([grad.flatten() for grad in grads])
-    return found
 
 
 @each_device
@@ -198,10 +176,6 @@ TRANSFORMS = {
     "vjp": lambda f, w, m, x: torch.func.vjp(f, w, m, x)[1](torch.ones((), dtype=torch.float64)),
     "linearize": lambda f, w, m, x: torch.func.linearize(f, w, m, x)[1](m, w, x),
 }
-
-
-def flat(result):
-    return [result] if isinstance(result, torch.Tensor) else [tensor for part in result for tensor in flat(part)]
 
 
 @pytest.mark.once
@@ -324,14 +298,6 @@ def test_which_path_runs_where():
 
 
 # --- What runs: a test that calling reference.py everywhere would fail.
-
-
-def metamask_ops(function):
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        function()
-    return {
-        event.key.removeprefix("metamask::"): event.count for event in profiler.key_averages() if event.key.startswith("metamask::")
-    }
 
 
 @each_device

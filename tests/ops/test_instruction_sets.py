@@ -8,13 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT, TESTS
 
 from metamask_ext import build_info
 
-ROOT = Path(__file__).parent.parent
 SETS = ["default", "avx2", "avx512", "avx512_bf16"] if platform.machine() in ("x86_64", "AMD64") else ["default"]
 
 
@@ -76,7 +75,7 @@ def test_only_its_own_set_multiplies_bfloat16():
 @pytest.fixture(scope="module")
 def default_path(tmp_path_factory):
     program = tmp_path_factory.mktemp("default") / "default_path"
-    sources = [str(ROOT / "tests/default_path.cpp"), *map(str, objects("default"))]
+    sources = [str(ROOT / "tests/ops/default_path.cpp"), *map(str, objects("default"))]
     # static: an emulator needs no libraries of another machine
     subprocess.run([os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-static", *sources, "-o", str(program)], check=True)
     return program
@@ -97,8 +96,8 @@ def test_the_default_path_runs_on_a_processor_without_avx(default_path):
 def test_the_emulated_processor_would_catch_avx(tmp_path):
     """The check itself: an AVX-512 object stops there."""
     program = tmp_path / "avx512_path"
-    source = (ROOT / "tests/default_path.cpp").read_text().replace("_default", "_avx512")
-    (tmp_path / "path.cpp").write_text(source.replace("../csrc", str(ROOT / "csrc")))
+    source = (ROOT / "tests/ops/default_path.cpp").read_text().replace("_default", "_avx512")
+    (tmp_path / "path.cpp").write_text(source.replace("../../csrc", str(ROOT / "csrc")))
     paths = [str(tmp_path / "path.cpp"), *map(str, objects("avx512"))]
     subprocess.run(
         [os.environ.get("CXX", "g++"), "-std=c++20", "-DMETAMASK_X86", "-static", *paths, "-o", str(program)], check=True
@@ -110,7 +109,7 @@ def test_the_emulated_processor_would_catch_avx(tmp_path):
 @needs("aarch64-linux-gnu-g++", "qemu-aarch64")
 def test_the_default_path_computes_right_on_arm64(tmp_path):
     program = tmp_path / "default_path"
-    sources = [str(ROOT / "tests/default_path.cpp"), *map(str, sorted((ROOT / "csrc/cpu").glob("*_kernel.cpp")))]
+    sources = [str(ROOT / "tests/ops/default_path.cpp"), *map(str, sorted((ROOT / "csrc/cpu").glob("*_kernel.cpp")))]
     flags = ["-std=gnu++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-DMETAMASK_ISA=default", "-static"]
     subprocess.run(["aarch64-linux-gnu-g++", *flags, *sources, "-o", str(program)], check=True)
     ran = subprocess.run(["qemu-aarch64", str(program)], capture_output=True, text=True)
@@ -126,24 +125,26 @@ def test_build_info_says_which_sets_this_machine_has():
 
 CHILD = """
 import sys; sys.path.insert(0, sys.argv[1])
-import test_linear_ops, test_ops, test_packed, test_sgd_ops, test_task_linear, torch
-from samples import ALL, DTYPES, GATES
-assert test_ops.build_info()["cpu_capability"] == sys.argv[2]
+import torch
+from metamask_ext import build_info
+from support import linear_checks, mixed_task, packed_checks, sgd_checks, weight_checks
+from support.samples import ALL, DTYPES, GATES
+assert build_info()["cpu_capability"] == sys.argv[2]
 torch.set_num_threads(2)
 for dtype in DTYPES:
     for sample in ALL:
         for gate in (GATES[1], GATES[3]):
-            test_ops.check_forward(sample, gate, dtype, "cpu")
-            test_ops.check_backward(sample, gate, dtype, "cpu")
-            test_ops.check_double_backward(sample, gate, dtype, "cpu")
-    for module in (test_linear_ops, test_sgd_ops):
+            weight_checks.check_forward(sample, gate, dtype, "cpu")
+            weight_checks.check_backward(sample, gate, dtype, "cpu")
+            weight_checks.check_double_backward(sample, gate, dtype, "cpu")
+    for module in (linear_checks, sgd_checks):
         for shape in module.SHAPES.values():
             module.check(*shape, GATES[1], dtype)
     for case in ("3-d", "129 rows", "groups over panels"):
-        test_task_linear.check(case, GATES[1], dtype, True)
-        test_task_linear.check_double_backward(case, GATES[1], dtype, False)
-    for shape in test_packed.SHAPES.values():
-        test_packed.check(shape, dtype)
+        mixed_task.check(case, GATES[1], dtype, True)
+        mixed_task.check_double_backward(case, GATES[1], dtype, False)
+    for shape in packed_checks.SHAPES.values():
+        packed_checks.check(shape, dtype)
 print("all equal")
 """
 
@@ -152,6 +153,6 @@ print("all equal")
 def test_every_instruction_set_equals_the_reference(capability):
     """In every run of the suite, on the shapes that tell most; ``make test-instruction-sets`` runs all core tests so."""
     environment = {**os.environ, "METAMASK_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-c", CHILD, str(ROOT / "tests"), capability]
+    command = [sys.executable, "-c", CHILD, str(TESTS), capability]
     child = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert child.stdout.strip() == "all equal", child.stderr

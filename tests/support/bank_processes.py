@@ -1,4 +1,4 @@
-"""Processes that save and read one bank at once, and are killed: a program of one thread, which test_bank_faults.py runs.
+"""Processes that save and read one bank at once, and are killed: a program of one thread, which bank/test_faults.py runs.
 
 Every generation of the bank holds its number in every tensor, so that a mixture of two shows.
 """

@@ -13,7 +13,8 @@ import torch
 
 from metamask_ext import build_info
 from metamask_ext.data import characters, digits
-from metamask_ext.experiments.catalogue import module_of, report, run
+from metamask_ext.experiments import report
+from metamask_ext.experiments.catalogue import module_of, run
 
 
 @contextmanager

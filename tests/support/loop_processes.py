@@ -1,4 +1,4 @@
-"""A training loop that is killed and started again: a program of one thread, which test_continual_files.py runs."""
+"""A training loop that is killed and started again: a program of one thread, which continual/test_files.py runs."""
 
 from __future__ import annotations
 

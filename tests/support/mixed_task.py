@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from support.samples import wider
+from support import closeness
+from support.samples import GATES, wider
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from metamask_ext.ops.mixed_task import raw as mixed_task_raw
+from metamask_ext.ops.mixed_task import reference as mixed_task_reference
 from metamask_ext.ops.weight import reference as weight_reference
 
 # (B, ...), groups, in, out, slots: one row a task, all rows one task, ragged, sorted, tasks absent and repeated, tiles and panels
@@ -103,3 +108,94 @@ def plain_gradients(batch: Batch, gate) -> list[Tensor]:
     if not y.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     return list(torch.autograd.grad(y, leaves, batch.grad, materialize_grads=True))
+
+
+GATE = GATES[0]
+# 16-bit types round input, gradient and result to 16 bits.
+assert_near = partial(closeness.assert_near, units=8)
+
+
+def terms_of(batch):
+    out, columns = batch.weight.shape
+    return max(out, columns, batch.grad.numel() // max(out, 1))
+
+
+def leaves(tree):
+    return [leaf for leaf in tree_leaves(tree) if leaf is not None]
+
+
+def check(case, gate, dtype, stacked, bias=True, device="cpu"):
+    batch = Batch(case, dtype, stacked, bias, device=device)
+    double = batch.double()
+    arguments, terms = batch.arguments(gate), terms_of(batch)
+    y = mixed_task_raw.task_masked_linear(*arguments)
+    assert y.dtype == dtype
+    assert_near(y, plain(double, gate), batch.weight.shape[1], "y")
+    grads = leaves(mixed_task_raw.task_masked_linear_backward(batch.grad, *arguments))
+    wanted = plain_gradients(double, gate)
+    assert len(grads) == len(wanted) == len(batch.tensors())
+    for index, (one, other) in enumerate(zip(grads, wanted)):
+        assert one.dtype == dtype
+        assert_near(one, other, terms, f"gradient {index}")
+
+
+def cotangents_of(batch, seed=1):
+    """In the order of the op: of dx, dW, dM, db, dMb."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in batch.tensors()]
+    dx, dw, *rest = made
+    n = len(batch.masks)
+    return (dx, dw, rest[:n], rest[n], rest[n + 1 :]) if batch.bias is not None else (dx, dw, rest, None, [])
+
+
+def check_double_backward(case, gate, dtype, stacked, bias=True, device="cpu"):
+    batch = Batch(case, dtype, stacked, bias, device=device)
+    cotangents = cotangents_of(batch)
+    got = leaves(mixed_task_raw.task_masked_linear_double_backward(*cotangents, batch.grad, *batch.arguments(gate)))
+    double = batch.double()
+    primals = [tensor.detach().requires_grad_() for tensor in (double.grad, *double.tensors())]
+    other = double.with_tensors(primals[1:])
+    other.grad = primals[0]
+    y = plain(other, gate)
+    wanted = [torch.zeros_like(primal) for primal in primals]
+    if y.requires_grad:
+        first = torch.autograd.grad(y, primals[1:], primals[0], create_graph=True, materialize_grads=True)
+        total = sum((one * c.double().cpu()).sum() for one, c in zip(first, leaves(cotangents)))
+        if total.requires_grad:
+            wanted = torch.autograd.grad(total, primals, materialize_grads=True)
+    assert len(got) == len(wanted)
+    for index, (one, two) in enumerate(zip(got, wanted)):
+        assert one.dtype == dtype
+        assert_near(one, two.detach(), terms_of(batch), f"second gradient {index}")
+
+
+def check_without_bias_masks(case):
+    batch = Batch(case, torch.float64)
+    batch.bias_masks = []
+    arguments = batch.arguments(GATE)
+    assert_near(mixed_task_raw.task_masked_linear(*arguments), plain(batch, GATE), 17, "y")
+    got = leaves(mixed_task_raw.task_masked_linear_backward(batch.grad, *arguments))
+    for one, other in zip(got, plain_gradients(batch, GATE)):
+        assert_near(one, other, 129, "gradient")
+    cotangents = (*cotangents_of(batch)[:4], [])
+    got = mixed_task_raw.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments)
+    wanted = mixed_task_reference.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments)
+    for one, other in zip(leaves(got), leaves(wanted)):
+        assert_near(one, other, terms_of(batch), "second gradient")
+
+
+def check_absent_cotangents(batch):
+    arguments = batch.arguments(GATE)
+    full = cotangents_of(batch)
+    zero = [[torch.zeros_like(one) for one in c] if isinstance(c, list) else torch.zeros_like(c) for c in full]
+    for index in range(5):
+        absent = [] if isinstance(full[index], list) else None
+        only = [full[i] if i == index else zero[i] for i in range(5)]
+        missing = [full[i] if i == index else ([] if isinstance(full[i], list) else None) for i in range(5)]
+        without = [absent if i == index else full[i] for i in range(5)]
+        with_zero = [zero[i] if i == index else full[i] for i in range(5)]
+        for given, wanted in ((missing, only), (without, with_zero)):
+            got = mixed_task_raw.task_masked_linear_double_backward(*given, batch.grad, *arguments)
+            expected = mixed_task_raw.task_masked_linear_double_backward(*wanted, batch.grad, *arguments)
+            for one, other in zip(leaves(got), leaves(expected)):
+                torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)

@@ -99,32 +99,9 @@ def ids(samples: tuple[Sample, ...]) -> list[str]:
     return [sample.name for sample in samples]
 
 
-def resolution(dtype: torch.dtype) -> float:
-    """The relative error that rounding a result once to ``dtype`` may leave, with room for the arithmetic before it.
-
-    float64: exp and a few operations, each half a unit. float32: the same. The 16-bit types compute in float32 and round once.
-    """
-    return {torch.float64: 2e-15, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
-
-
 def opcheck(op: torch._ops.OpOverload, arguments: tuple) -> None:
     """torch.library.opcheck. AOT autograd, most of its time, is tried with float32 only: types are told apart in the kernels."""
     tests = ["test_schema", "test_faketensor"]
     if any(isinstance(one, Tensor) and one.dtype == torch.float32 for one in arguments):
         tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
     torch.library.opcheck(op, arguments, test_utils=tests)
-
-
-def assert_close(got: Tensor, expected: Tensor, what: str, scale: Tensor | float = 0.0) -> None:
-    """``got`` is the float64 ``expected`` to the resolution of its dtype, element by element.
-
-    ``scale`` bounds the terms that were added up to each element; where they cancel, the error is relative to them. Below
-    ``tiny`` an absolute error is allowed: float16's subnormals are 6e-8 apart, and the kernels take exp(x) as 0 below 1.6e-38
-    (float64: 3e-308), which a gradient multiplies by a few tens.
-    """
-    assert got.shape == expected.shape, f"{what}: shape {list(got.shape)}, expected {list(expected.shape)}"
-    tiny = {torch.float16: 6e-8, torch.bfloat16: 1e-36, torch.float32: 1e-36, torch.float64: 1e-300}[got.dtype]
-    error = (got.double() - expected).abs()
-    bound = resolution(got.dtype) * torch.maximum(expected.abs(), torch.as_tensor(scale, dtype=torch.float64)) + tiny
-    # NaN fails: it is not <= anything
-    assert bool((error <= bound).all()), f"{what}: error up to {(error / bound).max().item():.3g} times what {got.dtype} allows"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import toy_experiment
+from support.paths import TESTS
 from typer.testing import CliRunner
 
 from metamask_ext.cli import app
@@ -24,7 +25,6 @@ from metamask_ext.experiments.catalogue import EXPERIMENTS, Entry, OptionError, 
 from metamask_ext.experiments.engine.run_folder import half_width, shown_time
 from metamask_ext.experiments.engine.settings import read_toml, resolve, to_toml
 
-TESTS = Path(__file__).parents[2]
 TOY = Entry("support.toy_experiment", "for tests")
 
 

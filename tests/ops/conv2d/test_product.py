@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.derivatives import nested_gradients
+from support.profiling import largest_allocation, metamask_ops
 from support.sgd_steps import FUSED, compare, each_setting, error
-from test_autograd import metamask_ops, nested_gradients
-from test_linear_ops import largest_allocation
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 

@@ -4,69 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.closeness import assert_near
+from support.linear_checks import SHAPES, check, expected, inputs
+from support.profiling import largest_allocation
 from support.samples import DEVICES, DTYPES, GATE_IDS, GATES, offset, opcheck, transposed, wider
-from torch.profiler import ProfilerActivity, profile
 
 import metamask_ext as mm
 from metamask_ext.ops.gate import SIGMOID
 from metamask_ext.ops.linear import raw as linear_raw
-from metamask_ext.ops.linear import reference as linear_reference
 
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 each_gate = pytest.mark.parametrize("gate", GATES[1::2], ids=GATE_IDS[1::2])
 
-# (batch..., in), out: one panel, panels with a ragged last one, rows wider than the cache's share, nothing at all
-SHAPES = {
-    "1x1x1": ((1, 1), 1),
-    "vector": ((17,), 3),
-    "3-d": ((2, 3, 17), 129),
-    "ragged": ((3, 129), 1134),
-    "wide": ((2, 40000), 37),
-    "batch 129": ((129, 129), 257),
-    "no batch": ((0, 17), 129),
-    "no input": ((3, 0), 5),
-    "no output": ((3, 17), 0),
-}
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-
-
-def inputs(shape, out, dtype, device="cpu"):
-    """input, weight, mask, bias, bias mask, grad."""
-    generator = torch.Generator().manual_seed(5)
-    shapes = (shape, (out, shape[-1]), (out, shape[-1]), (out,), (out,), (*shape[:-1], out))
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
-
-
-def expected(tensors, gate, grad_mode=True):
-    """Output and gradients by plain torch in float64."""
-    x, w, m, b, bm, grad = (tensor.detach().double().cpu() for tensor in tensors)
-    leaves = [tensor.requires_grad_() for tensor in (x, w, m, b, bm)]
-    y = linear_reference.masked_linear(*leaves, *gate)
-    return y.detach(), torch.autograd.grad(y, leaves, grad)
-
-
-def assert_near(got, wanted, reduction, what):
-    """Sums of ``reduction`` products round at each addition; the 16-bit types keep theta, G and the result in 16 bits."""
-    unit = torch.finfo(got.dtype).eps
-    bound = 4 * unit * max(reduction, 1) ** 0.5 * wanted.abs().amax().item() if wanted.numel() else 0.0
-    assert got.shape == wanted.shape
-    error = (got.double().cpu() - wanted).abs()
-    assert bool((error <= bound + 1e-30).all()), f"{what}: error {error.max().item():.3g}, allowed {bound:.3g}"
-
-
-def check(shape, out, gate, dtype, device="cpu"):
-    tensors = inputs(shape, out, dtype, device)
-    y, grads = expected(tensors, gate)
-    *arguments, grad = tensors
-    batch = max(grad.numel() // max(out, 1), 1)
-    got = linear_raw.masked_linear(*arguments, *gate)
-    assert got.dtype == dtype
-    assert_near(got, y, shape[-1], "y")
-    got = linear_raw.masked_linear_backward(grad, *arguments, *gate)
-    for name, one, other, reduction in zip(("dx", "dW", "dM", "db", "dMb"), got, grads, (out, batch, batch, batch, batch)):
-        assert one.dtype == dtype
-        assert_near(one, other, reduction, name)
 
 
 @each_device
@@ -207,12 +158,6 @@ def test_opcheck(dtype, device):
         opcheck(torch.ops.metamask.masked_linear_backward.default, (grad, *arguments, SIGMOID, 1.0, (True,) * 5))
         needs = (False, True, False, True, False)
         opcheck(torch.ops.metamask.masked_linear_backward.default, (grad, x, w, m, b, None, SIGMOID, 1.0, needs))
-
-
-def largest_allocation(function):
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    return max((event.cpu_memory_usage for event in profiler.events() if event.cpu_memory_usage > 0), default=0)
 
 
 def test_nothing_of_the_weights_size_is_allocated_but_the_gradients():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.mixed_task import Batch, plain, plain_gradients
+from support.derivatives import flat, nested_gradients, options
+from support.mixed_task import Batch, assert_near, cotangents_of, plain, plain_gradients
+from support.profiling import allocated, metamask_ops
 from support.samples import DTYPES, GATES
 from support.sgd_steps import SETTINGS, assert_equal_models, each_setting, torch_sgd
-from test_autograd import flat, metamask_ops, nested_gradients, options
-from test_task_linear import allocated, assert_near, cotangents_of
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.derivatives import nested_gradients, options
+from support.mixed_task import assert_near
+from support.profiling import metamask_ops
 from support.samples import DTYPES, GATES, channels_last, wider
-from test_autograd import metamask_ops, nested_gradients, options
-from test_task_linear import assert_near
 from torch.autograd import gradcheck, gradgradcheck
 
 import metamask_ext as mm

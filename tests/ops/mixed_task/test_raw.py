@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.mixed_task import CASES, TASKS, Batch, plain, plain_gradients
+from support.mixed_task import (
+    CASES,
+    GATE,
+    TASKS,
+    Batch,
+    assert_near,
+    check,
+    check_absent_cotangents,
+    check_double_backward,
+    check_without_bias_masks,
+    cotangents_of,
+    leaves,
+    plain,
+    plain_gradients,
+)
+from support.profiling import allocated
 from support.samples import DEVICES, DTYPES, GATES, opcheck
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_leaves
 
 import metamask_ext as mm
 from metamask_ext.ops.gate import SIGMOID
@@ -23,71 +36,7 @@ each_form = pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "l
 each_gate_and_form = pytest.mark.parametrize(
     ("gate", "stacked"), [(GATES[1], True), (GATES[3], False)], ids=["sigmoid-stacked", "hard-list"]
 )
-GATE = GATES[0]
 NAMES = ("dx", "dW", "dM", "db", "dMb")
-
-
-def assert_near(got, wanted, terms, what):
-    """Sums of ``terms`` products round at each addition; 16-bit types round input, gradient and result to 16 bits."""
-    unit = torch.finfo(got.dtype).eps
-    bound = 8 * unit * max(terms, 1) ** 0.5 * wanted.abs().amax().item() if wanted.numel() else 0.0
-    assert got.shape == wanted.shape, what
-    error = (got.double().cpu() - wanted.cpu()).abs()
-    assert bool((error <= bound + 1e-30).all()), f"{what}: error {error.max().item():.3g}, allowed {bound:.3g}"
-
-
-def terms_of(batch):
-    out, columns = batch.weight.shape
-    return max(out, columns, batch.grad.numel() // max(out, 1))
-
-
-def leaves(tree):
-    return [leaf for leaf in tree_leaves(tree) if leaf is not None]
-
-
-def check(case, gate, dtype, stacked, bias=True, device="cpu"):
-    batch = Batch(case, dtype, stacked, bias, device=device)
-    double = batch.double()
-    arguments, terms = batch.arguments(gate), terms_of(batch)
-    y = mixed_task_raw.task_masked_linear(*arguments)
-    assert y.dtype == dtype
-    assert_near(y, plain(double, gate), batch.weight.shape[1], "y")
-    grads = leaves(mixed_task_raw.task_masked_linear_backward(batch.grad, *arguments))
-    wanted = plain_gradients(double, gate)
-    assert len(grads) == len(wanted) == len(batch.tensors())
-    for index, (one, other) in enumerate(zip(grads, wanted)):
-        assert one.dtype == dtype
-        assert_near(one, other, terms, f"gradient {index}")
-
-
-def cotangents_of(batch, seed=1):
-    """In the order of the op: of dx, dW, dM, db, dMb."""
-    generator = torch.Generator().manual_seed(seed)
-    made = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in batch.tensors()]
-    dx, dw, *rest = made
-    n = len(batch.masks)
-    return (dx, dw, rest[:n], rest[n], rest[n + 1 :]) if batch.bias is not None else (dx, dw, rest, None, [])
-
-
-def check_double_backward(case, gate, dtype, stacked, bias=True, device="cpu"):
-    batch = Batch(case, dtype, stacked, bias, device=device)
-    cotangents = cotangents_of(batch)
-    got = leaves(mixed_task_raw.task_masked_linear_double_backward(*cotangents, batch.grad, *batch.arguments(gate)))
-    double = batch.double()
-    primals = [tensor.detach().requires_grad_() for tensor in (double.grad, *double.tensors())]
-    other = double.with_tensors(primals[1:])
-    other.grad = primals[0]
-    y = plain(other, gate)
-    wanted = [torch.zeros_like(primal) for primal in primals]
-    if y.requires_grad:
-        first = torch.autograd.grad(y, primals[1:], primals[0], create_graph=True, materialize_grads=True)
-        total = sum((one * c.double().cpu()).sum() for one, c in zip(first, leaves(cotangents)))
-        if total.requires_grad:
-            wanted = torch.autograd.grad(total, primals, materialize_grads=True)
-    assert len(got) == len(wanted)
-    for index, (one, two) in enumerate(zip(got, wanted)):
-        assert one.dtype == dtype
-        assert_near(one, two.detach(), terms_of(batch), f"second gradient {index}")
 
 
 @each_device
@@ -110,21 +59,6 @@ def test_second_gradients_equal_plain_torch_sample_by_sample(case, dtype, gate, 
 def test_without_a_bias(case):
     check(case, GATE, torch.float64, True, bias=False)
     check_double_backward(case, GATE, torch.float64, False, bias=False)
-
-
-def check_without_bias_masks(case):
-    batch = Batch(case, torch.float64)
-    batch.bias_masks = []
-    arguments = batch.arguments(GATE)
-    assert_near(mixed_task_raw.task_masked_linear(*arguments), plain(batch, GATE), 17, "y")
-    got = leaves(mixed_task_raw.task_masked_linear_backward(batch.grad, *arguments))
-    for one, other in zip(got, plain_gradients(batch, GATE)):
-        assert_near(one, other, 129, "gradient")
-    cotangents = (*cotangents_of(batch)[:4], [])
-    got = mixed_task_raw.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments)
-    wanted = mixed_task_reference.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments)
-    for one, other in zip(leaves(got), leaves(wanted)):
-        assert_near(one, other, terms_of(batch), "second gradient")
 
 
 @pytest.mark.parametrize("case", ["3-d", "ragged", "groups"])
@@ -190,23 +124,6 @@ def test_each_gradient_alone_equals_all_together(case, stacked):
         assert [bool(leaves(one)) for one in got] == list(needs)
         for one, other in zip(leaves(got[index]), leaves(together[index])):
             torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
-
-
-def check_absent_cotangents(batch):
-    arguments = batch.arguments(GATE)
-    full = cotangents_of(batch)
-    zero = [[torch.zeros_like(one) for one in c] if isinstance(c, list) else torch.zeros_like(c) for c in full]
-    for index in range(5):
-        absent = [] if isinstance(full[index], list) else None
-        only = [full[i] if i == index else zero[i] for i in range(5)]
-        missing = [full[i] if i == index else ([] if isinstance(full[i], list) else None) for i in range(5)]
-        without = [absent if i == index else full[i] for i in range(5)]
-        with_zero = [zero[i] if i == index else full[i] for i in range(5)]
-        for given, wanted in ((missing, only), (without, with_zero)):
-            got = mixed_task_raw.task_masked_linear_double_backward(*given, batch.grad, *arguments)
-            expected = mixed_task_raw.task_masked_linear_double_backward(*wanted, batch.grad, *arguments)
-            for one, other in zip(leaves(got), leaves(expected)):
-                torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
 
 
 @each_form
@@ -331,14 +248,6 @@ def test_opcheck(dtype, stacked):
         opcheck(ops.task_masked_linear_double_backward.default, (*cotangents, batch.grad, *arguments, (True,) * 6))
         needs = (True, False, True, False, False)
         opcheck(ops.task_masked_linear_backward.default, (batch.grad, *arguments, needs))
-
-
-def allocated(function):
-    """By the one op that ``function`` calls, in all."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = function()
-    del kept
-    return max((event.cpu_memory_usage for event in profiler.events() if event.cpu_memory_usage > 0), default=0)
 
 
 def test_nothing_of_the_size_of_all_thetas_is_allocated_from_a_list():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_autograd import metamask_ops, nested_gradients
+from support.derivatives import nested_gradients
+from support.profiling import metamask_ops
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import metamask_ext as mm

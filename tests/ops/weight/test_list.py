@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.samples import ALL, DEVICES, DTYPES, GATE_IDS, GATES, LARGE, SMALL, Sample, assert_close
-from test_autograd import metamask_ops, nested_gradients, options
-from test_ops import MIXED, as_double, terms_to_mask
+from support.closeness import assert_close
+from support.derivatives import nested_gradients, options
+from support.profiling import metamask_ops
+from support.samples import DEVICES, DTYPES, GATE_IDS, GATES, LARGE
+from support.weight_checks import BY_NAME, LISTS, MIXED, as_double, columns, terms_to_mask
 from torch.autograd import gradcheck, gradgradcheck
 
 import metamask_ext as mm
@@ -17,24 +19,7 @@ from metamask_ext.ops.weight import reference as weight_reference
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_gate = pytest.mark.parametrize("gate", GATES, ids=GATE_IDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-BY_NAME = {sample.name: sample for sample in ALL}
-# Every shape and memory order at once, also those that a launch skips and those that no pack fits; whole packs throughout; several
-# blocks each; one alone; more than a launch has room for, forward and backward
-LISTS = {
-    "all small": SMALL,
-    "packs": tuple(BY_NAME[name] for name in ("17x3", "vector", "conv", "channels-last", "empty", "mask-transposed")),
-    "blocks": (BY_NAME["17x3"], Sample("50x45", (50, 45)), BY_NAME["vector"], Sample("1100", (1100,)), Sample("33x65", (33, 65))),
-    "one": (BY_NAME["2x3"],),
-    "many": tuple(Sample(str(i), (1 + i % 7,)) for i in range(113)),
-}
 each_list = pytest.mark.parametrize("listed", LISTS)
-
-
-def columns(listed, count, dtype=torch.float64, device="cpu"):
-    """For each role (weight, logits, and more of the weight's kind) the tensors of all weights."""
-    samples = listed if isinstance(listed, tuple) else LISTS[listed]
-    made = [sample.tensors(count, dtype, device, seed) for seed, sample in enumerate(samples)]
-    return [list(column) for column in zip(*made)]
 
 
 def check(listed, gate, dtype, device, other=None):

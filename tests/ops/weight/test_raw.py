@@ -10,70 +10,17 @@ import sys
 import pytest
 import torch
 from support import samples
-from support.samples import ALL, DEVICES, DTYPES, GATE_IDS, GATES, SMALL, assert_close
+from support.samples import ALL, DEVICES, DTYPES, GATE_IDS, GATES, SMALL
+from support.weight_checks import MIXED, check_backward, check_double_backward, check_forward
 
 from metamask_ext import build_info
-from metamask_ext.ops.gate import HARD, SIGMOID, gate_values
+from metamask_ext.ops.gate import HARD, SIGMOID
 from metamask_ext.ops.weight import raw as weight_raw
-from metamask_ext.ops.weight import reference as weight_reference
 
 each_sample = pytest.mark.parametrize("sample", ALL, ids=samples.ids(ALL))
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 each_gate = pytest.mark.parametrize("gate", GATES, ids=GATE_IDS)
 each_device = pytest.mark.parametrize("device", DEVICES)
-# Of the parameters and of the gradient or the result: what autocast makes of them
-MIXED = (
-    (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.bfloat16),
-)
-
-
-def as_double(*tensors):
-    return [tensor.double().cpu() for tensor in tensors]
-
-
-def check_forward(sample, gate, dtype, device, out_dtype=None):
-    weight, mask = sample.tensors(2, dtype, device)
-    got = weight_raw.masked_weight(weight, mask, *gate, out_dtype)
-    expected = weight_reference.masked_weight(*as_double(weight, mask), *gate)
-    assert got.dtype == (out_dtype or dtype)
-    assert got.device == weight.device
-    assert_close(got.cpu(), expected, "theta")
-    return weight, got
-
-
-def check_backward(sample, gate, dtype, device, grad_dtype=None):
-    weight, mask, grad = sample.tensors(3, dtype, device)
-    grad = grad.to(grad_dtype or dtype)
-    got = weight_raw.masked_weight_backward(grad, weight, mask, *gate)
-    expected = weight_reference.masked_weight_backward(*as_double(grad, weight, mask), *gate)
-    for name, one, other in zip(("dW", "dM"), got, expected):
-        assert one.dtype == dtype
-        assert_close(one.cpu(), other, name)
-
-
-def check_double_backward(sample, gate, dtype, device, grad_dtype=None):
-    weight, mask, grad, a, b = sample.tensors(5, dtype, device)
-    grad = grad.to(grad_dtype or dtype)
-    got = weight_raw.masked_weight_double_backward(a, b, grad, weight, mask, *gate)
-    double = as_double(a, b, grad, weight, mask)
-    expected = weight_reference.masked_weight_double_backward(*double, *gate)
-    # Each output is a sum of two terms: their sizes, one by one
-    sizes = [term.abs() for term in double[:4]]
-    scale = weight_reference.masked_weight_double_backward(*sizes, double[4], *gate)[0].abs(), 0.0, terms_to_mask(*double, *gate)
-    for name, one, other, terms, kind in zip(("dG", "dW", "dM"), got, expected, scale, (grad.dtype, dtype, dtype)):
-        assert one.dtype == kind
-        assert_close(one.cpu(), other, name, terms)
-
-
-def terms_to_mask(a, b, grad, weight, mask, gate, parameter):
-    _, d, d2 = gate_values(mask, gate, parameter)
-    # 1 - 2s is itself a difference: its error is relative to 1
-    return (a * grad * d).abs() + (b * grad * weight).abs() * torch.maximum(
-        d2.abs(), d / parameter if gate == SIGMOID else d2.abs()
-    )
 
 
 @each_device
@@ -228,7 +175,7 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
 def test_large_tensors_are_worked_on_by_all_threads():
     """A build without OpenMP would compute the same numbers in one thread."""
     script = (
-        "import os, threading, torch; from metamask_ext import _ops; torch.set_num_threads(3); w = torch.empty(1 << 20);"
+        "import os, threading, torch; from metamask_ext.ops.weight import raw as weight_raw; torch.set_num_threads(3); w = torch.empty(1 << 20);"
         "before = len(os.listdir('/proc/self/task')); weight_raw.masked_weight(w, w, 0, 1.0);"
         "print(len(os.listdir('/proc/self/task')) - before)"
     )
