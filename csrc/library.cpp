@@ -182,7 +182,9 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers torch.ops.metamask when it is loaded.";
-  m.def("packed_masked_linear", &metamask::packed_masked_linear, pybind11::call_guard<pybind11::gil_scoped_release>(),
+  using pybind11::arg;
+  m.def("packed_masked_linear", &metamask::packed_masked_linear, pybind11::call_guard<pybind11::gil_scoped_release>(), arg("input"),
+        arg("slots"), arg("weight"), arg("packed"), arg("bias"), arg("packed_bias"), arg("groups"), arg("dtype") = pybind11::none(),
         "torch.ops.metamask.packed_masked_linear, called directly.");
   m.def("build_info", &metamask::build_info, "What this binary was built for and runs with.");
 }

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         bias: Tensor | None,
         packed_bias: Sequence[Tensor] | None,
         groups: int,
-        dtype: torch.dtype | None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """See :func:`metamask_ext.ops.packed.reference.packed_masked_linear`; the product is taken, and given, in ``dtype``."""
 

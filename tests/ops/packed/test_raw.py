@@ -311,7 +311,7 @@ REFUSED = {
     ),
     "stride": (
         ValueError,
-        "stride must be .*at least 1, got 0",
+        "stride must be an integer of at least 1, or two, got 0",
         lambda: mm.packed_masked_conv2d(IMAGE, SLOTS, KERNEL, KP, stride=0, groups=2),
     ),
     "same with a stride": (
