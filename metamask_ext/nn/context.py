@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from threading import Lock
 from typing import Protocol, TypeVar
 
+import torch
 from torch import nn
 
-from metamask_ext.torch_private import CheckpointFrame, current_graph_task, enclosing_checkpoints
+from metamask_ext.torch_private import CheckpointFrame, current_graph_task, disable_dynamo, enclosing_checkpoints
 
 from .names import describe, escape
 from .selection import Selection
@@ -31,18 +33,46 @@ class Owner(Protocol):
     def _task_dict(self) -> TaskDict: ...
 
 
+class Live:
+    """Counts the contexts that exist, in all threads and coroutines.
+
+    torch.compile cannot read a context variable, but it guards on these two attributes: while no context holds a selection, a
+    compiled layer with one task may use its mask without a look at the context.
+    """
+
+    def __init__(self) -> None:
+        self.contexts = self.selections = False
+        self._lock = Lock()
+        self._contexts = self._selections = 0
+
+    def count(self, change: int, selects: bool) -> None:
+        with self._lock:
+            self._contexts += change
+            self._selections += change * selects
+            self.contexts, self.selections = self._contexts > 0, self._selections > 0
+
+
+LIVE = Live()
+
+
 class Context:
     """One open block: the active task's key (or a selection of several) for each layer, here and in the blocks around it.
 
     Beside each key stands the backward (-1: none) in which it was set: a key from outside a backward says nothing inside it.
     """
 
-    __slots__ = ("depth", "keys", "opener", "outer", "own")
+    __slots__ = ("_selects", "depth", "keys", "opener", "outer", "own")
 
     def __init__(self, own: Mapping[object, tuple[Key, int]], outer: Context | None, opener: object):
         self.own, self.outer, self.opener = own, outer, opener
         self.depth: int = 1 if outer is None else outer.depth + 1
         self.keys: Mapping[object, tuple[Key, int]] = own if outer is None else {**outer.keys, **own}
+        self._selects = any(not isinstance(key, str) for key, _ in own.values())
+        LIVE.count(1, self._selects)
+
+    def __del__(self) -> None:
+        # Not where a block is closed: a coroutine keeps the context that it began in, a checkpoint that of its forward.
+        LIVE.count(-1, self._selects)
 
 
 _current: ContextVar[Context | None] = ContextVar("metamask_ext.active_task", default=None)
@@ -50,6 +80,9 @@ _current: ContextVar[Context | None] = ContextVar("metamask_ext.active_task", de
 
 def open_block(keys: Mapping[nn.Module, Key], opener: object) -> None:
     """Make ``keys`` active for their layers in this thread or coroutine, until ``opener`` closes its block."""
+    if torch.compiler.is_dynamo_compiling():
+        _open_in_eager(keys, opener)
+        return
     now = current_graph_task()
     _current.set(Context({layer: (key, now) for layer, key in keys.items()}, _current.get(), opener))
 
@@ -59,17 +92,24 @@ def close_block(opener: object) -> None:
 
     No token of the context variable is kept: one object may have blocks open in several threads and coroutines.
     """
+    if torch.compiler.is_dynamo_compiling():
+        _close_in_eager(opener)
+        return
     _current.set(_without(_current.get(), opener))
+
+
+# Dynamo would build a Context by itself, and count it where it is not.
+_open_in_eager, _close_in_eager = disable_dynamo(open_block), disable_dynamo(close_block)
 
 
 def run_selected(layers: Iterable[nn.Module], selection: Selection, function: Callable[..., R], *arguments: object) -> R:
     """``function(*arguments)`` with ``selection`` active for ``layers``: a block without the search for the layers."""
-    now = current_graph_task()
-    token = _current.set(Context({layer: (selection, now) for layer in layers}, _current.get(), None))
+    opener = object()
+    open_block(dict.fromkeys(layers, selection), opener)
     try:
         return function(*arguments)
     finally:
-        _current.reset(token)
+        close_block(opener)
 
 
 def selection_of(module: nn.Module) -> Selection | None:

@@ -14,7 +14,7 @@ from ..ops.geometry import packed_shape
 from ..ops.packed.functional import pack_mask, unpack_mask
 from ..ops.weight.functional import masked_weight
 from ..torch_private import disable_dynamo
-from .context import Key, active_key, only_key
+from .context import LIVE, Key, active_key, only_key
 from .names import DEFAULT_TASK, escape
 from .selection import GivenMasks, ObservedSuperposition, Superposition, TaskBatch
 from .task_dict import TaskDict
@@ -141,16 +141,16 @@ class MaskedLayer(TaskLayer):
         None: under torch.compile, which must leave those to eager mode.
         """
         masks: Any = self._modules["masks"]
-        slots = masks._slots
         key: Any
-        if len(slots) == 1:
-            (key,) = slots
-            if not torch.compiler.is_dynamo_compiling():
-                key = only_key(self, key)
-            elif key not in masks._parameters:
+        if torch.compiler.is_dynamo_compiling():
+            # What is read here becomes a guard: first what changes least.
+            if not masks._single or LIVE.selections:
+                return _active_in_eager(self)
+            (key,) = masks._slots
+            if key not in masks._parameters:
                 return None
-        elif torch.compiler.is_dynamo_compiling():
-            return _active_in_eager(self)
+        elif len(masks._slots) == 1:
+            key = only_key(self, next(iter(masks._slots)))
         else:
             key = active_key(self)
         if isinstance(key, str):

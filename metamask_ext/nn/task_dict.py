@@ -29,6 +29,8 @@ class TaskDict(nn.ParameterDict):
         self._names: list[str | None] = []
         """By slot."""
         self._only_buffers = buffers
+        self._contested = False
+        """Whether a task was removed while a block was open somewhere, which may name it."""
         self._fetch: Callable[[str], Tensor] | None = None
         self._waiting: dict[str, None] = {}
         """The names of tasks that are still to be fetched."""
@@ -56,6 +58,7 @@ class TaskDict(nn.ParameterDict):
             self._keys[name] = None
             self._slots[key] = len(self._names)
             self._names.append(name)
+            self._count()
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._keys:
@@ -70,6 +73,13 @@ class TaskDict(nn.ParameterDict):
         self._waiting.pop(name, None)
         self._fetched.pop(name, None)
         self._names[self._slots.pop(key)] = None
+        self._count()
+
+    _single = False
+    """Whether there is one task, whatever block is open. torch.compile guards on it: it flips once while tasks are added."""
+
+    def _count(self) -> None:
+        self._single = len(self._slots) == 1 and not self._contested
 
     def _tensor(self, key: str) -> Tensor:
         """The tensor of the task with this key."""
@@ -103,6 +113,7 @@ class TaskDict(nn.ParameterDict):
         self._keys = {name: None for name in names if name is not None}
         self._waiting = dict(self._keys)
         self._fetch = fetch
+        self._count()
 
     def _fetch_now(self, key: str) -> Tensor:
         name = self._names[self._slots[key]]

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from .context import Key, active_key, only_key
+from .context import LIVE, Key, active_key, only_key
 from .names import check_name, describe, escape, unescape
 from .selection import GivenMasks, ObservedSuperposition, Superposition
 from .task_dict import TaskDict
@@ -83,6 +83,7 @@ class TaskLayer(nn.Module):
     def _remove_task(self, task: str) -> None:
         for tensors in self._dicts().values():
             if task in tensors:  # layers may share their masks
+                tensors._contested = tensors._contested or LIVE.contexts
                 del tensors[task]
 
     def _task_key(self, task: str) -> str:
