@@ -21,7 +21,7 @@ from .export import BITS, LOGITS, STATE
 from .index import INDEX, BankError
 from .per_task import shared_tensors
 from .store import Store
-from .store import save as save_store
+from .writer import save as write_store
 
 SETTINGS = "temperature", "threshold"
 """Of a layer, what a bank brings along; the rest of its description must be the model's."""
@@ -42,7 +42,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], before: Store | No
         else:
             tensors = {each.key(name): each.tensors[name].detach() for each in kept}
             tasks.append((name, (tensors, {"packed": any(key.startswith(BITS) for key in tensors)})))
-    store = save_store(directory, {"layers": _layers(model), "per_task": _per_task(model)}, shared, tasks)
+    store = write_store(directory, {"layers": _layers(model), "per_task": _per_task(model)}, shared, tasks)
     source = _Source(store)
     for each in kept:
         each.tensors._fetch = _Fetch(source, each)

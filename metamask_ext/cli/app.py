@@ -16,7 +16,7 @@ from ..experiments.catalogue import run as run_experiment
 from ..experiments.engine.settings import to_toml
 from ..experiments.report import report as write_report
 from ..experiments.suite import run_all
-from ..files.checkpoint import OutputError
+from ..files.errors import OutputError
 from .bank import app as bank
 from .terminal import fail, show
 

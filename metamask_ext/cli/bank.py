@@ -11,7 +11,8 @@ import typer
 
 from ..bank.export import task_state
 from ..bank.index import BankError
-from ..bank.store import Store, TaskData, save, serialise
+from ..bank.store import Store
+from ..bank.writer import TaskData, save, serialise
 from ..nn.names import escape
 from .terminal import fail, show
 
