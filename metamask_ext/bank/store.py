@@ -7,12 +7,11 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .index import INDEX, BankError, File, Index, Task, read_index, regular_file
+from .index import INDEX, BankError, File, Index, JsonObject, Task, read_index, regular_file
 
 _CHUNK = 1 << 20
 
@@ -46,8 +45,8 @@ class Store:
         return cls(folder, read_index(folder))
 
     @property
-    def meta(self) -> dict[str, Any]:
-        """What the bank wrote about itself (gate, layers, shapes, ...), as JSON gives it back."""
+    def meta(self) -> JsonObject:
+        """The bank's description of itself (gate, layers, shapes, ...), as JSON gives it back."""
         return self._opened.meta
 
     @property
@@ -61,22 +60,31 @@ class Store:
         return self._opened.shared.sha256
 
     def shared(self) -> dict[str, Tensor]:
-        """The shared weights. BankError if their file is damaged or gone."""
+        """Return the shared weights. BankError if their file is damaged or gone."""
         return self._current(lambda index: self._load(index.shared))
 
     def task(self, name: str) -> dict[str, Tensor]:
-        """One task's tensors. KeyError if it is unknown, BankError if its file is damaged, gone or of other shared weights."""
+        """Return one task's tensors.
+
+        Raises:
+            KeyError: the task is unknown.
+            BankError: its file is damaged, gone or of other shared weights.
+        """
         slot = self._slot(name)
         return self._current(lambda index: self._load(self._task(index, slot).file, of=index.shared.sha256))
 
-    def entry(self, name: str) -> dict[str, Any]:
-        """What was saved as the task's ``info``, with ``file`` and ``bytes`` of its file."""
+    def entry(self, name: str) -> JsonObject:
+        """Return what was saved as the task's ``info``, with ``file`` and ``bytes`` of its file."""
         task = self._task(self._index, self._slot(name))
         return {**task.info, "file": task.file.path, "bytes": task.file.bytes}
 
     def bytes_per_task(self, name: str) -> int:
-        """The size of the task's file."""
+        """Return the size of the task's file."""
         return self._task(self._index, self._slot(name)).file.bytes
+
+    def path(self, name: str) -> Path:
+        """Return the path of the task's file."""
+        return self.directory / self._task(self._index, self._slot(name)).file.path
 
     def verify(self) -> None:
         """Check every file, also those that were checked before. BankError that lists all that are wrong, a line each."""
@@ -111,7 +119,7 @@ class Store:
         return BankError(f"{self.directory / INDEX}: the bank was changed since it was opened: {what}. Open it again")
 
     def _current(self, load: Callable[[Index], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """``load`` from the newest index: a file is deleted only after the commit of an index that does not name it."""
+        """Call ``load`` with the newest index: a file is deleted only after the commit of an index that does not name it."""
         while True:
             index = self._index
             try:
@@ -127,7 +135,7 @@ class Store:
                 self._index = newer
 
     def _load(self, file: File, of: str | None = None) -> dict[str, Tensor]:
-        """The tensors of ``file``; ``of``: the SHA-256 of the shared weights that it must belong to."""
+        """Map the tensors of ``file``; ``of``: the SHA-256 of the shared weights that it must belong to."""
         path = self.directory / file.path
         if file.path not in self._checked:
             self._check(file)

@@ -61,15 +61,18 @@ DTYPES = frozenset(
 )
 """What safetensors can hold."""
 
-TaskData: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, Any]] | tuple[Store, str]
+TaskSource: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, object]] | tuple[Store, str]
 """A task to save: its tensors and its info, or an opened store and the name under which the task is there."""
+
+Slots: TypeAlias = Sequence[tuple[str, TaskSource] | None]
+"""The tasks to save by slot, each with its name; None where one was removed."""
 
 
 def save(
     directory: str | os.PathLike[str],
-    meta: Mapping[str, Any],
+    meta: Mapping[str, object],
     shared: Mapping[str, Tensor],
-    tasks: Sequence[tuple[str, TaskData] | None],
+    tasks: Slots,
 ) -> Store:
     """Make the folder hold this bank, whatever it held before. Files whose contents are there already are not written again.
 
@@ -89,8 +92,9 @@ def save(
         The bank, opened. Later references into this folder must be to this one: it knows the newest state.
 
     Raises:
-        BankError: another process is writing; the folder's ``bank.json`` is damaged (delete it to start anew); a referenced file is
-            damaged or missing; a reference into this folder is from a store opened before the last save, which would be undone.
+        BankError: another process is writing, or the folder cannot be locked; its ``bank.json`` is damaged (delete it to start
+            anew); a referenced file is damaged or missing; a reference into this folder is from a store opened before the last
+            save, which would be undone.
         TypeError, ValueError: a task's name, tensor, info or ``meta`` cannot be stored, or a name occurs twice.
         OSError: the files cannot be written (disk full). The old bank is whole, and what was written is removed.
     """
@@ -141,7 +145,7 @@ def _committed(folder: Path) -> Index | None:
 
 
 def _sweep(folder: Path, *keep: Index | None) -> None:
-    """Delete the files with names of ours that no index in ``keep`` names."""
+    """Delete the files whose names a bank gives and no index in ``keep`` names."""
     named = {INDEX}.union(*(index.paths() for index in keep if index is not None))
     for below, pattern in (("", _ROOT_FILES), (f"{TASKS}/", _TASK_FILES)):
         if (folder / below).is_dir():
@@ -151,7 +155,7 @@ def _sweep(folder: Path, *keep: Index | None) -> None:
 
 
 class _Writer:
-    """One save: files under temporary names first, then their renames, then that of ``bank.json``."""
+    """Makes one save: files under temporary names first, then their renames, then that of ``bank.json``."""
 
     def __init__(self, folder: Path, before: Index | None):
         self.folder = folder
@@ -159,12 +163,13 @@ class _Writer:
         self.present = set() if before is None else before.paths()
         self.new: dict[str, None] = {}  # in order, each once: two tasks may have one file
 
-    def commit(self, meta: Mapping[str, Any], shared: Mapping[str, Tensor], tasks: Sequence[tuple[str, TaskData] | None]) -> Index:
+    def commit(self, meta: Mapping[str, object], shared: Mapping[str, Tensor], tasks: Slots) -> Index:
+        """Write what is new, then ``bank.json``; return the new index."""
         (self.folder / TASKS).mkdir(exist_ok=True)
         file = self._add(shared_path, serialise("shared", shared, None))
         entries = [None if task is None else self._task(file.sha256, *task) for task in tasks]
         commit = 0 if self.before is None else self.before.commit + 1
-        data = encode(commit, dict(meta), file, entries)
+        data = encode(commit, meta, file, entries)
         index = decode(self.folder / INDEX, data)
 
         # All written before the first is synced: the file system then has many to put on the disk at once.
@@ -180,7 +185,7 @@ class _Writer:
         sync(self.folder)
         return index
 
-    def _task(self, shared: str, name: str, data: TaskData) -> Task:
+    def _task(self, shared: str, name: str, data: TaskSource) -> Task:
         if isinstance(data[0], Store):
             store, source = data
             if store.directory == self.folder:
@@ -219,7 +224,7 @@ class _Writer:
         return file
 
     def _holds(self, path: str, data: bytes) -> bool:
-        """Read, not trusted: a damaged file is mended by saving the task again."""
+        """Compare a file with ``data``: a damaged one is mended by saving the task again."""
         try:
             return regular_file(self.folder, path) == len(data) and (self.folder / path).read_bytes() == data
         except FileNotFoundError:
@@ -234,7 +239,7 @@ class _Writer:
 
 
 def serialise(owner: str, tensors: Mapping[str, Tensor], shared: str | None) -> bytes:
-    """A safetensors file; ``shared`` is the SHA-256 of the shared weights that it belongs to."""
+    """Return the bytes of a safetensors file; ``shared`` is the SHA-256 of the shared weights that it belongs to."""
     prepared: dict[str, Tensor] = {}
     storages = set()
     for name, tensor in tensors.items():

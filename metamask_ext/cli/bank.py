@@ -12,7 +12,7 @@ import typer
 from ..bank.export import task_state
 from ..bank.index import BankError
 from ..bank.store import Store
-from ..bank.writer import TaskData, save, serialise
+from ..bank.writer import TaskSource, save, serialise
 from ..nn.names import escape
 from .terminal import fail, show
 
@@ -35,7 +35,7 @@ def _check_known(store: Store, names: Sequence[str]) -> None:
             fail(f"{store.directory} has no task {name!r}; 'metamask bank ls' lists its tasks", 2)
 
 
-def _references(store: Store, names: Sequence[str | None]) -> list[tuple[str, TaskData] | None]:
+def _references(store: Store, names: Sequence[str | None]) -> list[tuple[str, TaskSource] | None]:
     return [None if name is None else (name, (store, name)) for name in names]
 
 
