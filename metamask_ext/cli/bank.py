@@ -23,6 +23,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The bank's folder."
 
 @contextmanager
 def _errors() -> Iterator[None]:
+    """Turn an error of a bank or of the file system into one line."""
     try:
         yield
     except (BankError, OSError) as error:
@@ -40,13 +41,13 @@ def _references(store: Store, names: Sequence[str | None]) -> list[tuple[str, Ta
 
 
 def _printable(name: str) -> str:
-    """A name that would break its line, or that no terminal can show, in its escaped form."""
+    """Escape a name that would break its line, or that no terminal can show."""
     return name if name.isprintable() else escape(name)
 
 
 @app.command()
 def ls(directory: Folder) -> None:
-    """The tasks: a table on a terminal, else one name a line."""
+    """List the tasks: a table on a terminal, else one name a line."""
     with _errors():
         store = Store.open(directory)
     rows = []
@@ -59,7 +60,7 @@ def ls(directory: Folder) -> None:
 
 @app.command()
 def rm(directory: Folder, names: Annotated[list[str], typer.Argument(metavar="NAME", show_default=False)]) -> None:
-    """Remove tasks. Their slots are not used again."""
+    """Remove tasks. Their slots stay empty."""
     with _errors():
         store = Store.open(directory)
         _check_known(store, names)
@@ -91,7 +92,7 @@ def add(
 
 @app.command()
 def verify(directory: Folder) -> None:
-    """Check every byte of every file; each that is damaged or missing is named."""
+    """Check every byte of every file, and name each that is damaged or missing."""
     with _errors():
         store = Store.open(directory)
         store.verify()
