@@ -1,4 +1,4 @@
-"""``bank.json``: what a bank's folder holds, with the SHA-256 of every file and of itself.
+"""``bank.json``, the index of a bank's folder, with the SHA-256 of every file and of itself.
 
 The text is JSON. Its first two lines have a fixed form, so that the checksum covers every other byte of the file and a reader
 knows the format's version before it trusts anything else::

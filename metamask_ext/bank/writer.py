@@ -59,7 +59,7 @@ DTYPES = frozenset(
         *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
     }
 )
-"""What safetensors can hold."""
+"""The dtypes that safetensors can hold."""
 
 TaskSource: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, object]] | tuple[Store, str]
 """A task to save: its tensors and its info, or an opened store and the name under which the task is there."""

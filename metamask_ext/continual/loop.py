@@ -44,9 +44,9 @@ class LoopState(TypedDict):
     metrics_length: int
     generator: Tensor
     tasks: list[str]
-    model: dict[str, Any]
-    optimizer: dict[str, Any]
-    mask_optimizers: dict[str, dict[str, Any]]
+    model: dict[str, object]
+    optimizer: dict[str, object]
+    mask_optimizers: dict[str, dict[str, object]]
 
 
 class TaskLoop:
@@ -176,7 +176,7 @@ class TaskLoop:
         return self
 
     def using(self, name: str) -> AbstractContextManager[object]:
-        """A block in which ``model`` computes task ``name``: with its masks, or as it is if it has none of its own.
+        """Open a block in which ``model`` computes task ``name``: with its masks, or as it is if it has none of its own.
 
         Raises:
             ValueError: the task has no masks yet, because it was not seen, or is unknown.
