@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 
 from .. import build_info
-from ..files.checkpoint import OutputError, prepare_folder, write_atomic
+from ..files.atomic import prepare_folder, write_atomic
+from ..files.errors import OutputError
 from . import bounds, report
 from .cases import SUITES, Case
 from .measure import summarise

@@ -1,16 +1,29 @@
-"""What was built, and whether it fits what runs."""
+"""Description of the build, and the check that it fits the torch that runs."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 from ._build import BACKEND, TORCH, VERSION
 
 
+class BuildInfo(TypedDict):
+    """The value of :func:`build_info`."""
+
+    version: str
+    torch: str
+    backend: str
+    cpu_capability: str | None
+    cpu_capabilities: list[str] | None
+    threads: str | None
+    cuda_archs: str | None
+    compiler: str | None
+
+
 def check_build() -> None:
-    """ImportError unless this build works with the torch that is running."""
+    """Raise ImportError unless this build works with the torch that is running."""
     if BACKEND == "reference":
         return
     if torch.__version__ != TORCH:
@@ -23,8 +36,8 @@ def check_build() -> None:
         raise ImportError(f"the extension module of metamask_ext does not load ({error}): install metamask_ext again") from error
 
 
-def build_info() -> dict[str, Any]:
-    """What this installation is.
+def build_info() -> BuildInfo:
+    """Describe this installation.
 
     Returns:
         A dict: ``version`` of metamask_ext; ``torch``, the version it was compiled for; ``backend``, ``"cpu"``, ``"cuda"`` or
@@ -32,9 +45,18 @@ def build_info() -> dict[str, Any]:
         ``cpu_capabilities``, all that could be (variable ``METAMASK_CPU_CAPABILITY``); ``threads``, ``"openmp"``
         or ``"none"``; ``cuda_archs``, a string, or None; ``compiler``. In a reference build these are None.
     """
-    info: dict[str, Any] = {"version": VERSION, "torch": TORCH, "backend": BACKEND}
+    info: BuildInfo = {
+        "version": VERSION,
+        "torch": TORCH,
+        "backend": BACKEND,
+        "cpu_capability": None,
+        "cpu_capabilities": None,
+        "threads": None,
+        "cuda_archs": None,
+        "compiler": None,
+    }
     if BACKEND == "reference":
-        return {**info, "cpu_capability": None, "cpu_capabilities": None, "threads": None, "cuda_archs": None, "compiler": None}
+        return info
     from . import _C
 
     return {**info, **_C.build_info(), "torch": TORCH}

@@ -2,6 +2,7 @@
 
 from .bank import MaskBank
 from .index import BankError, BankNotFoundError
-from .store import Store, save
+from .store import Store
+from .writer import save
 
 __all__ = ["BankError", "BankNotFoundError", "MaskBank", "Store", "save"]

@@ -1,4 +1,4 @@
-"""The tasks of a model in one place: made, packed, mixed, inferred, saved."""
+"""MaskBank: the tasks of a model in one place, made, packed, mixed, inferred and saved."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class MaskBank:
     """A model with masked layers, as a bank of tasks: one set of shared weights, a mask for each task, bits where one is finished.
 
     The tasks are the model's own (:func:`metamask_ext.tasks`, ``add_task``, ``using_task`` mean the same ones); several banks of
-    one model see the same tasks. To run a batch of mixed tasks: ``with using_task(bank.model, names): y = bank.model(x)``.
+    one model see the same tasks. To run a mixed-task batch: ``with using_task(bank.model, names): y = bank.model(x)``.
 
-    What else must belong to a task (a head, batch-norm statistics) is named by ``per_task``; shared, it would be the last task's,
-    and earlier tasks would fall to chance. Such a tensor ``head.weight`` becomes ``head.per_task.weight.<task>``, a parameter for
+    ``per_task`` names what else must belong to a task (a head, batch-norm statistics); shared, it would be the last task's, and
+    earlier tasks would fall to chance. Such a tensor ``head.weight`` becomes ``head.per_task.weight.<task>``, a parameter for
     each task (the first keeps the tensor that is there), and ``model.head.weight`` the active task's: build optimisers afterwards.
 
     Args:
@@ -82,12 +82,12 @@ class MaskBank:
         model_tasks.pack_task(self.model, task)
 
     def is_packed(self, task: str) -> bool:
-        """Whether the task's masks are bits. ValueError if the task is unknown."""
+        """Return whether the task's masks are bits. ValueError if the task is unknown."""
         self._check_task(task)
         return all(layer._task_dict()._is_bits(escape(task)) for _, layer in model_tasks.masked_layers(self.model))
 
     def superpose(self, alphas: Mapping[str, float | Tensor]) -> using_task:
-        """A block in which the model runs with ``theta = W * sum_t alpha_t g(M_t)``, and the same combination of biases and heads.
+        """Open a block that runs the model with ``theta = W * sum_t alpha_t g(M_t)``, the same combination of biases and heads.
 
         For a task that was not seen, from those that were (Blum and Law, EE5239 proposal, section 2.1, "During test time"; Wortsman
         et al., arXiv:2006.14769, eq. 3): coefficients that require grad can be tuned alone. ``add_task(name, init=alphas)`` begins
@@ -103,7 +103,7 @@ class MaskBank:
         return using_task(self.model, Superposition(model_tasks.check_amounts(self.tasks, alphas, "alphas")))
 
     def infer_task(self, x: Tensor, method: str = "one_shot", per_sample: bool = True) -> list[str] | str:
-        """The task of each sample, when nobody names it: that whose share lowers the entropy of the output fastest.
+        """Infer the task of each sample: the one whose share lowers the entropy of the output fastest.
 
         From ``theta = W * sum_t alpha_t g(M_t)`` at ``alpha_t = 1/T``: ``"one_shot"`` takes the task of the largest
         ``-dH/dalpha_t``, ``"binary"`` leaves the better half of the tasks at every step. Source: Wortsman et al., Supermasks in
@@ -128,7 +128,7 @@ class MaskBank:
         return infer(self.model, self.tasks, x, method, per_sample, self._sums)
 
     def bytes_per_task(self, task: str) -> int:
-        """The bytes of memory that the task's own tensors take: masks and what else belongs to it.
+        """Count the bytes of memory that the task's own tensors take: masks and what else belongs to it.
 
         Raises:
             ValueError: the task is unknown.
@@ -154,7 +154,7 @@ class MaskBank:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], model: nn.Module) -> MaskBank:
-        """The bank in a folder, with ``model`` to run it: its shared weights are overwritten, its tasks replaced by the bank's.
+        """Load the bank in a folder into ``model``: its shared weights are overwritten, its tasks replaced by the bank's.
 
         Packed tasks are mapped, and checked, when they are first used: the time does not depend on their number. Those with logits
         become parameters. Temperature, threshold and the tensors kept per task are the bank's.

@@ -1,11 +1,13 @@
-"""A model's tasks in a bank's folder: what is saved, and what is checked before a model takes it over."""
+"""A model and its bank on disk: the tasks that are saved, and the checks before a model takes a bank over."""
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +20,14 @@ from ..nn.task_layer import TaskLayer, task_layers
 from ..nn.tasks import masked_layers, slots
 from ..ops.geometry import packed_shape
 from .export import BITS, LOGITS, STATE
-from .index import INDEX, BankError
-from .per_task import shared_tensors
+from .index import INDEX, BankError, JsonObject
+from .per_task import full_name, shared_tensors
 from .store import Store
-from .store import save as save_store
+from .writer import TaskSource
+from .writer import save as write_store
 
 SETTINGS = "temperature", "threshold"
-"""Of a layer, what a bank brings along; the rest of its description must be the model's."""
+"""The settings of a layer that a bank brings along; the rest of its description must be the model's."""
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], before: Store | None) -> Store:
@@ -33,7 +36,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], before: Store | No
     if before is not None and not _same(before.shared(), shared):
         before = None
     kept = _kept(model)
-    tasks: list[Any] = []
+    tasks: list[tuple[str, TaskSource] | None] = []
     for name in slots(model):
         if name is None:
             tasks.append(None)
@@ -42,7 +45,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], before: Store | No
         else:
             tensors = {each.key(name): each.tensors[name].detach() for each in kept}
             tasks.append((name, (tensors, {"packed": any(key.startswith(BITS) for key in tensors)})))
-    store = save_store(directory, {"layers": _layers(model), "per_task": _per_task(model)}, shared, tasks)
+    store = write_store(directory, {"layers": _layers(model), "per_task": _per_task(model)}, shared, tasks)
     source = _Source(store)
     for each in kept:
         each.tensors._fetch = _Fetch(source, each)
@@ -53,7 +56,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], before: Store | No
 
 
 def load(store: Store, model: nn.Module) -> None:
-    """Let ``model`` hold what the store does; BankError, and nothing has changed, if it cannot."""
+    """Make ``model`` hold what the store does; BankError, and nothing has changed, if it cannot."""
     index = store.directory / INDEX
     per_task = _check_model(index, store.meta, model)
     names = store.tasks
@@ -61,7 +64,7 @@ def load(store: Store, model: nn.Module) -> None:
     if not present:
         raise BankError(f"{index}: the bank has no task, and a masked layer needs one")
     shared = store.shared()
-    own = {f"{path}.{name}" if path else name for path, of_module in per_task.items() for name in of_module}
+    own = {full_name(path, name) for path, of_module in per_task.items() for name in of_module}
     targets = {full: tensor for full, _, _, tensor in shared_tensors(model) if full not in own}
     _check_shared(index, shared, targets)
     trained = {name: store.task(name) for name in present if not store.entry(name).get("packed")}
@@ -91,10 +94,10 @@ def load(store: Store, model: nn.Module) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A TaskDict of the model: how its tensors are named in a task's file, and their shape."""
+    """A TaskDict of the model, with the names of its tensors in a task's file, and their shape."""
 
     name: str
-    """That of the shared tensor in a plain state_dict."""
+    """The name of the shared tensor in a plain state_dict."""
     tensors: TaskDict
     is_mask: bool
     shape: torch.Size
@@ -102,51 +105,51 @@ class _Kept:
     device: torch.device
 
     def is_bits(self, task: str) -> bool:
+        """Return whether the task is packed."""
         return self.is_mask and self.tensors._is_bits(escape(task))
 
     def key(self, task: str, mask: str | None = None) -> str:
+        """Return the name of the task's tensor in its file; ``mask``: ``BITS`` or ``LOGITS``, by default what the task has here."""
         if not self.is_mask:
             return STATE + self.name
         return (mask or (BITS if self.is_bits(task) else LOGITS)) + self.name
 
-    def check(self, store: Store, task: str, mask: str, given: dict[str, Tensor]) -> Tensor:
-        """The tensor of ``task`` among those of its file; BankError if it is not there, or does not fit."""
+    def check(self, store: Store, task: str, mask: str, given: Mapping[str, Tensor]) -> Tensor:
+        """Return the tensor of ``task`` among those of its file; BankError if it is not there, or does not fit."""
         bits = self.is_mask and mask == BITS
-        wanted = (torch.uint8, packed_shape(self.shape)) if bits else (self.dtype, list(self.shape))
+        wanted = (torch.uint8, list(packed_shape(self.shape))) if bits else (self.dtype, list(self.shape))
         key = self.key(task, mask)
         tensor = given.get(key)
         if tensor is None or (tensor.dtype, list(tensor.shape)) != wanted:
             got = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            path = store.directory / store.entry(task)["file"]
-            raise BankError(f"{path}: {key} of task {task!r} must be {wanted[0]} {wanted[1]}, got {got}")
+            raise BankError(f"{store.path(task)}: {key} of task {task!r} must be {wanted[0]} {wanted[1]}, got {got}")
         return tensor
 
 
 def _kept(model: nn.Module, per_task: dict[str, list[str]] | None = None) -> list[_Kept]:
-    """What belongs to tasks in ``model``; ``per_task``: also what is to do so, without a TaskDict as yet."""
+    """List what belongs to tasks in ``model``; ``per_task``: also what is to do so, without a TaskDict as yet."""
     found = []
 
     def add(name: str, tensors: TaskDict, is_mask: bool, like: Tensor) -> None:
         found.append(_Kept(name, tensors, is_mask, like.shape, like.dtype, like.device))
 
     for path, layer in task_layers(model):
-        start = f"{path}." if path else ""
         if isinstance(layer, MaskedLayer):
             for part, (shared, masks) in zip(("weight", "bias"), layer._groups()):
-                add(start + part, masks, True, shared)
+                add(full_name(path, part), masks, True, shared)
         elif isinstance(layer, PerTask):
             for name, tensors in layer._own().items():
-                add(start + name, tensors, False, tensors[next(iter(tensors))])
+                add(full_name(path, name), tensors, False, tensors[next(iter(tensors))])
     for path, names in (per_task or {}).items():
         module = model.get_submodule(path)
         if not isinstance(module, PerTask):
             for name in names:
-                add(f"{path}.{name}" if path else name, TaskDict(), False, getattr(module, name))
+                add(full_name(path, name), TaskDict(), False, getattr(module, name))
     return found
 
 
 def _is_stored(each: _Kept, task: str) -> bool:
-    """Whether the tensor is what the store holds, for certain: one that can be trained is looked at when it is saved."""
+    """Return whether the tensor is certainly what the store holds. One that can be trained is compared when it is saved."""
     tensors = each.tensors
     return task in tensors._waiting or (each.is_bits(task) and tensors._fetched.get(task) is tensors._buffers.get(escape(task)))
 
@@ -160,6 +163,7 @@ class _Source:
         self._rest: dict[str, dict[str, Tensor]] = {}
 
     def take(self, task: str, each: _Kept) -> Tensor:
+        """Return one tensor of a task; its file is forgotten when every layer has taken its part."""
         mask = BITS if self.store.entry(task).get("packed") else LOGITS
         key = each.key(task, mask)
         with self._lock:
@@ -172,15 +176,15 @@ class _Source:
                 del self._rest[task]
         return tensor.to(each.device) if key.startswith(BITS) else tensor.to(each.device, copy=True)
 
-    def __deepcopy__(self, memo: Any) -> _Source:
+    def __deepcopy__(self, memo: dict[int, object]) -> _Source:
         return self
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise TypeError("a model whose tasks are in a bank's folder cannot be pickled: save its state_dict, or MaskBank.save")
 
 
 class _Fetch:
-    """What a TaskDict calls to get its tensor of a task."""
+    """The function that a TaskDict calls to get its tensor of a task."""
 
     def __init__(self, source: _Source, each: _Kept):
         self.source, self.each = source, each
@@ -189,7 +193,7 @@ class _Fetch:
         return self.source.take(task, self.each)
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
+def _layers(model: nn.Module) -> dict[str, JsonObject]:
     return {
         path: {
             "weight": list(weight.shape),
@@ -208,8 +212,8 @@ def _per_task(model: nn.Module) -> dict[str, list[str]]:
     return {path: list(layer._own()) for path, layer in task_layers(model) if isinstance(layer, PerTask)}
 
 
-def _check_model(index: Any, meta: dict[str, Any], model: nn.Module) -> dict[str, list[str]]:
-    """What the bank keeps per task, by module; BankError if its layers are not the model's."""
+def _check_model(index: Path, meta: JsonObject, model: nn.Module) -> dict[str, list[str]]:
+    """Return what the bank keeps per task, by module; BankError if its layers are not the model's."""
     try:
         saved, per_task = dict(meta["layers"]), {path: list(names) for path, names in meta["per_task"].items()}
         described = {
@@ -217,13 +221,13 @@ def _check_model(index: Any, meta: dict[str, Any], model: nn.Module) -> dict[str
         }
     except (AttributeError, KeyError, TypeError) as error:
         raise BankError(f"{index}: meta does not describe the masked layers ({error!r})") from error
-    ours = _layers(model)
-    if described.keys() != ours.keys():
-        raise BankError(f"{index}: the bank's masked layers are {sorted(described)}, the model's are {sorted(ours)}")
+    own = _layers(model)
+    if described.keys() != own.keys():
+        raise BankError(f"{index}: the bank's masked layers are {sorted(described)}, the model's are {sorted(own)}")
     for path, layer in described.items():
         for name in ("gate", "weight", "bias", "dtype"):
-            if layer[name] != ours[path][name]:
-                raise BankError(f"{index}: the bank's {path!r} has {name} {layer[name]!r}, the model's has {ours[path][name]!r}")
+            if layer[name] != own[path][name]:
+                raise BankError(f"{index}: the bank's {path!r} has {name} {layer[name]!r}, the model's has {own[path][name]!r}")
     modules = dict(model.named_modules())
     for path, names in {**_per_task(model), **per_task}.items():
         module = modules.get(path)
@@ -238,7 +242,7 @@ def _check_model(index: Any, meta: dict[str, Any], model: nn.Module) -> dict[str
     return per_task
 
 
-def _check_shared(index: Any, shared: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+def _check_shared(index: Path, shared: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
     if shared.keys() != targets.keys():
         differing = sorted(shared.keys() ^ targets.keys())
         raise BankError(f"{index}: the bank's shared weights are not the model's: {differing} are in one only")
@@ -250,7 +254,7 @@ def _check_shared(index: Any, shared: dict[str, Tensor], targets: dict[str, Tens
             )
 
 
-def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(
         a[name].dtype == b[name].dtype and torch.equal(a[name], b[name].to(a[name].device)) for name in a
     )

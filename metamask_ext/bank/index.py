@@ -1,4 +1,4 @@
-"""``bank.json``: what a bank's folder holds, with the SHA-256 of every file and of itself.
+"""``bank.json``, the index of a bank's folder, with the SHA-256 of every file and of itself.
 
 The text is JSON. Its first two lines have a fixed form, so that the checksum covers every other byte of the file and a reader
 knows the format's version before it trusts anything else::
@@ -17,10 +17,10 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..nn.names import escape
 
@@ -35,6 +35,10 @@ _READABLE = 64  # characters of a task's name in its file's name: with the rest 
 SHARED_FILE = re.compile(r"shared-([0-9a-f]{32})\.safetensors")
 TASK_FILE = re.compile(r"tasks/[a-z0-9_%-]{1,64}-([0-9a-f]{32})\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+JsonObject: TypeAlias = dict[str, Any]
+"""An object as ``json.loads`` returns it."""
 
 
 class BankError(ValueError):
@@ -53,15 +57,18 @@ class File:
     sha256: str
     bytes: int
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> JsonObject:
+        """Return the entry in ``bank.json``."""
         return {"file": self.path, "sha256": self.sha256, "bytes": self.bytes}
 
 
 @dataclass(frozen=True)
 class Task:
+    """One task of a bank: its file, and what was saved as its ``info``."""
+
     name: str
     file: File
-    info: dict[str, Any]
+    info: JsonObject
 
 
 @dataclass(frozen=True)
@@ -69,29 +76,31 @@ class Index:
     """The contents of one ``bank.json``."""
 
     commit: int
-    meta: dict[str, Any]
+    meta: JsonObject
     shared: File
     tasks: Sequence[Task | None]
     data: bytes = field(repr=False)
 
     def paths(self) -> set[str]:
+        """Collect the files that the index names."""
         return {self.shared.path, *(task.file.path for task in self.tasks if task is not None)}
 
 
 def shared_path(sha256: str) -> str:
+    """Name the file of shared weights with this checksum."""
     return f"shared-{sha256[:_HASH_DIGITS]}.safetensors"
 
 
 def task_path(name: str, sha256: str) -> str:
-    """Lower case: a file system that ignores case would otherwise mix up two names. The hash tells them apart."""
+    """Name the file of a task, in lower case: a file system that ignores case would mix up two names. The hash tells them apart."""
     readable = re.sub(r"%[0-9a-f]?$", "", escape(name).lower()[:_READABLE])
     return f"{TASKS}/{readable}-{sha256[:_HASH_DIGITS]}.safetensors"
 
 
-def encode(commit: int, meta: dict[str, Any], shared: File, tasks: Sequence[Task | None]) -> bytes:
-    """The bytes of ``bank.json``. TypeError or ValueError if ``meta`` or a task's info is not JSON."""
+def encode(commit: int, meta: Mapping[str, object], shared: File, tasks: Sequence[Task | None]) -> bytes:
+    """Return the bytes of ``bank.json``. TypeError or ValueError if ``meta`` or a task's info is not JSON."""
     listed = [None if task is None else {"name": task.name, **task.file.described(), "info": task.info} for task in tasks]
-    body = {"commit": commit, "meta": meta, "shared": shared.described(), "tasks": listed}
+    body = {"commit": commit, "meta": dict(meta), "shared": shared.described(), "tasks": listed}
     rest = json.dumps(body, allow_nan=False)[1:].encode() + b"\n"
     return _FIRST_LINE + _checksum_line(rest) + rest
 
@@ -117,7 +126,7 @@ def read_index(directory: Path) -> Index:
 
 
 def decode(path: Path, data: bytes) -> Index:
-    """:func:`read_index` of bytes; ``path`` is for messages."""
+    """Check the bytes of ``bank.json`` and return what they say; ``path`` is for messages. Errors as :func:`read_index`."""
     if not data.startswith(_FIRST_LINE):
         if version := _ANY_FIRST_LINE.match(data):
             raise BankError(f"{path}: format {version[1].decode()}, this version of metamask_ext reads format {_FORMAT}")
@@ -143,15 +152,15 @@ def decode(path: Path, data: bytes) -> Index:
     return Index(commit, meta, shared, tasks, data)
 
 
-def _task(path: Path, described: dict[str, Any]) -> Task:
+def _task(path: Path, described: JsonObject) -> Task:
     name, info = described["name"], described["info"]
     if not isinstance(name, str) or not name or not isinstance(info, dict):
         raise BankError(f"{path}: a task must have a name and an info object, got {name!r} and {info!r}")
     return Task(name, _file(path, described, TASK_FILE), info)
 
 
-def _file(path: Path, described: dict[str, Any], pattern: re.Pattern[str]) -> File:
-    """A file must have the name that its checksum gives it: no name leads out of the folder."""
+def _file(path: Path, described: JsonObject, pattern: re.Pattern[str]) -> File:
+    """Read a file's entry. The file must have the name that its checksum gives it: no name leads out of the folder."""
     file, sha256, size = described["file"], described["sha256"], described["bytes"]
     if not isinstance(size, int) or size < 0 or not _SHA256.fullmatch(sha256):
         raise BankError(f"{path}: bytes and sha256 of {file!r} must be a size and 64 hexadecimal digits, got {size!r}, {sha256!r}")
@@ -162,7 +171,7 @@ def _file(path: Path, described: dict[str, Any], pattern: re.Pattern[str]) -> Fi
 
 
 def regular_file(directory: Path, relative: str) -> int:
-    """The size of a file of the bank. BankError if it is no file, or if a link would lead out of the folder."""
+    """Return the size of a file of the bank. BankError if it is no file, or if a link would lead out of the folder."""
     path = directory / relative
     if path.parent != directory and path.parent.is_symlink():
         raise BankError(f"{path.parent}: a symbolic link; a bank's folder must hold its own files")

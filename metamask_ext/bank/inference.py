@@ -1,4 +1,4 @@
-"""Which task is this? Task inference from the output's entropy, in one forward and backward for all tasks.
+"""Task inference from the entropy of the output, in one forward and one backward for all tasks.
 
 Source: Wortsman et al., Supermasks in Superposition, arXiv:2006.14769, sections 3.3 and 3.4.
 """
@@ -33,7 +33,7 @@ class _Sum:
     total: Tensor | None = None
 
     def of(self, bits: dict[str, Tensor], like: Tensor) -> Tensor:
-        """The sum of ``bits``, of the shape, dtype and device of ``like``."""
+        """Return the sum of ``bits``, of the shape, dtype and device of ``like``."""
         gone = [key for key, mask in self.bits.items() if bits.get(key) is not mask]
         new = [key for key, mask in bits.items() if self.bits.get(key) is not mask]
         total = self.total
@@ -49,13 +49,13 @@ class _Sum:
 
 
 class Sums:
-    """For each TaskDict of masks the sum of all that are bits."""
+    """Keeps for each TaskDict of masks the sum of all that are bits."""
 
     def __init__(self) -> None:
         self._sums: WeakKeyDictionary[nn.Module, _Sum] = WeakKeyDictionary()
 
     def mean_gate(self, layer: MaskedLayer, masks: TaskDict, keys: Sequence[str], like: Tensor) -> Tensor:
-        """``1/T sum_t g(M_t)`` over the tasks with these keys."""
+        """Return ``1/T sum_t g(M_t)`` over the tasks with these keys."""
         bits = masks._bits_of(keys)
         # A part of the tasks does not take the place of the sum over all.
         kept = self._sums.setdefault(masks, _Sum()) if len(keys) == len(masks) else _Sum()
@@ -110,7 +110,7 @@ def infer(model: nn.Module, names: list[str], x: Tensor, method: str, per_sample
 
 
 def _halve(model: nn.Module, names: list[str], x: Tensor, per_sample: bool, sums: Sums) -> list[str]:
-    """Each sample's task (or the batch's), by leaving half of the candidates at every step. Samples of one opinion go together."""
+    """Find each sample's task (or the batch's): half of the candidates stay at every step. Samples of one opinion go together."""
     found: dict[int, str] = {}
     groups: dict[tuple[str, ...], list[int]] = {tuple(names): list(range(len(x) if per_sample else 1))}
     while groups:
@@ -129,7 +129,7 @@ def _halve(model: nn.Module, names: list[str], x: Tensor, per_sample: bool, sums
 
 
 def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_sample: bool, sums: Sums) -> Tensor:
-    """``dH_b/dalpha_t`` at ``alpha = 1/T``, ``[B, T]`` (``[1, T]``: its sum over b), H the entropy of ``softmax(model(x))``.
+    """Return ``dH_b/dalpha_t`` at ``alpha = 1/T``, ``[B, T]`` (``[1, T]``: its sum over b), H the entropy of ``softmax(model(x))``.
 
     Section 3.3: ``theta = W * sum_t alpha_t g(M_t)``. With ``x_l, dy_l`` a masked layer's input and its output's gradient it is
     ``sum_l dy_l . (W_l * g(M_lt)) x_l``: one forward and one backward of the mean of the masks, whatever T is. What else belongs to
@@ -159,7 +159,7 @@ def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_samp
 
 
 def _layer_gradient(layer: MaskedLayer, input: Tensor, gradient: Tensor, keys: Sequence[str], per_sample: bool) -> Tensor:
-    """``[B, T]`` (``[1, T]``: its sum over b): how the entropy changes with the amount of each task in this layer."""
+    """Return the derivative of the entropy by the amount of each task in this layer: ``[B, T]``, or ``[1, T]``, its sum over b."""
     masks, bias_masks = layer._task_dict(), layer.bias_masks
     weight, bias = layer._shared()
     found = gradient.new_empty(len(input) if per_sample else 1, len(keys))
@@ -188,10 +188,10 @@ def _layer_gradient(layer: MaskedLayer, input: Tensor, gradient: Tensor, keys: S
 
 
 def _rows(layer: MaskedLayer, input: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The layer as a linear one: ``[B, rows, groups * in]``, the gradient ``[B, rows, out]``, and the groups."""
+    """View the layer as a linear one: ``[B, rows, groups * in]``, the gradient ``[B, rows, out]``, and the groups."""
     if not isinstance(layer, MaskedConv2d):
         return input.reshape(len(input), -1, input.shape[-1]), gradient.reshape(len(input), -1, gradient.shape[-1]), 1
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(input, layer._reversed_padding_repeated_twice, mode=mode)
-    patches = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    return patches.transpose(1, 2), gradient.flatten(2).transpose(1, 2), layer.groups
+    columns = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
+    return columns.transpose(1, 2), gradient.flatten(2).transpose(1, 2), layer.groups

@@ -1,4 +1,4 @@
-"""Which tensors of a model belong to its tasks, by patterns of names."""
+"""The tensors of a model that belong to its tasks beside the masks, chosen by patterns of names."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from ..nn.task_dict import TaskDict
 from ..nn.tasks import slots
 
 
+def full_name(path: str, name: str) -> str:
+    """Return the state_dict name of the tensor ``name`` of the module at ``path``, which is empty for the model itself."""
+    return f"{path}.{name}" if path else name
+
+
 def shared_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Every parameter and saved buffer that belongs to no task: its state_dict name, its module, its name there, and itself."""
+    """Yield every parameter and saved buffer that belongs to no task: state_dict name, module, name there, and the tensor."""
     inside = {tensor for module in model.modules() if isinstance(module, TaskDict) for tensor in module.modules()}
     for path, module in model.named_modules(remove_duplicate=False):
         if module in inside:
@@ -23,17 +28,17 @@ def shared_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tens
         for kept in (module._parameters, module._buffers):
             for name, tensor in kept.items():
                 if tensor is not None and name not in unsaved:
-                    yield (f"{path}.{name}" if path else name), module, name, tensor
+                    yield full_name(path, name), module, name, tensor
 
 
 def per_task_names(model: nn.Module) -> list[str]:
-    """What :func:`keep_matching` has made belong to tasks, and what does in layers made for it."""
+    """List what :func:`keep_matching` has made belong to tasks, and what does in layers made for it."""
     modules = [(path, module) for path, module in model.named_modules() if isinstance(module, PerTask)]
-    return [f"{path}.{name}" if path else name for path, module in modules for name in module._own()]
+    return [full_name(path, name) for path, module in modules for name in module._own()]
 
 
 def keep_matching(model: nn.Module, patterns: str | Iterable[str]) -> None:
-    """Let the tensors whose names match belong to tasks. Nothing is changed if a pattern is refused."""
+    """Make the tensors whose names match belong to tasks. Nothing is changed if a pattern is refused."""
     found: dict[nn.Module, dict[str, None]] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if not isinstance(pattern, str):

@@ -1,4 +1,4 @@
-"""The command ``metamask``: run experiments and benchmarks, and say what is installed."""
+"""The command ``metamask``: experiments, benchmarks, banks, and the description of what is installed."""
 
 from __future__ import annotations
 
@@ -16,30 +16,49 @@ from ..experiments.catalogue import run as run_experiment
 from ..experiments.engine.settings import to_toml
 from ..experiments.report import report as write_report
 from ..experiments.suite import run_all
-from ..files.checkpoint import OutputError
+from ..files.errors import OutputError
 from .bank import app as bank
 from .terminal import fail, show
 
 app = typer.Typer(
-    help="Masked weights for PyTorch: experiments, benchmarks and what is installed.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(bank, name="bank")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"metamask_ext {build_info()['version']}")
+        raise typer.Exit
+
+
+@app.callback()
+def metamask(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Masked weights for PyTorch: experiments, benchmarks and what is installed."""
+
+
+def _completed(incomplete: str) -> list[tuple[str, str]]:
+    """List the experiments whose names begin so, for shell completion."""
+    known = {name: entry.summary for name, entry in EXPERIMENTS.items()} | {"all": "every experiment"}
+    return [(name, summary) for name, summary in known.items() if name.startswith(incomplete)]
+
+
 @app.command(name="list")
 def list_experiments() -> None:
-    """The experiments: a table on a terminal, else one name a line."""
+    """List the experiments: a table on a terminal, else one name a line."""
     show(("name", "what it does"), [(name, entry.summary) for name, entry in EXPERIMENTS.items()])
 
 
 @app.command()
 def run(
-    name: Annotated[str, typer.Argument(help="One of 'metamask list', or 'all'.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="One of 'metamask list', or 'all'.", show_default=False, autocompletion=_completed)],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for metrics.json, the figure and what goes before.", show_default=False)
+        Path | None, typer.Option(help="Folder for metrics.json, the figure and unfinished work.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(help="First seed.", min=0, max=2**62)] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, and less of everything: seconds, not minutes.")] = False,
@@ -50,13 +69,11 @@ def run(
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.", show_default=False)] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings as TOML, and run nothing.")] = False,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that compute. [default: the cores]", show_default=False, min=1)
+        int | None, typer.Option(help="Processes that compute; by default as many as cores.", show_default=False, min=1)
     ] = None,
-    tracking: Annotated[
-        str | None, typer.Option(help="Also write down the training: csv or tensorboard.", show_default=False)
-    ] = None,
+    tracking: Annotated[str | None, typer.Option(help="Also record the training: csv or tensorboard.", show_default=False)] = None,
 ) -> None:
-    """Run an experiment, or all. A killed run in OUT continues; a finished one is shown; one with other settings is refused."""
+    """Run an experiment, or all. A killed run in OUT resumes; a finished one is shown; one with other settings is refused."""
     if name not in (*EXPERIMENTS, "all"):
         fail(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}, all", 2)
     # Only what was given: an experiment that lacks a setting refuses it.
@@ -81,7 +98,7 @@ def run(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Where 'metamask run all' put its runs.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="The folder given to 'metamask run all'.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for results.md and results/.")] = Path("docs"),
 ) -> None:
     """Write the page of results from the metrics files of finished experiments."""
@@ -96,7 +113,7 @@ def report(
 
 @app.command()
 def info() -> None:
-    """Versions, backend, instruction set, threads and devices."""
+    """Show versions, backend, instruction set, threads and devices."""
     build = build_info()
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     rows = {
@@ -119,7 +136,7 @@ def info() -> None:
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="Which benchmarks.")] = "core",
+    suite: Annotated[str, typer.Option(help="The benchmarks to run.")] = "core",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench"),
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few repetitions.")] = False,
 ) -> None:
@@ -134,5 +151,5 @@ def bench(
 
 
 def main() -> None:
-    """The console script."""
-    app()
+    """Run the console script."""
+    app(prog_name="metamask")

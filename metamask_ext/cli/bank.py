@@ -11,7 +11,8 @@ import typer
 
 from ..bank.export import task_state
 from ..bank.index import BankError
-from ..bank.store import Store, TaskData, save, serialise
+from ..bank.store import Store
+from ..bank.writer import TaskSource, save, serialise
 from ..nn.names import escape
 from .terminal import fail, show
 
@@ -22,6 +23,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The bank's folder."
 
 @contextmanager
 def _errors() -> Iterator[None]:
+    """Turn an error of a bank or of the file system into one line."""
     try:
         yield
     except (BankError, OSError) as error:
@@ -34,18 +36,18 @@ def _check_known(store: Store, names: Sequence[str]) -> None:
             fail(f"{store.directory} has no task {name!r}; 'metamask bank ls' lists its tasks", 2)
 
 
-def _references(store: Store, names: Sequence[str | None]) -> list[tuple[str, TaskData] | None]:
+def _references(store: Store, names: Sequence[str | None]) -> list[tuple[str, TaskSource] | None]:
     return [None if name is None else (name, (store, name)) for name in names]
 
 
 def _printable(name: str) -> str:
-    """A name that would break its line, or that no terminal can show, in its escaped form."""
+    """Escape a name that would break its line, or that no terminal can show."""
     return name if name.isprintable() else escape(name)
 
 
 @app.command()
 def ls(directory: Folder) -> None:
-    """The tasks: a table on a terminal, else one name a line."""
+    """List the tasks: a table on a terminal, else one name a line."""
     with _errors():
         store = Store.open(directory)
     rows = []
@@ -58,7 +60,7 @@ def ls(directory: Folder) -> None:
 
 @app.command()
 def rm(directory: Folder, names: Annotated[list[str], typer.Argument(metavar="NAME", show_default=False)]) -> None:
-    """Remove tasks. Their slots are not used again."""
+    """Remove tasks. Their slots stay empty."""
     with _errors():
         store = Store.open(directory)
         _check_known(store, names)
@@ -90,7 +92,7 @@ def add(
 
 @app.command()
 def verify(directory: Folder) -> None:
-    """Check every byte of every file; each that is damaged or missing is named."""
+    """Check every byte of every file, and name each that is damaged or missing."""
     with _errors():
         store = Store.open(directory)
         store.verify()

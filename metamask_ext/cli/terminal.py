@@ -1,4 +1,4 @@
-"""How the commands speak."""
+"""Output of the commands: one-line errors, and tables on a terminal."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rich.text import Text
 
 
 def fail(message: object, code: int = 1) -> NoReturn:
-    """``error: `` and a line on stderr, not wrapped, so that it can be searched for; one for each line of the message."""
+    """Print ``error: `` and each line of the message on stderr, not wrapped, so that it can be searched for; exit with ``code``."""
     for line in str(message).splitlines():
         typer.echo(f"error: {line}", err=True)
     raise typer.Exit(code)
 
 
 def show(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on a terminal, else the first column, one bare line a row."""
+    """Print a table on a terminal, else the first column, one bare line a row."""
     console = Console()
     if not console.is_terminal:
         for row in rows:

@@ -4,42 +4,49 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
 
-from ..files.checkpoint import (
-    CHECKPOINT,
-    METRICS,
-    CheckpointError,
-    MetricsFile,
-    OutputError,
-    check_same_settings,
-    describe_settings,
-    load_checkpoint,
-    locked,
-    name_of,
-    prepare_folder,
-    save_checkpoint,
-)
+from ..files.atomic import prepare_folder
+from ..files.checkpoint import CHECKPOINT, check_same_settings, load_checkpoint, save_checkpoint
+from ..files.errors import CheckpointError, OutputError
+from ..files.lock import locked_run
+from ..files.metrics import METRICS, MetricsFile
 from ..nn import MaskedLayer
-from ..nn.names import DEFAULT_TASK, check_name, describe, escape
+from ..nn.names import DEFAULT_TASK, describe, escape
 from ..nn.task_dict import TaskDict
 from ..nn.tasks import add_task, masked_layers, remove_task
 from ..nn.tasks import tasks as model_tasks
 from ..nn.using_task import using_task
+from .config import Batch, LoopConfig, TaskData, describe_data_and_model
+from .progress import progress_bar
 
-Batch = tuple[Tensor, Tensor]
-TaskData = Batch | Callable[[torch.Generator], Batch]
+Line = dict[str, str | float]
+"""A line of metrics: ``round``, ``step``, ``task``, ``loss`` and the numbers of ``evaluate``."""
+
+
+class LoopState(TypedDict):
+    """The contents of a checkpoint."""
+
+    settings: dict[str, object]
+    round: int
+    step: int
+    steps_of: dict[str, int]
+    seconds: float
+    metrics_length: int
+    generator: Tensor
+    tasks: list[str]
+    model: dict[str, object]
+    optimizer: dict[str, object]
+    mask_optimizers: dict[str, dict[str, object]]
 
 
 class TaskLoop:
@@ -64,29 +71,11 @@ class TaskLoop:
         tasks: from task name to its data: a pair ``(x, y)`` of tensors, ``[n, ...]`` each, or a function of a
             ``torch.Generator`` that returns such a pair, a fresh batch.
         loss: ``loss(model(x), y)``, a scalar.
-        steps: gradient steps in a round, the proposal's ``N``.
-        lr: learning rate of the shared parameters.
-        mask_lr: learning rate of the masks; None: ``lr``.
-        weight_decay, mask_weight_decay: the L2 factors above, added to the gradients.
-        optimizer: ``"sgd"`` (the proposal's steepest descent) or ``"adam"``.
-        momentum: of ``"sgd"``.
-        batch_size: samples a step, drawn with replacement from a task's pair; None: all of them. Not for functions.
-        per_task_masks: False trains one network for all tasks: a model without masks, or with the masks of one task. It is a
-            baseline.
-        order: the task of each round; None: drawn uniformly, as the proposal does. ``run`` then goes no further than it.
-        seed: of the loop's generator.
-        out: folder for ``checkpoint.pt`` and ``metrics.jsonl`` (a line for each round: ``round``, ``step``, ``task``, the mean
-            ``loss``, and what ``evaluate`` returned); None: write nothing.
-        settings: more settings (numbers and strings) that a checkpoint must agree on; the loop's own and the data are always
-            compared.
-        evaluate: called without gradients, with the loop, after every ``evaluate_every`` rounds; returns numbers by name.
-            :meth:`using` selects a task there.
-        checkpoint_seconds: time between checkpoints; 0: after every round. One is written before the first round and after the
-            last.
-        tensorboard: also write the metrics to ``out/tensorboard``; None: if there is an ``out`` and TensorBoard is installed.
-        label: what the progress bar calls the run.
+        config: the settings; None: the defaults of :class:`LoopConfig`.
+        changes: fields of :class:`LoopConfig` by name, in place of those of ``config``.
 
     Attributes:
+        config: the settings, with the changes.
         round, step: rounds and gradient steps done.
         steps_of: gradient steps for each task seen, in the order of first sight.
         seconds: time spent in rounds, also before a resumption.
@@ -101,106 +90,49 @@ class TaskLoop:
         model: nn.Module,
         tasks: Mapping[str, TaskData],
         loss: Callable[[Any, Tensor], Tensor],
-        *,
-        steps: int = 10,
-        lr: float = 0.1,
-        mask_lr: float | None = None,
-        weight_decay: float = 0.0,
-        mask_weight_decay: float = 0.0,
-        optimizer: str = "sgd",
-        momentum: float = 0.0,
-        batch_size: int | None = None,
-        per_task_masks: bool = True,
-        order: Sequence[str] | None = None,
-        seed: int = 0,
-        out: str | Path | None = None,
-        settings: Mapping[str, Any] | None = None,
-        evaluate: Callable[[TaskLoop], Mapping[str, float]] | None = None,
-        evaluate_every: int = 1,
-        checkpoint_seconds: float = 10.0,
-        tensorboard: bool | None = None,
-        label: str = "training",
+        config: LoopConfig | None = None,
+        **changes: Any,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not tasks:
-            raise ValueError("tasks must name at least one task, got none")
-        if optimizer not in ("sgd", "adam"):
-            raise ValueError(f"optimizer must be 'sgd' or 'adam', got {optimizer!r}")
-        if momentum and optimizer != "sgd":
-            raise ValueError(f"momentum is of optimizer='sgd', got momentum={momentum} with optimizer={optimizer!r}")
-        for name, count in (("steps", steps), ("evaluate_every", evaluate_every), ("batch_size", batch_size)):
-            if count is not None and _integer(name, count) < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        if tensorboard and out is None:
-            raise ValueError("tensorboard=True needs out, got out=None")
-        self.model, self.tasks, self.loss, self.steps, self.label = model, dict(tasks), loss, steps, label
-        for name, data in self.tasks.items():
-            _check_data(check_name(name), data, batch_size)
+        self.config = config = replace(config or LoopConfig(), **changes)
+        config.check_tasks(tasks)
+        self.model, self.tasks, self.loss = model, dict(tasks), loss
+        self._names = list(self.tasks)
+        self._order = None if config.order is None else list(config.order)
 
-        self._order = None if order is None else list(order)
-        for name in self._order or []:
-            if name not in self.tasks:
-                raise ValueError(f"order must name tasks of the loop, {describe(self.tasks)}, got {name!r}")
-
+        self._masked = any(isinstance(module, MaskedLayer) for module in model.modules())
         # The masks that every task uses, if not its own: the model's only ones, or none at all.
         self._common: str | None = None
-        masked = any(isinstance(module, MaskedLayer) for module in model.modules())
-        if per_task_masks:
+        self._replaces_default = False
+        if config.per_task_masks:
             self._replaces_default = model_tasks(model) == [DEFAULT_TASK] and DEFAULT_TASK not in self.tasks
-        else:
-            self._replaces_default = False
-            if masked:
-                names = model_tasks(model)
-                if len(names) != 1:
-                    raise ValueError(f"per_task_masks=False takes a model with one task at most, got one with {len(names)}")
-                self._common = names[0]
-        self._masked = masked
+        elif self._masked:
+            names = model_tasks(model)
+            if len(names) != 1:
+                raise ValueError(f"per_task_masks=False takes a model with one task at most, got one with {len(names)}")
+            self._common = names[0]
         self._replaces_default_at_first = self._replaces_default
 
-        mask_lr = lr if mask_lr is None else mask_lr
-        extra: dict[str, Any] = {"momentum": momentum} if optimizer == "sgd" else {}
-        self._optimizer_type: Any = SGD if optimizer == "sgd" else Adam
-        self._mask_options: dict[str, Any] = {"lr": mask_lr, "weight_decay": mask_weight_decay, **extra}
         self._shared = _shared_parameters(model)
-        self._optimizer = self._optimizer_type(list(self._shared.values()), lr=lr, weight_decay=weight_decay, **extra)
+        self._optimizer = config.new_optimizer(self._shared.values(), of_masks=False)
         self._mask_optimizers: dict[str, Optimizer] = {}
         devices = {parameter.device for parameter in model.parameters()}
         self._cuda = sorted(device.index for device in devices if device.type == "cuda")
-
-        self._names = list(self.tasks)
-        self._batch_size = batch_size
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(config.seed)
         self.round = self.step = 0
         self.steps_of: dict[str, int] = {}
         self.seconds = 0.0
         self.resumed: int | None = None
 
-        self.out = None if out is None else Path(out)
-        self._evaluate, self._evaluate_every = evaluate, evaluate_every
-        self._checkpoint_seconds = checkpoint_seconds
-        self._tensorboard = self.out is not None and (_has_tensorboard() if tensorboard is None else tensorboard)
+        self.out = None if config.out is None else Path(config.out)
+        wanted = _has_tensorboard() if config.tensorboard is None else config.tensorboard
+        self._tensorboard = self.out is not None and wanted
         self._metrics_length = 0
         # Whether this object is where its last checkpoint is; without ``out``, at the end of a round.
         self._whole = self.out is None
         self._described = False
-        self._settings: dict[str, Any] = {
-            "loss": name_of(loss),
-            "optimizer": optimizer,
-            "lr": lr,
-            "mask_lr": mask_lr,
-            "weight_decay": weight_decay,
-            "mask_weight_decay": mask_weight_decay,
-            "momentum": momentum,
-            "steps": steps,
-            "batch_size": batch_size,
-            "per_task_masks": per_task_masks,
-            "tasks": self._names,
-            "seed": seed,
-            "evaluate_every": None if evaluate is None else evaluate_every,
-            **({} if self._order is None else {"order": self._order}),
-            **(settings or {}),
-        }
+        self._settings = config.compared(loss, self._names)
 
     def run(self, rounds: int) -> TaskLoop:
         """Train until ``rounds`` rounds are done in all, those before a resumption included.
@@ -225,7 +157,7 @@ class TaskLoop:
                 raise CheckpointError(f"rounds must be at least the {self.round} that are done, got {rounds}")
             if self.round == rounds:
                 return self
-            advance = stack.enter_context(_progress(self.label, self.round, rounds))
+            advance = stack.enter_context(progress_bar(self.config.label, self.round, rounds))
             self.model.train()
             saved = time.monotonic()
             while self.round < rounds:
@@ -238,13 +170,13 @@ class TaskLoop:
                 advance(self.round)
                 if self.out is None:
                     self._whole = True
-                elif self.round == rounds or now - saved >= self._checkpoint_seconds:
+                elif self.round == rounds or now - saved >= self.config.checkpoint_seconds:
                     self._save()
                     saved = time.monotonic()
         return self
 
-    def using(self, name: str) -> AbstractContextManager[Any]:
-        """A block in which ``model`` computes task ``name``: with its masks, or as it is if it has none of its own.
+    def using(self, name: str) -> AbstractContextManager[object]:
+        """Open a block in which ``model`` computes task ``name``: with its masks, or as it is if it has none of its own.
 
         Raises:
             ValueError: the task has no masks yet, because it was not seen, or is unknown.
@@ -253,25 +185,26 @@ class TaskLoop:
             raise ValueError(f"task must be one of the loop's, {describe(self.tasks)}, got {name!r}")
         return using_task(self.model, self._common or name) if self._masked else nullcontext()
 
-    def _run_round(self) -> dict[str, Any]:
-        """One round, and its line of metrics."""
+    def _run_round(self) -> Line:
+        """Run one round; return its line of metrics."""
+        config = self.config
         name = self._names[self._draw(len(self._names))] if self._order is None else self._order[self.round]
         with torch.random.fork_rng(self._cuda):
             self._seed_global(self._draw(2**63 - 1))
             mask = self._mask_of(name)
             loss = self._descend(name, mask)
             self.round += 1
-            self.step += self.steps
-            self.steps_of[name] = self.steps_of.get(name, 0) + self.steps
+            self.step += config.steps
+            self.steps_of[name] = self.steps_of.get(name, 0) + config.steps
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the mean loss of round {self.round}, task {name!r}, is {loss}: try smaller learning rates than "
                     f"lr={self._settings['lr']}, mask_lr={self._settings['mask_lr']}"
                 )
-            line = {"round": self.round, "step": self.step, "task": name, "loss": loss}
-            if self._evaluate is not None and self.round % self._evaluate_every == 0:
+            line: Line = {"round": self.round, "step": self.step, "task": name, "loss": loss}
+            if config.evaluate is not None and self.round % config.evaluate_every == 0:
                 with torch.no_grad():
-                    scores = self._evaluate(self)
+                    scores = config.evaluate(self)
                 for key, score in scores.items():
                     if not isinstance(score, (int, float)):
                         raise TypeError(f"evaluate must return numbers, got {key!r}: {type(score).__name__}")
@@ -280,17 +213,17 @@ class TaskLoop:
         return line
 
     def _descend(self, name: str, mask: str | None) -> float:
-        """``steps`` gradient steps on the shared parameters and the masks of task ``mask``; the mean loss."""
-        model, loss_function, sample = self.model, self.loss, self._sampler(name)
+        """Take a round's steps on the shared parameters and the masks of task ``mask``; return the mean loss."""
+        model, loss_function, sample, steps = self.model, self.loss, self._sampler(name), self.config.steps
         optimizers: list[Optimizer] = [self._optimizer]
         if mask is not None:
             optimizers.append(self._mask_optimizers[mask])
         parameters = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
-        total: Any = 0.0
+        total: Tensor | float = 0.0
         for parameter in parameters:
             parameter.grad = None
         with self.using(name):
-            for _ in range(self.steps):
+            for _ in range(steps):
                 x, y = sample()
                 loss = loss_function(model(x), y)
                 loss.backward()
@@ -300,10 +233,10 @@ class TaskLoop:
                 for parameter in parameters:
                     parameter.grad = None
                 total += loss.detach()
-        return float(total) / self.steps
+        return float(total) / steps
 
     def _mask_of(self, name: str) -> str | None:
-        """The task whose masks ``name`` trains; they and their optimiser are made in its first round. None: no masks."""
+        """Return the task whose masks ``name`` trains, made with their optimiser in its first round; None: no masks."""
         if not self._masked:
             return None
         mask = self._common or name
@@ -313,12 +246,15 @@ class TaskLoop:
                 if self._replaces_default:
                     remove_task(self.model, DEFAULT_TASK)
             self._replaces_default = False
-            self._mask_optimizers[mask] = self._optimizer_type(_mask_parameters(self.model, mask), **self._mask_options)
+            self._mask_optimizers[mask] = self._new_mask_optimizer(mask)
         return mask
 
+    def _new_mask_optimizer(self, task: str) -> Optimizer:
+        return self.config.new_optimizer(_mask_parameters(self.model, task), of_masks=True)
+
     def _sampler(self, name: str) -> Callable[[], Batch]:
-        """A function that draws a batch of the task's data."""
-        data, generator, size = self.tasks[name], self._generator, self._batch_size
+        """Return a function that draws a batch of the task's data."""
+        data, generator, size = self.tasks[name], self._generator, self.config.batch_size
         if callable(data):
             return lambda: data(generator)
         if size is None:
@@ -341,7 +277,7 @@ class TaskLoop:
 
     # Files
 
-    def _open(self, stack: ExitStack) -> Callable[[dict[str, Any]], None]:
+    def _open(self, stack: ExitStack) -> Callable[[Line], None]:
         """Take the folder, resume if it holds a checkpoint, and return the function that writes a line of metrics."""
         if self.out is None:
             if not self._whole:
@@ -351,10 +287,10 @@ class TaskLoop:
                 )
             return lambda line: None
         prepare_folder(self.out)
-        stack.enter_context(locked(self.out))
+        stack.enter_context(locked_run(self.out))
         if not self._whole:
             if not self._described:  # once: what is annealed during the run is no other setting
-                self._settings.update(describe_settings(self.tasks, self._shared, self.model))
+                self._settings.update(describe_data_and_model(self.tasks, self._shared, self.model))
                 self._described = True
             path = self.out / CHECKPOINT
             if path.exists():
@@ -375,7 +311,7 @@ class TaskLoop:
         writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.round + 1)
         stack.callback(writer.close)
 
-        def record(line: dict[str, Any]) -> None:
+        def record(line: Line) -> None:
             self._metrics.write(line)
             for key, value in line.items():
                 if key not in ("round", "step", "task"):
@@ -389,7 +325,7 @@ class TaskLoop:
         save_checkpoint(self.out / CHECKPOINT, self._state())
         self._whole = True
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> LoopState:
         return {
             "settings": self._settings,
             "round": self.round,
@@ -405,7 +341,7 @@ class TaskLoop:
         }
 
     def _load(self, path: Path) -> None:
-        state = load_checkpoint(path)
+        state = cast(LoopState, load_checkpoint(path))
         check_same_settings(path, state["settings"], self._settings)
         if self._masked:
             with torch.random.fork_rng(self._cuda):
@@ -425,7 +361,7 @@ class TaskLoop:
         self._optimizer.load_state_dict(state["optimizer"])
         self._mask_optimizers.clear()
         for name, optimizer_state in state["mask_optimizers"].items():
-            optimizer = self._optimizer_type(_mask_parameters(self.model, name), **self._mask_options)
+            optimizer = self._new_mask_optimizer(name)
             optimizer.load_state_dict(optimizer_state)
             self._mask_optimizers[name] = optimizer
         self._generator.set_state(state["generator"])
@@ -439,7 +375,7 @@ def _task_dicts(model: nn.Module) -> list[TaskDict]:
 
 
 def _mask_parameters(model: nn.Module, task: str) -> list[nn.Parameter]:
-    """The masks of one task, and what else belongs to it, each once."""
+    """Collect the masks of one task, and what else belongs to it, each once."""
     if any(layer._task_dict()._is_bits(escape(task)) for _, layer in masked_layers(model)):
         raise ValueError(f"task {task!r} is packed: its mask cannot be trained")
     found = (tensors._parameters.get(escape(task)) for tensors in _task_dicts(model))
@@ -447,48 +383,10 @@ def _mask_parameters(model: nn.Module, task: str) -> list[nn.Parameter]:
 
 
 def _shared_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter that belongs to no task."""
+    """Collect every parameter that belongs to no task, by name."""
     of_tasks = {id(parameter) for tensors in _task_dicts(model) for parameter in tensors.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in of_tasks}
 
 
-def _check_data(name: str, data: TaskData, batch_size: int | None) -> None:
-    if callable(data):
-        if batch_size is not None:
-            raise ValueError(f"batch_size must be None for task {name!r}, whose data is a function, got {batch_size}")
-        return
-    if not (isinstance(data, tuple) and len(data) == 2 and all(isinstance(tensor, Tensor) for tensor in data)):
-        raise TypeError(f"tasks[{name!r}] must be a pair of tensors or a function of a generator, got {type(data).__name__}")
-    x, y = data
-    if not len(x) or len(x) != len(y):
-        raise ValueError(f"tasks[{name!r}] must have as many x as y, at least one, got {list(x.shape)} and {list(y.shape)}")
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-
-
 def _has_tensorboard() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
-
-
-@contextmanager
-def _progress(label: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on the terminal, if there is one; gives the function that moves it."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(label, total=total, completed=done)
-        shown = 0.0
-
-        def advance(completed: int) -> None:
-            nonlocal shown
-            # A round can be shorter than what a redraw costs.
-            if console.is_terminal and time.monotonic() - shown > 0.1:
-                bar.update(task, completed=completed)
-                shown = time.monotonic()
-
-        yield advance

@@ -1,4 +1,4 @@
-"""Task distributions and data for the experiments."""
+"""Task distributions and data sets."""
 
 from .characters import Characters, glyphs, load_characters
 from .digits import Digits, load_digits

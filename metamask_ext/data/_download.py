@@ -12,7 +12,11 @@ STALL_SECONDS = 10.0
 
 
 def try_download(url: str, download: Callable[[], object]) -> str | None:
-    """Call ``download`` if ``url``, one of its files, answers in a few seconds; why it failed, or None."""
+    """Call ``download`` if ``url``, one of its files, answers in a few seconds.
+
+    Returns:
+        The reason why it failed, or None.
+    """
     answer: list[str] = []
 
     def probe() -> None:
@@ -23,7 +27,7 @@ def try_download(url: str, download: Callable[[], object]) -> str | None:
         except (OSError, ValueError) as error:
             answer.append(str(error))
 
-    # A name server that does not answer is waited for without regard to any timeout: hence the thread.
+    # The timeout does not cover a name server that does not answer: hence the thread.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)

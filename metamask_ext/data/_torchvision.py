@@ -1,4 +1,4 @@
-"""Importing torchvision beside a torch without CUDA."""
+"""Import of torchvision beside a torch without CUDA."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _fragment: torch.library.Library | None = None
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, with ``torchvision.datasets`` loaded.
+    """Return torchvision, with ``torchvision.datasets`` loaded.
 
     A torchvision built for CUDA does not load its operators beside a CPU torch, and then its import fails where it describes two of
-    them: ``operator torchvision::nms does not exist``. Only then are these two declared, without an implementation, and the
-    import tried again: data sets work, ``nms`` itself raises when called.
+    them: ``operator torchvision::nms does not exist``. Only then this function declares the two, without an
+    implementation, and imports again: data sets work, ``nms`` itself raises when called.
 
     Raises:
         ImportError: torchvision is not installed.

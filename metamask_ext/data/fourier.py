@@ -7,10 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from ._checks import check_at_least_one
+
 
 def fourier_features(x: Tensor, count: int) -> Tensor:
-    """``phi(x)``, ``[..., n, count]`` for ``x`` ``[..., n]``: 1, then ``sqrt(2) sin(pi k x)`` and ``sqrt(2) cos(pi k x)`` for
-    k = 1, 2, ... They are orthonormal for ``x`` uniform in [-1, 1).
+    """Compute ``phi(x)``, ``[..., n, count]`` for ``x`` ``[..., n]``.
+
+    The features are 1, then ``sqrt(2) sin(pi k x)`` and ``sqrt(2) cos(pi k x)`` for k = 1, 2, ... They are orthonormal for ``x``
+    uniform in [-1, 1).
 
     Raises:
         ValueError: ``count`` is not an odd number of at least 1.
@@ -23,14 +27,15 @@ def fourier_features(x: Tensor, count: int) -> Tensor:
 
 
 def fourier_tasks(tasks: int, count: int, true: int, generator: torch.Generator) -> Tensor:
-    """Draw coefficients ``alpha`` ``[tasks, count]``, float64, of signals ``y(x) = sum_k alpha_k phi_k(x)``: uniform in [-1, 1] in
-    the first ``true`` features and scaled to norm 1, 0 in the others. The mean square of a signal is then 1.
+    """Draw coefficients ``alpha`` ``[tasks, count]``, float64, of signals ``y(x) = sum_k alpha_k phi_k(x)``.
+
+    They are uniform in [-1, 1] in the first ``true`` features and scaled to norm 1, and 0 in the others. The mean square of a
+    signal is then 1.
 
     Raises:
         ValueError: ``true`` is not between 1 and ``count``, or there is no task.
     """
-    if tasks < 1:
-        raise ValueError(f"tasks must be at least 1, got {tasks}")
+    check_at_least_one(tasks=tasks)
     if not 1 <= true <= count:
         raise ValueError(f"true must be between 1 and count ({count}), got {true}")
     drawn = 2 * torch.rand(tasks, true, generator=generator, dtype=torch.float64) - 1
@@ -38,6 +43,9 @@ def fourier_tasks(tasks: int, count: int, true: int, generator: torch.Generator)
 
 
 def grid(count: int) -> Tensor:
-    """``count`` equally spaced points of [-1, 1), from -1, float64. On it a feature of frequency k equals those of frequencies
-    ``count * j - k`` and ``count * j + k``, up to the sign of a sine: its aliases."""
+    """Return ``count`` equally spaced points of [-1, 1), from -1, float64.
+
+    On them a feature of frequency k equals those of frequencies ``count * j - k`` and ``count * j + k``, up to the sign of a sine:
+    its aliases.
+    """
     return 2 * torch.arange(count, dtype=torch.float64) / count - 1

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._checks import check_at_least_one
+
 
 class PermutedImages:
     """Permuted MNIST: task ``t`` is a fixed permutation ``p_t`` of the pixels, ``y[b, k] = x[b, p_t[k]]``.
@@ -30,14 +32,13 @@ class PermutedImages:
     """
 
     def __init__(self, tasks: int, pixels: int = 784, seed: int = 0):
-        _check_count("tasks", tasks)
-        _check_count("pixels", pixels)
+        check_at_least_one(tasks=tasks, pixels=pixels)
         generator = torch.Generator().manual_seed(seed)
         self.names = [f"permutation-{task}" for task in range(tasks)]
         self.permutations = torch.stack([torch.randperm(pixels, generator=generator) for _ in range(tasks)])
 
     def __call__(self, images: Tensor, task: int | Tensor) -> Tensor:
-        """The images as the task, or each image's task, shows them.
+        """Show the images as the task, or each image's task, does.
 
         Args:
             images: ``[B, ...]``, ``pixels`` numbers each; of any dtype.
@@ -76,7 +77,7 @@ class RotatedImages:
     """
 
     def __init__(self, tasks: int = 36, degrees: float = 10.0):
-        _check_count("tasks", tasks)
+        check_at_least_one(tasks=tasks)
         if not (degrees > 0 and degrees * (tasks - 1) < 360):
             raise ValueError(
                 f"degrees must be positive, and tasks * degrees at most a full turn, got {tasks} tasks {degrees:g} degrees apart"
@@ -85,7 +86,7 @@ class RotatedImages:
         self.names = [f"rotation-{angle:g}" for angle in self.angles.tolist()]
 
     def __call__(self, images: Tensor, task: int | Tensor) -> Tensor:
-        """The images as the task, or each image's task, shows them.
+        """Show the images as the task, or each image's task, does.
 
         Args:
             images: floating point ``[B, C, height, width]``, square.
@@ -104,7 +105,7 @@ class RotatedImages:
             return images.clone()
         angle = torch.deg2rad(self.angles[task]).expand(len(images))
         cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-        # Where each output pixel comes from; y points down, hence the signs.
+        # Each row maps an output pixel to where it comes from; y points down, hence the signs.
         rows = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
         grid = F.affine_grid(rows.to(images), list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, align_corners=False)
@@ -128,12 +129,12 @@ class ColoredImages:
     """
 
     def __init__(self, tasks: int, seed: int = 0):
-        _check_count("tasks", tasks)
+        check_at_least_one(tasks=tasks)
         self.names = [f"color-{task}" for task in range(tasks)]
         self.colors = torch.rand(tasks, 3, generator=torch.Generator().manual_seed(seed))
 
     def __call__(self, images: Tensor, task: int | Tensor) -> Tensor:
-        """The images as the task, or each image's task, shows them.
+        """Show the images as the task, or each image's task, does.
 
         Args:
             images: floating point ``[B, 1, height, width]`` in [0, 1], 1 where there is ink.
@@ -152,13 +153,8 @@ class ColoredImages:
         return images + (1 - images) * color
 
 
-def _check_count(name: str, count: int) -> None:
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
-
-
 def _check_task(task: int | Tensor, images: Tensor, tasks: int) -> int | Tensor:
-    """``task``, if it is one for all images or one for each."""
+    """Return ``task`` if it is an index for all images, or one for each. TypeError or ValueError otherwise."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor, got {type(images).__name__}")
     if isinstance(task, Tensor):

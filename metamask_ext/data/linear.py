@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._checks import check_at_least_one
+
 
 @dataclass(frozen=True)
 class LinearTasks:
-    """Tasks with the score ``z_t = (w * m_t)^T x + b * m_bt``; a function of :func:`linear_tasks` draws them.
+    """Tasks with the score ``z_t = (w * m_t)^T x + b * m_bt``; :func:`linear_tasks` draws them.
 
     Attributes:
         parameters: ``[variables + 1]``: the shared ``w``, then ``b``.
@@ -24,7 +26,7 @@ class LinearTasks:
     test: dict[str, tuple[Tensor, Tensor]]
 
     def score(self, task: int, x: Tensor) -> Tensor:
-        """The true ``z_t``, ``[n, 1]``, for ``x`` ``[n, variables]``."""
+        """Compute the true ``z_t``, ``[n, 1]``, for ``x`` ``[n, variables]``."""
         theta = self.parameters * self.support[task]
         return (x @ theta[:-1] + theta[-1])[:, None]
 
@@ -49,10 +51,7 @@ def linear_tasks(
     """
     if labels not in ("score", "binary"):
         raise ValueError(f"labels must be 'score' or 'binary', got {labels!r}")
-    counts = {"tasks": tasks, "train_samples": train_samples, "test_samples": test_samples, "variables": variables}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    check_at_least_one(tasks=tasks, train_samples=train_samples, test_samples=test_samples, variables=variables)
     generator = torch.Generator().manual_seed(seed)
     size = variables + 1
     sign = 1 - 2 * torch.randint(2, (size,), generator=generator)

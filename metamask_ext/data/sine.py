@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._checks import check_at_least_one
+
 AMPLITUDES = (0.1, 5.0)
 PHASES = (0.0, math.pi)
 INPUTS = (-5.0, 5.0)
@@ -25,11 +27,11 @@ class SineTasks:
     phase: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``y`` ``[T, K, 1]`` for ``x`` ``[T, K, 1]`` (or ``[K, 1]``: the same for all tasks)."""
+        """Compute ``y`` ``[T, K, 1]`` for ``x`` ``[T, K, 1]`` (or ``[K, 1]``: the same for all tasks)."""
         return self.amplitude * torch.sin(x - self.phase)
 
     def samples(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``(x, y)``, each ``[T, count, 1]``, with ``x`` uniform in [-5, 5]; no noise."""
+        """Draw ``(x, y)``, each ``[T, count, 1]``, with ``x`` uniform in [-5, 5]; no noise."""
         x = _uniform(INPUTS, (len(self.phase), count, 1), generator)
         return x, self(x)
 
@@ -40,8 +42,7 @@ def sine_tasks(tasks: int, generator: torch.Generator) -> SineTasks:
     Raises:
         ValueError: fewer than one task.
     """
-    if tasks < 1:
-        raise ValueError(f"tasks must be at least 1, got {tasks}")
+    check_at_least_one(tasks=tasks)
     return SineTasks(_uniform(AMPLITUDES, (tasks, 1, 1), generator), _uniform(PHASES, (tasks, 1, 1), generator))
 
 

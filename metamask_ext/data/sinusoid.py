@@ -9,11 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._checks import check_at_least_one
+
 Samples = tuple[Tensor, Tensor]
 
 MAGNITUDES = (0.4, 1.2)
-"""Of weights, if nothing else is said. Of five variables with weights of these, ``z`` has a standard deviation of 1.9 where all are
-on, of 1.3 where half are: 99 % of the samples lie within two periods of the sine."""
+"""The default range of ``|w_k|``.
+
+With five variables, ``z`` then has a standard deviation of 1.9 where all are on, of 1.3 where half are: 99 % of the samples lie
+within two periods of the sine.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,12 @@ class SinusoidTasks:
     cosine: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``y`` ``[T, n, 1]`` for ``x`` ``[T, n, variables]`` (or ``[n, variables]``: the same for all tasks)."""
+        """Compute ``y`` ``[T, n, 1]`` for ``x`` ``[T, n, variables]`` (or ``[n, variables]``: the same for all tasks)."""
         z = x @ self.weight[:, :, None] + (self.phase + math.pi / 2 * self.cosine)[:, None, None]
         return torch.sin(z) + self.offset[:, None, None]
 
     def samples(self, count: int, generator: torch.Generator) -> Samples:
-        """``(x, y)``, ``[T, count, variables]`` and ``[T, count, 1]``, with ``x ~ N(0, I)``; no noise."""
+        """Draw ``(x, y)``, ``[T, count, variables]`` and ``[T, count, 1]``, with ``x ~ N(0, I)``; no noise."""
         x = torch.randn(len(self.weight), count, self.weight.shape[1], generator=generator)
         return x, self(x)
 
@@ -101,6 +106,4 @@ def _check(tasks: int, variables: int, magnitudes: Sequence[float]) -> None:
     low, high = magnitudes
     if not 0 <= low <= high:
         raise ValueError(f"magnitudes must be two numbers from 0 on, the smaller first, got {list(magnitudes)}")
-    for name, count in (("tasks", tasks), ("variables", variables)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    check_at_least_one(tasks=tasks, variables=variables)

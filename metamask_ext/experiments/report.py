@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..files.checkpoint import OutputError, prepare_folder, write_atomic
+from ..files.atomic import prepare_folder, write_atomic
+from ..files.errors import OutputError
 from .catalogue import module_of, settings_of
 from .engine.run_folder import seeds_text, table_of, write_figures
 from .engine.settings import flat

@@ -1,1 +1,4 @@
-"""Files that a kill at any moment leaves whole: atomic writes, checkpoints, metrics, locks."""
+"""Files that are whole after a kill at any moment: atomic replacement, locks, checkpoints, metrics.
+
+This is the lowest layer: it imports nothing else of the package.
+"""

@@ -22,7 +22,7 @@ from support.paths import TESTS
 from metamask_ext.bank import BankError, BankNotFoundError, Store, save
 from metamask_ext.bank import store as store_module
 from metamask_ext.bank.index import Index
-from metamask_ext.bank.store import _locked
+from metamask_ext.bank.writer import locked_bank
 
 
 def _load_all(folder: Path) -> dict[str, Any]:
@@ -379,7 +379,7 @@ def test_a_reader_of_a_deleted_bank(tmp_path):
 def test_a_second_writer_is_refused(tmp_path):
     new_bank(tmp_path)
     before = files(tmp_path)
-    with _locked(tmp_path), pytest.raises(BankError, match=r"bank\.lock: another process is writing"):
+    with locked_bank(tmp_path), pytest.raises(BankError, match=r"bank\.lock: another process is writing"):
         save(tmp_path, META, shared(), [])
     assert files(tmp_path) == before
     assert save(tmp_path, META, shared(), []).tasks == []

@@ -10,7 +10,7 @@ import torch
 from support.banks import META, contents, files, logits, new_bank, packed, shared
 
 from metamask_ext.bank import BankError, BankNotFoundError, Store, save
-from metamask_ext.bank.store import DTYPES
+from metamask_ext.bank.writer import DTYPES
 
 NAMES = ["a", "A", "a.b", "keys", "../x", "..", ".", "/etc/passwd", "con", "a b", "\n", "\0", "%41", "ä", "\ud800", "日本" * 40]
 LONG = ["x" * 300, "x" * 299 + "y", "X" * 300, "x" * 5000]

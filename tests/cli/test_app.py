@@ -54,6 +54,21 @@ def test_info():
     assert (lines["CUDA devices"] == "none") == (torch.cuda.device_count() == 0)
 
 
+def test_version():
+    result = _metamask("--version")
+    assert result.exit_code == 0 and result.stdout == f"metamask_ext {build_info()['version']}\n"
+
+
+def test_completion_of_commands_and_experiments():
+    def completed(*words: str) -> list[str]:
+        environment = {"_METAMASK_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        return CliRunner().invoke(app.app, [], prog_name="metamask", env=environment).stdout.split()
+
+    assert completed("metamask", "re") == ["report"]
+    assert completed("metamask", "run", "sin") == [name for name in EXPERIMENTS if name.startswith("sin")]
+    assert completed("metamask", "run", "al") == ["all"]
+
+
 def test_unknown_experiment(tmp_path):
     result = _metamask("run", "nope", "--out", str(tmp_path / "out"))
     _assert_one_error(result, 2, "'nope'", ", ".join([*EXPERIMENTS, "all"]))

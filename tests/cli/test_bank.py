@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import metamask_ext
 from metamask_ext.bank import BankError, Store, save
 from metamask_ext.bank.export import task_state
-from metamask_ext.bank.store import _locked
+from metamask_ext.bank.writer import locked_bank
 from metamask_ext.cli import app
 
 
@@ -125,7 +125,7 @@ def test_every_command_refuses_what_is_no_bank(tmp_path, command):
 
 def test_a_locked_bank(tmp_path):
     new_bank(tmp_path)
-    with _locked(tmp_path):
+    with locked_bank(tmp_path):
         _assert_errors(_bank("rm", tmp_path, "a"), 1, "another process is writing")
         assert _assert_done(_bank("ls", tmp_path)) == "a\nb\n"
     assert Store.open(tmp_path).tasks == ["a", "b"]
@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_no_half_export(tmp_path):
     """In a process of its own, in which no file may grow past 100 bytes."""
     new_bank(tmp_path / "bank")
     program = (
-        "import resource, sys; from metamask_ext import cli; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
+        "import resource, sys; from metamask_ext.cli import app; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
         f"sys.argv = ['metamask', 'bank', 'export', {str(tmp_path / 'bank')!r}, 'a', {str(tmp_path / 'file')!r}]; app.main()"
     )
     done = subprocess.run([sys.executable, "-B", "-c", program], capture_output=True, text=True)

@@ -17,7 +17,7 @@ from support.paths import TESTS
 from torch import nn
 
 from metamask_ext.continual import CheckpointError, OutputError, TaskLoop, read_metrics
-from metamask_ext.files.checkpoint import locked
+from metamask_ext.files.lock import locked_run
 from metamask_ext.nn import MaskedLinear
 
 
@@ -216,7 +216,7 @@ def test_metrics_that_are_not_ours_or_not_whole(tmp_path):
 
 
 def test_two_runs_in_one_folder(tmp_path):
-    with locked(tmp_path), pytest.raises(OutputError, match="another run is writing to"):
+    with locked_run(tmp_path), pytest.raises(OutputError, match="another run is writing to"):
         new_loop(tmp_path).run(1)
     assert new_loop(tmp_path).run(1).round == 1
 

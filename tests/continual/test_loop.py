@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import nn
 
 from metamask_ext import add_task
 from metamask_ext import tasks as model_tasks
-from metamask_ext.continual import CheckpointError, TaskLoop
+from metamask_ext.continual import CheckpointError, LoopConfig, TaskLoop
 
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -38,6 +40,26 @@ def test_round_by_hand():
     for got, wanted in zip((model.weight, model.bias, model.masks["a"], model.bias_masks["a"]), (w, b, m, mb)):
         # float32, two steps of numbers near 1: a few units in the last place
         torch.testing.assert_close(got.detach(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_config_and_its_fields_by_name():
+    """Both forms train the same; a field given by name is put in the place of the config's."""
+    config = LoopConfig(steps=2, lr=0.01, seed=4)
+    models = [new_model() for _ in range(3)]
+    forms = [((config,), {}), ((), {"steps": 2, "lr": 0.01, "seed": 4}), ((LoopConfig(steps=9, lr=0.01),), {"steps": 2, "seed": 4})]
+    loops = [
+        TaskLoop(model, new_data("ab"), F.mse_loss, *given, **changes).run(3) for model, (given, changes) in zip(models, forms)
+    ]
+    assert all(loop.config == config for loop in loops)
+    first, *others = (parameters(model) for model in models)
+    for other in others:
+        assert first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
+    with pytest.raises(FrozenInstanceError):
+        config.steps = 3
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stepz'"):
+        TaskLoop(new_model(), new_data("a"), F.mse_loss, stepz=1)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        LoopConfig(steps=0)
 
 
 def test_default_gives_way_to_the_first_task():

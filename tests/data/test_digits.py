@@ -185,7 +185,7 @@ def test_missing_packages(tmp_path, monkeypatch):
 def test_torchvision_in_a_fresh_process():
     """Twice, and no operator is declared twice; what is declared without an implementation raises when it is called."""
     program = """
-from metamask_ext.tasks._torchvision import import_torchvision
+from metamask_ext.data._torchvision import import_torchvision
 import torch
 first, again = import_torchvision(), import_torchvision()
 assert first is again and first.datasets.MNIST.__name__ == "MNIST"

@@ -23,7 +23,7 @@ import torch
 from support.banks import files
 
 from metamask_ext.bank import BankError, Store, save
-from metamask_ext.bank import store as store_module
+from metamask_ext.bank import writer as writer_module
 
 TASKS = 8
 DEADLINE = time.monotonic() + 200
@@ -44,7 +44,7 @@ def at_call(nth: int, act: Callable[[], None]) -> Iterator[None]:
 
         return call
 
-    whole = store_module._Writer._write
+    whole = writer_module._Writer._write
 
     def write(writer: Any, path: str, data: bytes) -> None:
         nonlocal calls
@@ -55,7 +55,7 @@ def at_call(nth: int, act: Callable[[], None]) -> Iterator[None]:
         whole(writer, path, data)
 
     patches = [mock.patch.object(os, name, before(getattr(os, name))) for name in ("mkdir", "fsync", "replace")]
-    with patches[0], patches[1], patches[2], mock.patch.object(store_module._Writer, "_write", write):
+    with patches[0], patches[1], patches[2], mock.patch.object(writer_module._Writer, "_write", write):
         yield
 
 

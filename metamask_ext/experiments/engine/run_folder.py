@@ -19,7 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from metamask_ext._info import build_info
-from metamask_ext.files.checkpoint import OutputError, check_same_settings, locked, prepare_folder, write_atomic
+from metamask_ext.files.atomic import prepare_folder, write_atomic
+from metamask_ext.files.checkpoint import check_same_settings
+from metamask_ext.files.errors import OutputError
+from metamask_ext.files.lock import locked_run
 
 from .jobs import Job, Key, Place, Workers, cores, file_name, json_bytes
 from .settings import OptionError, flat
@@ -134,7 +137,7 @@ class Output:
             OutputError: it cannot be written, another process is writing to it, or it holds results of a run that is not named.
         """
         prepare_folder(self.folder)
-        self._lock.enter_context(locked(self.folder))
+        self._lock.enter_context(locked_run(self.folder))
         info = build_info()
         self.identity |= {
             "data": data,

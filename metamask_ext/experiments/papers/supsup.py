@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from metamask_ext.bank import MaskBank
 from metamask_ext.bank.index import INDEX
 from metamask_ext.data import Digits, PermutedImages, RotatedImages, load_digits
-from metamask_ext.files.checkpoint import OutputError, load_checkpoint, save_checkpoint, write_atomic
+from metamask_ext.files.atomic import write_atomic
+from metamask_ext.files.checkpoint import load_checkpoint, save_checkpoint
+from metamask_ext.files.errors import OutputError
 from metamask_ext.nn import MaskedLinear
 from metamask_ext.nn.names import DEFAULT_TASK
 from metamask_ext.nn.using_task import using_task

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metamask_ext.continual import TaskLoop
+from metamask_ext.continual import LoopConfig, TaskLoop
 from metamask_ext.data import linear_tasks
 from metamask_ext.nn import MaskedLinear
 from metamask_ext.nn.names import DEFAULT_TASK
@@ -111,12 +111,14 @@ def measure(seed: int, settings: dict[str, Any], penalty: Penalty, schedule: Seq
         model,
         data.train,
         F.mse_loss,
-        steps=settings["steps_per_round"],
-        lr=settings["lr"],
-        mask_lr=settings["mask_lr"],
-        weight_decay=factor if where == "W" else 0.0,
-        mask_weight_decay=factor if where == "M" else 0.0,
-        seed=seed,
+        LoopConfig(
+            steps=settings["steps_per_round"],
+            lr=settings["lr"],
+            mask_lr=settings["mask_lr"],
+            weight_decay=factor if where == "W" else 0.0,
+            mask_weight_decay=factor if where == "M" else 0.0,
+            seed=seed,
+        ),
     )
     (first, last), points = schedule, settings["points"]
     rounds = settings["steps"] // settings["steps_per_round"]

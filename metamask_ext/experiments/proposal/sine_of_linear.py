@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metamask_ext.continual import TaskLoop
+from metamask_ext.continual import LoopConfig, TaskLoop
 from metamask_ext.data import sine_of_linear_tasks
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
 from metamask_ext.nn.layers import MaskInit
@@ -138,13 +138,15 @@ def share(seed: int, settings: Mapping[str, Any], begin: str, decay: float) -> d
         model,
         data,
         F.mse_loss,
-        steps=settings["study"]["round_steps"],
-        lr=options["lr"],
-        mask_lr=options["mask_lr"],
-        mask_weight_decay=decay,
-        optimizer="adam",
-        batch_size=options["batch"],
-        seed=seed,
+        LoopConfig(
+            steps=settings["study"]["round_steps"],
+            lr=options["lr"],
+            mask_lr=options["mask_lr"],
+            mask_weight_decay=decay,
+            optimizer="adam",
+            batch_size=options["batch"],
+            seed=seed,
+        ),
     ).run(settings["steps"] // settings["study"]["round_steps"])
     shared, open_ = shared_parameters(model), gates(model, made.names)
     first = torch.cat([open_["0.weight"].flatten(1), open_["0.bias"].flatten(1)], 1)

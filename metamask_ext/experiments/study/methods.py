@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metamask_ext.continual import TaskLoop
+from metamask_ext.continual import LoopConfig, TaskLoop
 from metamask_ext.meta import MAML, TaskParameters
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
 from metamask_ext.nn.tasks import masked_layers
@@ -91,16 +91,18 @@ class Loop(Method):
             self.model,
             {name: (x, y) for name, x, y in zip(problem.names, problem.train.x, problem.train.y)},
             self._tracked_loss,
-            steps=study["round_steps"],
-            **config,
-            optimizer=study["optimizer"],
-            batch_size=study["batch"],
-            per_task_masks=self.name in MASKED,
-            order=order,
-            seed=self.seed,
-            evaluate=evaluate,
-            evaluate_every=every,
-            label=self.name,
+            LoopConfig(
+                steps=study["round_steps"],
+                **config,
+                optimizer=study["optimizer"],
+                batch_size=study["batch"],
+                per_task_masks=self.name in MASKED,
+                order=order,
+                seed=self.seed,
+                evaluate=evaluate,
+                evaluate_every=every,
+                label=self.name,
+            ),
         )
 
     def _tracked_loss(self, prediction: Tensor, y: Tensor) -> Tensor:
@@ -142,7 +144,7 @@ class Loop(Method):
 
     def some_steps(self) -> int:
         self.loop.run(self.loop.round + 1)
-        return self.loop.steps
+        return self.loop.config.steps
 
 
 class Independent(Method):

@@ -14,7 +14,7 @@ from metamask_ext.data.fourier import fourier_features, fourier_tasks, grid
 from metamask_ext.experiments.engine.run_folder import Output, Scores
 from metamask_ext.experiments.engine.settings import OptionError
 from metamask_ext.experiments.engine.tracking import track
-from metamask_ext.files.checkpoint import write_atomic
+from metamask_ext.files.atomic import write_atomic
 from metamask_ext.meta import MAML
 
 from .report import CLAIMS, GROUPS, KINDS, documents, figures, members_of, shown_sizes, tables
