@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction
 
 from .nn.layers import MaskedLayer
 from .nn.names import escape
@@ -15,10 +17,17 @@ from .nn.tasks import tasks
 from .ops.conv2d.autograd import MaskedConv2d
 from .ops.linear.autograd import MaskedLinear
 from .ops.weight.autograd import MaskedWeight, Steps
+from .torch_private import function_of, has_gradient_hooks
 
 # Where a node's parameters are among its inputs.
-_PARAMETERS = {MaskedLinear: (1, 2, 3, 4), MaskedConv2d: (1, 2, 3, 4), MaskedWeight: (0, 1)}
+_PARAMETERS: dict[type[Function] | None, tuple[int, ...]] = {
+    MaskedLinear: (1, 2, 3, 4),
+    MaskedConv2d: (1, 2, 3, 4),
+    MaskedWeight: (0, 1),
+}
 _PLAIN = ("nesterov", "dampening", "maximize", "differentiable")
+Node = Any
+"""A node of autograd's graph. Its attributes depend on its function: ``variable`` of a leaf's, ``steps`` of a masked layer's."""
 _NO_STEP = (0.0, 0.0, 0.0)
 
 
@@ -219,11 +228,7 @@ class FusedMaskedSGD(torch.optim.SGD):
             return False
         group = self._group_of.get(variable)
         return not (
-            group is None
-            or variable.grad is not None
-            or variable._backward_hooks
-            or variable._post_accumulate_grad_hooks  # type: ignore[attr-defined]
-            or any(group[option] for option in _PLAIN)
+            group is None or variable.grad is not None or has_gradient_hooks(variable) or any(group[option] for option in _PLAIN)
         )
 
     def _velocity(self, parameter: Tensor, group: dict[str, Any]) -> Tensor | None:
@@ -257,26 +262,24 @@ def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn
     return {name: parameter for parameter, name in names.items() if name not in masks}, masks
 
 
-def _walk(root: Any) -> tuple[dict[Tensor, int], list[tuple[Any, list[Tensor | None]]]]:
-    """How many edges of the graph lead to each leaf, and the masked layers' nodes with their parameters (None: no leaf there)."""
+def _walk(root: Node) -> tuple[dict[Tensor, int], list[tuple[Node, list[Tensor | None]]]]:
+    """Counts the edges to each leaf of the graph, and finds the masked layers' nodes with their parameters (None: no leaf)."""
     uses: dict[Tensor, int] = {}
     nodes = []
     seen, stack = {root}, [root]
     hidden = False
     while stack:
         node = stack.pop()
-        kind = type(node)
-        if getattr(kind, "_forward_cls", None) in _PARAMETERS:
-            # An absent bias, the last of the inputs, has no edge.
-            edges: dict[int, Any] = dict(enumerate(edge for edge, _ in node.next_functions))
-            inputs: list[Any] = [edges.get(index) for index in _PARAMETERS[kind._forward_cls]]
-            nodes.append((node, [edge.variable if _is_leaf(edge) else None for edge in inputs]))
-        # A reentrant checkpoint runs a backward of its own, over a graph that does not exist yet.
-        hidden = hidden or kind.__name__ == "CheckpointFunctionBackward"
+        # Most nodes are C++'s. A reentrant checkpoint's runs a backward of its own, over a graph that does not exist yet.
+        if isinstance(node, BackwardCFunction):
+            positions = _PARAMETERS.get(function_of(node))
+            if positions is not None:
+                nodes.append((node, _leaves(node, positions)))
+            hidden = hidden or type(node).__name__ == "CheckpointFunctionBackward"
         for child, _ in node.next_functions:
             if child is None:
                 continue
-            if _is_leaf(child):
+            if type(child).__name__ == "AccumulateGrad":
                 uses[child.variable] = uses.get(child.variable, 0) + 1
             elif child not in seen:
                 seen.add(child)
@@ -284,5 +287,8 @@ def _walk(root: Any) -> tuple[dict[Tensor, int], list[tuple[Any, list[Tensor | N
     return uses, [] if hidden else nodes
 
 
-def _is_leaf(node: Any) -> bool:
-    return type(node).__name__ == "AccumulateGrad"
+def _leaves(node: Node, positions: tuple[int, ...]) -> list[Tensor | None]:
+    """The leaves among the inputs of ``node`` at these positions. An absent bias, the last of the inputs, has no edge."""
+    edges: dict[int, Node] = dict(enumerate(edge for edge, _ in node.next_functions))
+    inputs: list[Node] = [edges.get(position) for position in positions]
+    return [edge.variable if type(edge).__name__ == "AccumulateGrad" else None for edge in inputs]

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.vmap import lazy_load_decompositions
+from torch._compile import _disable_dynamo
+from torch._functorch.predispatch import lazy_load_decompositions
 from torch.autograd import Function, forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils import _pytree
 
-disable_dynamo = torch._disable_dynamo
+R = TypeVar("R")
+
+disable_dynamo = _disable_dynamo
 """``torch.compiler.disable`` without importing Dynamo, which takes seconds and is not needed by who never compiles."""
 
 current_graph_task = torch._C._current_graph_task_id
@@ -39,7 +45,8 @@ def in_transform() -> bool:
 
 def bare_apply(function: type[Function]) -> Callable[..., Any]:
     """``function.apply`` without its handling of torch.func, where that is not active: 10 % less time on small layers."""
-    return super(Function, function).apply  # type: ignore[misc]  # mypy wants an instance; the class's own method is meant
+    apply: Callable[..., Any] = super(Function, function).apply  # type: ignore[misc]  # mypy wants an instance, not the class
+    return apply
 
 
 def set_node_default(function: type[Function], name: str, value: object) -> None:
@@ -47,12 +54,33 @@ def set_node_default(function: type[Function], name: str, value: object) -> None
 
     It is set on the class of the nodes: set in every forward, it would cost a small layer time.
     """
-    setattr(function._backward_cls, name, value)  # type: ignore[attr-defined]  # made by torch's metaclass
+    setattr(function._backward_cls, name, value)
 
 
 def function_of(node: object) -> type[Function] | None:
     """The Function whose node this is; None for any other node of a graph."""
     return getattr(type(node), "_forward_cls", None)
+
+
+BatchNorm = _BatchNorm
+"""The base of torch's batch norms. Without it each of them, and each subclass of a user, would have to be listed."""
+
+InstanceNorm = _InstanceNorm
+"""The base of torch's instance norms, as :data:`BatchNorm`."""
+
+foreach_add_ = torch._foreach_add_
+"""``add_`` of many tensors by one call, as torch's optimisers use it: one launch on a GPU, not one a task."""
+
+foreach_copy_ = torch._foreach_copy_
+"""``copy_`` of many tensors by one call."""
+
+PyTree = _pytree.PyTree
+"""A tensor, or tensors in tuples, lists and dicts: the trees that torch.vmap takes. torch has no public functions for them."""
+
+tree_flatten = _pytree.tree_flatten
+tree_leaves = _pytree.tree_leaves
+tree_map = _pytree.tree_map
+tree_unflatten = _pytree.tree_unflatten
 
 
 def is_batched(*tensors: Tensor | None) -> bool:
@@ -77,7 +105,7 @@ def concrete(tensor: Tensor) -> Tensor | None:
     return tensor
 
 
-def vmap(function: Callable[..., Any], arguments: list[Tensor]) -> Any:
+def vmap(function: Callable[..., R], arguments: list[Tensor]) -> R | Tensor:
     """``torch.vmap(function, randomness="different")(*arguments)`` without the 28 microseconds of its wrapper.
 
     A result that is no tensor comes back as it is.
@@ -97,8 +125,7 @@ load_vmap_decompositions = lazy_load_decompositions
 
 def has_gradient_hooks(tensor: Tensor) -> bool:
     """Whether a hook waits for the gradient of this leaf: an update inside the backward would pass it by."""
-    hooks: Any = tensor._backward_hooks, tensor._post_accumulate_grad_hooks  # type: ignore[attr-defined]  # not in torch's stubs
-    return any(hooks)
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 class CheckpointFrame(Protocol):

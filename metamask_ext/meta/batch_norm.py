@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..nn.batch_norm import TaskBatchNorm2d
 from ..nn.context import selection_of
 from ..nn.selection import GivenMasks
+from ..torch_private import BatchNorm, InstanceNorm
 
 POLICIES = ("batch", "frozen", "per task")
 
@@ -19,7 +20,7 @@ Statistics = tuple[Tensor, Tensor]
 """Mean and biased variance of each channel."""
 
 
-class _MetaBatchNorm(nn.modules.batchnorm._BatchNorm):
+class _MetaBatchNorm(BatchNorm):
     """A batch norm that asks the meta-learner what to do while that runs the model, and is torch's otherwise."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -56,9 +57,9 @@ def prepare(model: nn.Module, policy: str) -> dict[nn.Module, str]:
         raise ValueError(f"batch_norm must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
     found: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+        if isinstance(module, InstanceNorm) and module.track_running_stats:
             raise ValueError(f"the tasks would all update the statistics of {name!r}: use track_running_stats=False there")
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(module, BatchNorm):
             continue
         if not (type(module) in _TYPES or isinstance(module, (_MetaBatchNorm, TaskBatchNorm2d))):
             raise ValueError(f"batch norm must be torch's BatchNorm1d, 2d or 3d or TaskBatchNorm2d, got {type(module)} at {name!r}")

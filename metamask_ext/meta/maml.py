@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
-from torch._functorch.vmap import lazy_load_decompositions
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .. import torch_private
 from ..nn.names import describe
 from .adapted import Adapt, AdaptedModel, Start
 from .batch_norm import Statistics
@@ -19,7 +17,7 @@ from .steps import Rates, recomputed_steps, updated
 LossFunction = Callable[[Any, Any], Tensor]
 Samples = tuple[Tensor, Any] | tuple[Tensor, Any, Tensor]
 
-lazy_load_decompositions()  # of operators without a rule of their own under vmap
+torch_private.load_vmap_decompositions()  # of operators without a rule of their own under vmap
 
 
 class TaskParameters(dict[str, Tensor]):
@@ -206,7 +204,7 @@ class MAML(nn.Module):
 
     def _others(self, *given: Any) -> list[Tensor]:
         """Every tensor that requires grad and that an inner step reads, beside the adapted ones."""
-        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in torch_private.tree_leaves(given) if isinstance(leaf, Tensor)]
         return [tensor for tensor in dict.fromkeys([*self.parameters(), *leaves]) if tensor.requires_grad]
 
     def extra_repr(self) -> str:
@@ -266,7 +264,7 @@ def _losses(loss_fn: LossFunction, prediction: Any, y: Any, weights: Tensor | No
         return _mapped(loss_fn, prediction, y)
 
     def alone(prediction: Any, y: Any) -> Tensor:
-        return loss_fn(*torch.utils._pytree.tree_map(lambda tensor: tensor[None], (prediction, y)))
+        return loss_fn(*torch_private.tree_map(lambda tensor: tensor[None], (prediction, y)))
 
     each = torch.vmap(torch.vmap(alone, randomness="different"), randomness="different")(prediction, y)
     _check_scalar(each[:, 0], len(weights))
@@ -275,15 +273,9 @@ def _losses(loss_fn: LossFunction, prediction: Any, y: Any, weights: Tensor | No
 
 def _mapped(loss_fn: LossFunction, prediction: Any, y: Any) -> Tensor:
     """``torch.vmap(loss_fn, randomness="different")``, less the 28 us that its wrapper takes (tests compare the two)."""
-    leaves, tree = tree_flatten((prediction, y))
-    tasks = len(leaves[0])
-    level = _functorch._vmap_increment_nesting(tasks, "different")
-    try:
-        loss = loss_fn(*tree_unflatten([_functorch._add_batch_dim(leaf, 0, level) for leaf in leaves], tree))
-        losses = _functorch._remove_batch_dim(loss, level, tasks, 0) if isinstance(loss, Tensor) else loss
-    finally:
-        _functorch._vmap_decrement_nesting()
-    _check_scalar(losses, tasks)
+    leaves, tree = torch_private.tree_flatten((prediction, y))
+    losses = torch_private.vmap(lambda *tensors: loss_fn(*torch_private.tree_unflatten(tensors, tree)), leaves)
+    _check_scalar(losses, len(leaves[0]))
     return losses
 
 
@@ -307,7 +299,7 @@ def _checked(name: str, samples: Any) -> tuple[Tensor, Any, Tensor | None]:
         raise TypeError(f"x of {name} must be a tensor, got {type(x).__name__}")
     if x.dim() < 2 or x.shape[0] < 1 or x.shape[1] < 1:
         raise ValueError(f"x of {name} must be [T, K, ...] with at least one task and sample, got shape {list(x.shape)}")
-    for leaf in torch.utils._pytree.tree_leaves(y) if not isinstance(y, Tensor) else (y,):
+    for leaf in torch_private.tree_leaves(y) if not isinstance(y, Tensor) else (y,):
         if leaf.shape[:2] != x.shape[:2]:
             raise ValueError(f"y of {name} must be [T, K, ...] = {list(x.shape[:2])} as x, got shape {list(leaf.shape)}")
     if weights is not None:

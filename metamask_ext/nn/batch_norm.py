@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..torch_private import foreach_add_, foreach_copy_
 from .names import DEFAULT_TASK
 from .per_task import PerTask
 from .selection import TaskBatch
@@ -115,13 +116,13 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
         counts, means, variances = (
             [self._one(name, key) for key in batch.keys] for name in ("num_batches_tracked", "running_mean", "running_var")
         )
-        torch._foreach_add_(counts, 1)
+        foreach_add_(counts, 1)
         weight: Any = self.momentum
         if weight is None:  # a cumulative average
             weight = 1.0 / torch.stack(counts).to(mean.dtype)[:, None]
         for running, new in ((means, mean), (variances, variance)):
             before = torch.stack(running)
-            torch._foreach_copy_(running, list(before.lerp(new.to(before.dtype), weight).unbind()))
+            foreach_copy_(running, list(before.lerp(new.to(before.dtype), weight).unbind()))
 
     def _one(self, name: str, key: str) -> Tensor:
         tensors: TaskDict = self._own()[name]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..torch_private import disable_dynamo
+from ..torch_private import BatchNorm, disable_dynamo
 from .names import DEFAULT_TASK
 from .selection import GivenMasks, Selection, Superposition, TaskBatch
 from .task_dict import TaskDict
@@ -88,7 +88,7 @@ class PerTask(TaskLayer):
         if isinstance(active, TaskBatch):
             active.check_size(self, len(input))
             return self._forward_batch(input, active)
-        if isinstance(active, GivenMasks) and isinstance(self, nn.modules.batchnorm._BatchNorm):
+        if isinstance(active, GivenMasks) and isinstance(self, BatchNorm):
             return active.normalise(self, input)
         if isinstance(active, Superposition) and self.training and self._has_buffers_of_tasks():
             raise RuntimeError(
