@@ -35,6 +35,10 @@ is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _functorch_level = _functorch.maybe_current_level
 
 
+without_torch_function = torch._C.DisableTorchFunctionSubclass
+"""A context in which tensor subclasses are plain tensors, as their ``__torch_function__`` needs it to call the function itself."""
+
+
 def in_transform() -> bool:
     """Whether a torch.func transform or a forward-mode AD level is active.
 

@@ -27,6 +27,10 @@ Key = str | Selection
 """The active task's parameter key, or a selection of several."""
 
 
+class AmbiguousTaskError(RuntimeError):
+    """No single task is active for a layer: none, several, or one that is not known or gone."""
+
+
 class Owner(Protocol):
     """A layer with tensors of tasks."""
 
@@ -133,19 +137,19 @@ def _without(context: Context | None, opener: object) -> Context | None:
 def active_key(layer: Owner) -> Key:
     """The key of the task that is active for ``layer``, which has several, or the selection.
 
-    RuntimeError if there is none to be trusted.
+    AmbiguousTaskError if there is none to be trusted.
     """
     context = _current.get()
     key, graph_task = (None, -1) if context is None else context.keys.get(layer, (None, -1))
     if key is not None and graph_task != current_graph_task():
-        raise RuntimeError(
+        raise AmbiguousTaskError(
             f"{type(layer).__name__} was called during a backward, where the task of its first forward is not known. Use "
             "torch.utils.checkpoint with use_reentrant=False, or enter metamask_ext.using_task inside the function that is "
             "recomputed"
         )
     known = layer._task_dict()
     if key is None:
-        raise RuntimeError(
+        raise AmbiguousTaskError(
             f"{type(layer).__name__} has {len(known)} tasks, {describe(known)}, and none is active: call the model "
             "inside 'with metamask_ext.using_task(model, task):' (threads and recomputations do not inherit the block)"
         )
@@ -160,7 +164,7 @@ def active_key(layer: Owner) -> Key:
 def only_key(layer: Owner, only: str) -> Key:
     """The key of the only task of ``layer``, or the selection around.
 
-    RuntimeError if the block around names another task: one removed by another thread, say.
+    AmbiguousTaskError if the block around names another task: one removed by another thread, say.
     """
     context = _current.get()
     key: Key = only
@@ -182,7 +186,7 @@ def only_key(layer: Owner, only: str) -> Key:
 
 
 def _raise_removed(layer: Owner) -> None:
-    raise RuntimeError(f"the active task was removed; {type(layer).__name__} has {describe(layer._task_dict())}")
+    raise AmbiguousTaskError(f"the active task was removed; {type(layer).__name__} has {describe(layer._task_dict())}")
 
 
 def is_active(layers: Iterable[nn.Module], task: str) -> bool:

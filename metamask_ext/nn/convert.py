@@ -7,6 +7,7 @@ import dis
 import functools
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from types import CodeType
@@ -234,10 +235,27 @@ def _is_read(model: nn.Module, name: str) -> bool:
 
 
 def _layers_read(module: nn.Module) -> set[str | None]:
-    """The names ``f`` in every ``….f.weight`` and ``….f.bias`` that ``forward`` or what it calls reads; None: of no known name."""
-    function = inspect.unwrap(module.forward)
+    """The names ``f`` in every ``….f.weight`` and ``….f.bias`` that ``forward``, or what it calls, reads; None: of no known name.
+
+    Of other methods (``training_step``, a loss), only names that are known, and none where a method sets up or saves the module.
+    """
     kind: Any = type(module)
-    return _owners_read(getattr(function, "__func__", function), kind)
+    function = inspect.unwrap(module.forward)
+    found = set(_owners_read(getattr(function, "__func__", function), kind))
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] == "torch":
+            continue  # torch's own modules compute in forward
+        for name in vars(base):
+            if not _SETS_UP.match(name):
+                for method in _methods(base, name):
+                    found |= _owners_read(method, kind) - {None}
+    return found
+
+
+_SETS_UP = re.compile(
+    r"__|_?(init|reset|tie|untie|resize|load|save|from_|configure|extra_repr|prune|freeze|unfreeze|(get|set)_\w*(embedding|param|group))"
+)
+"""Methods that handle parameters as such: they mean the shared ones."""
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..ops.geometry import packed_shape
 from ..ops.packed.functional import pack_mask, unpack_mask
 from ..ops.weight.functional import masked_weight
 from ..torch_private import disable_dynamo
-from .context import LIVE, Key, active_key, only_key
+from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .names import DEFAULT_TASK, escape
 from .selection import GivenMasks, ObservedSuperposition, Superposition, TaskBatch
 from .task_dict import TaskDict
@@ -122,6 +123,41 @@ class MaskedLayer(TaskLayer):
             self.mask_init(logits)
         else:
             nn.init.constant_(logits, float(self.mask_init))
+
+    _copied_alone = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedLayer:
+        alone = not memo
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))
+        if alone:
+            made._copied_alone = True
+        return made
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Assigning an attribute comes here too.
+        if self._copied_alone and name == "bias" and self._modules.get("bias_masks") is not None:
+            self._refuse_folding(name, param)
+        super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        # With assign=True the state's tensors take the places of the parameters.
+        self.__dict__.pop("_copied_alone", None)
+        super()._load_from_state_dict(*arguments)
+
+    def _refuse_folding(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse another Parameter in a copy of this layer alone: so do tools that fold a normalisation into a layer.
+
+        They take ``weight`` and ``bias`` for the effective ones, and the masks would apply to what they write.
+        """
+        now = self._parameters.get(name)
+        if now is not None and param is not now:
+            raise RuntimeError(
+                f"{name} of this copy of a {type(self).__name__} is masked; another Parameter in its place would be masked too. "
+                "For tools that fold or fuse layers use metamask_ext.merge(model, task) first; to change its values write to them "
+                "in place; to share a Parameter, assign it in the original"
+            )
 
     def reset_parameters(self) -> None:
         """Draw weight and bias as torch's layer does, and every task's mask by ``mask_init``."""
@@ -282,7 +318,7 @@ class MaskedLayer(TaskLayer):
         if masks is None:
             return super()._read_given(what, given)
         if given.slots is not None:
-            raise RuntimeError(
+            raise AmbiguousTaskError(
                 f"{what} of {type(self).__name__} is ambiguous while several tasks are run as one batch: call the layer instead"
             )
         return self._with_mask(what, masks[what == "bias"])

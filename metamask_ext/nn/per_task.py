@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private import BatchNorm, disable_dynamo
+from .context import AmbiguousTaskError
+from .guarded import AmbiguousTensor
 from .names import DEFAULT_TASK
 from .selection import GivenMasks, Selection, Superposition, TaskBatch
 from .task_dict import TaskDict
@@ -68,7 +70,10 @@ class PerTask(TaskLayer):
             return super().__getattr__(name)
         if torch.compiler.is_dynamo_compiling():
             return _read_in_eager(self, name)
-        return self._read(name, self._selected())
+        try:
+            return self._read(name, self._selected())
+        except AmbiguousTaskError as error:
+            return AmbiguousTensor.of(_first(own[name]).detach(), str(error))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time.

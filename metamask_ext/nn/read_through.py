@@ -5,51 +5,73 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.weight.functional import masked_weight
-from ..torch_private import disable_dynamo
+from ..torch_private import disable_dynamo, in_transform
+from .context import AmbiguousTaskError
+from .guarded import AmbiguousTensor, ComputedTensor
 from .layers import MaskedConv2d, MaskedLinear
 from .masked_layer import MaskedLayer
 
 
-class _ReadThrough:
+class _ReadThrough(MaskedLayer):
     """For a layer whose parameters other code reads past forward: there ``weight`` and ``bias`` are the masked ones.
 
     The parameters themselves, in ``state_dict``, ``parameters()`` and optimisers, are the shared ones as everywhere; torch's own
-    methods (``reset_parameters``) work on those too. Code that fills ``layer.weight`` from outside would fill a temporary.
+    methods (``reset_parameters``) work on those too. A write to what was read would fill a temporary, and is refused. In a
+    mixed-task batch what is read has a shape, a dtype and a device, and no values.
     """
 
-    _parameters: dict[str, nn.Parameter | None]
     plain_type: Any
 
     def _as_plain(self) -> Any:
         return SimpleNamespace(**{**self.__dict__, **self._parameters})
 
     def extra_repr(self) -> str:
-        return f"{self.plain_type.extra_repr(self._as_plain())}, {self._mask_repr()}"  # type: ignore[attr-defined]
+        return f"{self.plain_type.extra_repr(self._as_plain())}, {self._mask_repr()}"
 
     def reset_parameters(self) -> None:
         self.plain_type.reset_parameters(self._as_plain())
-        self._reset_masks()  # type: ignore[attr-defined]
+        self._reset_masks()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        # torch asks hasattr(self, name), which computes the masked weight, or raises when no task is active.
+        # torch asks hasattr(self, name), which computes the masked weight.
         if name in ("weight", "bias") and (param is None or isinstance(param, nn.Parameter)):
+            if self._copied_alone:
+                self._refuse_folding(name, param)
             self._parameters[name] = param
         else:
-            super().register_parameter(name, param)  # type: ignore[misc]
+            super().register_parameter(name, param)
 
     def _shared(self) -> tuple[Tensor, Tensor | None]:
         return cast(Tensor, self._parameters["weight"]), self._parameters["bias"]
 
     @property
     def weight(self) -> Any:
-        return _read(self, "weight")  # type: ignore[arg-type]
+        return _guarded(self, "weight")
 
     @property
     def bias(self) -> Any:
-        return _read(self, "bias")  # type: ignore[arg-type]
+        return _guarded(self, "bias")
+
+
+def _guarded(layer: MaskedLayer, what: str) -> Tensor | None:
+    if torch.compiler.is_dynamo_compiling() or in_transform():
+        return _read(layer, what)
+    shared = layer._group(what)[0]
+    try:
+        read = _read(layer, what)
+    except AmbiguousTaskError as error:
+        return None if shared is None else AmbiguousTensor.of(shared.detach(), str(error))
+    if read is None or read is shared:
+        return read
+    return ComputedTensor.of(
+        read,
+        f"{what} of {type(layer).__name__} is computed from the shared parameter and the active task's mask: a write to it is "
+        f"lost. Write to dict(layer.named_parameters())[{what!r}], which all tasks share, or use metamask_ext.merge(model, task)",
+    )
 
 
 def _read(layer: MaskedLayer, what: str) -> Any:
@@ -67,9 +89,9 @@ def _read_in_eager(layer: MaskedLayer, what: str) -> Any:
     return _read(layer, what)
 
 
-class ReadThroughLinear(_ReadThrough, MaskedLinear):  # type: ignore[misc, override]
+class ReadThroughLinear(_ReadThrough, MaskedLinear):  # type: ignore[override]  # computed, not assigned
     """A MaskedLinear inside a module that reads its ``weight`` (``MultiheadAttention``'s ``out_proj``)."""
 
 
-class ReadThroughConv2d(_ReadThrough, MaskedConv2d):  # type: ignore[misc, override]
+class ReadThroughConv2d(_ReadThrough, MaskedConv2d):  # type: ignore[override]  # computed, not assigned
     """A MaskedConv2d inside a module that reads its ``weight``."""

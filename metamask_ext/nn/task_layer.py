@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from .context import LIVE, Key, active_key, only_key
+from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .names import check_name, describe, escape, unescape
 from .selection import GivenMasks, ObservedSuperposition, Superposition
 from .task_dict import TaskDict
@@ -58,7 +58,7 @@ class TaskLayer(nn.Module):
         raise NotImplementedError
 
     def _read(self, what: str, active: Key) -> Any:
-        """The tensor ``what`` that forward uses under this task or selection; RuntimeError where there is more than one."""
+        """The tensor ``what`` that forward uses under this task or selection; AmbiguousTaskError where there are several."""
         if isinstance(active, str):
             return self._theta(what, active)
         if isinstance(active, ObservedSuperposition):
@@ -67,7 +67,7 @@ class TaskLayer(nn.Module):
             return self._mixed(active, what)
         if isinstance(active, GivenMasks):
             return self._read_given(what, active)
-        raise RuntimeError(
+        raise AmbiguousTaskError(
             f"{what} of {type(self).__name__} is ambiguous in a mixed-task batch: call the layer instead, or run the samples of "
             "each task in a block of their own"
         )

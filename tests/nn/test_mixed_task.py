@@ -174,7 +174,7 @@ class TestSamples:
         add_task(randomize_masks(attention), "b")
         x = torch.randn(2, 3, 4, dtype=torch.float64)
         with using_task(attention, ["default", "b"]):
-            for read in (lambda: attention(x, x, x), lambda: attention.out_proj.weight, lambda: attention.out_proj.bias):
+            for read in (lambda: attention(x, x, x), lambda: attention.out_proj.weight + 1, lambda: attention.out_proj.bias.sum()):
                 with pytest.raises(RuntimeError, match="(weight|bias) of ReadThroughLinear is ambiguous in a mixed-task batch"):
                     read()
             got = attention.out_proj(x)
