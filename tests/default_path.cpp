@@ -3,8 +3,8 @@
 #include <cstdio>
 #include <vector>
 
-#include "../csrc/cpu/masked_weight_kernel.h"
-#include "../csrc/cpu/product_kernel.h"
+#include "cpu/kernels/masked_weight.h"
+#include "cpu/kernels/gemm.h"
 
 using namespace metamask;
 using namespace metamask::cpu;

@@ -1,7 +1,7 @@
 // What the torch side tells the kernels: element types and the gate. No torch, no CUDA headers.
 #pragma once
 
-#include "gate.h"
+#include "core/gate.h"
 
 namespace metamask {
 

@@ -1,8 +1,8 @@
 // masked_linear on the CPU, by panels: a few rows of theta at a time are built in a thread's cache and multiplied at once. theta
 // and its gradient never exist in memory; W and M are read once, forward and backward. docs/cpu.md explains the sizes.
-#include "../masked_linear.h"
+#include "ops/masked_linear.h"
 
-#include "panels.h"
+#include "cpu/panels.h"
 
 namespace metamask::cpu {
 namespace {

@@ -1,8 +1,8 @@
 // masked_linear in bfloat16 on processors that multiply it: the panels of masked_linear.cpp, whose tiles of theta are bfloat16, so
 // that a product takes half the loads and half the instructions. All sums are float32, and each result is rounded once. theta's
 // gradient stays float32.
-#include "bfloat16_kernel.h"
-#include "panels.h"
+#include "cpu/kernels/bfloat16.h"
+#include "cpu/panels.h"
 
 namespace metamask::cpu {
 namespace {

@@ -6,10 +6,10 @@
 
 #include <algorithm>
 
-#include "../masked_weight.h"
-#include "../masked_weight_list.h"
-#include "capability.h"
-#include "masked_weight_kernel.h"
+#include "cpu/capability.h"
+#include "cpu/kernels/masked_weight.h"
+#include "ops/masked_weight.h"
+#include "ops/masked_weight_list.h"
 
 namespace metamask::cpu {
 

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 
-#include "../packed_checks.h"
-#include "masked_weight.h"
-#include "storage.h"
+#include "cpu/kernels/storage.h"
+#include "cpu/masked_weight.h"
+#include "ops/packed.h"
 
 namespace metamask::cpu {
 namespace {

@@ -7,8 +7,8 @@
 #include <numeric>
 #include <tuple>
 
-#include "../packed_checks.h"
-#include "packed_panels.h"
+#include "cpu/packed_panels.h"
+#include "ops/packed.h"
 
 namespace metamask::cpu {
 namespace {

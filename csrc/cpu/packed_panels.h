@@ -5,8 +5,8 @@
 #include <limits>
 #include <vector>
 
-#include "packed_kernel.h"
-#include "panels.h"
+#include "cpu/kernels/packed.h"
+#include "cpu/panels.h"
 
 namespace metamask::cpu {
 

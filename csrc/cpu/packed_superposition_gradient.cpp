@@ -2,9 +2,9 @@
 // products are formed a tile at a time, and each is used for all tasks.
 #include <torch/library.h>
 
-#include "../packed_checks.h"
-#include "packed_panels.h"
-#include "superposition_kernel.h"
+#include "cpu/kernels/superposition.h"
+#include "cpu/packed_panels.h"
+#include "ops/packed.h"
 
 namespace metamask::cpu {
 namespace {

@@ -8,8 +8,8 @@
 #include <memory>
 #include <optional>
 
-#include "masked_weight.h"
-#include "product_kernel.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/masked_weight.h"
 
 namespace metamask::cpu {
 

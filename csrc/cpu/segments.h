@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "../checks.h"
-#include "panels.h"
+#include "cpu/panels.h"
+#include "ops/checks.h"
 
 namespace metamask::cpu {
 

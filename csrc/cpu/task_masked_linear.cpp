@@ -1,9 +1,9 @@
 // task_masked_linear and its derivatives on the CPU, by panels as masked_linear: a tile of W serves all tasks of the batch in turn,
 // so that W is read from memory once, and the gradient of W is added up where the tile is. Of theta and its gradients there is only
 // ever one tile, of one task. The rows of a task are one matrix (segments.h).
-#include "../task_masked_linear.h"
+#include "ops/task_masked_linear.h"
 
-#include "segments.h"
+#include "cpu/segments.h"
 
 namespace metamask::cpu {
 namespace {

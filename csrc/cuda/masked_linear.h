@@ -4,9 +4,9 @@
 
 #include <ATen/Context.h>
 
-#include "../masked_linear.h"
-#include "masked_linear.h"
-#include "masked_weight_torch.h"
+#include "cuda/kernels/masked_linear.h"
+#include "cuda/masked_weight.h"
+#include "ops/masked_linear.h"
 
 namespace metamask::cuda {
 

@@ -5,9 +5,9 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "../masked_weight.h"
-#include "../masked_weight_list.h"
-#include "masked_weight.h"
+#include "cuda/kernels/masked_weight.h"
+#include "ops/masked_weight.h"
+#include "ops/masked_weight_list.h"
 
 namespace metamask::cuda {
 

@@ -1,9 +1,9 @@
 // One array for each task, from torch's tensors to what kernels take.
 #pragma once
 
-#include "../task_masked_linear.h"
-#include "masked_weight_torch.h"
-#include "segments.h"
+#include "cuda/kernels/segments.h"
+#include "cuda/masked_weight.h"
+#include "ops/task_masked_linear.h"
 
 namespace metamask::cuda {
 

@@ -4,9 +4,9 @@
 
 #include <torch/library.h>
 
-#include "../packed_checks.h"
-#include "by_task_torch.h"
-#include "packed.h"
+#include "cuda/kernels/packed.h"
+#include "cuda/mixed_task.h"
+#include "ops/packed.h"
 
 namespace metamask::cuda {
 

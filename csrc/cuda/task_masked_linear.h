@@ -4,8 +4,8 @@
 
 #include <ATen/Context.h>
 
-#include "by_task_torch.h"
-#include "task_masked_linear.h"
+#include "cuda/kernels/task_masked_linear.h"
+#include "cuda/mixed_task.h"
 
 namespace metamask::cuda {
 

@@ -4,7 +4,7 @@
 
 #include <ATen/ATen.h>
 
-#include "types.h"
+#include "core/types.h"
 
 namespace metamask {
 

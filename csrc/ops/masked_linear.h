@@ -5,7 +5,7 @@
 // [B, O]; w and m are contiguous, [O, K].
 #pragma once
 
-#include "masked_weight.h"
+#include "ops/masked_weight.h"
 
 namespace metamask {
 

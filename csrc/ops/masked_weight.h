@@ -13,7 +13,7 @@
 #include <optional>
 #include <tuple>
 
-#include "checks.h"
+#include "ops/checks.h"
 
 namespace metamask {
 

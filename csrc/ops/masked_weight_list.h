@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
+#include "ops/checks.h"
 
 namespace metamask {
 

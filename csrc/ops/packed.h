@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "checks.h"
+#include "ops/checks.h"
 
 namespace metamask {
 

@@ -15,7 +15,7 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
+#include "ops/checks.h"
 
 namespace metamask {
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "product_kernel.h"
-#include "storage.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/storage.h"
 
 namespace metamask::cpu {
 

@@ -1,7 +1,7 @@
 // The kernels of bfloat16_kernel.h. The loops of masked_weight_kernel.cpp convert a 16-bit array by blocks, through copies in the
 // first-level cache; beside products as fast as these, the copies and float32's exact sigmoid take most of the time. Here 32
 // elements are widened, worked on and rounded in registers.
-#include "bfloat16_kernel.h"
+#include "cpu/kernels/bfloat16.h"
 
 #include <immintrin.h>
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "storage.h"
+#include "cpu/kernels/storage.h"
 
 namespace metamask::cpu {
 

@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "product_kernel.h"
+#include "cpu/kernels/gemm.h"
 
 namespace metamask::cpu {
 namespace {

@@ -1,5 +1,5 @@
 // Compiled once for each instruction set, with METAMASK_ISA its name. Everything but the table is local to the object.
-#include "masked_weight_kernel.h"
+#include "cpu/kernels/masked_weight.h"
 
 namespace metamask::cpu {
 namespace {

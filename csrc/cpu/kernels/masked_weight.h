@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "storage.h"
+#include "cpu/kernels/storage.h"
 
 namespace metamask::cpu {
 

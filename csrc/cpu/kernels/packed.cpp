@@ -1,7 +1,7 @@
 // Compiled once for each instruction set, with METAMASK_ISA its name. Everything but the table is local to the object.
-#include "packed_kernel.h"
+#include "cpu/kernels/packed.h"
 
-#include "mask_vector.h"
+#include "cpu/kernels/mask_vector.h"
 
 namespace metamask::cpu {
 namespace {

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "product_kernel.h"
+#include "cpu/kernels/gemm.h"
 
 namespace metamask::cpu {
 

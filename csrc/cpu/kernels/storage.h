@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../types.h"
+#include "core/types.h"
 
 namespace metamask::cpu {
 

@@ -3,9 +3,9 @@
 // With AVX-512, float32, the sums of all 16 subsets of four neighbouring products are one register, and the four bits of 16 tasks
 // pick theirs by one permutation: an addition for 64 terms, where a masked one would take 16. Elsewhere each vector of products is
 // added to the tasks whose bits are set.
-#include "superposition_kernel.h"
+#include "cpu/kernels/superposition.h"
 
-#include "mask_vector.h"
+#include "cpu/kernels/mask_vector.h"
 
 namespace metamask::cpu {
 namespace {

@@ -1,7 +1,7 @@
 // The loop of packed_superposition_gradient, one table for each instruction set.
 #pragma once
 
-#include "product_kernel.h"
+#include "cpu/kernels/gemm.h"
 
 namespace metamask::cpu {
 

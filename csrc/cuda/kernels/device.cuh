@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "../types.h"
+#include "core/types.h"
 
 #if defined(__CUDACC__)
 

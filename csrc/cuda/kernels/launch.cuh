@@ -1,7 +1,7 @@
 // What launchers share: pointers of run-time type, and how many blocks share a sum.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/kernels/device.cuh"
 
 namespace metamask::cuda {
 

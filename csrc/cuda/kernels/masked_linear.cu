@@ -1,8 +1,8 @@
 // Launchers: from types, sizes and pointers known at run time to one kernel, and how many blocks share a sum.
-#include "masked_linear.h"
+#include "cuda/kernels/masked_linear.h"
 
-#include "masked_linear_backward.cuh"
-#include "partial.cuh"
+#include "cuda/kernels/masked_linear_backward.cuh"
+#include "cuda/kernels/split_k.cuh"
 
 namespace metamask::cuda {
 namespace {

@@ -10,7 +10,7 @@
 // numbers every time.
 #pragma once
 
-#include "memory.cuh"
+#include "cuda/kernels/vector_access.cuh"
 
 namespace metamask::cuda {
 

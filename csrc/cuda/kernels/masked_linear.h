@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../types.h"
+#include "core/types.h"
 
 namespace metamask::cuda {
 

@@ -11,7 +11,7 @@
 // gridDim.y blocks share the rows (`rows_each` each). The sums of dx over warps, then over blocks, are added in a fixed order.
 #pragma once
 
-#include "masked_linear.cuh"
+#include "cuda/kernels/masked_linear.cuh"
 
 namespace metamask::cuda {
 

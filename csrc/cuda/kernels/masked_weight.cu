@@ -1,8 +1,8 @@
 // Launchers: from types and pointers known at run time to one kernel.
-#include "masked_weight.h"
+#include "cuda/kernels/masked_weight.h"
 
-#include "launch.cuh"
-#include "masked_weight.cuh"
+#include "cuda/kernels/launch.cuh"
+#include "cuda/kernels/masked_weight.cuh"
 
 namespace metamask::cuda {
 namespace {

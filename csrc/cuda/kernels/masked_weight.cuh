@@ -3,7 +3,7 @@
 // and stores nothing. A kernel takes one weight, or a list of them.
 #pragma once
 
-#include "memory.cuh"
+#include "cuda/kernels/vector_access.cuh"
 
 namespace metamask::cuda {
 

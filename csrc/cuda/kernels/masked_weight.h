@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../types.h"
+#include "core/types.h"
 
 namespace metamask::cuda {
 

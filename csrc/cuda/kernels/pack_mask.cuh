@@ -1,7 +1,7 @@
 // Between logits and masks of one bit a weight, and the gradient of a superposition of such masks.
 #pragma once
 
-#include "packed_linear.cuh"
+#include "cuda/kernels/packed_masked_linear.cuh"
 
 namespace metamask::cuda {
 

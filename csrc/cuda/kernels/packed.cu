@@ -1,8 +1,8 @@
 // Launchers: from types, sizes and pointers known at run time to one kernel.
-#include "packed.h"
+#include "cuda/kernels/packed.h"
 
-#include "packed_mask.cuh"
-#include "partial.cuh"
+#include "cuda/kernels/pack_mask.cuh"
+#include "cuda/kernels/split_k.cuh"
 
 namespace metamask::cuda {
 namespace {

@@ -4,7 +4,7 @@
 // [samples]; bits [out, ceil(in / 8)] by task.
 #pragma once
 
-#include "segments.h"
+#include "cuda/kernels/segments.h"
 
 namespace metamask::cuda {
 

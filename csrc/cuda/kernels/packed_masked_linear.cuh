@@ -5,8 +5,8 @@
 // are one byte of a mask. A row whose task is that of the row before it takes theta as it is.
 #pragma once
 
-#include "masked_linear_backward.cuh"
-#include "segments.cuh"
+#include "cuda/kernels/masked_linear_backward.cuh"
+#include "cuda/kernels/segments.cuh"
 
 namespace metamask::cuda {
 

@@ -1,11 +1,11 @@
 // The rows of a batch that mixes tasks, in the order of their tasks, and tables of the tasks' arrays. All of it is made on the
 // device: no number has to come back to the host, so that a CUDA graph can hold it.
-#include "segments.h"
+#include "cuda/kernels/segments.h"
 
 #include <cstring>
 
-#include "launch.cuh"
-#include "segments.cuh"
+#include "cuda/kernels/launch.cuh"
+#include "cuda/kernels/segments.cuh"
 
 namespace metamask::cuda {
 namespace {

@@ -1,8 +1,8 @@
 // Arrays that there is one of for each task, inside kernels.
 #pragma once
 
-#include "device.cuh"
-#include "segments.h"
+#include "cuda/kernels/device.cuh"
+#include "cuda/kernels/segments.h"
 
 namespace metamask::cuda {
 

@@ -1,7 +1,7 @@
 // The sums of the blocks that share one, added up in one order: the same numbers every time.
 #pragma once
 
-#include "launch.cuh"
+#include "cuda/kernels/launch.cuh"
 
 namespace metamask::cuda {
 

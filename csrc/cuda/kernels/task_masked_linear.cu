@@ -1,8 +1,8 @@
 // Launchers: from types, sizes and pointers known at run time to one kernel.
-#include "task_masked_linear.h"
+#include "cuda/kernels/task_masked_linear.h"
 
-#include "partial.cuh"
-#include "task_masked_linear_backward.cuh"
+#include "cuda/kernels/split_k.cuh"
+#include "cuda/kernels/task_masked_linear_backward.cuh"
 
 namespace metamask::cuda {
 namespace {

@@ -6,9 +6,9 @@
 // that W, and the mask of a task with more rows, come from memory once.
 #pragma once
 
-#include "masked_linear.cuh"
-#include "segments.cuh"
-#include "task_masked_linear.h"
+#include "cuda/kernels/masked_linear.cuh"
+#include "cuda/kernels/segments.cuh"
+#include "cuda/kernels/task_masked_linear.h"
 
 namespace metamask::cuda {
 

@@ -3,7 +3,7 @@
 // bias are of type `param`, x, y, dx and dy of type `product`.
 #pragma once
 
-#include "segments.h"
+#include "cuda/kernels/segments.h"
 
 namespace metamask::cuda {
 

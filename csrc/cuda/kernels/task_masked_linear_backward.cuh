@@ -4,8 +4,8 @@
 // in the order of the tasks. dx is made kTaskRoom rows at a time; rows of a task beyond the first ones compute its theta again.
 #pragma once
 
-#include "masked_linear_backward.cuh"
-#include "task_masked_linear.cuh"
+#include "cuda/kernels/masked_linear_backward.cuh"
+#include "cuda/kernels/task_masked_linear.cuh"
 
 namespace metamask::cuda {
 

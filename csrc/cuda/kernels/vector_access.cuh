@@ -2,7 +2,7 @@
 // the bound, as where a row is a whole number of packs; then a pack is one access or none.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/kernels/device.cuh"
 
 namespace metamask::cuda {
 
