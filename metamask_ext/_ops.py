@@ -29,8 +29,8 @@ if BACKEND != "reference":
     _masked_linear = _metamask.masked_linear.default
     _masked_linear_backward = _metamask.masked_linear_backward.default
     _masked_linear_backward_sgd_ = _metamask.masked_linear_backward_sgd_.default
-    _patches = _metamask.patches.default
-    _patches_backward = _metamask.patches_backward.default
+    _patches = _metamask.im2col.default
+    _patches_backward = _metamask.col2im.default
 
 
 def masked_weight(weight: Tensor, mask_logits: Tensor, gate: int, parameter: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -276,11 +276,11 @@ if BACKEND != "reference":
             bias.new_empty(bias.shape) if bias_mask_logits is not None and needs[4] else None,
         )
 
-    @torch.library.register_fake("metamask::patches")
+    @torch.library.register_fake("metamask::im2col")
     def _(input, kernel, stride, padding, dilation):
         height, width = conv2d_size(input.shape, kernel, stride, padding, dilation)
         return input.new_empty((input.shape[0], height * width, input.shape[1] * kernel[0] * kernel[1]))
 
-    @torch.library.register_fake("metamask::patches_backward")
+    @torch.library.register_fake("metamask::col2im")
     def _(grad, size, kernel, stride, padding, dilation):
         return grad.new_empty(size)

@@ -107,16 +107,16 @@ METAMASK_INLINE GateValues<T> hard_gate(T m, T threshold) {
 }
 
 template <GateKind kind, class T>
-METAMASK_INLINE GateValues<T> gate_values(T m, T parameter) {
+METAMASK_INLINE GateValues<T> gate_values(T m, T gate_param) {
   // The sigmoid's parameter arrives as 1 / temperature.
-  if constexpr (kind == kSigmoid) return sigmoid_gate(m, parameter);
-  else return hard_gate(m, parameter);
+  if constexpr (kind == kSigmoid) return sigmoid_gate(m, gate_param);
+  else return hard_gate(m, gate_param);
 }
 
 // The three passes over theta = w g(m), for one element.
 template <GateKind kind, class T>
-METAMASK_INLINE T theta_of(T w, T m, T parameter) {
-  return w * gate_values<kind>(m, parameter).s;
+METAMASK_INLINE T theta_of(T w, T m, T gate_param) {
+  return w * gate_values<kind>(m, gate_param).s;
 }
 
 template <class T>
@@ -125,8 +125,8 @@ struct Gradients {
 };
 
 template <GateKind kind, class T>
-METAMASK_INLINE Gradients<T> backward_of(T g, T w, T m, T parameter) {
-  const auto v = gate_values<kind>(m, parameter);
+METAMASK_INLINE Gradients<T> backward_of(T g, T w, T m, T gate_param) {
+  const auto v = gate_values<kind>(m, gate_param);
   return {w * v.s, g * v.s, g * w * v.d};
 }
 
@@ -136,8 +136,8 @@ struct SecondGradients {
 };
 
 template <GateKind kind, class T>
-METAMASK_INLINE SecondGradients<T> double_backward_of(T a, T b, T g, T w, T m, T parameter) {
-  const auto v = gate_values<kind>(m, parameter);
+METAMASK_INLINE SecondGradients<T> double_backward_of(T a, T b, T g, T w, T m, T gate_param) {
+  const auto v = gate_values<kind>(m, gate_param);
   return {a * v.s + b * w * v.d, b * g * v.d, a * g * v.d + b * g * w * v.d2};
 }
 

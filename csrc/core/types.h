@@ -10,13 +10,13 @@ enum class Type : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
 // A gate with its parameter: the temperature of the sigmoid, the threshold of the hard gate.
 struct Gate {
   GateKind kind;
-  double parameter;
+  double param;
 };
 
 // The parameter in the form that gate_values takes.
 template <class T>
-METAMASK_INLINE T parameter_of(Gate gate) {
-  return T(gate.kind == kSigmoid ? 1.0 / gate.parameter : gate.parameter);
+METAMASK_INLINE T gate_param_of(Gate gate) {
+  return T(gate.kind == kSigmoid ? 1.0 / gate.param : gate.param);
 }
 
 // One step of stochastic gradient descent, as torch.optim.SGD takes it.
@@ -24,18 +24,18 @@ struct Sgd {
   double lr, weight_decay, momentum;
 };
 
-// The new value of a parameter p with gradient g. `velocity` is its momentum buffer's element.
+// The new value of a parameter p with gradient g. `momentum_buffer` is its momentum buffer's element.
 template <class T>
-METAMASK_INLINE T descend(T p, T g, Sgd sgd, T& velocity) {
-  velocity = T(sgd.momentum) * velocity + (g + T(sgd.weight_decay) * p);
-  return p - T(sgd.lr) * velocity;
+METAMASK_INLINE T descend(T p, T g, Sgd sgd, T& momentum_buffer) {
+  momentum_buffer = T(sgd.momentum) * momentum_buffer + (g + T(sgd.weight_decay) * p);
+  return p - T(sgd.lr) * momentum_buffer;
 }
 
 // What becomes of the gradient of a parameter. At most one of `gradient` and `parameter` is given; neither: it is not wanted.
 struct Sink {
-  void* gradient = nullptr;   // where it is written
-  void* parameter = nullptr;  // what one step along it changes
-  void* velocity = nullptr;   // the parameter's momentum buffer; null: none
+  void* gradient = nullptr;         // where it is written
+  void* parameter = nullptr;        // what one step along it changes
+  void* momentum_buffer = nullptr;  // the parameter's momentum buffer; null: none
   Sgd sgd = {};
 
   METAMASK_INLINE bool wanted() const { return gradient != nullptr || parameter != nullptr; }

@@ -65,14 +65,14 @@ struct Taps {
   }
 };
 
-at::Tensor patches(const at::Tensor& input, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                   at::IntArrayRef dilation) {
+at::Tensor im2col(const at::Tensor& input, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                  at::IntArrayRef dilation) {
   TORCH_CHECK_VALUE(input.dim() == 4, "input must be [N, C, H, W], got shape ", input.sizes());
   const Windows windows(input.sizes(), kernel, stride, padding, dilation);
   const int64_t places = windows.places(), taps = windows.taps(), row = windows.row(), pixels = windows.pixels();
   const at::Tensor images = input.contiguous();
   at::Tensor rows = at::empty({input.size(0), places, row}, images.options());
-  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "patches", [&] {
+  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "im2col", [&] {
     const scalar_t* from = images.const_data_ptr<scalar_t>();
     scalar_t* to = rows.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, input.size(0) * places, std::max<int64_t>(kGrain / std::max<int64_t>(row, 1), 1),
@@ -92,8 +92,8 @@ at::Tensor patches(const at::Tensor& input, at::IntArrayRef kernel, at::IntArray
   return rows;
 }
 
-at::Tensor patches_backward(const at::Tensor& grad, at::IntArrayRef size, at::IntArrayRef kernel, at::IntArrayRef stride,
-                            at::IntArrayRef padding, at::IntArrayRef dilation) {
+at::Tensor col2im(const at::Tensor& grad, at::IntArrayRef size, at::IntArrayRef kernel, at::IntArrayRef stride,
+                  at::IntArrayRef padding, at::IntArrayRef dilation) {
   TORCH_CHECK_VALUE(size.size() == 4, "size must be that of images, [N, C, H, W], got ", size);
   const Windows windows(size, kernel, stride, padding, dilation);
   const int64_t places = windows.places(), taps = windows.taps(), row = windows.row(), pixels = windows.pixels();
@@ -102,7 +102,7 @@ at::Tensor patches_backward(const at::Tensor& grad, at::IntArrayRef size, at::In
                     ", got ", grad.sizes());
   const at::Tensor rows = grad.contiguous();
   at::Tensor images = at::empty(size, rows.options());
-  AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "patches_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "col2im", [&] {
     const scalar_t* from = rows.const_data_ptr<scalar_t>();
     scalar_t* to = images.mutable_data_ptr<scalar_t>();
     // A thread has some channels, of some images, to itself: each sum has one order, whatever the number of threads.
@@ -130,8 +130,8 @@ at::Tensor patches_backward(const at::Tensor& grad, at::IntArrayRef size, at::In
 }  // namespace
 
 TORCH_LIBRARY_IMPL(metamask, CPU, library) {
-  library.impl("patches", &patches);
-  library.impl("patches_backward", &patches_backward);
+  library.impl("im2col", &im2col);
+  library.impl("col2im", &col2im);
 }
 
 }  // namespace metamask::cpu

@@ -66,7 +66,7 @@ struct Linear {
         build_theta(tile, theta);
         // The padding meets that of x; what lies there, of another tile, may not be finite.
         for (int64_t i = 0; i < rows; ++i) std::fill_n(theta + i * tile_row + tile.columns, wide - tile.columns, T(0));
-        product_kernels<T>().inner(x.data + column, x.row, theta, tile_row, y_data + first, out, batch, rows, wide);
+        gemm_kernels<T>().gemm_nt(x.data + column, x.row, theta, tile_row, y_data + first, out, batch, rows, wide);
       }
     });
     return y;
@@ -92,7 +92,7 @@ struct Linear {
         const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
         const int64_t wide = round_up(tile.columns, kPad);
         if (needs_g) {
-          product_kernels<T>().outer(dy_data + first, 1, out, x.data + column, x.row, g, tile_row, rows, batch, wide, false);
+          gemm_kernels<T>().gemm_nn(dy_data + first, 1, out, x.data + column, x.row, g, tile_row, rows, batch, wide, false);
           tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
             masked_weight_kernels().backward(gate, param, kType<T>, g + at, at_element(weight, element, bytes),
                                              at_element(mask, element, bytes), needs_dx ? theta + at : nullptr,
@@ -102,8 +102,8 @@ struct Linear {
           build_theta(tile, theta);
         }
         if (needs_dx) {
-          product_kernels<T>().outer(dy_data + first, out, 1, theta, tile_row, dx.data + thread * dx_size + column, x.row, batch,
-                                     rows, wide, true);
+          gemm_kernels<T>().gemm_nn(dy_data + first, out, 1, theta, tile_row, dx.data + thread * dx_size + column, x.row, batch,
+                                    rows, wide, true);
         }
       }
     });

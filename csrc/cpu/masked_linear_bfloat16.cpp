@@ -30,7 +30,7 @@ struct Linear {
   const at::Tensor w, m;
   const Gate gate;
   const BFloat16Kernels& kernels = *bfloat16_kernels();
-  const ProductKernels<Pair, float>& product = products().bfloat16;
+  const GemmKernels<Pair, float>& product = gemm_table().bfloat16;
   const int64_t out = w.size(0), in = w.size(1), bytes = w.element_size();
   const Type param = type_of(w.scalar_type());
   const void *weight = w.const_data_ptr(), *mask = m.const_data_ptr();
@@ -64,7 +64,7 @@ struct Linear {
         build_theta(tile, theta);
         // The padding meets that of x; what lies there, of another tile, may not be finite.
         for (int64_t i = 0; i < rows; ++i) std::fill_n(theta + i * tile_row + tile.columns, wide - tile.columns, BFloat16{0});
-        product.inner(pairs(bits(x.data) + column), x.row / 2, pairs(theta), tile_row / 2, sums, rows, batch, rows, wide / 2);
+        product.gemm_nt(pairs(bits(x.data) + column), x.row / 2, pairs(theta), tile_row / 2, sums, rows, batch, rows, wide / 2);
       }
       for (int64_t i = 0; i < batch; ++i) kernels.round(sums + i * rows, y_data + i * out + first, rows);
     });
@@ -97,7 +97,7 @@ struct Linear {
         const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
         const int64_t wide = round_up(tile.columns, kVector);
         if (needs_g) {
-          product.outer(dy_pairs, 1, dy_row, x_pairs.data + column, wide_row, g, tile_row, rows, batch_pairs, wide, false);
+          product.gemm_nn(dy_pairs, 1, dy_row, x_pairs.data + column, wide_row, g, tile_row, rows, batch_pairs, wide, false);
           tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
             kernels.backward(gate, param, g + at, at_element(weight, element, bytes), at_element(mask, element, bytes),
                              needs_dx ? theta + at : nullptr, at_element(dw, element, bytes), at_element(dm, element, bytes), n);
@@ -107,8 +107,8 @@ struct Linear {
         }
         if (needs_dx) {
           kernels.pair_rows(theta, tile_row, rows, wide, theta_pairs, tile_row);
-          product.outer(pairs(dy_panel), dy.row / 2, 1, theta_pairs, tile_row, dx.data + thread * dx_size + column, wide_row, batch,
-                        (rows + 1) / 2, wide, true);
+          product.gemm_nn(pairs(dy_panel), dy.row / 2, 1, theta_pairs, tile_row, dx.data + thread * dx_size + column, wide_row,
+                          batch, (rows + 1) / 2, wide, true);
         }
       }
     });

@@ -98,8 +98,8 @@ class PackedLinear {
                         batch_.few, part.rows, part.columns);
       for (const Batch::Run& run : batch_.runs) {
         kernels().expand(run.bits + offset, bits_row_, part.w, part.w_row, free, tile_row, part.rows, part.columns);
-        product_kernels<T>().inner(from + run.first * x.row, x.row, free, tile_row, to + run.first * w_.out, w_.out, run.rows,
-                                   part.rows, round_up(part.columns, kPad));
+        gemm_kernels<T>().gemm_nt(from + run.first * x.row, x.row, free, tile_row, to + run.first * w_.out, w_.out, run.rows,
+                                  part.rows, round_up(part.columns, kPad));
       }
     });
   }
@@ -124,16 +124,16 @@ class PackedLinear {
         kernels().input_gradient(grad, dy.row, bits, part.w, part.w_row, to, x.row, batch_.few, part.rows, part.columns);
         for (const Batch::Run& run : batch_.runs) {
           kernels().expand(run.bits + offset, bits_row_, part.w, part.w_row, g, tile_row, part.rows, part.columns);
-          product_kernels<T>().outer(grad + run.first * dy.row, dy.row, 1, g, tile_row, to + run.first * x.row, x.row, run.rows,
-                                     part.rows, wide, true);
+          gemm_kernels<T>().gemm_nn(grad + run.first * dy.row, dy.row, 1, g, tile_row, to + run.first * x.row, x.row, run.rows,
+                                    part.rows, wide, true);
         }
       }
       if (dw != nullptr) {
         std::fill_n(total, part.rows * tile_row, T(0));
         kernels().weight_gradient(grad, dy.row, bits, from, x.row, total, tile_row, batch_.few, part.rows, part.columns);
         for (const Batch::Run& run : batch_.runs) {
-          product_kernels<T>().outer(grad + run.first * dy.row, 1, dy.row, from + run.first * x.row, x.row, g, tile_row, part.rows,
-                                     run.rows, wide, false);
+          gemm_kernels<T>().gemm_nn(grad + run.first * dy.row, 1, dy.row, from + run.first * x.row, x.row, g, tile_row, part.rows,
+                                    run.rows, wide, false);
           kernels().add_masked(run.bits + offset, bits_row_, g, tile_row, total, tile_row, part.rows, part.columns);
         }
         w_.write(part, total, tile_row, dw);
@@ -245,26 +245,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_masked_linear_backward(con
                                                                              const at::Tensor& slots, const at::Tensor& weight,
                                                                              at::TensorList packed_list, const OptionalTensor& bias,
                                                                              const OptionalList& packed_bias_list, int64_t groups,
-                                                                             std::array<bool, 3> needs) {
+                                                                             std::array<bool, 3> output_mask) {
   const Arguments arguments(input, slots, weight, packed_list, bias, packed_bias_list, groups);
   check_packed_grad(grad, input, weight);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::ScalarType product = grad.scalar_type(), type = product == at::kDouble ? at::kDouble : at::kFloat;
   const int64_t rows = rows_of_a_sample(input), in = weight.size(1);
   at::Tensor dx, dw, db;
-  if (needs[0]) dx = at::empty(input.sizes(), input.options().dtype(type));
-  if (needs[1]) dw = Cpu::gradient_like(weight.contiguous());
-  if (needs[0] || needs[1]) {
+  if (output_mask[0]) dx = at::empty(input.sizes(), input.options().dtype(type));
+  if (output_mask[1]) dw = Cpu::gradient_like(weight.contiguous());
+  if (output_mask[0] || output_mask[1]) {
     const Batch batch(slots, arguments.packed, rows);
     AT_DISPATCH_FLOATING_TYPES(type, "packed_masked_linear_backward", [&] {
       const PackedRows<scalar_t> dy(grad, batch.order, rows, 1, weight.size(0), 1);
       const PackedRows<scalar_t> x(input.to(product), batch.order, rows, groups, in);
       PackedLinear<scalar_t>(weight, groups, batch)
-          .backward(dy, x, needs[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, mutable_data(dw));
+          .backward(dy, x, output_mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, mutable_data(dw));
     });
-    if (needs[0]) dx = dx.to(input.scalar_type());
+    if (output_mask[0]) dx = dx.to(input.scalar_type());
   }
-  if (needs[2] && given(bias)) db = bias_gradient(grad, slots, arguments, rows, *bias);
+  if (output_mask[2] && given(bias)) db = bias_gradient(grad, slots, arguments, rows, *bias);
   return {dx, dw, db};
 }
 

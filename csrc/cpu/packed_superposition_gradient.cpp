@@ -53,9 +53,9 @@ at::Tensor gradient(const at::Tensor& grad, const at::Tensor& input, const at::T
     for (int64_t first = 0; first < samples; first += some) {
       const int64_t count = std::min(some, samples - first);
       for (int64_t b = 0; b < count; ++b) {
-        product_kernels<T>().outer(dy.at((first + b) * rows, 0) + part.first, 1, dy.row,
-                                   x.at((first + b) * rows, part.group) + part.column, x.row, a + b * a_sample, kRow, part.rows,
-                                   rows, wide, false);
+        gemm_kernels<T>().gemm_nn(dy.at((first + b) * rows, 0) + part.first, 1, dy.row,
+                                  x.at((first + b) * rows, part.group) + part.column, x.row, a + b * a_sample, kRow, part.rows,
+                                  rows, wide, false);
       }
       T* const to = sums.data + (part.thread * samples + first) * sums_row;
       for (int64_t i = 0; i < part.rows; ++i) {

@@ -13,22 +13,22 @@
 
 namespace metamask::cpu {
 
-inline const Products& products() {
+inline const Gemm& gemm_table() {
 #if defined(METAMASK_X86)
   switch (capability()) {
-    case Capability::kAvx512Bf16: return kProducts_avx512_bf16;
-    case Capability::kAvx512: return kProducts_avx512;
-    case Capability::kAvx2: return kProducts_avx2;
+    case Capability::kAvx512Bf16: return kGemm_avx512_bf16;
+    case Capability::kAvx512: return kGemm_avx512;
+    case Capability::kAvx2: return kGemm_avx2;
     default: break;
   }
 #endif
-  return kProducts_default;
+  return kGemm_default;
 }
 
 template <class T>
-const ProductKernels<T>& product_kernels() {
-  if constexpr (sizeof(T) == 8) return products().float64;
-  else return products().float32;
+const GemmKernels<T>& gemm_kernels() {
+  if constexpr (sizeof(T) == 8) return gemm_table().float64;
+  else return gemm_table().float32;
 }
 
 template <class T>
@@ -159,7 +159,7 @@ inline Sink at_element(const Sink& sink, int64_t element, int64_t bytes) {
   Sink moved = sink;
   moved.gradient = at_element(sink.gradient, element, bytes);
   moved.parameter = at_element(sink.parameter, element, bytes);
-  moved.velocity = at_element(sink.velocity, element, bytes);
+  moved.momentum_buffer = at_element(sink.momentum_buffer, element, bytes);
   return moved;
 }
 

@@ -139,9 +139,9 @@ struct TaskLinear {
   void multiply(const Tile& tile, int64_t task, const OrderedRows<T>& x, const T* t, T* y) const {
     const Segment& s = segments[task];
     each_group(tile, [&](int64_t group, int64_t row, int64_t n) {
-      product_kernels<T>().inner(x.data + s.begin * x.row + group * x.group + tile.column, x.row,
-                                 t + (row - tile.first) * tile.tile_row, tile.tile_row, y + s.begin * out + row, out, s.rows, n,
-                                 round_up(tile.columns, kPad));
+      gemm_kernels<T>().gemm_nt(x.data + s.begin * x.row + group * x.group + tile.column, x.row,
+                                t + (row - tile.first) * tile.tile_row, tile.tile_row, y + s.begin * out + row, out, s.rows, n,
+                                round_up(tile.columns, kPad));
     });
   }
 
@@ -149,7 +149,7 @@ struct TaskLinear {
   void gradient(const Tile& tile, int64_t task, const OrderedRows<T>& dy, const OrderedRows<T>& x, T* t) const {
     const Segment& s = segments[task];
     each_group(tile, [&](int64_t group, int64_t row, int64_t n) {
-      product_kernels<T>().outer(
+      gemm_kernels<T>().gemm_nn(
           dy.data + s.begin * dy.row + row, 1, dy.row, x.data + s.begin * x.row + group * x.group + tile.column, x.row,
           t + (row - tile.first) * tile.tile_row, tile.tile_row, n, s.rows, round_up(tile.columns, kPad), false);
     });
@@ -159,9 +159,9 @@ struct TaskLinear {
   void add_to_input(const Tile& tile, int64_t task, const OrderedRows<T>& dy, const T* t, const OrderedRows<T>& x, T* dx) const {
     const Segment& s = segments[task];
     each_group(tile, [&](int64_t group, int64_t row, int64_t n) {
-      product_kernels<T>().outer(dy.data + s.begin * dy.row + row, dy.row, 1, t + (row - tile.first) * tile.tile_row, tile.tile_row,
-                                 dx + s.begin * x.row + group * x.group + tile.column, x.row, s.rows, n,
-                                 round_up(tile.columns, kPad), true);
+      gemm_kernels<T>().gemm_nn(dy.data + s.begin * dy.row + row, dy.row, 1, t + (row - tile.first) * tile.tile_row, tile.tile_row,
+                                dx + s.begin * x.row + group * x.group + tile.column, x.row, s.rows, n,
+                                round_up(tile.columns, kPad), true);
     });
   }
 
@@ -228,21 +228,21 @@ struct TaskLinear {
     return segments.template put_back<T>(y);
   }
 
-  TaskGradients backward(const at::Tensor& grad, const at::Tensor& input, std::array<bool, 5> needs) const {
+  TaskGradients backward(const at::Tensor& grad, const at::Tensor& input, std::array<bool, 5> output_mask) const {
     const OrderedRows<T> dy(grad, segments, 1, out, 1), x(input, segments, groups, in, kPad);
     const bool has_bias = given.bias.defined(), masked_bias = given.bias_masks.given();
-    Sum<T> dw(given.weight, needs[1]), db(given.bias, has_bias && needs[3]);
+    Sum<T> dw(given.weight, output_mask[1]), db(given.bias, has_bias && output_mask[3]);
     TaskGradients made;
-    if (needs[2]) made.masks = gradients_like(given.masks, segments);
-    if (needs[4] && masked_bias) made.bias_masks = gradients_like(given.bias_masks, segments);
+    if (output_mask[2]) made.masks = gradients_like(given.masks, segments);
+    if (output_mask[4] && masked_bias) made.bias_masks = gradients_like(given.bias_masks, segments);
     const std::vector<void*> dm = of_segments(made.masks, segments), dbm = of_segments(made.bias_masks, segments);
     T *dw_data = dw.data(), *db_data = db.data();
-    const bool needs_g = needs[1] || needs[2], needs_bias = db_data != nullptr || made.bias_masks.given();
+    const bool needs_g = output_mask[1] || output_mask[2], needs_bias = db_data != nullptr || made.bias_masks.given();
 
     const Panels panels = this->panels(2, kBackwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = 2 * tile_size + round_up(panels.rows, kPad);
-    const int64_t dx_size = needs[0] ? segments.rows * x.row : 0;
+    const int64_t dx_size = output_mask[0] ? segments.rows * x.row : 0;
     const Scratch<T> dx(panels.threads * dx_size);
     std::fill_n(dx.data, panels.threads * dx_size, T(0));
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
@@ -264,22 +264,22 @@ struct TaskLinear {
         for (int64_t task = 0; task < segments.size(); ++task) {
           if (needs_g) {
             gradient(tile, task, dy, x, g);
-            backward_tile(tile, task, g, needs[0] ? theta : nullptr, dw_data, dm[task]);
-          } else if (needs[0]) {
+            backward_tile(tile, task, g, output_mask[0] ? theta : nullptr, dw_data, dm[task]);
+          } else if (output_mask[0]) {
             build_theta(tile, task, theta);
           }
-          if (needs[0]) add_to_input(tile, task, dy, theta, x, dx.data + thread * dx_size);
+          if (output_mask[0]) add_to_input(tile, task, dy, theta, x, dx.data + thread * dx_size);
         }
       }
     });
-    if (needs[0]) made.input = input_gradient(dx.data, panels.threads, x);
+    if (output_mask[0]) made.input = input_gradient(dx.data, panels.threads, x);
     made.weight = dw.as(given.weight.scalar_type());
     if (has_bias) made.bias = db.as(given.bias.scalar_type());
     return made;
   }
 
   std::pair<at::Tensor, TaskGradients> double_backward(const TaskGradients& cotangents, const at::Tensor& grad,
-                                                       const at::Tensor& input, std::array<bool, 6> needs) const {
+                                                       const at::Tensor& input, std::array<bool, 6> output_mask) const {
     const OrderedRows<T> dy(grad, segments, 1, out, 1), x(input, segments, groups, in, kPad);
     const bool has_x = cotangents.input.defined(), has_parameters = cotangents.weight.defined() || cotangents.masks.given();
     std::optional<OrderedRows<T>> cx;
@@ -292,23 +292,23 @@ struct TaskLinear {
     const at::Tensor plain_cotangent = masked_bias ? at::Tensor() : shared_row(cotangents.bias);
     const T* const plain = plain_cotangent.defined() ? plain_cotangent.const_data_ptr<T>() : nullptr;
 
-    Sum<T> dw(given.weight, needs[2]), db(given.bias, has_bias && needs[4]);
+    Sum<T> dw(given.weight, output_mask[2]), db(given.bias, has_bias && output_mask[4]);
     TaskGradients made;
-    if (needs[3]) made.masks = gradients_like(given.masks, segments);
-    if (needs[5] && masked_bias) made.bias_masks = gradients_like(given.bias_masks, segments);
+    if (output_mask[3]) made.masks = gradients_like(given.masks, segments);
+    if (output_mask[5] && masked_bias) made.bias_masks = gradients_like(given.bias_masks, segments);
     const std::vector<void*> dm = of_segments(made.masks, segments), dbm = of_segments(made.bias_masks, segments);
     T *dw_data = dw.data(), *db_data = db.data();
     at::Tensor ddy;
-    if (needs[0]) ddy = at::empty({segments.rows, out}, given.weight.options().dtype(kScalar<T>));
-    T* const ddy_data = needs[0] ? ddy.mutable_data_ptr<T>() : nullptr;
+    if (output_mask[0]) ddy = at::empty({segments.rows, out}, given.weight.options().dtype(kScalar<T>));
+    T* const ddy_data = output_mask[0] ? ddy.mutable_data_ptr<T>() : nullptr;
     // The tiles that are needed: theta and h meet the cotangent of dx, c and g those of dW and dM.
-    const bool needs_w = needs[2] || needs[3], needs_theta = has_x && needs[0], needs_h = has_x && needs_w;
-    const bool needs_c = has_parameters && (needs[0] || needs[1]), needs_g = has_parameters && needs_w;
+    const bool needs_w = output_mask[2] || output_mask[3], needs_theta = has_x && output_mask[0], needs_h = has_x && needs_w;
+    const bool needs_c = has_parameters && (output_mask[0] || output_mask[1]), needs_g = has_parameters && needs_w;
 
     const Panels panels = this->panels(4, kBackwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = 4 * tile_size + 2 * round_up(panels.rows, kPad);
-    const int64_t dx_size = needs[1] ? segments.rows * x.row : 0;
+    const int64_t dx_size = output_mask[1] ? segments.rows * x.row : 0;
     const Scratch<T> dx(panels.threads * dx_size);
     std::fill_n(dx.data, panels.threads * dx_size, T(0));
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
@@ -327,7 +327,7 @@ struct TaskLinear {
               at_element(bias, first, bytes), at_element(bias_masks[task], first, bytes), nullptr, c_row, offset(db_data, first),
               at_element(dbm[task], first, bytes), rows);
         }
-        if (needs[0]) fill(task, first, rows, masked_bias ? c_row : offset(plain, first), ddy_data);
+        if (output_mask[0]) fill(task, first, rows, masked_bias ? c_row : offset(plain, first), ddy_data);
       }
       for (int64_t column = 0; column < in; column += panels.columns) {
         const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
@@ -342,13 +342,13 @@ struct TaskLinear {
                 offset(dw_data, element), at_element(dm[task], element, bytes), n);
           });
           if (needs_theta) multiply(tile, task, *cx, theta, ddy_data);
-          if (needs_c && needs[0]) multiply(tile, task, x, c, ddy_data);
-          if (needs_c && needs[1]) add_to_input(tile, task, dy, c, x, dx.data + thread * dx_size);
+          if (needs_c && output_mask[0]) multiply(tile, task, x, c, ddy_data);
+          if (needs_c && output_mask[1]) add_to_input(tile, task, dy, c, x, dx.data + thread * dx_size);
         }
       }
     });
-    if (needs[0]) ddy = segments.template put_back<T>(ddy);
-    if (needs[1]) made.input = input_gradient(dx.data, panels.threads, x);
+    if (output_mask[0]) ddy = segments.template put_back<T>(ddy);
+    if (output_mask[1]) made.input = input_gradient(dx.data, panels.threads, x);
     made.weight = dw.as(given.weight.scalar_type());
     if (has_bias) made.bias = db.as(given.bias.scalar_type());
     return {ddy, made};
@@ -364,15 +364,16 @@ struct CpuTaskLinear : Cpu {
   }
 
   static TaskGradients task_linear_backward(const TaskArguments& given, const at::Tensor& dy, const at::Tensor& x,
-                                            std::array<bool, 5> needs) {
-    return is_double(given) ? TaskLinear<double>{given}.backward(dy, x, needs) : TaskLinear<float>{given}.backward(dy, x, needs);
+                                            std::array<bool, 5> output_mask) {
+    return is_double(given) ? TaskLinear<double>{given}.backward(dy, x, output_mask)
+                            : TaskLinear<float>{given}.backward(dy, x, output_mask);
   }
 
   static std::pair<at::Tensor, TaskGradients> task_linear_double_backward(const TaskArguments& given,
                                                                           const TaskGradients& cotangents, const at::Tensor& dy,
-                                                                          const at::Tensor& x, std::array<bool, 6> needs) {
-    return is_double(given) ? TaskLinear<double>{given}.double_backward(cotangents, dy, x, needs)
-                            : TaskLinear<float>{given}.double_backward(cotangents, dy, x, needs);
+                                                                          const at::Tensor& x, std::array<bool, 6> output_mask) {
+    return is_double(given) ? TaskLinear<double>{given}.double_backward(cotangents, dy, x, output_mask)
+                            : TaskLinear<float>{given}.double_backward(cotangents, dy, x, output_mask);
   }
 };
 

@@ -14,7 +14,7 @@ struct CudaLinear : Cuda {
   static at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, const at::Tensor& b, Gate gate) {
     const LinearCase given = case_of(x, w, gate);
     if (!fuses_masked_linear(given)) {
-      const at::Tensor theta = MaskedWeight<Cuda>::forward(w, m, gate.kind, gate.parameter, x.scalar_type());
+      const at::Tensor theta = MaskedWeight<Cuda>::forward(w, m, gate.kind, gate.param, x.scalar_type());
       return b.defined() ? at::addmm(b, x, theta.t()) : at::mm(x, theta.t());
     }
     at::Tensor y = at::empty({given.batch, given.out}, x.options());
@@ -50,7 +50,7 @@ struct CudaLinear : Cuda {
                               bool needs_dx, const Sink& dw, const Sink& dm) {
     at::Tensor dx;
     // Before the sinks change the parameters.
-    if (needs_dx) dx = at::mm(dy, MaskedWeight<Cuda>::forward(w, m, gate.kind, gate.parameter, x.scalar_type()));
+    if (needs_dx) dx = at::mm(dy, MaskedWeight<Cuda>::forward(w, m, gate.kind, gate.param, x.scalar_type()));
     if (dw.wanted() || dm.wanted()) {
       const at::Tensor g = at::mm(dy.t(), x);
       Cuda::backward(gate, type_of(w.scalar_type()), type_of(g.scalar_type()), g.const_data_ptr(), w.const_data_ptr(),

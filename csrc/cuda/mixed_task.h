@@ -8,7 +8,7 @@
 namespace metamask::cuda {
 
 // `arrays` as kernels take them. A list's table lies in `table`, which must live as long as it is used.
-inline ByTask by_task(const TaskArrays& arrays, const at::Tensor& on, at::Tensor& table) {
+inline PerTask per_task(const TaskArrays& arrays, const at::Tensor& on, at::Tensor& table) {
   if (!arrays.given()) return {};
   if (arrays.stacked) return {const_cast<void*>(data(arrays.tensors[0])), arrays.step(), nullptr};
   std::vector<void*> pointers;

@@ -63,7 +63,7 @@ struct CudaPacked {
                                                                  const at::Tensor& slots, const at::Tensor& weight,
                                                                  at::TensorList packed_list, const OptionalTensor& bias,
                                                                  const OptionalList& packed_bias_list, int64_t groups,
-                                                                 std::array<bool, 3> needs) {
+                                                                 std::array<bool, 3> output_mask) {
     const PackedArguments arguments(input, slots, weight, packed_list, bias, packed_bias_list, groups);
     check_packed_grad(grad, input, weight);
     const Cuda::Guard guard(weight);
@@ -74,19 +74,19 @@ struct CudaPacked {
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     const Bits bits(arguments.packed, weight), bias_bits(arguments.packed_bias, weight);
     at::Tensor dx, dw, db;
-    if (needs[0]) {
+    if (output_mask[0]) {
       dx = at::empty({given.rows(), groups * given.in}, dy.options());
       at::Tensor workspace = bytes(packed_input_gradient_workspace(given), dy);
       packed_input_gradient(given, slot, data(w), bits.pointers, data(dy), mutable_data(dx), mutable_data(workspace), stream);
       dx = dx.view(input.sizes()).to(input.scalar_type());
     }
-    if (needs[1]) {
+    if (output_mask[1]) {
       const at::Tensor x = matrix(input.to(grad.scalar_type()), weight);
       dw = at::empty_like(w);
       packed_weight_gradient(given, slot, bits.pointers, data(dy), data(x), mutable_data(dw), stream);
     }
-    if (needs[2] && has(bias) && !arguments.packed_bias.has_value()) db = dy.sum(0).to(bias->scalar_type());
-    if (needs[2] && has(bias) && arguments.packed_bias.has_value()) {
+    if (output_mask[2] && has(bias) && !arguments.packed_bias.has_value()) db = dy.sum(0).to(bias->scalar_type());
+    if (output_mask[2] && has(bias) && arguments.packed_bias.has_value()) {
       // The bias is one row of weights, [1, out], which dy meets: its own gradient is a one for each row.
       const PackedCase row{given.param, given.samples, given.rows_per_sample, 1, 1, given.out, given.tasks};
       const at::Tensor ones = at::ones({given.rows()}, dy.options());
@@ -129,7 +129,7 @@ struct CudaPacked {
   struct Bits {
     TaskArrays arrays;
     at::Tensor table;
-    ByTask pointers;
+    PerTask pointers;
 
     Bits(const std::optional<PackedMasks>& masks, const at::Tensor& on) {
       if (!masks.has_value()) return;
@@ -137,7 +137,7 @@ struct CudaPacked {
       arrays.tasks = masks->tasks();
       for (const at::Tensor& tensor : masks->tensors()) arrays.tensors.push_back(tensor.contiguous());
       if (arrays.stacked) arrays.bytes = arrays.tensors[0].stride(0);
-      pointers = by_task(arrays, on, table);
+      pointers = per_task(arrays, on, table);
     }
   };
 

@@ -29,8 +29,8 @@ struct TaskCall {
               type_of(product),     tf32,
               given.groups,         given.weight.size(0),
               given.weight.size(1), sorted};
-    parameters = {data(given.weight), by_task(given.masks, given.weight, masks_table), data(given.bias),
-                  by_task(given.bias_masks, given.weight, bias_masks_table)};
+    parameters = {data(given.weight), per_task(given.masks, given.weight, masks_table), data(given.bias),
+                  per_task(given.bias_masks, given.weight, bias_masks_table)};
     sort_by_task(given.slots.const_data_ptr<int64_t>(), sorted, used.mutable_data_ptr<int64_t>(), stream);
   }
 
@@ -44,11 +44,11 @@ struct TaskCall {
   TaskParameters bias_parameters() const { return {parameters.bias, parameters.bias_masks}; }
 
   // Uninitialised gradients in the form of `like`, with zeros for the tasks that the batch does not have.
-  TaskArrays gradients_like(const TaskArrays& like, ByTask& pointers, at::Tensor& table) const {
+  TaskArrays gradients_like(const TaskArrays& like, PerTask& pointers, at::Tensor& table) const {
     TaskArrays made{{}, like.stacked, like.tasks, like.bytes};
     for (const at::Tensor& mask : like.tensors) made.tensors.push_back(at::empty_like(mask, at::MemoryFormat::Contiguous));
     if (!made.given()) return made;
-    pointers = by_task(made, given.weight, table);
+    pointers = per_task(made, given.weight, table);
     clear_unused(kernel.param, pointers, like.tasks, used.const_data_ptr<int64_t>(), like.bytes / given.weight.element_size(),
                  stream);
     return made;
@@ -69,34 +69,34 @@ struct CudaTaskLinear : Cuda {
   }
 
   static TaskGradients task_linear_backward(const TaskArguments& arguments, const at::Tensor& dy, const at::Tensor& x,
-                                            std::array<bool, 5> needs) {
+                                            std::array<bool, 5> output_mask) {
     if (!has_task_kernel(type_of(arguments.weight.scalar_type()), type_of(dy.scalar_type()))) {
-      TaskGradients made = task_linear_backward(widened(arguments), dy.to(at::kFloat), x.to(at::kFloat), needs);
+      TaskGradients made = task_linear_backward(widened(arguments), dy.to(at::kFloat), x.to(at::kFloat), output_mask);
       return narrowed(made, arguments);
     }
     const TaskCall call(arguments, dy.scalar_type());
     TaskGradients made;
-    at::Tensor dw = shared_gradient(arguments.weight, x, needs[1]), dm_table;
-    ByTask dm;
-    if (needs[2]) made.masks = call.gradients_like(arguments.masks, dm, dm_table);
-    if (needs[0]) made.input = gradient_of_rows(x);
-    at::Tensor workspace = bytes(task_masked_linear_backward_workspace(call.kernel, needs[0]), x);
-    if (needs[0] || needs[1] || needs[2]) {
+    at::Tensor dw = shared_gradient(arguments.weight, x, output_mask[1]), dm_table;
+    PerTask dm;
+    if (output_mask[2]) made.masks = call.gradients_like(arguments.masks, dm, dm_table);
+    if (output_mask[0]) made.input = gradient_of_rows(x);
+    at::Tensor workspace = bytes(task_masked_linear_backward_workspace(call.kernel, output_mask[0]), x);
+    if (output_mask[0] || output_mask[1] || output_mask[2]) {
       task_masked_linear_backward(call.kernel, call.parameters, data(dy), data(x), mutable_data(dw), dm, mutable_data(made.input),
                                   mutable_data(workspace), call.stream);
     }
-    if (needs[1]) made.weight = dw.to(arguments.weight.scalar_type());
+    if (output_mask[1]) made.weight = dw.to(arguments.weight.scalar_type());
     const at::Tensor& bias = arguments.bias;
     if (bias.defined() && !arguments.bias_masks.given()) {
-      if (needs[3]) made.bias = dy.sum(0, false, compute_type(bias)).to(bias.scalar_type());
-    } else if (bias.defined() && (needs[3] || needs[4])) {
+      if (output_mask[3]) made.bias = dy.sum(0, false, compute_type(bias)).to(bias.scalar_type());
+    } else if (bias.defined() && (output_mask[3] || output_mask[4])) {
       const at::Tensor ones = at::ones({dy.size(0), 1}, dy.options());
-      at::Tensor db = shared_gradient(bias, ones, needs[3]), dbm_table;
-      ByTask dbm;
-      if (needs[4]) made.bias_masks = call.gradients_like(arguments.bias_masks, dbm, dbm_table);
+      at::Tensor db = shared_gradient(bias, ones, output_mask[3]), dbm_table;
+      PerTask dbm;
+      if (output_mask[4]) made.bias_masks = call.gradients_like(arguments.bias_masks, dbm, dbm_table);
       task_masked_linear_backward(call.bias_kernel(), call.bias_parameters(), data(dy), data(ones), mutable_data(db), dbm, nullptr,
                                   nullptr, call.stream);
-      if (needs[3]) made.bias = db.to(bias.scalar_type());
+      if (output_mask[3]) made.bias = db.to(bias.scalar_type());
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return made;
@@ -104,18 +104,19 @@ struct CudaTaskLinear : Cuda {
 
   static std::pair<at::Tensor, TaskGradients> task_linear_double_backward(const TaskArguments& arguments,
                                                                           const TaskGradients& cotangents, const at::Tensor& dy,
-                                                                          const at::Tensor& x, std::array<bool, 6> needs) {
+                                                                          const at::Tensor& x, std::array<bool, 6> output_mask) {
     if (compute_type(arguments.weight) != arguments.weight.scalar_type() || compute_type(dy) != dy.scalar_type()) {
       auto [ddy, made] =
-          task_linear_double_backward(widened(arguments), widened(cotangents), dy.to(at::kFloat), x.to(at::kFloat), needs);
+          task_linear_double_backward(widened(arguments), widened(cotangents), dy.to(at::kFloat), x.to(at::kFloat), output_mask);
       return {ddy, narrowed(made, arguments)};
     }
     TaskCall call(arguments, x.scalar_type());
     call.kernel.tf32 = false;
     at::Tensor a_table, a_bias_table;
     const TaskCotangents along{data(cotangents.input), data(cotangents.weight),
-                               by_task(cotangents.masks, arguments.weight, a_table)};
-    const TaskCotangents along_bias{nullptr, data(cotangents.bias), by_task(cotangents.bias_masks, arguments.weight, a_bias_table)};
+                               per_task(cotangents.masks, arguments.weight, a_table)};
+    const TaskCotangents along_bias{nullptr, data(cotangents.bias),
+                                    per_task(cotangents.bias_masks, arguments.weight, a_bias_table)};
     const bool masked_bias = arguments.bias_masks.given();
     const at::Tensor ones = at::ones({dy.size(0), 1}, dy.options());
     TaskParameters parameters = call.parameters;
@@ -124,7 +125,7 @@ struct CudaTaskLinear : Cuda {
     const void* const met = cotangents.weight.defined() || cotangents.masks.given() ? data(x) : nullptr;
 
     at::Tensor ddy;
-    if (needs[0]) {
+    if (output_mask[0]) {
       ddy = gradient_of_rows(dy);
       at::Tensor workspace = bytes(task_masked_linear_workspace(call.kernel), x);
       task_masked_linear_double_forward(call.kernel, parameters, along, met, mutable_data(ddy), mutable_data(workspace),
@@ -139,24 +140,24 @@ struct CudaTaskLinear : Cuda {
       }
     }
     TaskGradients made;
-    at::Tensor dw = shared_gradient(arguments.weight, x, needs[2]), dm_table;
-    ByTask dm;
-    if (needs[3]) made.masks = call.gradients_like(arguments.masks, dm, dm_table);
-    if (needs[1]) made.input = gradient_of_rows(x);
-    if (needs[1] || needs[2] || needs[3]) {
-      at::Tensor workspace = bytes(task_masked_linear_backward_workspace(call.kernel, needs[1]), x);
+    at::Tensor dw = shared_gradient(arguments.weight, x, output_mask[2]), dm_table;
+    PerTask dm;
+    if (output_mask[3]) made.masks = call.gradients_like(arguments.masks, dm, dm_table);
+    if (output_mask[1]) made.input = gradient_of_rows(x);
+    if (output_mask[1] || output_mask[2] || output_mask[3]) {
+      at::Tensor workspace = bytes(task_masked_linear_backward_workspace(call.kernel, output_mask[1]), x);
       task_masked_linear_double_backward(call.kernel, parameters, along, data(dy), met, mutable_data(dw), dm,
                                          mutable_data(made.input), mutable_data(workspace), call.stream);
     }
     made.weight = dw;
     const at::Tensor& bias = arguments.bias;
     if (bias.defined() && !masked_bias) {
-      if (needs[4]) made.bias = at::zeros_like(bias);  // its gradient is dy's sum, whatever it is
-    } else if (bias.defined() && (needs[4] || needs[5])) {
+      if (output_mask[4]) made.bias = at::zeros_like(bias);  // its gradient is dy's sum, whatever it is
+    } else if (bias.defined() && (output_mask[4] || output_mask[5])) {
       at::Tensor dbm_table;
-      ByTask dbm;
-      made.bias = shared_gradient(bias, ones, needs[4]);
-      if (needs[5]) made.bias_masks = call.gradients_like(arguments.bias_masks, dbm, dbm_table);
+      PerTask dbm;
+      made.bias = shared_gradient(bias, ones, output_mask[4]);
+      if (output_mask[5]) made.bias_masks = call.gradients_like(arguments.bias_masks, dbm, dbm_table);
       task_masked_linear_double_backward(call.bias_kernel(), call.bias_parameters(), along_bias, data(dy), data(ones),
                                          mutable_data(made.bias), dbm, nullptr, nullptr, call.stream);
     }

@@ -8,12 +8,12 @@
 
 namespace metamask {
 
-inline void check_gate(int64_t gate, double parameter) {
-  TORCH_CHECK_VALUE(gate == kSigmoid || gate == kHard, "gate must be 0 (sigmoid) or 1 (hard), got ", gate);
+inline void check_gate(int64_t gate_id, double gate_param) {
+  TORCH_CHECK_VALUE(gate_id == kSigmoid || gate_id == kHard, "gate must be 0 (sigmoid) or 1 (hard), got ", gate_id);
   // Its inverse must be finite too, in float32.
-  TORCH_CHECK_VALUE(gate != kSigmoid || (parameter >= 0x1p-126 && parameter < std::numeric_limits<double>::infinity()),
-                    "temperature must be finite and greater than 0, got ", parameter, " (the least is 2**-126)");
-  TORCH_CHECK_VALUE(parameter == parameter, "threshold must be a number, got nan");
+  TORCH_CHECK_VALUE(gate_id != kSigmoid || (gate_param >= 0x1p-126 && gate_param < std::numeric_limits<double>::infinity()),
+                    "temperature must be finite and greater than 0, got ", gate_param, " (the least is 2**-126)");
+  TORCH_CHECK_VALUE(gate_param == gate_param, "threshold must be a number, got nan");
 }
 
 inline bool is_masked_type(at::ScalarType type) {
@@ -113,25 +113,27 @@ inline at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& weight
 struct Update {
   bool wanted = false;
   Sgd sgd = {};
-  at::Tensor velocity;  // undefined: no momentum
+  at::Tensor momentum_buffer;  // undefined: no momentum
 };
 
 // `settings`: lr, weight_decay, momentum.
-inline Update update(const char* name, bool wanted, const std::optional<at::Tensor>& velocity, at::ArrayRef<double> settings,
+inline Update update(const char* name, bool wanted, const std::optional<at::Tensor>& momentum_buffer, at::ArrayRef<double> settings,
                      const at::Tensor& parameter) {
   if (!wanted) return {};
   TORCH_CHECK_VALUE(settings.size() == 3, "the settings of ", name, " must be lr, weight_decay and momentum, got ", settings.size(),
                     " numbers");
   Update made{true, {settings[0], settings[1], settings[2]}, at::Tensor()};
   TORCH_CHECK_VALUE(parameter.is_non_overlapping_and_dense(), name, " must be dense to be updated in place");
-  if (velocity.has_value() && velocity->defined()) {
-    made.velocity = *velocity;
-    TORCH_CHECK_VALUE(velocity->sizes() == parameter.sizes() && velocity->strides() == parameter.strides() &&
-                          velocity->scalar_type() == parameter.scalar_type() && velocity->device() == parameter.device(),
-                      "the momentum buffer of ", name, " must have its shape, strides, dtype and device, got ", velocity->sizes(),
-                      ", ", velocity->strides(), ", ", velocity->scalar_type(), " on ", velocity->device());
+  if (momentum_buffer.has_value() && momentum_buffer->defined()) {
+    made.momentum_buffer = *momentum_buffer;
+    TORCH_CHECK_VALUE(
+        momentum_buffer->sizes() == parameter.sizes() && momentum_buffer->strides() == parameter.strides() &&
+            momentum_buffer->scalar_type() == parameter.scalar_type() && momentum_buffer->device() == parameter.device(),
+        "the momentum buffer of ", name, " must have its shape, strides, dtype and device, got ", momentum_buffer->sizes(), ", ",
+        momentum_buffer->strides(), ", ", momentum_buffer->scalar_type(), " on ", momentum_buffer->device());
   }
-  TORCH_CHECK_VALUE(made.velocity.defined() || made.sgd.momentum == 0, name, " has momentum ", made.sgd.momentum, " and no buffer");
+  TORCH_CHECK_VALUE(made.momentum_buffer.defined() || made.sgd.momentum == 0, name, " has momentum ", made.sgd.momentum,
+                    " and no buffer");
   return made;
 }
 
@@ -139,11 +141,11 @@ inline Update update(const char* name, bool wanted, const std::optional<at::Tens
 // op write to its arguments: the version counter tells those who saved the parameter.
 inline Sink sink(const Update& update, const at::Tensor& parameter, const at::Tensor& gradient) {
   if (!update.wanted) return {gradient.defined() ? gradient.mutable_data_ptr() : nullptr};
-  for (const at::Tensor& changed : {parameter, update.velocity}) {
+  for (const at::Tensor& changed : {parameter, update.momentum_buffer}) {
     if (changed.defined() && !changed.is_inference()) changed.unsafeGetTensorImpl()->bump_version();
   }
-  return {nullptr, parameter.mutable_data_ptr(), update.velocity.defined() ? update.velocity.mutable_data_ptr() : nullptr,
-          update.sgd};
+  return {nullptr, parameter.mutable_data_ptr(),
+          update.momentum_buffer.defined() ? update.momentum_buffer.mutable_data_ptr() : nullptr, update.sgd};
 }
 
 // A cotangent of a gradient of the parameters, in their dtype and in the memory order of `weight`; undefined when not given.

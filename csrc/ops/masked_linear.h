@@ -14,9 +14,9 @@ struct MaskedLinear {
   using OptionalTensor = std::optional<at::Tensor>;
 
   static at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask_logits,
-                            const OptionalTensor& bias, const OptionalTensor& bias_mask_logits, int64_t gate, double parameter,
+                            const OptionalTensor& bias, const OptionalTensor& bias_mask_logits, int64_t gate_id, double gate_param,
                             std::optional<at::ScalarType> dtype) {
-    check_gate(gate, parameter);
+    check_gate(gate_id, gate_param);
     check_pair(weight, mask_logits);
     check_linear(input, weight, bias, bias_mask_logits);
     const at::ScalarType out = dtype.value_or(weight.scalar_type());
@@ -26,10 +26,11 @@ struct MaskedLinear {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     at::Tensor b;
     if (given(bias)) {
-      b = given(bias_mask_logits) ? MaskedWeight<Device>::forward(*bias, *bias_mask_logits, gate, parameter, out) : bias->to(out);
+      b = given(bias_mask_logits) ? MaskedWeight<Device>::forward(*bias, *bias_mask_logits, gate_id, gate_param, out)
+                                  : bias->to(out);
     }
     const at::Tensor y = Device::linear(matrix(input, weight.size(1), out), weight.contiguous(), mask_logits.contiguous(), b,
-                                        Gate{GateKind(gate), parameter});
+                                        Gate{GateKind(gate_id), gate_param});
     return input.dim() == 2 ? y : y.view(with_last(input, weight.size(0)));
   }
 
@@ -37,41 +38,42 @@ struct MaskedLinear {
 
   static Gradients backward(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
                             const at::Tensor& mask_logits, const OptionalTensor& bias, const OptionalTensor& bias_mask_logits,
-                            int64_t gate, double parameter, std::array<bool, 5> needs) {
-    return backward_or_update(grad, input, weight, mask_logits, bias, bias_mask_logits, Gate{GateKind(gate), parameter}, needs, {});
+                            int64_t gate_id, double gate_param, std::array<bool, 5> output_mask) {
+    return backward_or_update(grad, input, weight, mask_logits, bias, bias_mask_logits, Gate{GateKind(gate_id), gate_param},
+                              output_mask, {});
   }
 
   // As backward, but weight, mask, bias and bias mask with updates[i] take a step of SGD instead of giving their gradients.
   static Gradients backward_sgd(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
                                 const at::Tensor& mask_logits, const OptionalTensor& bias, const OptionalTensor& bias_mask_logits,
-                                const OptionalTensor& weight_velocity, const OptionalTensor& mask_velocity,
-                                const OptionalTensor& bias_velocity, const OptionalTensor& bias_mask_velocity, int64_t gate,
-                                double parameter, std::array<bool, 5> needs, std::array<bool, 4> updates,
+                                const OptionalTensor& weight_momentum_buffer, const OptionalTensor& mask_momentum_buffer,
+                                const OptionalTensor& bias_momentum_buffer, const OptionalTensor& bias_mask_momentum_buffer,
+                                int64_t gate_id, double gate_param, std::array<bool, 5> output_mask, std::array<bool, 4> updates,
                                 at::ArrayRef<double> settings) {
     TORCH_CHECK_VALUE(settings.size() == 12, "settings must be lr, weight_decay and momentum of four parameters, got ",
                       settings.size(), " numbers");
     check_pair(weight, mask_logits);
     check_linear(input, weight, bias, bias_mask_logits);
     TORCH_CHECK_VALUE(!(updates[2] || updates[3]) || given(bias_mask_logits), "bias must have logits to be updated here");
-    std::array<Update, 4> made = {update("weight", updates[0], weight_velocity, settings.slice(0, 3), weight),
-                                  update("mask_logits", updates[1], mask_velocity, settings.slice(3, 3), mask_logits)};
-    if (updates[2]) made[2] = update("bias", true, bias_velocity, settings.slice(6, 3), *bias);
-    if (updates[3]) made[3] = update("bias_mask_logits", true, bias_mask_velocity, settings.slice(9, 3), *bias_mask_logits);
+    std::array<Update, 4> made = {update("weight", updates[0], weight_momentum_buffer, settings.slice(0, 3), weight),
+                                  update("mask_logits", updates[1], mask_momentum_buffer, settings.slice(3, 3), mask_logits)};
+    if (updates[2]) made[2] = update("bias", true, bias_momentum_buffer, settings.slice(6, 3), *bias);
+    if (updates[3]) made[3] = update("bias_mask_logits", true, bias_mask_momentum_buffer, settings.slice(9, 3), *bias_mask_logits);
     for (const auto& [name, updated, parameter] :
          {std::tuple{"weight", updates[0], weight}, std::tuple{"mask_logits", updates[1], mask_logits}}) {
       TORCH_CHECK_VALUE(!updated || parameter.is_contiguous(), name, " must be contiguous to be updated in place, got strides ",
                         parameter.strides());
     }
-    return backward_or_update(grad, input, weight, mask_logits, bias, bias_mask_logits, Gate{GateKind(gate), parameter}, needs,
-                              made);
+    return backward_or_update(grad, input, weight, mask_logits, bias, bias_mask_logits, Gate{GateKind(gate_id), gate_param},
+                              output_mask, made);
   }
 
   // Of the bias without logits, the gradient is the sum over the batch.
   static Gradients backward_or_update(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
                                       const at::Tensor& mask_logits, const OptionalTensor& bias,
-                                      const OptionalTensor& bias_mask_logits, Gate gate, std::array<bool, 5> needs,
+                                      const OptionalTensor& bias_mask_logits, Gate gate, std::array<bool, 5> output_mask,
                                       const std::array<Update, 4>& updates) {
-    check_gate(gate.kind, gate.parameter);
+    check_gate(gate.kind, gate.param);
     check_pair(weight, mask_logits);
     check_linear(input, weight, bias, bias_mask_logits);
     check_storage("grad", grad.scalar_type(), weight);
@@ -83,17 +85,17 @@ struct MaskedLinear {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const at::Tensor dy = matrix(grad, weight.size(0), grad.scalar_type()), x = matrix(input, weight.size(1), grad.scalar_type());
     const at::Tensor w = weight.contiguous(), m = mask_logits.contiguous();
-    at::Tensor dw = needs[1] && !updates[0].wanted ? Device::gradient_like(w) : at::Tensor();
-    at::Tensor dm = needs[2] && !updates[1].wanted ? Device::gradient_like(w) : at::Tensor();
-    at::Tensor dx = Device::linear_backward(dy, x, w, m, gate, needs[0], sink(updates[0], w, dw), sink(updates[1], m, dm));
-    if (needs[0] && input.dim() != 2) dx = dx.view(input.sizes());
-    if (needs[0] && dx.scalar_type() != input.scalar_type()) dx = dx.to(input.scalar_type());
+    at::Tensor dw = output_mask[1] && !updates[0].wanted ? Device::gradient_like(w) : at::Tensor();
+    at::Tensor dm = output_mask[2] && !updates[1].wanted ? Device::gradient_like(w) : at::Tensor();
+    at::Tensor dx = Device::linear_backward(dy, x, w, m, gate, output_mask[0], sink(updates[0], w, dw), sink(updates[1], m, dm));
+    if (output_mask[0] && input.dim() != 2) dx = dx.view(input.sizes());
+    if (output_mask[0] && dx.scalar_type() != input.scalar_type()) dx = dx.to(input.scalar_type());
     at::Tensor db, dbm;
-    if (given(bias) && (needs[3] || needs[4])) {
+    if (given(bias) && (output_mask[3] || output_mask[4])) {
       db = dy.sum(0);
       if (given(bias_mask_logits)) {
-        std::tie(db, dbm) = MaskedWeight<Device>::backward_or_update(db, *bias, *bias_mask_logits, gate, {needs[3], needs[4]},
-                                                                     updates[2], updates[3]);
+        std::tie(db, dbm) = MaskedWeight<Device>::backward_or_update(db, *bias, *bias_mask_logits, gate,
+                                                                     {output_mask[3], output_mask[4]}, updates[2], updates[3]);
       } else {
         db = db.to(bias->scalar_type());
       }

@@ -23,9 +23,9 @@ struct MaskedWeightList {
   using Tensors = std::vector<at::Tensor>;
   using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-  static Tensors forward(at::TensorList weight, at::TensorList mask_logits, int64_t gate, double parameter,
+  static Tensors forward(at::TensorList weight, at::TensorList mask_logits, int64_t gate_id, double gate_param,
                          std::optional<at::ScalarType> dtype) {
-    const Pairs pairs(weight, mask_logits, gate, parameter);
+    const Pairs pairs(weight, mask_logits, gate_id, gate_param);
     const at::ScalarType out = dtype.value_or(weight[0].scalar_type());
     check_storage("dtype", out, weight[0]);
     const typename Device::Guard guard(weight[0]);
@@ -40,12 +40,12 @@ struct MaskedWeightList {
     return thetas;
   }
 
-  static std::tuple<Tensors, Tensors> backward(at::TensorList grad, at::TensorList weight, at::TensorList mask_logits, int64_t gate,
-                                               double parameter, std::array<bool, 2> needs) {
-    const Pairs pairs(weight, mask_logits, gate, parameter);
+  static std::tuple<Tensors, Tensors> backward(at::TensorList grad, at::TensorList weight, at::TensorList mask_logits,
+                                               int64_t gate_id, double gate_param, std::array<bool, 2> output_mask) {
+    const Pairs pairs(weight, mask_logits, gate_id, gate_param);
     const Tensors g = pairs.gradients(grad);
     const typename Device::Guard guard(weight[0]);
-    Tensors dw = gradients_like(pairs.w, needs[0]), dm = gradients_like(pairs.w, needs[1]);
+    Tensors dw = gradients_like(pairs.w, output_mask[0]), dm = gradients_like(pairs.w, output_mask[1]);
     std::vector<BackwardArrays> arrays;
     for (size_t i = 0; i < weight.size(); ++i) {
       arrays.push_back({data(g[i]), data(pairs.w[i]), data(pairs.m[i]), made(dw, i), made(dm, i), pairs.w[i].numel()});
@@ -56,18 +56,18 @@ struct MaskedWeightList {
 
   static std::tuple<Tensors, Tensors, Tensors> double_backward(const OptionalTensors& cotangent_weight,
                                                                const OptionalTensors& cotangent_mask, at::TensorList grad,
-                                                               at::TensorList weight, at::TensorList mask_logits, int64_t gate,
-                                                               double parameter, std::array<bool, 3> needs) {
-    const Pairs pairs(weight, mask_logits, gate, parameter);
+                                                               at::TensorList weight, at::TensorList mask_logits, int64_t gate_id,
+                                                               double gate_param, std::array<bool, 3> output_mask) {
+    const Pairs pairs(weight, mask_logits, gate_id, gate_param);
     const Tensors g = pairs.gradients(grad);
     const typename Device::Guard guard(weight[0]);
     const Tensors a = pairs.cotangents("cotangent_weight", cotangent_weight),
                   b = pairs.cotangents("cotangent_mask", cotangent_mask);
-    Tensors dg, dw = gradients_like(pairs.w, needs[1]), dm = gradients_like(pairs.w, needs[2]);
+    Tensors dg, dw = gradients_like(pairs.w, output_mask[1]), dm = gradients_like(pairs.w, output_mask[2]);
     std::vector<DoubleBackwardArrays> arrays;
     for (size_t i = 0; i < weight.size(); ++i) {
       const at::Tensor& w = pairs.w[i];
-      if (needs[0]) dg.push_back(at::empty_like(w, w.options().dtype(g[i].scalar_type())));
+      if (output_mask[0]) dg.push_back(at::empty_like(w, w.options().dtype(g[i].scalar_type())));
       arrays.push_back(
           {data(a[i]), data(b[i]), data(g[i]), data(w), data(pairs.m[i]), made(dg, i), made(dw, i), made(dm, i), w.numel()});
     }
@@ -93,8 +93,9 @@ struct MaskedWeightList {
     Tensors w, m;
     Gate gate;
 
-    Pairs(at::TensorList weight, at::TensorList mask_logits, int64_t kind, double parameter) : gate{GateKind(kind), parameter} {
-      check_gate(kind, parameter);
+    Pairs(at::TensorList weight, at::TensorList mask_logits, int64_t gate_id, double gate_param)
+        : gate{GateKind(gate_id), gate_param} {
+      check_gate(gate_id, gate_param);
       TORCH_CHECK_VALUE(!weight.empty(), "weight must have at least one tensor, got none");
       check_count("mask_logits", mask_logits.size(), weight.size());
       const at::Tensor& first = weight[0];

@@ -1,9 +1,9 @@
 // task_masked_linear and its derivatives over torch tensors: checks and shapes are the same on every device.
 //
-// Device::task_linear(arguments, x) gives y, [R, O] in the dtype of x; Device::task_linear_backward(arguments, dy, x, needs) the
-// gradients; Device::task_linear_double_backward(arguments, cotangents, dy, x, needs) the gradient of dy and the other ones. x and
-// dy are contiguous, [R, groups * K] and [R, O], with `rows_per_sample` rows for each sample. The device checks the values of
-// slots.
+// Device::task_linear(arguments, x) gives y, [R, O] in the dtype of x; Device::task_linear_backward(arguments, dy, x, output_mask)
+// the gradients; Device::task_linear_double_backward(arguments, cotangents, dy, x, output_mask) the gradient of dy and the other
+// ones. x and dy are contiguous, [R, groups * K] and [R, O], with `rows_per_sample` rows for each sample. The device checks the
+// values of slots.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -117,9 +117,9 @@ struct TaskMaskedLinear {
       std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>>;
 
   static at::Tensor forward(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, at::TensorList masks,
-                            const OptionalTensor& bias, at::TensorList bias_masks, int64_t gate, double parameter, int64_t groups,
-                            std::optional<at::ScalarType> dtype) {
-    const TaskArguments arguments = checked(input, slots, weight, masks, bias, bias_masks, gate, parameter, groups);
+                            const OptionalTensor& bias, at::TensorList bias_masks, int64_t gate_id, double gate_param,
+                            int64_t groups, std::optional<at::ScalarType> dtype) {
+    const TaskArguments arguments = checked(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups);
     const at::ScalarType out = dtype.value_or(weight.scalar_type());
     check_storage("dtype", out, weight);
     const typename Device::Guard guard(weight);
@@ -130,14 +130,14 @@ struct TaskMaskedLinear {
   }
 
   static Gradients backward(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight,
-                            at::TensorList masks, const OptionalTensor& bias, at::TensorList bias_masks, int64_t gate,
-                            double parameter, int64_t groups, std::array<bool, 5> needs) {
-    const TaskArguments arguments = checked(input, slots, weight, masks, bias, bias_masks, gate, parameter, groups);
+                            at::TensorList masks, const OptionalTensor& bias, at::TensorList bias_masks, int64_t gate_id,
+                            double gate_param, int64_t groups, std::array<bool, 5> output_mask) {
+    const TaskArguments arguments = checked(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups);
     check_grad(grad, input, weight);
     const typename Device::Guard guard(weight);
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const at::ScalarType product = grad.scalar_type();
-    TaskGradients made = Device::task_linear_backward(arguments, matrix(grad, product), matrix(input, product), needs);
+    TaskGradients made = Device::task_linear_backward(arguments, matrix(grad, product), matrix(input, product), output_mask);
     return {shaped(made.input, input), made.weight, made.masks.tensors, made.bias, made.bias_masks.tensors};
   }
 
@@ -145,9 +145,9 @@ struct TaskMaskedLinear {
                                          const OptionalTensors& cotangent_masks, const OptionalTensor& cotangent_bias,
                                          const OptionalTensors& cotangent_bias_masks, const at::Tensor& grad,
                                          const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight,
-                                         at::TensorList masks, const OptionalTensor& bias, at::TensorList bias_masks, int64_t gate,
-                                         double parameter, int64_t groups, std::array<bool, 6> needs) {
-    const TaskArguments arguments = checked(input, slots, weight, masks, bias, bias_masks, gate, parameter, groups);
+                                         at::TensorList masks, const OptionalTensor& bias, at::TensorList bias_masks,
+                                         int64_t gate_id, double gate_param, int64_t groups, std::array<bool, 6> output_mask) {
+    const TaskArguments arguments = checked(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups);
     check_grad(grad, input, weight);
     const typename Device::Guard guard(weight);
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -169,7 +169,7 @@ struct TaskMaskedLinear {
     }
     cotangents.bias_masks = task_cotangents("cotangent_bias_masks", cotangent_bias_masks, arguments.bias_masks);
     auto [dy, made] =
-        Device::task_linear_double_backward(arguments, cotangents, matrix(grad, product), matrix(input, product), needs);
+        Device::task_linear_double_backward(arguments, cotangents, matrix(grad, product), matrix(input, product), output_mask);
     return {shaped(dy, grad), shaped(made.input, input), made.weight, made.masks.tensors, made.bias, made.bias_masks.tensors};
   }
 
@@ -183,12 +183,13 @@ struct TaskMaskedLinear {
   static bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
   static TaskArguments checked(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, at::TensorList masks,
-                               const OptionalTensor& bias, at::TensorList bias_masks, int64_t gate, double parameter,
+                               const OptionalTensor& bias, at::TensorList bias_masks, int64_t gate_id, double gate_param,
                                int64_t groups) {
-    check_gate(gate, parameter);
+    check_gate(gate_id, gate_param);
     check_pair(weight, weight);
-    TaskArguments arguments{slots, weight.contiguous(),         {},     task_arrays("masks", "weight", masks, weight),
-                            {},    {GateKind(gate), parameter}, groups, 0};
+    TaskArguments arguments{
+        slots, weight.contiguous(), {}, task_arrays("masks", "weight", masks, weight), {}, {GateKind(gate_id), gate_param}, groups,
+        0};
     TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [out, in], got shape ", weight.sizes());
     TORCH_CHECK_VALUE(groups > 0 && weight.size(0) % groups == 0, "groups must divide the rows of weight, ", weight.size(0),
                       ", got ", groups);

@@ -1,4 +1,4 @@
-// What masked_linear needs, beside its products, to work in bfloat16 throughout: for processors that multiply it.
+// The kernels, beside gemm.h, with which masked_linear works in bfloat16 throughout. For processors that multiply bfloat16.
 #pragma once
 
 #include <cstdint>

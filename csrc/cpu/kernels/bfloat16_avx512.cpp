@@ -115,7 +115,7 @@ METAMASK_INLINE __m512 gate_at(__m512 m, __m512 scale) {
 }
 
 METAMASK_INLINE __m512 scale_of(Gate gate) {
-  return _mm512_set1_ps(gate.kind == kSigmoid ? float(-1.4426950408889634 / gate.parameter) : float(gate.parameter));
+  return _mm512_set1_ps(gate.kind == kSigmoid ? float(-1.4426950408889634 / gate.param) : float(gate.param));
 }
 
 template <bool value>
@@ -180,22 +180,22 @@ template <class P, bool whole>
 METAMASK_INLINE void give(const Sink& sink, int64_t i, Lanes p, Lanes g, __mmask32 some) {
   if (sink.gradient != nullptr) store<whole>(static_cast<P*>(sink.gradient) + i, g, some);
   if (sink.parameter == nullptr) return;
-  alignas(64) float parameter[kLanes], gradient[kLanes], velocity[kLanes] = {};
+  alignas(64) float parameter[kLanes], gradient[kLanes], momentum_buffer[kLanes] = {};
   spread(parameter, p);
   spread(gradient, g);
-  P* const buffer = static_cast<P*>(sink.velocity) + (sink.velocity == nullptr ? 0 : i);
-  if (sink.velocity != nullptr) spread(velocity, load<whole>(buffer, some));
+  P* const buffer = static_cast<P*>(sink.momentum_buffer) + (sink.momentum_buffer == nullptr ? 0 : i);
+  if (sink.momentum_buffer != nullptr) spread(momentum_buffer, load<whole>(buffer, some));
   const Sgd sgd = sink.sgd;
-  for (int64_t j = 0; j < kLanes; ++j) parameter[j] = descend(parameter[j], gradient[j], sgd, velocity[j]);
+  for (int64_t j = 0; j < kLanes; ++j) parameter[j] = descend(parameter[j], gradient[j], sgd, momentum_buffer[j]);
   store<whole>(static_cast<P*>(sink.parameter) + i, gathered(parameter), some);
-  if (sink.velocity != nullptr) store<whole>(buffer, gathered(velocity), some);
+  if (sink.momentum_buffer != nullptr) store<whole>(buffer, gathered(momentum_buffer), some);
 }
 
 template <class P, GateKind kind>
 void backward_range(Gate gate, const float* g, const void* weights, const void* logits, BFloat16* theta, const Sink& dw,
                     const Sink& dm, int64_t n) {
   const P *w = static_cast<const P*>(weights), *m = static_cast<const P*>(logits);
-  const __m512 scale = scale_of(gate), inverse_temperature = _mm512_set1_ps(float(1.0 / gate.parameter));
+  const __m512 scale = scale_of(gate), inverse_temperature = _mm512_set1_ps(float(1.0 / gate.param));
   each_lanes(n, [&](auto whole, int64_t i, __mmask32 some) {
     constexpr bool kWhole = decltype(whole)::kValue;
     const Lanes weight = load<kWhole>(w + i, some), logit = load<kWhole>(m + i, some), grad = load<kWhole>(g + i, some);

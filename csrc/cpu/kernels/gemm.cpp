@@ -116,8 +116,8 @@ METAMASK_INLINE void add_sums(float* y, const Vector<float>::type* vectors) {
 #endif
 
 template <class T, int R, int C>
-METAMASK_INLINE void inner_tile(const T* a, int64_t a_row, const T* b, int64_t b_row, typename Vector<T>::Sum* y, int64_t y_row,
-                                int64_t length) {
+METAMASK_INLINE void gemm_nt_tile(const T* a, int64_t a_row, const T* b, int64_t b_row, typename Vector<T>::Sum* y, int64_t y_row,
+                                  int64_t length) {
   using V = typename Vector<T>::type;
   SumVector<T> sums[R][C] = {};
   for (int64_t k = 0; k < length; k += Vector<T>::kLanes) {
@@ -136,8 +136,8 @@ METAMASK_INLINE void inner_tile(const T* a, int64_t a_row, const T* b, int64_t b
 }
 
 template <class T, int R, int C>
-METAMASK_INLINE void outer_tile(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, typename Vector<T>::Sum* y,
-                                int64_t y_row, int64_t terms, bool add) {
+METAMASK_INLINE void gemm_nn_tile(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, typename Vector<T>::Sum* y,
+                                  int64_t y_row, int64_t terms, bool add) {
   using V = typename Vector<T>::type;
   constexpr int64_t kLanes = Vector<T>::kLanes;
   SumVector<T> sums[R][C];
@@ -179,8 +179,8 @@ METAMASK_INLINE void with_count(int64_t count, Work work) {
 }
 
 template <class T>
-void inner(const T* a, int64_t a_row, const T* b, int64_t b_row, typename Vector<T>::Sum* y, int64_t y_row, int64_t rows,
-           int64_t columns, int64_t length) {
+void gemm_nt(const T* a, int64_t a_row, const T* b, int64_t b_row, typename Vector<T>::Sum* y, int64_t y_row, int64_t rows,
+             int64_t columns, int64_t length) {
   constexpr int64_t kLanes = Vector<T>::kLanes;
   for (int64_t block = 0; block < rows; block += kBlockRows) {
     const int64_t end = block + kBlockRows < rows ? block + kBlockRows : rows;
@@ -193,8 +193,8 @@ void inner(const T* a, int64_t a_row, const T* b, int64_t b_row, typename Vector
         for (int64_t i = block; i < end; i += kRows) {
           with_count<kRows>(end - i, [&](auto r) {
             with_count<kColumns>(columns - j, [&](auto c) {
-              inner_tile<T, decltype(r)::kValue, decltype(c)::kValue>(a + i * a_row + k, a_row, b + j * b_row + k, b_row,
-                                                                      y + i * y_row + j, y_row, some);
+              gemm_nt_tile<T, decltype(r)::kValue, decltype(c)::kValue>(a + i * a_row + k, a_row, b + j * b_row + k, b_row,
+                                                                        y + i * y_row + j, y_row, some);
             });
           });
         }
@@ -204,8 +204,8 @@ void inner(const T* a, int64_t a_row, const T* b, int64_t b_row, typename Vector
 }
 
 template <class T>
-void outer(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, typename Vector<T>::Sum* y, int64_t y_row,
-           int64_t rows, int64_t terms, int64_t length, bool add) {
+void gemm_nn(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, typename Vector<T>::Sum* y, int64_t y_row,
+             int64_t rows, int64_t terms, int64_t length, bool add) {
   constexpr int64_t kLanes = Vector<T>::kLanes;
   for (int64_t j = 0; j == 0 || j < terms; j += kBlockTerms) {
     const int64_t some = terms - j < kBlockTerms ? terms - j : kBlockTerms;
@@ -213,8 +213,8 @@ void outer(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row,
       with_count<kColumns>((length - k) / kLanes, [&](auto c) {
         for (int64_t i = 0; i < rows; i += kRows) {
           with_count<kRows>(rows - i, [&](auto r) {
-            outer_tile<T, decltype(r)::kValue, decltype(c)::kValue>(a + i * a_row + j * a_next, a_row, a_next, b + j * b_row + k,
-                                                                    b_row, y + i * y_row + k, y_row, some, add || j > 0);
+            gemm_nn_tile<T, decltype(r)::kValue, decltype(c)::kValue>(a + i * a_row + j * a_next, a_row, a_next, b + j * b_row + k,
+                                                                      b_row, y + i * y_row + k, y_row, some, add || j > 0);
           });
         }
       });
@@ -224,13 +224,13 @@ void outer(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row,
 
 }  // namespace
 
-#define TABLE_NAME_(isa) kProducts_##isa
+#define TABLE_NAME_(isa) kGemm_##isa
 #define TABLE_NAME(isa) TABLE_NAME_(isa)
-const Products TABLE_NAME(METAMASK_ISA) = {
-    {&inner<float>, &outer<float>},
-    {&inner<double>, &outer<double>},
+const Gemm TABLE_NAME(METAMASK_ISA) = {
+    {&gemm_nt<float>, &gemm_nn<float>},
+    {&gemm_nt<double>, &gemm_nn<double>},
 #if defined(__AVX512BF16__)
-    {&inner<Pair>, &outer<Pair>},
+    {&gemm_nt<Pair>, &gemm_nn<Pair>},
 #else
     {nullptr, nullptr},
 #endif

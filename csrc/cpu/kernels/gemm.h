@@ -18,28 +18,28 @@ struct Pair {
 
 // Of elements T, added up as Sum.
 template <class T, class Sum = T>
-struct ProductKernels {
+struct GemmKernels {
   // y[i, j] += sum over k of a[i, k] b[j, k], for i < rows, j < columns, k < length; a row of a, b or y begins `*_row` after the
   // last.
-  void (*inner)(const T* a, int64_t a_row, const T* b, int64_t b_row, Sum* y, int64_t y_row, int64_t rows, int64_t columns,
-                int64_t length);
+  void (*gemm_nt)(const T* a, int64_t a_row, const T* b, int64_t b_row, Sum* y, int64_t y_row, int64_t rows, int64_t columns,
+                  int64_t length);
   // y[i, k] (+)= sum over j of a[i, j] b[j, k], for i < rows, j < terms, k < length; element (i, j) of a is a[i * a_row + j *
   // a_next]. With `add` it is added to y, else y is overwritten.
-  void (*outer)(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, Sum* y, int64_t y_row, int64_t rows,
-                int64_t terms, int64_t length, bool add);
+  void (*gemm_nn)(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_row, Sum* y, int64_t y_row, int64_t rows,
+                  int64_t terms, int64_t length, bool add);
 };
 
-struct Products {
-  ProductKernels<float> float32;
-  ProductKernels<double> float64;
-  ProductKernels<Pair, float> bfloat16;  // null where the instruction set cannot multiply it
+struct Gemm {
+  GemmKernels<float> float32;
+  GemmKernels<double> float64;
+  GemmKernels<Pair, float> bfloat16;  // null where the instruction set cannot multiply it
 };
 
-extern const Products kProducts_default;
+extern const Gemm kGemm_default;
 #if defined(METAMASK_X86)
-extern const Products kProducts_avx2;
-extern const Products kProducts_avx512;
-extern const Products kProducts_avx512_bf16;
+extern const Gemm kGemm_avx2;
+extern const Gemm kGemm_avx512;
+extern const Gemm kGemm_avx512_bf16;
 #endif
 
 }  // namespace metamask::cpu

@@ -69,49 +69,52 @@ template <class T>
 class Descent {
  public:
   Descent(Type type, const Sink& sink)
-      : sink_(sink), velocity_in_(type, sink.velocity), velocity_out_(type, sink.velocity), out_(type, sink.parameter) {}
+      : sink_(sink),
+        momentum_buffer_in_(type, sink.momentum_buffer),
+        momentum_buffer_out_(type, sink.momentum_buffer),
+        out_(type, sink.parameter) {}
 
   void run(const T* p, const T* g, int64_t begin, int64_t n) {
     if (sink_.parameter == nullptr) return;
     const Sgd sgd = sink_.sgd;
     T* to = out_.block(begin);
-    if (sink_.velocity == nullptr) {
+    if (sink_.momentum_buffer == nullptr) {
       // In place, element by element: `to` is where `p` is, or apart from it.
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
-        T velocity = T(0);
-        to[i] = descend(p[i], g[i], sgd, velocity);
+        T momentum_buffer = T(0);
+        to[i] = descend(p[i], g[i], sgd, momentum_buffer);
       }
     } else {
-      const T* velocity_from = velocity_in_.block(begin, n);
-      T* velocity_to = velocity_out_.block(begin);
+      const T* momentum_buffer_from = momentum_buffer_in_.block(begin, n);
+      T* momentum_buffer_to = momentum_buffer_out_.block(begin);
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
-        T velocity = velocity_from[i];
-        to[i] = descend(p[i], g[i], sgd, velocity);
-        velocity_to[i] = velocity;
+        T momentum_buffer = momentum_buffer_from[i];
+        to[i] = descend(p[i], g[i], sgd, momentum_buffer);
+        momentum_buffer_to[i] = momentum_buffer;
       }
-      velocity_out_.finish(begin, n);
+      momentum_buffer_out_.finish(begin, n);
     }
     out_.finish(begin, n);
   }
 
  private:
   Sink sink_;
-  Input<T> velocity_in_;
-  Output<T> velocity_out_, out_;
+  Input<T> momentum_buffer_in_;
+  Output<T> momentum_buffer_out_, out_;
 };
 
 template <class T, GateKind kind>
-void forward_block(T parameter, const T* __restrict w, const T* __restrict m, T* __restrict theta, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) theta[i] = theta_of<kind>(w[i], m[i], parameter);
+void forward_block(T gate_param, const T* __restrict w, const T* __restrict m, T* __restrict theta, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) theta[i] = theta_of<kind>(w[i], m[i], gate_param);
 }
 
 template <class T, GateKind kind>
-void backward_block(T parameter, const T* __restrict g, const T* __restrict w, const T* __restrict m, T* __restrict theta,
+void backward_block(T gate_param, const T* __restrict g, const T* __restrict w, const T* __restrict m, T* __restrict theta,
                     T* __restrict dw, T* __restrict dm, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    const auto out = backward_of<kind>(g[i], w[i], m[i], parameter);
+    const auto out = backward_of<kind>(g[i], w[i], m[i], gate_param);
     theta[i] = out.theta;
     dw[i] = out.w;
     dm[i] = out.m;
@@ -119,10 +122,10 @@ void backward_block(T parameter, const T* __restrict g, const T* __restrict w, c
 }
 
 template <class T, GateKind kind>
-void double_backward_block(T parameter, const T* __restrict a, const T* __restrict b, const T* __restrict g, const T* __restrict w,
+void double_backward_block(T gate_param, const T* __restrict a, const T* __restrict b, const T* __restrict g, const T* __restrict w,
                            const T* __restrict m, T* __restrict dg, T* __restrict dw, T* __restrict dm, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    const auto out = double_backward_of<kind>(a[i], b[i], g[i], w[i], m[i], parameter);
+    const auto out = double_backward_of<kind>(a[i], b[i], g[i], w[i], m[i], gate_param);
     dg[i] = out.g;
     dw[i] = out.w;
     dm[i] = out.m;
@@ -130,10 +133,10 @@ void double_backward_block(T parameter, const T* __restrict a, const T* __restri
 }
 
 template <class T, GateKind kind>
-void backward_add_block(T parameter, const T* __restrict g, const T* __restrict w, const T* __restrict m, T* __restrict theta,
+void backward_add_block(T gate_param, const T* __restrict g, const T* __restrict w, const T* __restrict m, T* __restrict theta,
                         T* __restrict dw, T* __restrict dm, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    const auto out = backward_of<kind>(g[i], w[i], m[i], parameter);
+    const auto out = backward_of<kind>(g[i], w[i], m[i], gate_param);
     theta[i] = out.theta;
     dw[i] += out.w;
     dm[i] = out.m;
@@ -141,13 +144,13 @@ void backward_add_block(T parameter, const T* __restrict g, const T* __restrict 
 }
 
 template <class T, GateKind kind>
-void second_backward_add_block(T parameter, const T* __restrict a, const T* __restrict b, const T* __restrict g,
+void second_backward_add_block(T gate_param, const T* __restrict a, const T* __restrict b, const T* __restrict g,
                                const T* __restrict h, const T* __restrict w, const T* __restrict m, T* __restrict theta,
                                T* __restrict c, T* __restrict dw, T* __restrict dm, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     // The compiler evaluates the gate once.
-    const auto out = backward_of<kind>(h[i], w[i], m[i], parameter);
-    const auto second = double_backward_of<kind>(a[i], b[i], g[i], w[i], m[i], parameter);
+    const auto out = backward_of<kind>(h[i], w[i], m[i], gate_param);
+    const auto second = double_backward_of<kind>(a[i], b[i], g[i], w[i], m[i], gate_param);
     theta[i] = out.theta;
     c[i] = second.g;
     dw[i] += second.w + out.w;
@@ -161,7 +164,7 @@ void forward_range(Gate gate, Type param, Type out, const void* w, const void* m
   Output<T> theta_out(out, theta);
   for (int64_t i = begin, n; i < end; i += n) {
     n = end - i < kBlock ? end - i : kBlock;
-    forward_block<T, kind>(parameter_of<T>(gate), w_in.block(i, n), m_in.block(i, n), theta_out.block(i), n);
+    forward_block<T, kind>(gate_param_of<T>(gate), w_in.block(i, n), m_in.block(i, n), theta_out.block(i), n);
     theta_out.finish(i, n);
   }
 }
@@ -176,7 +179,7 @@ void backward_range(Gate gate, Type param, Type grad, const void* g, const void*
     n = end - i < kBlock ? end - i : kBlock;
     const T *w_block = w_in.block(i, n), *m_block = m_in.block(i, n);
     T *dw_block = dw_out.block(i), *dm_block = dm_out.block(i);
-    backward_block<T, kind>(parameter_of<T>(gate), g_in.block(i, n), w_block, m_block, theta_out.block(i), dw_block, dm_block, n);
+    backward_block<T, kind>(gate_param_of<T>(gate), g_in.block(i, n), w_block, m_block, theta_out.block(i), dw_block, dm_block, n);
     theta_out.finish(i, n);
     dw_out.finish(i, n);
     dm_out.finish(i, n);
@@ -192,7 +195,7 @@ void double_backward_range(Gate gate, Type param, Type grad, const void* a, cons
   Output<T> dg_out(grad, dg), dw_out(param, dw), dm_out(param, dm);
   for (int64_t i = begin, n; i < end; i += n) {
     n = end - i < kBlock ? end - i : kBlock;
-    double_backward_block<T, kind>(parameter_of<T>(gate), a_in.block(i, n), b_in.block(i, n), g_in.block(i, n), w_in.block(i, n),
+    double_backward_block<T, kind>(gate_param_of<T>(gate), a_in.block(i, n), b_in.block(i, n), g_in.block(i, n), w_in.block(i, n),
                                    m_in.block(i, n), dg_out.block(i), dw_out.block(i), dm_out.block(i), n);
     dg_out.finish(i, n);
     dw_out.finish(i, n);
@@ -228,7 +231,7 @@ void backward_add_range(Gate gate, Type param, const void* g, const void* w, con
   Sums<T> dw_sums(dw);
   for (int64_t i = 0, n; i < count; i += n) {
     n = count - i < kBlock ? count - i : kBlock;
-    backward_add_block<T, kind>(parameter_of<T>(gate), g_in.block(i, n), w_in.block(i, n), m_in.block(i, n), theta_out.block(i),
+    backward_add_block<T, kind>(gate_param_of<T>(gate), g_in.block(i, n), w_in.block(i, n), m_in.block(i, n), theta_out.block(i),
                                 dw_sums.block(i), dm_out.block(i), n);
     dm_out.finish(i, n);
   }
@@ -242,7 +245,7 @@ void second_backward_add_range(Gate gate, Type param, const void* a, const void*
   Sums<T> dw_sums(dw);
   for (int64_t i = 0, n; i < count; i += n) {
     n = count - i < kBlock ? count - i : kBlock;
-    second_backward_add_block<T, kind>(parameter_of<T>(gate), a_in.block(i, n), b_in.block(i, n), g_in.block(i, n),
+    second_backward_add_block<T, kind>(gate_param_of<T>(gate), a_in.block(i, n), b_in.block(i, n), g_in.block(i, n),
                                        h_in.block(i, n), w_in.block(i, n), m_in.block(i, n), theta_out.block(i), c_out.block(i),
                                        dw_sums.block(i), dm_out.block(i), n);
     dm_out.finish(i, n);

@@ -111,12 +111,13 @@ void masked_linear(const LinearCase& given, const void* x, const void* w, const 
     using Sum = typename Product::Sum;
     const Share shared = forward_share<Product>(given);
     const dim3 grid(unsigned(forward_blocks<Product>(given)), unsigned(shared.count));
-    Sum* partial = shared.count > 1 ? out<Sum>(workspace) : nullptr;
+    Sum* split_k_sums = shared.count > 1 ? out<Sum>(workspace) : nullptr;
     with_gate_and_alignment(given.gate.kind, rows_aligned<P, X>(given.in, x, w, m), [&]<GateKind kind, bool kAligned>() {
-      launch(masked_linear_kernel<kind, kAligned, P, Product>, grid, dim3(kBlock), 0, stream, parameter_of<Compute<P>>(given.gate),
-             in<X>(x), in<P>(w), in<P>(m), in<X>(bias), out<X>(y), partial, int(given.batch), given.out, given.in, shared.each);
+      launch(masked_linear_kernel<kind, kAligned, P, Product>, grid, dim3(kBlock), 0, stream, gate_param_of<Compute<P>>(given.gate),
+             in<X>(x), in<P>(w), in<P>(m), in<X>(bias), out<X>(y), split_k_sums, int(given.batch), given.out, given.in,
+             shared.each);
     });
-    if (partial != nullptr) add_partial<X>(partial, bias, y, shared.count, given.batch, given.out, stream);
+    if (split_k_sums != nullptr) add_split_k<X>(split_k_sums, bias, y, shared.count, given.batch, given.out, stream);
   });
 }
 
@@ -127,14 +128,14 @@ void masked_linear_backward(const LinearCase& given, const void* dy, const void*
     using Sum = typename Product::Sum;
     const Share shared = backward_share<Product>(given);
     const dim3 grid(unsigned(ceil_div(given.in, 8 * Product::kColumns)), unsigned(shared.count));
-    Sum* partial = dx != nullptr && shared.count > 1 ? out<Sum>(workspace) : nullptr;
-    const bool packs = rows_aligned<P, X>(given.in, x, w, m, dw.gradient, dw.velocity, dm.gradient, dm.velocity);
+    Sum* split_k_sums = dx != nullptr && shared.count > 1 ? out<Sum>(workspace) : nullptr;
+    const bool packs = rows_aligned<P, X>(given.in, x, w, m, dw.gradient, dw.momentum_buffer, dm.gradient, dm.momentum_buffer);
     with_gate_and_alignment(given.gate.kind, packs, [&]<GateKind kind, bool kAligned>() {
       launch(masked_linear_backward_kernel<kind, kAligned, P, Product>, grid, dim3(kBlock), 0, stream,
-             parameter_of<Compute<P>>(given.gate), in<X>(dy), in<X>(x), in<P>(w), in<P>(m), dw, dm, out<X>(dx), partial,
+             gate_param_of<Compute<P>>(given.gate), in<X>(dy), in<X>(x), in<P>(w), in<P>(m), dw, dm, out<X>(dx), split_k_sums,
              int(given.batch), given.out, given.in, shared.each);
     });
-    if (partial != nullptr) add_partial<X>(partial, nullptr, dx, shared.count, given.batch, given.in, stream);
+    if (split_k_sums != nullptr) add_split_k<X>(split_k_sums, nullptr, dx, shared.count, given.batch, given.in, stream);
   });
 }
 

@@ -185,13 +185,13 @@ DEVICE_INLINE void add_warps(Sum (&total)[kRows][kColumns], const Product& produ
   }
 }
 
-// w, m: [out, in] of P; x: [batch, in], bias: [out] or null, y: [batch, out], all of X. With `partial` [gridDim.y, batch, out] the
-// sums go there instead. A batch too large for a lane's sums is cut into windows: the blocks of a tile's windows run side by side,
-// so that W and M come from memory once.
+// w, m: [out, in] of P; x: [batch, in], bias: [out] or null, y: [batch, out], all of X. With `split_k_sums` [gridDim.y, batch, out]
+// the sums go there instead. A batch too large for a lane's sums is cut into windows: the blocks of a tile's windows run side by
+// side, so that W and M come from memory once.
 template <GateKind kind, bool kAligned, class P, class Product>
 __global__ void __launch_bounds__(kBlock)
-    masked_linear_kernel(Compute<P> parameter, const typename Product::X* x, const P* w, const P* m,
-                         const typename Product::X* bias, typename Product::X* y, typename Product::Sum* partial, int batch,
+    masked_linear_kernel(Compute<P> gate_param, const typename Product::X* x, const P* w, const P* m,
+                         const typename Product::X* bias, typename Product::X* y, typename Product::Sum* split_k_sums, int batch,
                          int64_t out, int64_t in, int64_t columns_each) {
   using Sum = typename Product::Sum;
   SHARED(Sum, total, [kRowsOfTile][Product::kBatch]);
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kBlock)
       Compute<P> w_[kChunk], m_[kChunk];
       load_chunk<kAligned>(w + row * in, column, columns, w_);
       load_chunk<kAligned>(m + row * in, column, columns, m_);
-      for (int j = 0; j < kChunk; ++j) theta[r][j] = theta_of<kind>(w_[j], m_[j], parameter);
+      for (int j = 0; j < kChunk; ++j) theta[r][j] = theta_of<kind>(w_[j], m_[j], gate_param);
     }
     product.template add<kAligned>(theta, rows, column, 0, count, in);
   }
@@ -221,8 +221,8 @@ __global__ void __launch_bounds__(kBlock)
     const int64_t row = first_row + i % kRowsOfTile;
     if (!IN_BOUNDS(row < out)) continue;
     Sum sum = total[i % kRowsOfTile][of_window];
-    if (partial != nullptr) {
-      partial[(int64_t(blockIdx.y) * batch + b) * out + row] = sum;
+    if (split_k_sums != nullptr) {
+      split_k_sums[(int64_t(blockIdx.y) * batch + b) * out + row] = sum;
     } else {
       if (bias != nullptr) sum += to_compute(bias[row]);
       from_compute(sum, y[int64_t(b) * out + row]);

@@ -5,7 +5,7 @@
 // A block has a strip of columns, and its warps take turns on steps of rows of theta. With g = lane / 4 and t = lane % 4 a lane has
 // a chunk of kRows x kColumns: rows kRows t to kRows (t + 1) - 1 of the step, columns kColumns g to kColumns (g + 1) - 1 of the
 // strip. So a warp's access to a row is 8 kColumns neighbours, and G^T [columns, rows] comes out of the tensor cores (with the
-// numbering of columns and rows that this needs) in the lanes that hold W and M, and theta^T goes into them again, for dx^T =
+// numbering of columns and rows that this output_mask) in the lanes that hold W and M, and theta^T goes into them again, for dx^T =
 // theta^T dy^T, from where it was computed.
 //
 // gridDim.y blocks share the rows (`rows_each` each). The sums of dx over warps, then over blocks, are added in a fixed order.
@@ -202,12 +202,12 @@ DEVICE_INLINE void store_chunk(T* to, int64_t i, int64_t end, bool add, const Co
 }
 
 // dy: [batch, out], x and dx: [batch, in], of X; w, m and what the sinks point to: [out, in] of P. dx null: it is not wanted. With
-// `partial` [gridDim.y, batch, in] the sums of dx go there instead.
+// `split_k_sums` [gridDim.y, batch, in] the sums of dx go there instead.
 template <GateKind kind, bool kAligned, class P, class Product>
 __global__ void __launch_bounds__(kBlock)
-    masked_linear_backward_kernel(Compute<P> parameter, const typename Product::X* dy, const typename Product::X* x, const P* w,
-                                  const P* m, Sink dw, Sink dm, typename Product::X* dx, typename Product::Sum* partial, int batch,
-                                  int64_t out, int64_t in, int64_t rows_each) {
+    masked_linear_backward_kernel(Compute<P> gate_param, const typename Product::X* dy, const typename Product::X* x, const P* w,
+                                  const P* m, Sink dw, Sink dm, typename Product::X* dx, typename Product::Sum* split_k_sums,
+                                  int batch, int64_t out, int64_t in, int64_t rows_each) {
   using Sum = typename Product::Sum;
   constexpr int kRows = Product::kRows, kColumns = Product::kColumns, kStrip = 8 * kColumns;
   SHARED(Sum, total, [Product::kBatch][kStrip]);
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kBlock)
       load_chunk<kAligned>(w + begin, column, columns, w_);
       load_chunk<kAligned>(m + begin, column, columns, m_);
       for (int j = 0; j < kColumns; ++j) {
-        const auto both = backward_of<kind>(Compute<P>(gradient[r][j]), w_[j], m_[j], parameter);
+        const auto both = backward_of<kind>(Compute<P>(gradient[r][j]), w_[j], m_[j], gate_param);
         theta[r][j] = both.theta;
         dw_[j] = both.w;
         dm_[j] = both.m;
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kBlock)
     const int64_t at = first_column + i % kStrip;
     if (!IN_BOUNDS(at < in)) continue;
     const Sum sum = total[b][i % kStrip];
-    if (partial != nullptr) partial[(int64_t(blockIdx.y) * batch + b) * in + at] = sum;
+    if (split_k_sums != nullptr) split_k_sums[(int64_t(blockIdx.y) * batch + b) * in + at] = sum;
     else from_compute(sum, dx[int64_t(b) * in + at]);
   }
 }

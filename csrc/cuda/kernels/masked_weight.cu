@@ -80,7 +80,7 @@ void dispatch_list(Gate gate, Type param, Type other, const std::vector<Arrays>&
 void masked_weight(Gate gate, Type param, Type other, const void* w, const void* m, void* theta, int64_t n, cudaStream_t stream) {
   if (n == 0) return;
   dispatch(gate, param, other, aligned(w, m, theta), [&]<GateKind kind, int N, class P, class O>() {
-    launch(masked_weight_kernel<kind, N, P, O>, blocks_for(n, N), dim3(kThreads), 0, stream, parameter_of<Compute<P>>(gate),
+    launch(masked_weight_kernel<kind, N, P, O>, blocks_for(n, N), dim3(kThreads), 0, stream, gate_param_of<Compute<P>>(gate),
            in<P>(w), in<P>(m), out<O>(theta), n);
   });
 }
@@ -88,10 +88,10 @@ void masked_weight(Gate gate, Type param, Type other, const void* w, const void*
 void masked_weight_backward(Gate gate, Type param, Type other, const void* g, const void* w, const void* m, Sink dw, Sink dm,
                             int64_t n, cudaStream_t stream) {
   if (n == 0) return;
-  const bool packs = aligned(g, w, m, dw.gradient, dw.parameter, dw.velocity, dm.gradient, dm.parameter, dm.velocity);
+  const bool packs = aligned(g, w, m, dw.gradient, dw.parameter, dw.momentum_buffer, dm.gradient, dm.parameter, dm.momentum_buffer);
   dispatch(gate, param, other, packs, [&]<GateKind kind, int N, class P, class O>() {
     launch(masked_weight_backward_kernel<kind, N, P, O>, blocks_for(n, N), dim3(kThreads), 0, stream,
-           parameter_of<Compute<P>>(gate), in<O>(g), in<P>(w), in<P>(m), dw, dm, n);
+           gate_param_of<Compute<P>>(gate), in<O>(g), in<P>(w), in<P>(m), dw, dm, n);
   });
 }
 
@@ -100,19 +100,20 @@ void masked_weight_double_backward(Gate gate, Type param, Type other, const void
   if (n == 0) return;
   dispatch(gate, param, other, aligned(a, b, g, w, m, dg, dw, dm), [&]<GateKind kind, int N, class P, class O>() {
     launch(masked_weight_double_backward_kernel<kind, N, P, O>, blocks_for(n, N), dim3(kThreads), 0, stream,
-           parameter_of<Compute<P>>(gate), in<P>(a), in<P>(b), in<O>(g), in<P>(w), in<P>(m), out<O>(dg), out<P>(dw), out<P>(dm), n);
+           gate_param_of<Compute<P>>(gate), in<P>(a), in<P>(b), in<O>(g), in<P>(w), in<P>(m), out<O>(dg), out<P>(dw), out<P>(dm),
+           n);
   });
 }
 
 void masked_weight_list(Gate gate, Type param, Type other, const std::vector<ForwardArrays>& list, cudaStream_t stream) {
   dispatch_list(gate, param, other, list, [&]<GateKind kind, int N, class P, class O>(const auto& part, dim3 blocks) {
-    launch(masked_weight_list_kernel<kind, N, P, O>, blocks, dim3(kThreads), 0, stream, parameter_of<Compute<P>>(gate), part);
+    launch(masked_weight_list_kernel<kind, N, P, O>, blocks, dim3(kThreads), 0, stream, gate_param_of<Compute<P>>(gate), part);
   });
 }
 
 void masked_weight_list_backward(Gate gate, Type param, Type other, const std::vector<BackwardArrays>& list, cudaStream_t stream) {
   dispatch_list(gate, param, other, list, [&]<GateKind kind, int N, class P, class O>(const auto& part, dim3 blocks) {
-    launch(masked_weight_list_backward_kernel<kind, N, P, O>, blocks, dim3(kThreads), 0, stream, parameter_of<Compute<P>>(gate),
+    launch(masked_weight_list_backward_kernel<kind, N, P, O>, blocks, dim3(kThreads), 0, stream, gate_param_of<Compute<P>>(gate),
            part);
   });
 }
@@ -121,7 +122,7 @@ void masked_weight_list_double_backward(Gate gate, Type param, Type other, const
                                         cudaStream_t stream) {
   dispatch_list(gate, param, other, list, [&]<GateKind kind, int N, class P, class O>(const auto& part, dim3 blocks) {
     launch(masked_weight_list_double_backward_kernel<kind, N, P, O>, blocks, dim3(kThreads), 0, stream,
-           parameter_of<Compute<P>>(gate), part);
+           gate_param_of<Compute<P>>(gate), part);
   });
 }
 

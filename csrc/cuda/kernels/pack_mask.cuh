@@ -23,11 +23,11 @@ constexpr int kSuperposedTasks = 64, kSuperposedSamples = 16, kSuperposedColumns
 
 // result[b, t] = sum over the weights of bit_t P_b, P_b = dy_b^T x_b W. Of P a tile (a piece of a row of W, for kSuperposedSamples)
 // is in shared memory at a time; a thread adds up four samples for one task, so that a bit decides for four. Four of a P lie side
-// by side: one read. gridDim.z blocks share the rows of W; `partial` [gridDim.z, samples, tasks].
+// by side: one read. gridDim.z blocks share the rows of W; `split_k_sums` [gridDim.z, samples, tasks].
 template <class P>
 __global__ void __launch_bounds__(kBlock)
-    packed_superposition_kernel(PackedSizes sizes, const P* w, ByTask bits, const Compute<P>* dy, const Compute<P>* x,
-                                Compute<P>* partial, int64_t samples, int64_t rows_each) {
+    packed_superposition_kernel(PackedSizes sizes, const P* w, PerTask bits, const Compute<P>* dy, const Compute<P>* x,
+                                Compute<P>* split_k_sums, int64_t samples, int64_t rows_each) {
   using T = Compute<P>;
   constexpr int kSome = 4, kPad = 4;  // the padding spreads the writes of a column over the banks
   SHARED(T, products, [kSuperposedColumns][kSuperposedSamples + kPad]);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kBlock)
   for (int s = 0; s < kSome; ++s) {
     const int64_t sample = first_sample + some + s;
     if IN_BOUNDS (task < sizes.tasks && sample < samples) {
-      partial[(int64_t(blockIdx.z) * samples + sample) * sizes.tasks + task] = sums[s];
+      split_k_sums[(int64_t(blockIdx.z) * samples + sample) * sizes.tasks + task] = sums[s];
     }
   }
 }

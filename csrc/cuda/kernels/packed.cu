@@ -88,24 +88,24 @@ int64_t packed_superposition_workspace(const PackedCase& given) {
   return superposition_share(given).count * given.samples * given.tasks * element(given);
 }
 
-void packed_masked_linear(const PackedCase& given, const int64_t* slots, const void* w, const ByTask& bits, const void* bias,
-                          const ByTask& bias_bits, const void* x, void* y, void* workspace, cudaStream_t stream) {
+void packed_masked_linear(const PackedCase& given, const int64_t* slots, const void* w, const PerTask& bits, const void* bias,
+                          const PerTask& bias_bits, const void* x, void* y, void* workspace, cudaStream_t stream) {
   const PackedSizes sizes = sizes_of(given);
   if (sizes.rows == 0 || sizes.out == 0) return;
   with_param(given.param, [&]<class P>(Tag<P>) {
     using T = Compute<P>;
     const Share shared = forward_share(given);
     const dim3 grid(unsigned(forward_windows(given)), unsigned(given.groups * sizes.tiles), unsigned(shared.count));
-    T* partial = shared.count > 1 ? out<T>(workspace) : nullptr;
+    T* split_k_sums = shared.count > 1 ? out<T>(workspace) : nullptr;
     with_alignment(rows_aligned<P, T>(given.in, w, x), [&]<bool kAligned>() {
       launch(packed_masked_linear_kernel<kAligned, P>, grid, dim3(kBlock), 0, stream, sizes, slots, in<P>(w), bits, in<T>(bias),
-             bias_bits, in<T>(x), out<T>(y), partial, shared.each);
+             bias_bits, in<T>(x), out<T>(y), split_k_sums, shared.each);
     });
-    if (partial != nullptr) add_partial<T>(partial, nullptr, y, shared.count, sizes.rows, sizes.out, stream);
+    if (split_k_sums != nullptr) add_split_k<T>(split_k_sums, nullptr, y, shared.count, sizes.rows, sizes.out, stream);
   });
 }
 
-void packed_input_gradient(const PackedCase& given, const int64_t* slots, const void* w, const ByTask& bits, const void* dy,
+void packed_input_gradient(const PackedCase& given, const int64_t* slots, const void* w, const PerTask& bits, const void* dy,
                            void* dx, void* workspace, cudaStream_t stream) {
   const PackedSizes sizes = sizes_of(given);
   if (sizes.rows == 0 || sizes.in == 0) return;
@@ -113,16 +113,17 @@ void packed_input_gradient(const PackedCase& given, const int64_t* slots, const 
     using T = Compute<P>;
     const Share shared = backward_share(given);
     const dim3 grid(unsigned(backward_blocks(given)), unsigned(shared.count), unsigned(given.groups));
-    T* partial = shared.count > 1 ? out<T>(workspace) : nullptr;
+    T* split_k_sums = shared.count > 1 ? out<T>(workspace) : nullptr;
     with_alignment(rows_aligned<P, T>(given.in, w), [&]<bool kAligned>() {
       launch(packed_input_gradient_kernel<kAligned, P>, grid, dim3(kBlock), 0, stream, sizes, slots, in<P>(w), bits, in<T>(dy),
-             out<T>(dx), partial, shared.each);
+             out<T>(dx), split_k_sums, shared.each);
     });
-    if (partial != nullptr) add_partial<T>(partial, nullptr, dx, shared.count, sizes.rows, sizes.groups * sizes.in, stream);
+    if (split_k_sums != nullptr)
+      add_split_k<T>(split_k_sums, nullptr, dx, shared.count, sizes.rows, sizes.groups * sizes.in, stream);
   });
 }
 
-void packed_weight_gradient(const PackedCase& given, const int64_t* slots, const ByTask& bits, const void* dy, const void* x,
+void packed_weight_gradient(const PackedCase& given, const int64_t* slots, const PerTask& bits, const void* dy, const void* x,
                             void* dw, cudaStream_t stream) {
   const PackedSizes sizes = sizes_of(given);
   if (sizes.out == 0 || sizes.in == 0) return;
@@ -137,7 +138,7 @@ void packed_weight_gradient(const PackedCase& given, const int64_t* slots, const
   });
 }
 
-void packed_superposition_gradient(const PackedCase& given, const void* w, const ByTask& bits, const void* dy, const void* x,
+void packed_superposition_gradient(const PackedCase& given, const void* w, const PerTask& bits, const void* dy, const void* x,
                                    void* result, void* workspace, cudaStream_t stream) {
   if (given.samples == 0 || given.tasks == 0) return;
   const PackedSizes sizes = sizes_of(given);
@@ -146,10 +147,10 @@ void packed_superposition_gradient(const PackedCase& given, const void* w, const
     const Share shared = superposition_share(given);
     const dim3 grid(unsigned(ceil_div(given.tasks, kSuperposedTasks)), unsigned(ceil_div(given.samples, kSuperposedSamples)),
                     unsigned(shared.count));
-    T* partial = out<T>(workspace);
-    launch(packed_superposition_kernel<P>, grid, dim3(kBlock), 0, stream, sizes, in<P>(w), bits, in<T>(dy), in<T>(x), partial,
+    T* split_k_sums = out<T>(workspace);
+    launch(packed_superposition_kernel<P>, grid, dim3(kBlock), 0, stream, sizes, in<P>(w), bits, in<T>(dy), in<T>(x), split_k_sums,
            given.samples, shared.each);
-    add_partial<T>(partial, nullptr, result, shared.count, given.samples, given.tasks, stream);
+    add_split_k<T>(split_k_sums, nullptr, result, shared.count, given.samples, given.tasks, stream);
   });
 }
 

@@ -25,15 +25,15 @@ int64_t packed_input_gradient_workspace(const PackedCase& given);
 int64_t packed_superposition_workspace(const PackedCase& given);
 
 // bias [out] in the type of the arithmetic, null: none; bias_bits [ceil(out / 8)] by task, none: the bias is not masked.
-void packed_masked_linear(const PackedCase& given, const int64_t* slots, const void* w, const ByTask& bits, const void* bias,
-                          const ByTask& bias_bits, const void* x, void* y, void* workspace, cudaStream_t stream);
-void packed_input_gradient(const PackedCase& given, const int64_t* slots, const void* w, const ByTask& bits, const void* dy,
+void packed_masked_linear(const PackedCase& given, const int64_t* slots, const void* w, const PerTask& bits, const void* bias,
+                          const PerTask& bias_bits, const void* x, void* y, void* workspace, cudaStream_t stream);
+void packed_input_gradient(const PackedCase& given, const int64_t* slots, const void* w, const PerTask& bits, const void* dy,
                            void* dx, void* workspace, cudaStream_t stream);
-void packed_weight_gradient(const PackedCase& given, const int64_t* slots, const ByTask& bits, const void* dy, const void* x,
+void packed_weight_gradient(const PackedCase& given, const int64_t* slots, const PerTask& bits, const void* dy, const void* x,
                             void* dw, cudaStream_t stream);
 
 // result [samples, tasks]: for each sample and task, the sum of dy W x over the weights whose bit is set.
-void packed_superposition_gradient(const PackedCase& given, const void* w, const ByTask& bits, const void* dy, const void* x,
+void packed_superposition_gradient(const PackedCase& given, const void* w, const PerTask& bits, const void* dy, const void* x,
                                    void* result, void* workspace, cudaStream_t stream);
 
 }  // namespace metamask::cuda

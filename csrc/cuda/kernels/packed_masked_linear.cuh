@@ -23,7 +23,7 @@ constexpr int kPackedRoom = 128 / int(sizeof(T));
 template <class T>
 constexpr int kPackedBackwardRoom = 32 / int(sizeof(T));
 
-DEVICE_INLINE const uint8_t* bits_of(const ByTask& bits, const PackedSizes& sizes, const int64_t* slots, int64_t sample) {
+DEVICE_INLINE const uint8_t* bits_of(const PerTask& bits, const PackedSizes& sizes, const int64_t* slots, int64_t sample) {
   const int64_t task = slots[sample];
   DEVICE_ASSERT(task >= 0 && task < sizes.tasks);
   return array_of<const uint8_t>(bits, task);
@@ -31,7 +31,7 @@ DEVICE_INLINE const uint8_t* bits_of(const ByTask& bits, const PackedSizes& size
 
 // `found`: where the bits of each row's mask are, seen by all threads.
 template <int kRoom>
-DEVICE_INLINE void find_bits(const uint8_t* (&found)[kRoom], const ByTask& bits, const PackedSizes& sizes, const int64_t* slots,
+DEVICE_INLINE void find_bits(const uint8_t* (&found)[kRoom], const PerTask& bits, const PackedSizes& sizes, const int64_t* slots,
                              int64_t window, int count) {
   const int i = int(threadIdx.x);
   if (IN_BOUNDS(i < count)) found[i] = bits_of(bits, sizes, slots, (window + i) / sizes.rows_per_sample);
@@ -44,11 +44,12 @@ DEVICE_INLINE void keep(unsigned byte, const T (&w)[N], T (&theta)[N]) {
   for (int j = 0; j < N; ++j) theta[j] = byte >> j & 1 ? w[j] : T(0);
 }
 
-// With `partial` [gridDim.z, rows, out] the sums go there instead of y.
+// With `split_k_sums` [gridDim.z, rows, out] the sums go there instead of y.
 template <bool kAligned, class P>
 __global__ void __launch_bounds__(kBlock)
-    packed_masked_linear_kernel(PackedSizes sizes, const int64_t* slots, const P* w, ByTask bits, const Compute<P>* bias,
-                                ByTask bias_bits, const Compute<P>* x, Compute<P>* y, Compute<P>* partial, int64_t columns_each) {
+    packed_masked_linear_kernel(PackedSizes sizes, const int64_t* slots, const P* w, PerTask bits, const Compute<P>* bias,
+                                PerTask bias_bits, const Compute<P>* x, Compute<P>* y, Compute<P>* split_k_sums,
+                                int64_t columns_each) {
   using T = Compute<P>;
   constexpr int kRoom = kPackedRoom<T>;
   SHARED(T, total, [kRowsOfTile][kRoom]);
@@ -102,16 +103,16 @@ __global__ void __launch_bounds__(kBlock)
       if (!masked || (bits_of(bias_bits, sizes, slots, sample)[row / 8] >> (row % 8) & 1)) sum += bias[row];
     }
     const int64_t to = (window + b) * sizes.out + row;
-    if (partial != nullptr) partial[int64_t(blockIdx.z) * sizes.rows * sizes.out + to] = sum;
+    if (split_k_sums != nullptr) split_k_sums[int64_t(blockIdx.z) * sizes.rows * sizes.out + to] = sum;
     else y[to] = sum;
   }
 }
 
-// dx_b = dy_b theta_t. With `partial` [gridDim.y, rows, groups * in] the sums go there instead.
+// dx_b = dy_b theta_t. With `split_k_sums` [gridDim.y, rows, groups * in] the sums go there instead.
 template <bool kAligned, class P>
 __global__ void __launch_bounds__(kBlock)
-    packed_input_gradient_kernel(PackedSizes sizes, const int64_t* slots, const P* w, ByTask bits, const Compute<P>* dy,
-                                 Compute<P>* dx, Compute<P>* partial, int64_t rows_each) {
+    packed_input_gradient_kernel(PackedSizes sizes, const int64_t* slots, const P* w, PerTask bits, const Compute<P>* dy,
+                                 Compute<P>* dx, Compute<P>* split_k_sums, int64_t rows_each) {
   using T = Compute<P>;
   constexpr int kRoom = kPackedBackwardRoom<T>, kStrip = 8 * kChunk, kRows = 2;
   SHARED(T, total, [kRoom][kStrip]);
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(kBlock)
     if (!IN_BOUNDS(at < in)) continue;
     const T sum = total[i / kStrip][i % kStrip];
     const int64_t to = ((window + i / kStrip) * sizes.groups + group) * in + at;
-    if (partial != nullptr) partial[int64_t(blockIdx.y) * sizes.rows * sizes.groups * in + to] = sum;
+    if (split_k_sums != nullptr) split_k_sums[int64_t(blockIdx.y) * sizes.rows * sizes.groups * in + to] = sum;
     else dx[to] = sum;
   }
 }
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kBlock)
 // dw = the sum over rows of where(bit, dy^T x, 0): a lane has two rows and eight columns of it to itself, and takes all rows in
 // turn.
 template <bool kAligned, class P>
-__global__ void __launch_bounds__(kBlock) packed_weight_gradient_kernel(PackedSizes sizes, const int64_t* slots, ByTask bits,
+__global__ void __launch_bounds__(kBlock) packed_weight_gradient_kernel(PackedSizes sizes, const int64_t* slots, PerTask bits,
                                                                         const Compute<P>* dy, const Compute<P>* x, P* dw) {
   using T = Compute<P>;
   constexpr int kRows = 2;

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) fill_table_kernel(PointerBatch point
 // Zeros in the arrays of the tasks that no row has; a row of blocks for each task.
 template <class P>
 __global__ void __launch_bounds__(kThreads)
-    clear_unused_kernel(ByTask arrays, const int64_t* used, int64_t n, int64_t blocks_each) {
+    clear_unused_kernel(PerTask arrays, const int64_t* used, int64_t n, int64_t blocks_each) {
   const int64_t task = blockIdx.x / blocks_each;
   if (used[task] != 0) return;
   const int64_t first = int64_t(blockIdx.x) % blocks_each * kThreads + threadIdx.x;
@@ -67,7 +67,7 @@ void fill_table(void* const* pointers, int64_t count, void** table, cudaStream_t
   }
 }
 
-void clear_unused(Type type, const ByTask& arrays, int64_t tasks, const int64_t* used, int64_t n, cudaStream_t stream) {
+void clear_unused(Type type, const PerTask& arrays, int64_t tasks, const int64_t* used, int64_t n, cudaStream_t stream) {
   if (tasks == 0 || n == 0) return;
   constexpr int64_t kMost = 64;  // blocks for a task: most tasks have rows, and their blocks end at once
   const int64_t blocks = ceil_div(n, kThreads), each = blocks < kMost ? blocks : kMost;

@@ -8,7 +8,7 @@ namespace metamask::cuda {
 
 // The array of one task; null: there is none.
 template <class T>
-DEVICE_INLINE T* array_of(const ByTask& arrays, int64_t task) {
+DEVICE_INLINE T* array_of(const PerTask& arrays, int64_t task) {
   void* const array = arrays.table != nullptr ? arrays.table[task] : static_cast<char*>(arrays.first) + task * arrays.stride;
   return static_cast<T*>(arrays.first == nullptr && arrays.table == nullptr ? nullptr : array);
 }

@@ -10,7 +10,7 @@
 namespace metamask::cuda {
 
 // An array of each task: parts of one, `stride` bytes apart, or by a table in device memory. Neither: there are none.
-struct ByTask {
+struct PerTask {
   void* first = nullptr;
   int64_t stride = 0;
   void* const* table = nullptr;
@@ -38,6 +38,6 @@ void sort_by_task(const int64_t* slots, const SortedRows& sorted, int64_t* used,
 void fill_table(void* const* pointers, int64_t count, void** table, cudaStream_t stream);
 
 // Zeros in the arrays [n] of the tasks that have no rows.
-void clear_unused(Type type, const ByTask& arrays, int64_t tasks, const int64_t* used, int64_t n, cudaStream_t stream);
+void clear_unused(Type type, const PerTask& arrays, int64_t tasks, const int64_t* used, int64_t n, cudaStream_t stream);
 
 }  // namespace metamask::cuda

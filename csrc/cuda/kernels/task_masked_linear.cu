@@ -49,13 +49,13 @@ Share backward_share(const TaskLinearCase& given) {
   return share(given.out / given.groups, kWarps * 4 * Product::kRows, ceil_div(given.in, 8 * Product::kColumns) * given.groups);
 }
 
-bool aligned_by_task(const ByTask& arrays) { return aligned(arrays.first) && arrays.stride % kPackBytes == 0; }
+bool per_task_aligned(const PerTask& arrays) { return aligned(arrays.first) && arrays.stride % kPackBytes == 0; }
 
 // By a table: the tensors of a list begin where torch's allocator puts them, unless they are views; so it is not known here, and
 // these go element by element.
 template <class P, class X, class... Pointers>
-bool packs_fit(const TaskLinearCase& given, const ByTask& masks, const ByTask& other, Pointers... pointers) {
-  return masks.table == nullptr && other.table == nullptr && aligned_by_task(masks) && aligned_by_task(other) &&
+bool packs_fit(const TaskLinearCase& given, const PerTask& masks, const PerTask& other, Pointers... pointers) {
+  return masks.table == nullptr && other.table == nullptr && per_task_aligned(masks) && per_task_aligned(other) &&
          rows_aligned<P, X>(given.in, pointers...);
 }
 
@@ -68,38 +68,38 @@ void forward(const TaskLinearCase& given, const TaskParameters& parameters, cons
   if (sizes.rows == 0 || sizes.out == 0) return;
   const Share shared = forward_share(given);
   const dim3 grid(unsigned(windows(given)), unsigned(given.groups * sizes.tiles), unsigned(shared.count));
-  Sum* partial = shared.count > 1 ? out<Sum>(workspace) : nullptr;
+  Sum* split_k_sums = shared.count > 1 ? out<Sum>(workspace) : nullptr;
   const auto run = [&]<bool kAligned>() {
     launch(task_masked_linear_kernel<kSecond, kAligned, P, Product>, grid, dim3(kBlock), 0, stream, sizes,
-           parameter_of<Compute<P>>(given.gate), parameters, cotangents, in<X>(x), out<X>(y), partial, shared.each);
+           gate_param_of<Compute<P>>(given.gate), parameters, cotangents, in<X>(x), out<X>(y), split_k_sums, shared.each);
   };
   if (packs_fit<P, X>(given, parameters.masks, cotangents.masks, x, parameters.w, cotangents.dx, cotangents.dw)) {
     run.template operator()<true>();
   } else {
     run.template operator()<false>();
   }
-  if (partial != nullptr) add_partial<X>(partial, nullptr, y, shared.count, sizes.rows, sizes.out, stream);
+  if (split_k_sums != nullptr) add_split_k<X>(split_k_sums, nullptr, y, shared.count, sizes.rows, sizes.out, stream);
 }
 
 template <bool kSecond, class P, class Product>
 void backward(const TaskLinearCase& given, const TaskParameters& parameters, const TaskCotangents& cotangents, const void* dy,
-              const void* x, void* dw, const ByTask& dm, void* dx, void* workspace, cudaStream_t stream) {
+              const void* x, void* dw, const PerTask& dm, void* dx, void* workspace, cudaStream_t stream) {
   using X = typename Product::X;
   using Sum = typename Product::Sum;
   const TaskSizes sizes = sizes_of(given);
   if (sizes.rows == 0 || sizes.in == 0) return;
   const Share shared = backward_share<Product>(given);
   const dim3 grid(unsigned(ceil_div(given.in, 8 * Product::kColumns)), unsigned(shared.count), unsigned(given.groups));
-  Sum* partial = dx != nullptr && shared.count > 1 ? out<Sum>(workspace) : nullptr;
+  Sum* split_k_sums = dx != nullptr && shared.count > 1 ? out<Sum>(workspace) : nullptr;
   const auto run = [&]<bool kAligned>() {
     launch(task_masked_linear_backward_kernel<kSecond, kAligned, P, Product>, grid, dim3(kBlock), 0, stream, sizes,
-           parameter_of<Compute<P>>(given.gate), parameters, cotangents, in<X>(dy), in<X>(x), out<Compute<P>>(dw), dm, out<X>(dx),
-           partial, shared.each);
+           gate_param_of<Compute<P>>(given.gate), parameters, cotangents, in<X>(dy), in<X>(x), out<Compute<P>>(dw), dm, out<X>(dx),
+           split_k_sums, shared.each);
   };
   const bool fit = packs_fit<P, X>(given, parameters.masks, cotangents.masks, x, parameters.w, cotangents.dx, cotangents.dw, dw);
-  if (fit && dm.table == nullptr && aligned_by_task(dm)) run.template operator()<true>();
+  if (fit && dm.table == nullptr && per_task_aligned(dm)) run.template operator()<true>();
   else run.template operator()<false>();
-  if (partial != nullptr) add_partial<X>(partial, nullptr, dx, shared.count, sizes.rows, sizes.groups * sizes.in, stream);
+  if (split_k_sums != nullptr) add_split_k<X>(split_k_sums, nullptr, dx, shared.count, sizes.rows, sizes.groups * sizes.in, stream);
 }
 
 }  // namespace
@@ -130,7 +130,7 @@ void task_masked_linear(const TaskLinearCase& given, const TaskParameters& param
 }
 
 void task_masked_linear_backward(const TaskLinearCase& given, const TaskParameters& parameters, const void* dy, const void* x,
-                                 void* dw, const ByTask& dm, void* dx, void* workspace, cudaStream_t stream) {
+                                 void* dw, const PerTask& dm, void* dx, void* workspace, cudaStream_t stream) {
   with_product<TensorBackward, PlainBackward>(given, [&]<class P, class Product>(Tag<P>, Tag<Product>) {
     backward<false, P, Product>(given, parameters, {}, dy, x, dw, dm, dx, workspace, stream);
   });
@@ -145,8 +145,8 @@ void task_masked_linear_double_forward(const TaskLinearCase& given, const TaskPa
 }
 
 void task_masked_linear_double_backward(const TaskLinearCase& given, const TaskParameters& parameters,
-                                        const TaskCotangents& cotangents, const void* dy, const void* x, void* dw, const ByTask& dm,
-                                        void* dx, void* workspace, cudaStream_t stream) {
+                                        const TaskCotangents& cotangents, const void* dy, const void* x, void* dw,
+                                        const PerTask& dm, void* dx, void* workspace, cudaStream_t stream) {
   with_plain<PlainBackward>(given.param, [&]<class P, class Product>(Tag<P>, Tag<Product>) {
     backward<true, P, Product>(given, parameters, cotangents, dy, x, dw, dm, dx, workspace, stream);
   });

@@ -40,23 +40,23 @@ DEVICE_INLINE void load_chunk_or_zero(const T* __restrict__ row, int64_t column,
 }
 
 template <class P>
-DEVICE_INLINE Compute<P> bias_of(const TaskSizes& sizes, Compute<P> parameter, const P* bias, const ByTask& bias_masks,
+DEVICE_INLINE Compute<P> bias_of(const TaskSizes& sizes, Compute<P> gate_param, const P* bias, const PerTask& bias_masks,
                                  int64_t task, int64_t row) {
   if (bias == nullptr) return 0;
   const Compute<P> b = to_compute(bias[row]);
   const P* const masks = array_of<P>(bias_masks, task);
   if (masks == nullptr) return b;
   const Compute<P> m = to_compute(masks[row]);
-  return sizes.gate == kSigmoid ? theta_of<kSigmoid>(b, m, parameter) : theta_of<kHard>(b, m, parameter);
+  return sizes.gate == kSigmoid ? theta_of<kSigmoid>(b, m, gate_param) : theta_of<kHard>(b, m, gate_param);
 }
 
 // With kSecond y is the gradient for dy of <cotangents, first derivatives>: theta meets the cotangent of dx, and what the
-// cotangents of dW and dM make of W and M (V = A s + B W d) meets x. x or the cotangent of dx may be null then. With `partial`
+// cotangents of dW and dM make of W and M (V = A s + B W d) meets x. x or the cotangent of dx may be null then. With `split_k_sums`
 // [gridDim.z, rows, out] the sums go there instead.
 template <bool kSecond, bool kAligned, class P, class Product>
 __global__ void __launch_bounds__(kBlock)
-    task_masked_linear_kernel(TaskSizes sizes, Compute<P> parameter, TaskParameters given, TaskCotangents cotangents,
-                              const typename Product::X* x, typename Product::X* y, typename Product::Sum* partial,
+    task_masked_linear_kernel(TaskSizes sizes, Compute<P> gate_param, TaskParameters given, TaskCotangents cotangents,
+                              const typename Product::X* x, typename Product::X* y, typename Product::Sum* split_k_sums,
                               int64_t columns_each) {
   using X = typename Product::X;
   using Sum = typename Product::Sum;
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kBlock)
         if constexpr (kSecond) load_chunk_or_zero<kAligned>(dm + row * in, column, columns, dm != nullptr, b_);
         with_gate(sizes.gate, [&]<GateKind kind>() {
           for (int j = 0; j < kChunk; ++j) {
-            theta[r][j] = theta_of<kind>(w_[r][j], m_[j], parameter);
-            if constexpr (kSecond) second[r][j] = double_backward_of<kind>(a_[r][j], b_[j], Sum(0), w_[r][j], m_[j], parameter).g;
+            theta[r][j] = theta_of<kind>(w_[r][j], m_[j], gate_param);
+            if constexpr (kSecond) second[r][j] = double_backward_of<kind>(a_[r][j], b_[j], Sum(0), w_[r][j], m_[j], gate_param).g;
           }
         });
       }
@@ -113,10 +113,10 @@ __global__ void __launch_bounds__(kBlock)
     if (!IN_BOUNDS(row < end_row)) continue;
     Sum sum = total[i % kRowsOfTile][b];
     if (blockIdx.z == 0) {
-      sum += bias_of<P>(sizes, parameter, static_cast<const P*>(given.bias), given.bias_masks, sizes.task[window + b], row);
+      sum += bias_of<P>(sizes, gate_param, static_cast<const P*>(given.bias), given.bias_masks, sizes.task[window + b], row);
     }
     const int64_t to = sizes.source[window + b] * sizes.out + row;
-    if (partial != nullptr) partial[int64_t(blockIdx.z) * sizes.rows * sizes.out + to] = sum;
+    if (split_k_sums != nullptr) split_k_sums[int64_t(blockIdx.z) * sizes.rows * sizes.out + to] = sum;
     else from_compute(sum, y[to]);
   }
 }

@@ -22,16 +22,16 @@ constexpr bool has_task_kernel(Type param, Type product) {
 
 struct TaskParameters {
   const void* w;
-  ByTask masks;
+  PerTask masks;
   const void* bias = nullptr;  // null: none
-  ByTask bias_masks = {};      // none: the bias is not masked
+  PerTask bias_masks = {};     // none: the bias is not masked
 };
 
 // What the first derivatives are themselves differentiated along: cotangents of dx, dw and the masks' gradients; null: zero.
 struct TaskCotangents {
   const void* dx = nullptr;
   const void* dw = nullptr;
-  ByTask masks = {};
+  PerTask masks = {};
 };
 
 // Bytes of the workspaces of the launchers; 0: none, the pointer may be null.
@@ -43,14 +43,14 @@ void task_masked_linear(const TaskLinearCase& given, const TaskParameters& param
 
 // dw is in the type of the arithmetic (float, or double), dm of type `param`. What is null is not wanted.
 void task_masked_linear_backward(const TaskLinearCase& given, const TaskParameters& parameters, const void* dy, const void* x,
-                                 void* dw, const ByTask& dm, void* dx, void* workspace, cudaStream_t stream);
+                                 void* dw, const PerTask& dm, void* dx, void* workspace, cudaStream_t stream);
 
 // The second derivatives, for float64 and exact float32. ddy: the gradient for dy, but without what the bias gives.
 void task_masked_linear_double_forward(const TaskLinearCase& given, const TaskParameters& parameters,
                                        const TaskCotangents& cotangents, const void* x, void* ddy, void* workspace,
                                        cudaStream_t stream);
 void task_masked_linear_double_backward(const TaskLinearCase& given, const TaskParameters& parameters,
-                                        const TaskCotangents& cotangents, const void* dy, const void* x, void* dw, const ByTask& dm,
-                                        void* dx, void* workspace, cudaStream_t stream);
+                                        const TaskCotangents& cotangents, const void* dy, const void* x, void* dw,
+                                        const PerTask& dm, void* dx, void* workspace, cudaStream_t stream);
 
 }  // namespace metamask::cuda

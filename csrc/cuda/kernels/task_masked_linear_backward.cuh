@@ -9,16 +9,16 @@
 
 namespace metamask::cuda {
 
-// dw: [out, in] of the type of the arithmetic; dm: of P; dx: [rows, groups * in]. What is null is not wanted. With `partial`
+// dw: [out, in] of the type of the arithmetic; dm: of P; dx: [rows, groups * in]. What is null is not wanted. With `split_k_sums`
 // [gridDim.y, rows, groups * in] the sums of dx go there instead.
 //
 // With kSecond they are the gradients of <cotangents, first derivatives>: V takes the place of theta, and H = dy^T (cotangent of
 // dx) is a second gradient of theta, which reaches W and M as G does in the first backward.
 template <bool kSecond, bool kAligned, class P, class Product>
 __global__ void __launch_bounds__(kBlock)
-    task_masked_linear_backward_kernel(TaskSizes sizes, Compute<P> parameter, TaskParameters given, TaskCotangents cotangents,
-                                       const typename Product::X* dy, const typename Product::X* x, Compute<P>* dw, ByTask dm,
-                                       typename Product::X* dx, typename Product::Sum* partial, int64_t rows_each) {
+    task_masked_linear_backward_kernel(TaskSizes sizes, Compute<P> gate_param, TaskParameters given, TaskCotangents cotangents,
+                                       const typename Product::X* dy, const typename Product::X* x, Compute<P>* dw, PerTask dm,
+                                       typename Product::X* dx, typename Product::Sum* split_k_sums, int64_t rows_each) {
   using X = typename Product::X;
   using Sum = typename Product::Sum;
   constexpr int kRows = Product::kRows, kColumns = Product::kColumns, kStrip = 8 * kColumns;
@@ -73,12 +73,12 @@ __global__ void __launch_bounds__(kBlock)
           }
           with_gate(sizes.gate, [&]<GateKind kind>() {
             for (int j = 0; j < kColumns; ++j) {
-              const auto back = backward_of<kind>(kSecond ? of_ax[r][j] : of_x[r][j], w_[j], m_[j], parameter);
+              const auto back = backward_of<kind>(kSecond ? of_ax[r][j] : of_x[r][j], w_[j], m_[j], gate_param);
               theta[r][j] = back.theta;
               dw_[j] = back.w;
               dm_[j] = back.m;
               if constexpr (kSecond) {
-                const auto again = double_backward_of<kind>(a_[j], b_[j], of_x[r][j], w_[j], m_[j], parameter);
+                const auto again = double_backward_of<kind>(a_[j], b_[j], of_x[r][j], w_[j], m_[j], gate_param);
                 theta[r][j] = again.g;
                 dw_[j] += again.w;
                 dm_[j] += again.m;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kBlock)
         if (!IN_BOUNDS(at < in)) continue;
         const Sum sum = total[i / kStrip][i % kStrip];
         const int64_t to = (sizes.source[begin + i / kStrip] * sizes.groups + group) * in + at;
-        if (partial != nullptr) partial[int64_t(blockIdx.y) * sizes.rows * sizes.groups * in + to] = sum;
+        if (split_k_sums != nullptr) split_k_sums[int64_t(blockIdx.y) * sizes.rows * sizes.groups * in + to] = sum;
         else from_compute(sum, dx[to]);
       }
       __syncthreads();  // the next rows' sums take the place of these

@@ -59,11 +59,11 @@ template <int N, class P, bool kWhole = false>
 DEVICE_INLINE void store_or_descend(const Sink& sink, int64_t i, int64_t n, const Compute<P> (&p)[N], const Compute<P> (&g)[N]) {
   store<N, kWhole>(static_cast<P*>(sink.gradient), i, n, g);
   if (sink.parameter == nullptr) return;
-  P* velocity = static_cast<P*>(sink.velocity);
+  P* momentum_buffer = static_cast<P*>(sink.momentum_buffer);
   Compute<P> v[N], to[N];
-  load_or_zero<N, kWhole>(velocity, i, n, v);
+  load_or_zero<N, kWhole>(momentum_buffer, i, n, v);
   for (int k = 0; k < N; ++k) to[k] = descend(p[k], g[k], sink.sgd, v[k]);
-  store<N, kWhole>(velocity, i, n, v);
+  store<N, kWhole>(momentum_buffer, i, n, v);
   store<N, kWhole>(static_cast<P*>(sink.parameter), i, n, to);
 }
 
