@@ -17,4 +17,20 @@ const char* name_of(Capability capability);
 // All that this machine can run, the slowest first.
 std::vector<std::string> available_capabilities();
 
+// METAMASK_CHOSEN_TABLE(kGemm): the table of cpu/kernels/isa.h that capability() asks for.
+#if defined(METAMASK_X86)
+template <class Table>
+const Table& chosen_table(const Table& plain, const Table& avx2, const Table& avx512, const Table& avx512_bf16) {
+  switch (capability()) {
+    case Capability::kAvx512Bf16: return avx512_bf16;
+    case Capability::kAvx512: return avx512;
+    case Capability::kAvx2: return avx2;
+    default: return plain;
+  }
+}
+#define METAMASK_CHOSEN_TABLE(name) ::metamask::cpu::chosen_table(name##_default, name##_avx2, name##_avx512, name##_avx512_bf16)
+#else
+#define METAMASK_CHOSEN_TABLE(name) name##_default
+#endif
+
 }  // namespace metamask::cpu

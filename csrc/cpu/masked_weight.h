@@ -13,17 +13,7 @@
 
 namespace metamask::cpu {
 
-inline const MaskedWeightKernels& masked_weight_kernels() {
-#if defined(METAMASK_X86)
-  switch (capability()) {
-    case Capability::kAvx512Bf16: return kMaskedWeight_avx512_bf16;
-    case Capability::kAvx512: return kMaskedWeight_avx512;
-    case Capability::kAvx2: return kMaskedWeight_avx2;
-    default: break;
-  }
-#endif
-  return kMaskedWeight_default;
-}
+inline const MaskedWeightKernels& masked_weight_kernels() { return METAMASK_CHOSEN_TABLE(kMaskedWeight); }
 
 // Elements a thread takes at the least: about 10 microseconds of work, a few times what waking it costs.
 constexpr int64_t kGrain = 16384;

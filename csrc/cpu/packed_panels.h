@@ -12,19 +12,9 @@ namespace metamask::cpu {
 
 template <class T>
 const PackedKernels<T>& packed_kernels() {
-  const auto of = [](const Packed& table) -> const PackedKernels<T>& {
-    if constexpr (sizeof(T) == 8) return table.float64;
-    else return table.float32;
-  };
-#if defined(METAMASK_X86)
-  switch (capability()) {
-    case Capability::kAvx512Bf16: return of(kPacked_avx512_bf16);
-    case Capability::kAvx512: return of(kPacked_avx512);
-    case Capability::kAvx2: return of(kPacked_avx2);
-    default: break;
-  }
-#endif
-  return of(kPacked_default);
+  const Packed& table = METAMASK_CHOSEN_TABLE(kPacked);
+  if constexpr (sizeof(T) == 8) return table.float64;
+  else return table.float32;
 }
 
 // The rows [samples, rows, groups * columns] of a tensor as T, the samples in `order` (empty: as they are), each group's columns

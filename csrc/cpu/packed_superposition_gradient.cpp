@@ -11,19 +11,9 @@ namespace {
 
 template <class T>
 const SuperpositionKernel<T>& superposition_kernel() {
-  const auto of = [](const Superposition& table) -> const SuperpositionKernel<T>& {
-    if constexpr (sizeof(T) == 8) return table.float64;
-    else return table.float32;
-  };
-#if defined(METAMASK_X86)
-  switch (capability()) {
-    case Capability::kAvx512Bf16: return of(kSuperposition_avx512_bf16);
-    case Capability::kAvx512: return of(kSuperposition_avx512);
-    case Capability::kAvx2: return of(kSuperposition_avx2);
-    default: break;
-  }
-#endif
-  return of(kSuperposition_default);
+  const Superposition& table = METAMASK_CHOSEN_TABLE(kSuperposition);
+  if constexpr (sizeof(T) == 8) return table.float64;
+  else return table.float32;
 }
 
 // Rows of W and samples whose products are in the second-level cache together.

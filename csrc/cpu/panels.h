@@ -13,17 +13,7 @@
 
 namespace metamask::cpu {
 
-inline const Gemm& gemm_table() {
-#if defined(METAMASK_X86)
-  switch (capability()) {
-    case Capability::kAvx512Bf16: return kGemm_avx512_bf16;
-    case Capability::kAvx512: return kGemm_avx512;
-    case Capability::kAvx2: return kGemm_avx2;
-    default: break;
-  }
-#endif
-  return kGemm_default;
-}
+inline const Gemm& gemm_table() { return METAMASK_CHOSEN_TABLE(kGemm); }
 
 template <class T>
 const GemmKernels<T>& gemm_kernels() {

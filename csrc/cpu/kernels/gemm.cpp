@@ -1,39 +1,28 @@
-// Compiled once for each instruction set, with METAMASK_ISA its name. Everything but the table is local to the object.
+// Compiled once for each instruction set (cpu/kernels/isa.h).
 //
 // A tile of kRows x kColumns results is kept in registers while the sum runs: kRows + kColumns loads for kRows * kColumns
 // multiplications. BLAS libraries pack both operands first, which pays for large matrices only, and some choose a lesser
 // instruction set on some processors (docs/cpu.md has the measurements).
 #include "cpu/kernels/gemm.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "cpu/kernels/vector.h"
 
 namespace metamask::cpu {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kRows = 4, kColumns = 4;
+constexpr int kRows = 4, kColumns = 4;
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32, kRows = 4, kColumns = 3;
+constexpr int kRows = 4, kColumns = 3;
 #elif defined(__aarch64__)
-constexpr int kVectorBytes = 16, kRows = 4, kColumns = 4;
+constexpr int kRows = 4, kColumns = 4;
 #else
-constexpr int kVectorBytes = 16, kRows = 3, kColumns = 3;
+constexpr int kRows = 3, kColumns = 3;
 #endif
 
 constexpr int64_t kBlockRows = 2 * kRows;   // rows of `a` that stay in the first-level cache while b streams by
 constexpr int64_t kBlockBytes = 32 * 1024;  // what they and one tile's columns of b may take there
 constexpr int64_t kBlockTerms = 64;         // rows of `b` likewise
-
-// The compilers' own vector type: one source for every instruction set.
-template <class T>
-struct Vector {
-  using Sum = T;
-  typedef T type __attribute__((vector_size(kVectorBytes)));
-  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
-  static constexpr int64_t kLanes = kVectorBytes / sizeof(T);
-};
 
 template <>
 struct Vector<Pair> {
@@ -46,24 +35,9 @@ struct Vector<Pair> {
 template <class T>
 using SumVector = typename Vector<typename Vector<T>::Sum>::type;
 
-template <class T>
-METAMASK_INLINE typename Vector<T>::type load(const T* from) {
-  return *reinterpret_cast<const typename Vector<T>::unaligned*>(from);
-}
-
-template <class T>
-METAMASK_INLINE void store(T* to, typename Vector<T>::type value) {
-  *reinterpret_cast<typename Vector<T>::unaligned*>(to) = value;
-}
-
 template <class V>
 METAMASK_INLINE void multiply_add(V& sum, V a, V b) {
   sum += a * b;
-}
-
-template <class T>
-METAMASK_INLINE typename Vector<T>::type everywhere(T value) {
-  return value - typename Vector<T>::type{};
 }
 
 #if defined(__AVX512BF16__)
@@ -164,20 +138,6 @@ METAMASK_INLINE void gemm_nn_tile(const T* a, int64_t a_row, int64_t a_next, con
   }
 }
 
-template <int value>
-struct Constant {
-  static constexpr int kValue = value;
-};
-
-// Calls work with the constant min(count, Most): how many rows, or columns, the next tile has.
-template <int Most, class Work>
-METAMASK_INLINE void with_count(int64_t count, Work work) {
-  if constexpr (Most > 1) {
-    if (count < Most) return with_count<Most - 1>(count, work);
-  }
-  work(Constant<Most>());
-}
-
 template <class T>
 void gemm_nt(const T* a, int64_t a_row, const T* b, int64_t b_row, typename Vector<T>::Sum* y, int64_t y_row, int64_t rows,
              int64_t columns, int64_t length) {
@@ -224,9 +184,7 @@ void gemm_nn(const T* a, int64_t a_row, int64_t a_next, const T* b, int64_t b_ro
 
 }  // namespace
 
-#define TABLE_NAME_(isa) kGemm_##isa
-#define TABLE_NAME(isa) TABLE_NAME_(isa)
-const Gemm TABLE_NAME(METAMASK_ISA) = {
+const Gemm METAMASK_TABLE(kGemm) = {
     {&gemm_nt<float>, &gemm_nn<float>},
     {&gemm_nt<double>, &gemm_nn<double>},
 #if defined(__AVX512BF16__)

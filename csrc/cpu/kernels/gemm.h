@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/kernels/isa.h"
 #include "cpu/kernels/storage.h"
 
 namespace metamask::cpu {
@@ -35,11 +36,6 @@ struct Gemm {
   GemmKernels<Pair, float> bfloat16;  // null where the instruction set cannot multiply it
 };
 
-extern const Gemm kGemm_default;
-#if defined(METAMASK_X86)
-extern const Gemm kGemm_avx2;
-extern const Gemm kGemm_avx512;
-extern const Gemm kGemm_avx512_bf16;
-#endif
+METAMASK_DECLARE_TABLES(Gemm, kGemm);
 
 }  // namespace metamask::cpu

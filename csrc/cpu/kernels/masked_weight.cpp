@@ -1,4 +1,4 @@
-// Compiled once for each instruction set, with METAMASK_ISA its name. Everything but the table is local to the object.
+// Compiled once for each instruction set (cpu/kernels/isa.h).
 #include "cpu/kernels/masked_weight.h"
 
 namespace metamask::cpu {
@@ -285,8 +285,7 @@ void second_backward_add(Gate gate, Type param, const void* a, const void* b, co
 
 }  // namespace
 
-#define TABLE_NAME_(isa) kMaskedWeight_##isa
-#define TABLE_NAME(isa) TABLE_NAME_(isa)
-const MaskedWeightKernels TABLE_NAME(METAMASK_ISA) = {&forward, &backward, &double_backward, &backward_add, &second_backward_add};
+const MaskedWeightKernels METAMASK_TABLE(kMaskedWeight) = {&forward, &backward, &double_backward, &backward_add,
+                                                           &second_backward_add};
 
 }  // namespace metamask::cpu

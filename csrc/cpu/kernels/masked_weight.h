@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/kernels/isa.h"
 #include "cpu/kernels/storage.h"
 
 namespace metamask::cpu {
@@ -27,11 +28,6 @@ struct MaskedWeightKernels {
                               const void* m, void* theta, void* c, void* dw, void* dm, int64_t n);
 };
 
-extern const MaskedWeightKernels kMaskedWeight_default;
-#if defined(METAMASK_X86)
-extern const MaskedWeightKernels kMaskedWeight_avx2;
-extern const MaskedWeightKernels kMaskedWeight_avx512;
-extern const MaskedWeightKernels kMaskedWeight_avx512_bf16;
-#endif
+METAMASK_DECLARE_TABLES(MaskedWeightKernels, kMaskedWeight);
 
 }  // namespace metamask::cpu

@@ -1,4 +1,4 @@
-// Compiled once for each instruction set, with METAMASK_ISA its name. Everything but the table is local to the object.
+// Compiled once for each instruction set (cpu/kernels/isa.h).
 #include "cpu/kernels/packed.h"
 
 #include "cpu/kernels/mask_vector.h"
@@ -372,9 +372,7 @@ void narrow_as(const T* from, Type to, void* w, int64_t n) {
 
 }  // namespace
 
-#define TABLE_NAME_(isa) kPacked_##isa
-#define TABLE_NAME(isa) TABLE_NAME_(isa)
 #define KERNELS(T) {&forward<T>, &input_gradient<T>, &weight_gradient<T>, &expand<T>, &add_masked<T>, &widen_as<T>, &narrow_as<T>}
-const Packed TABLE_NAME(METAMASK_ISA) = {KERNELS(float), KERNELS(double)};
+const Packed METAMASK_TABLE(kPacked) = {KERNELS(float), KERNELS(double)};
 
 }  // namespace metamask::cpu

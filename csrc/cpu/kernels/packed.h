@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cpu/kernels/gemm.h"
+#include "cpu/kernels/isa.h"
 
 namespace metamask::cpu {
 
@@ -46,11 +47,6 @@ struct Packed {
   PackedKernels<double> float64;
 };
 
-extern const Packed kPacked_default;
-#if defined(METAMASK_X86)
-extern const Packed kPacked_avx2;
-extern const Packed kPacked_avx512;
-extern const Packed kPacked_avx512_bf16;
-#endif
+METAMASK_DECLARE_TABLES(Packed, kPacked);
 
 }  // namespace metamask::cpu

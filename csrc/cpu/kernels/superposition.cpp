@@ -1,4 +1,4 @@
-// Compiled once for each instruction set, with METAMASK_ISA its name. Everything but the table is local to the object.
+// Compiled once for each instruction set (cpu/kernels/isa.h).
 //
 // With AVX-512, float32, the sums of all 16 subsets of four neighbouring products are one register, and the four bits of 16 tasks
 // pick theirs by one permutation: an addition for 64 terms, where a masked one would take 16. Elsewhere each vector of products is
@@ -207,8 +207,6 @@ constexpr auto add_by_tables = &add<float>;
 
 }  // namespace
 
-#define TABLE_NAME_(isa) kSuperposition_##isa
-#define TABLE_NAME(isa) TABLE_NAME_(isa)
-const Superposition TABLE_NAME(METAMASK_ISA) = {{add_by_tables}, {&add<double>}};
+const Superposition METAMASK_TABLE(kSuperposition) = {{add_by_tables}, {&add<double>}};
 
 }  // namespace metamask::cpu

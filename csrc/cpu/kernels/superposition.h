@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/gemm.h"
+#include "cpu/kernels/isa.h"
 
 namespace metamask::cpu {
 
@@ -21,11 +22,6 @@ struct Superposition {
   SuperpositionKernel<double> float64;
 };
 
-extern const Superposition kSuperposition_default;
-#if defined(METAMASK_X86)
-extern const Superposition kSuperposition_avx2;
-extern const Superposition kSuperposition_avx512;
-extern const Superposition kSuperposition_avx512_bf16;
-#endif
+METAMASK_DECLARE_TABLES(Superposition, kSuperposition);
 
 }  // namespace metamask::cpu
