@@ -159,8 +159,6 @@ class PackedLinear {
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalList = std::optional<std::vector<at::Tensor>>;
 
-bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
-
 // With the slots' values.
 struct Arguments : PackedArguments {
   Arguments(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, at::TensorList packed_list,
@@ -171,13 +169,11 @@ struct Arguments : PackedArguments {
   }
 };
 
-int64_t rows_of_a_sample(const at::Tensor& input) { return c10::multiply_integers(input.sizes().slice(1, input.dim() - 2)); }
-
 at::Tensor zeros_or_bias(const Batch& batch, const Arguments& arguments, const at::Tensor& slots, const OptionalTensor& bias,
                          at::IntArrayRef sizes, at::ScalarType type) {
   const int64_t out = sizes.back();
   at::Tensor y = at::empty(sizes, slots.options().dtype(type));
-  if (!given(bias)) return y.zero_();
+  if (!is_given(bias)) return y.zero_();
   const at::Tensor b = bias->to(type);
   if (!arguments.packed_bias.has_value()) return y.copy_(b.expand_as(y));
   const at::Tensor contiguous = slots.contiguous(), b_row = b.contiguous();
@@ -201,13 +197,10 @@ at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots
   const Arguments arguments(input, slots, weight, packed_list, bias, packed_bias_list, groups);
   const at::ScalarType out_type = dtype.value_or(weight.scalar_type());
   check_storage("dtype", out_type, weight);
-  // The product's dtype is decided: autocast, where it is on, must not change it again.
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const at::ScalarType type = out_type == at::kDouble ? at::kDouble : at::kFloat;
-  std::vector<int64_t> sizes = input.sizes().vec();
-  sizes.back() = weight.size(0);
-  const Batch batch(slots, arguments.packed, rows_of_a_sample(input));
-  at::Tensor y = zeros_or_bias(batch, arguments, slots, bias, sizes, type);
+  const NoAutocast no_autocast;
+  const at::ScalarType type = compute_type(weight);
+  const Batch batch(slots, arguments.packed, rows_per_sample(input));
+  at::Tensor y = zeros_or_bias(batch, arguments, slots, bias, with_last(input, weight.size(0)), type);
   AT_DISPATCH_FLOATING_TYPES(type, "packed_masked_linear", [&] {
     const PackedRows<scalar_t> x(input.to(out_type), batch.order, batch.rows, groups, weight.size(1));
     if (y.numel() > 0) PackedLinear<scalar_t>(weight, groups, batch).forward(x, y.mutable_data_ptr<scalar_t>());
@@ -223,7 +216,7 @@ at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots
 at::Tensor bias_gradient(const at::Tensor& grad, const at::Tensor& slots, const Arguments& arguments, int64_t rows,
                          const at::Tensor& bias) {
   const int64_t samples = slots.numel(), out = bias.numel();
-  const at::ScalarType type = bias.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::ScalarType type = compute_type(bias);
   const at::Tensor sums = grad.reshape({samples, rows, out}).sum(1, false, type);
   if (!arguments.packed_bias.has_value()) return sums.sum(0).to(bias.scalar_type());
   at::Tensor db = at::zeros({out}, sums.options());
@@ -247,10 +240,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_masked_linear_backward(con
                                                                              const OptionalList& packed_bias_list, int64_t groups,
                                                                              std::array<bool, 3> output_mask) {
   const Arguments arguments(input, slots, weight, packed_list, bias, packed_bias_list, groups);
-  check_packed_grad(grad, input, weight);
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const at::ScalarType product = grad.scalar_type(), type = product == at::kDouble ? at::kDouble : at::kFloat;
-  const int64_t rows = rows_of_a_sample(input), in = weight.size(1);
+  check_batch_grad(grad, input, weight);
+  const NoAutocast no_autocast;
+  const at::ScalarType product = grad.scalar_type(), type = compute_type(grad);
+  const int64_t rows = rows_per_sample(input), in = weight.size(1);
   at::Tensor dx, dw, db;
   if (output_mask[0]) dx = at::empty(input.sizes(), input.options().dtype(type));
   if (output_mask[1]) dw = Cpu::gradient_like(weight.contiguous());
@@ -264,7 +257,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_masked_linear_backward(con
     });
     if (output_mask[0]) dx = dx.to(input.scalar_type());
   }
-  if (output_mask[2] && given(bias)) db = bias_gradient(grad, slots, arguments, rows, *bias);
+  if (output_mask[2] && is_given(bias)) db = bias_gradient(grad, slots, arguments, rows, *bias);
   return {dx, dw, db};
 }
 

@@ -22,7 +22,7 @@ constexpr int64_t kTileRows = 4, kTileSamples = 64;
 template <class T>
 at::Tensor gradient(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight, const PackedMasks& packed,
                     int64_t groups) {
-  const int64_t samples = input.size(0), rows = c10::multiply_integers(input.sizes().slice(1, input.dim() - 2));
+  const int64_t samples = input.size(0), rows = rows_per_sample(input);
   const int64_t tasks = packed.tasks(), bits_row = packed_bytes(weight.size(1));
   at::Tensor result = at::empty({samples, tasks}, grad.options().dtype(kScalar<T>));
   std::vector<at::Tensor> copies;
@@ -67,10 +67,10 @@ at::Tensor gradient(const at::Tensor& grad, const at::Tensor& input, const at::T
 at::Tensor packed_superposition_gradient(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
                                          at::TensorList packed_list, int64_t groups) {
   check_packed_weight(weight, groups);
-  check_packed_input(input, weight, groups);
+  check_batch_input(input, weight, groups);
   const PackedMasks packed = packed_weight_masks(packed_list, weight);
-  check_packed_grad(grad, input, weight);
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  check_batch_grad(grad, input, weight);
+  const NoAutocast no_autocast;
   return weight.scalar_type() == at::kDouble ? gradient<double>(grad, input, weight, packed, groups)
                                              : gradient<float>(grad, input, weight, packed, groups);
 }

@@ -43,20 +43,17 @@ struct CudaPacked {
     const at::ScalarType out_type = dtype.value_or(weight.scalar_type());
     check_storage("dtype", out_type, weight);
     const Cuda::Guard guard(weight);
-    // The product's dtype is decided: autocast, where it is on, must not change it again.
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const NoAutocast no_autocast;
     const PackedCase given = case_of(input, weight, arguments.packed, groups);
-    const at::Tensor x = matrix(input.to(out_type), weight), w = weight.contiguous(), s = slots.contiguous();
-    const at::Tensor b = has(bias) ? bias->to(x.scalar_type()).contiguous() : at::Tensor();
+    const at::Tensor x = matrix(input.to(out_type), compute_type(weight)), w = weight.contiguous(), s = slots.contiguous();
+    const at::Tensor b = is_given(bias) ? bias->to(x.scalar_type()).contiguous() : at::Tensor();
     const Bits bits(arguments.packed, weight), bias_bits(arguments.packed_bias, weight);
     at::Tensor y = at::empty({given.rows(), given.out}, x.options());
     at::Tensor workspace = bytes(packed_masked_linear_workspace(given), x);
     packed_masked_linear(given, s.const_data_ptr<int64_t>(), data(w), bits.pointers, data(b), bias_bits.pointers, data(x),
                          mutable_data(y), mutable_data(workspace), c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    std::vector<int64_t> sizes = input.sizes().vec();
-    sizes.back() = given.out;
-    return y.view(sizes).to(out_type);
+    return y.view(with_last(input, given.out)).to(out_type);
   }
 
   static std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& input,
@@ -65,11 +62,11 @@ struct CudaPacked {
                                                                  const OptionalList& packed_bias_list, int64_t groups,
                                                                  std::array<bool, 3> output_mask) {
     const PackedArguments arguments(input, slots, weight, packed_list, bias, packed_bias_list, groups);
-    check_packed_grad(grad, input, weight);
+    check_batch_grad(grad, input, weight);
     const Cuda::Guard guard(weight);
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const NoAutocast no_autocast;
     const PackedCase given = case_of(input, weight, arguments.packed, groups);
-    const at::Tensor dy = matrix(grad, weight), w = weight.contiguous(), s = slots.contiguous();
+    const at::Tensor dy = matrix(grad, compute_type(weight)), w = weight.contiguous(), s = slots.contiguous();
     const int64_t* const slot = s.const_data_ptr<int64_t>();
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     const Bits bits(arguments.packed, weight), bias_bits(arguments.packed_bias, weight);
@@ -81,12 +78,12 @@ struct CudaPacked {
       dx = dx.view(input.sizes()).to(input.scalar_type());
     }
     if (output_mask[1]) {
-      const at::Tensor x = matrix(input.to(grad.scalar_type()), weight);
+      const at::Tensor x = matrix(input.to(grad.scalar_type()), compute_type(weight));
       dw = at::empty_like(w);
       packed_weight_gradient(given, slot, bits.pointers, data(dy), data(x), mutable_data(dw), stream);
     }
-    if (output_mask[2] && has(bias) && !arguments.packed_bias.has_value()) db = dy.sum(0).to(bias->scalar_type());
-    if (output_mask[2] && has(bias) && arguments.packed_bias.has_value()) {
+    if (output_mask[2] && is_given(bias) && !arguments.packed_bias.has_value()) db = dy.sum(0).to(bias->scalar_type());
+    if (output_mask[2] && is_given(bias) && arguments.packed_bias.has_value()) {
       // The bias is one row of weights, [1, out], which dy meets: its own gradient is a one for each row.
       const PackedCase row{given.param, given.samples, given.rows_per_sample, 1, 1, given.out, given.tasks};
       const at::Tensor ones = at::ones({given.rows()}, dy.options());
@@ -100,13 +97,13 @@ struct CudaPacked {
   static at::Tensor superposition_gradient(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
                                            at::TensorList packed_list, int64_t groups) {
     check_packed_weight(weight, groups);
-    check_packed_input(input, weight, groups);
+    check_batch_input(input, weight, groups);
     const PackedMasks packed = packed_weight_masks(packed_list, weight);
-    check_packed_grad(grad, input, weight);
+    check_batch_grad(grad, input, weight);
     const Cuda::Guard guard(weight);
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const NoAutocast no_autocast;
     const PackedCase given = case_of(input, weight, packed, groups);
-    const at::Tensor dy = matrix(grad, weight), x = matrix(input, weight), w = weight.contiguous();
+    const at::Tensor dy = matrix(grad, compute_type(weight)), x = matrix(input, compute_type(weight)), w = weight.contiguous();
     const Bits bits(packed, weight);
     at::Tensor result = at::empty({given.samples, given.tasks}, dy.options());
     at::Tensor workspace = bytes(packed_superposition_workspace(given), dy);
@@ -141,18 +138,14 @@ struct CudaPacked {
     }
   };
 
-  static bool has(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
-
   static PackedCase case_of(const at::Tensor& input, const at::Tensor& weight, const PackedMasks& packed, int64_t groups) {
-    const int64_t each = c10::multiply_integers(input.sizes().slice(1, input.dim() - 2));
-    return {type_of(weight.scalar_type()), input.size(0), each, groups, weight.size(0), weight.size(1), packed.tasks()};
-  }
-
-  // [rows, columns], in the type of the arithmetic.
-  static at::Tensor matrix(const at::Tensor& tensor, const at::Tensor& weight) {
-    const int64_t rows = c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
-    const at::ScalarType type = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    return tensor.to(type).reshape({rows, tensor.size(-1)}).contiguous();
+    return {type_of(weight.scalar_type()),
+            input.size(0),
+            rows_per_sample(input),
+            groups,
+            weight.size(0),
+            weight.size(1),
+            packed.tasks()};
   }
 };
 

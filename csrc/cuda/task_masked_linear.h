@@ -166,10 +166,6 @@ struct CudaTaskLinear : Cuda {
   }
 
  private:
-  static at::ScalarType compute_type(const at::Tensor& tensor) {
-    return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  }
-
   // Of a parameter that all tasks share, from the rows of `x`, in the type of the arithmetic.
   static at::Tensor shared_gradient(const at::Tensor& parameter, const at::Tensor& x, bool wanted) {
     if (!wanted) return at::Tensor();

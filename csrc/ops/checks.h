@@ -4,6 +4,10 @@
 
 #include <ATen/ATen.h>
 
+#include <limits>
+#include <optional>
+#include <vector>
+
 #include "core/types.h"
 
 namespace metamask {
@@ -29,10 +33,21 @@ inline Type type_of(at::ScalarType type) {
   }
 }
 
+// Arithmetic is in float32, of float64 parameters in float64.
+inline at::ScalarType compute_type(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline bool is_given(const std::optional<at::Tensor>& tensor) { return tensor.has_value() && tensor->defined(); }
+
+inline void check_masked_type(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(is_masked_type(tensor.scalar_type()), name, " must be float64, float32, bfloat16 or float16, got ",
+                   tensor.scalar_type());
+}
+
 inline void check_pair(const at::Tensor& weight, const at::Tensor& mask_logits, const char* weight_name = "weight",
                        const char* mask_name = "mask_logits") {
-  TORCH_CHECK_TYPE(is_masked_type(weight.scalar_type()), weight_name, " must be float64, float32, bfloat16 or float16, got ",
-                   weight.scalar_type());
+  check_masked_type(weight_name, weight);
   TORCH_CHECK_TYPE(mask_logits.scalar_type() == weight.scalar_type(), mask_name, " must have the dtype of ", weight_name, ", ",
                    weight.scalar_type(), ", got ", mask_logits.scalar_type());
   TORCH_CHECK_VALUE(mask_logits.sizes() == weight.sizes(), mask_name, " must have the shape of ", weight_name, ", ", weight.sizes(),
@@ -88,13 +103,55 @@ inline void check_linear(const at::Tensor& input, const at::Tensor& weight, cons
                     " as in weight ", weight.sizes(), ", got ", input.sizes());
   TORCH_CHECK_VALUE(input.device() == weight.device(), "input must be on the device of weight, ", weight.device(), ", got ",
                     input.device());
-  const bool has_bias = bias.has_value() && bias->defined();
-  if (has_bias) check_bias(weight, *bias);
-  if (bias_mask_logits.has_value() && bias_mask_logits->defined()) {
-    TORCH_CHECK_VALUE(has_bias, "bias_mask_logits needs a bias, got bias=None");
+  if (is_given(bias)) check_bias(weight, *bias);
+  if (is_given(bias_mask_logits)) {
+    TORCH_CHECK_VALUE(is_given(bias), "bias_mask_logits needs a bias, got bias=None");
     check_pair(*bias, *bias_mask_logits, "bias", "bias_mask_logits");
   }
 }
+
+// The input of a mixed-task batch, [B, ..., groups * in].
+inline void check_batch_input(const at::Tensor& input, const at::Tensor& weight, int64_t groups) {
+  check_storage("input", input.scalar_type(), weight);
+  TORCH_CHECK_VALUE(input.dim() > 1 && input.size(-1) == groups * weight.size(1),
+                    "input must be [B, ..., in] with in = ", groups * weight.size(1), " as in weight ", weight.sizes(),
+                    " with groups=", groups, ", got ", input.sizes());
+  TORCH_CHECK_VALUE(input.device() == weight.device(), "input must be on the device of weight, ", weight.device(), ", got ",
+                    input.device());
+}
+
+// The rows of a mixed-task batch that one sample has.
+inline int64_t rows_per_sample(const at::Tensor& input) { return c10::multiply_integers(input.sizes().slice(1, input.dim() - 2)); }
+
+// The sizes of `tensor` with another last one.
+inline std::vector<int64_t> with_last(const at::Tensor& tensor, int64_t last) {
+  std::vector<int64_t> sizes = tensor.sizes().vec();
+  sizes.back() = last;
+  return sizes;
+}
+
+// The gradient of a mixed-task batch's output, [B, ..., out].
+inline void check_batch_grad(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) {
+  check_storage("grad", grad.scalar_type(), weight);
+  const std::vector<int64_t> sizes = with_last(input, weight.size(0));
+  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(sizes), "grad must be [B, ..., out] = ", at::IntArrayRef(sizes), ", got ",
+                    grad.sizes());
+  TORCH_CHECK_VALUE(grad.device() == weight.device(), "grad must be on the device of weight, ", weight.device(), ", got ",
+                    grad.device());
+}
+
+// The rows of `tensor` as one contiguous matrix in `dtype`.
+inline at::Tensor matrix(const at::Tensor& tensor, at::ScalarType dtype) {
+  // Asked first: each of the calls below takes as long as a small layer's arithmetic.
+  if (tensor.dim() == 2 && tensor.scalar_type() == dtype && tensor.is_contiguous()) return tensor;
+  const int64_t rows = c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
+  return tensor.to(dtype).reshape({rows, tensor.size(-1)}).contiguous();
+}
+
+// For a product whose dtype is decided: autocast, where it is on, must not change it again.
+struct NoAutocast {
+  const c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
 
 // An optional input or output: null where there is none.
 inline const void* data(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
@@ -124,7 +181,7 @@ inline Update update(const char* name, bool wanted, const std::optional<at::Tens
                     " numbers");
   Update made{true, {settings[0], settings[1], settings[2]}, at::Tensor()};
   TORCH_CHECK_VALUE(parameter.is_non_overlapping_and_dense(), name, " must be dense to be updated in place");
-  if (momentum_buffer.has_value() && momentum_buffer->defined()) {
+  if (is_given(momentum_buffer)) {
     made.momentum_buffer = *momentum_buffer;
     TORCH_CHECK_VALUE(
         momentum_buffer->sizes() == parameter.sizes() && momentum_buffer->strides() == parameter.strides() &&
@@ -150,7 +207,7 @@ inline Sink sink(const Update& update, const at::Tensor& parameter, const at::Te
 
 // A cotangent of a gradient of the parameters, in their dtype and in the memory order of `weight`; undefined when not given.
 inline at::Tensor cotangent(const char* name, const std::optional<at::Tensor>& given, const at::Tensor& weight) {
-  if (!given.has_value() || !given->defined()) return at::Tensor();
+  if (!is_given(given)) return at::Tensor();
   check_like(name, *given, weight);
   return laid_out_as(given->to(weight.scalar_type()), weight);
 }

@@ -22,15 +22,14 @@ struct MaskedLinear {
     const at::ScalarType out = dtype.value_or(weight.scalar_type());
     check_storage("dtype", out, weight);
     const typename Device::Guard guard(weight);
-    // The product's dtype is decided: autocast, where it is on, must not change it again.
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const NoAutocast no_autocast;
     at::Tensor b;
-    if (given(bias)) {
-      b = given(bias_mask_logits) ? MaskedWeight<Device>::forward(*bias, *bias_mask_logits, gate_id, gate_param, out)
-                                  : bias->to(out);
+    if (is_given(bias)) {
+      b = is_given(bias_mask_logits) ? MaskedWeight<Device>::forward(*bias, *bias_mask_logits, gate_id, gate_param, out)
+                                     : bias->to(out);
     }
-    const at::Tensor y = Device::linear(matrix(input, weight.size(1), out), weight.contiguous(), mask_logits.contiguous(), b,
-                                        Gate{GateKind(gate_id), gate_param});
+    const at::Tensor y =
+        Device::linear(matrix(input, out), weight.contiguous(), mask_logits.contiguous(), b, Gate{GateKind(gate_id), gate_param});
     return input.dim() == 2 ? y : y.view(with_last(input, weight.size(0)));
   }
 
@@ -54,7 +53,7 @@ struct MaskedLinear {
                       settings.size(), " numbers");
     check_pair(weight, mask_logits);
     check_linear(input, weight, bias, bias_mask_logits);
-    TORCH_CHECK_VALUE(!(updates[2] || updates[3]) || given(bias_mask_logits), "bias must have logits to be updated here");
+    TORCH_CHECK_VALUE(!(updates[2] || updates[3]) || is_given(bias_mask_logits), "bias must have logits to be updated here");
     std::array<Update, 4> made = {update("weight", updates[0], weight_momentum_buffer, settings.slice(0, 3), weight),
                                   update("mask_logits", updates[1], mask_momentum_buffer, settings.slice(3, 3), mask_logits)};
     if (updates[2]) made[2] = update("bias", true, bias_momentum_buffer, settings.slice(6, 3), *bias);
@@ -81,9 +80,8 @@ struct MaskedLinear {
     TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(sizes), "grad must be [..., out] = ", at::IntArrayRef(sizes), ", got ",
                       grad.sizes());
     const typename Device::Guard guard(weight);
-    // The product's dtype is decided: autocast, where it is on, must not change it again.
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const at::Tensor dy = matrix(grad, weight.size(0), grad.scalar_type()), x = matrix(input, weight.size(1), grad.scalar_type());
+    const NoAutocast no_autocast;
+    const at::Tensor dy = matrix(grad, grad.scalar_type()), x = matrix(input, grad.scalar_type());
     const at::Tensor w = weight.contiguous(), m = mask_logits.contiguous();
     at::Tensor dw = output_mask[1] && !updates[0].wanted ? Device::gradient_like(w) : at::Tensor();
     at::Tensor dm = output_mask[2] && !updates[1].wanted ? Device::gradient_like(w) : at::Tensor();
@@ -91,9 +89,9 @@ struct MaskedLinear {
     if (output_mask[0] && input.dim() != 2) dx = dx.view(input.sizes());
     if (output_mask[0] && dx.scalar_type() != input.scalar_type()) dx = dx.to(input.scalar_type());
     at::Tensor db, dbm;
-    if (given(bias) && (output_mask[3] || output_mask[4])) {
+    if (is_given(bias) && (output_mask[3] || output_mask[4])) {
       db = dy.sum(0);
-      if (given(bias_mask_logits)) {
+      if (is_given(bias_mask_logits)) {
         std::tie(db, dbm) = MaskedWeight<Device>::backward_or_update(db, *bias, *bias_mask_logits, gate,
                                                                      {output_mask[3], output_mask[4]}, updates[2], updates[3]);
       } else {
@@ -107,25 +105,6 @@ struct MaskedLinear {
     library.impl("masked_linear", &forward);
     library.impl("masked_linear_backward", &backward);
     library.impl("masked_linear_backward_sgd_", &backward_sgd);
-  }
-
- private:
-  static bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
-
-  static at::Tensor matrix(const at::Tensor& tensor, int64_t columns, at::ScalarType dtype) {
-    // Asked first: each of the calls below takes as long as a small layer's arithmetic.
-    if (tensor.dim() == 2 && tensor.scalar_type() == dtype && tensor.is_contiguous()) return tensor;
-    const int64_t rows = tensor.numel() / std::max<int64_t>(columns, 1);
-    // An empty row leaves the number of rows to the other dimensions.
-    return tensor.to(dtype)
-        .reshape({columns > 0 ? rows : c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1)), columns})
-        .contiguous();
-  }
-
-  static std::vector<int64_t> with_last(const at::Tensor& tensor, int64_t last) {
-    std::vector<int64_t> sizes = tensor.sizes().vec();
-    sizes.back() = last;
-    return sizes;
   }
 };
 

@@ -56,44 +56,17 @@ inline PackedMasks packed_bias_masks(at::TensorList packed, const at::Tensor& we
 }
 
 inline void check_packed_weight(const at::Tensor& weight, int64_t groups) {
-  TORCH_CHECK_TYPE(is_masked_type(weight.scalar_type()), "weight must be float64, float32, bfloat16 or float16, got ",
-                   weight.scalar_type());
+  check_masked_type("weight", weight);
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [out, in], got shape ", weight.sizes());
   TORCH_CHECK_VALUE(groups >= 1 && weight.size(0) % groups == 0, "groups must be at least 1 and divide out = ", weight.size(0),
                     ", got ", groups);
 }
 
-inline void check_packed_input(const at::Tensor& input, const at::Tensor& weight, int64_t groups) {
-  check_storage("input", input.scalar_type(), weight);
-  TORCH_CHECK_VALUE(input.dim() > 1 && input.size(-1) == groups * weight.size(1),
-                    "input must be [B, ..., in] with in = ", groups * weight.size(1), " as in weight ", weight.sizes(),
-                    " with groups=", groups, ", got ", input.sizes());
-  TORCH_CHECK_VALUE(input.device() == weight.device(), "input must be on the device of weight, ", weight.device(), ", got ",
-                    input.device());
-}
-
-// The gradient of the output, [B, ..., out].
-inline void check_packed_grad(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) {
-  check_storage("grad", grad.scalar_type(), weight);
-  std::vector<int64_t> sizes = input.sizes().vec();
-  sizes.back() = weight.size(0);
-  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(sizes), "grad must be [B, ..., out] = ", at::IntArrayRef(sizes), ", got ",
-                    grad.sizes());
-  TORCH_CHECK_VALUE(grad.device() == weight.device(), "grad must be on the device of weight, ", weight.device(), ", got ",
-                    grad.device());
-}
-
 inline void check_packed_bias(const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                               const std::optional<PackedMasks>& packed_bias, int64_t tasks) {
-  const bool has_bias = bias.has_value() && bias->defined();
-  TORCH_CHECK_VALUE(has_bias || !packed_bias.has_value(), "packed_bias needs a bias, got bias=None");
-  if (!has_bias) return;
-  TORCH_CHECK_TYPE(bias->scalar_type() == weight.scalar_type(), "bias must have the dtype of weight, ", weight.scalar_type(),
-                   ", got ", bias->scalar_type());
-  TORCH_CHECK_VALUE(bias->sizes() == weight.sizes().slice(0, 1), "bias must be [out] = ", weight.sizes().slice(0, 1), ", got ",
-                    bias->sizes());
-  TORCH_CHECK_VALUE(bias->device() == weight.device(), "bias must be on the device of weight, ", weight.device(), ", got ",
-                    bias->device());
+  TORCH_CHECK_VALUE(is_given(bias) || !packed_bias.has_value(), "packed_bias needs a bias, got bias=None");
+  if (!is_given(bias)) return;
+  check_bias(weight, *bias);
   TORCH_CHECK_VALUE(!packed_bias.has_value() || packed_bias->tasks() == tasks, "packed_bias must have the tasks of packed, ", tasks,
                     ", got ", packed_bias.has_value() ? packed_bias->tasks() : 0);
 }
@@ -108,7 +81,7 @@ struct PackedArguments {
 
   PackedArguments(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, at::TensorList packed_list,
                   const OptionalTensor& bias, const OptionalList& packed_bias_list, int64_t groups)
-      : packed((check_packed_weight(weight, groups), check_packed_input(input, weight, groups),
+      : packed((check_packed_weight(weight, groups), check_batch_input(input, weight, groups),
                 packed_weight_masks(packed_list, weight))) {
     if (packed_bias_list.has_value()) packed_bias.emplace(packed_bias_masks(*packed_bias_list, weight));
     check_slots(slots, input, weight);
@@ -126,8 +99,7 @@ inline std::vector<int64_t> packed_shape(at::IntArrayRef shape) {
 }
 
 inline void check_pack_mask(const at::Tensor& mask_logits, double threshold) {
-  TORCH_CHECK_TYPE(is_masked_type(mask_logits.scalar_type()), "mask_logits must be float64, float32, bfloat16 or float16, got ",
-                   mask_logits.scalar_type());
+  check_masked_type("mask_logits", mask_logits);
   TORCH_CHECK_VALUE(mask_logits.dim() > 0, "mask_logits must be [out, ...] or [n], got a scalar");
   TORCH_CHECK_VALUE(threshold == threshold, "threshold must be a number, got nan");
 }

@@ -84,7 +84,7 @@ inline TaskArrays task_cotangents(const char* name, const OptionalTensors& given
   for (size_t i = 0; i < given.size(); ++i) {
     const std::optional<at::Tensor> one = given.get(i);
     arrays.tensors.emplace_back();
-    if (!one.has_value() || !one->defined()) continue;
+    if (!is_given(one)) continue;
     any = true;
     TORCH_CHECK_VALUE(one->sizes() == masks.tensors[i].sizes() && one->device() == masks.tensors[i].device(), name, "[", i,
                       "] must have the shape and device of its mask, ", masks.tensors[i].sizes(), " on ", masks.tensors[i].device(),
@@ -123,8 +123,7 @@ struct TaskMaskedLinear {
     const at::ScalarType out = dtype.value_or(weight.scalar_type());
     check_storage("dtype", out, weight);
     const typename Device::Guard guard(weight);
-    // The product's dtype is decided: autocast, where it is on, must not change it again.
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const NoAutocast no_autocast;
     const at::Tensor y = Device::task_linear(arguments, matrix(input, out));
     return input.dim() == 2 ? y : y.view(with_last(input, weight.size(0)));
   }
@@ -133,9 +132,9 @@ struct TaskMaskedLinear {
                             at::TensorList masks, const OptionalTensor& bias, at::TensorList bias_masks, int64_t gate_id,
                             double gate_param, int64_t groups, std::array<bool, 5> output_mask) {
     const TaskArguments arguments = checked(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups);
-    check_grad(grad, input, weight);
+    check_batch_grad(grad, input, weight);
     const typename Device::Guard guard(weight);
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const NoAutocast no_autocast;
     const at::ScalarType product = grad.scalar_type();
     TaskGradients made = Device::task_linear_backward(arguments, matrix(grad, product), matrix(input, product), output_mask);
     return {shaped(made.input, input), made.weight, made.masks.tensors, made.bias, made.bias_masks.tensors};
@@ -148,12 +147,12 @@ struct TaskMaskedLinear {
                                          at::TensorList masks, const OptionalTensor& bias, at::TensorList bias_masks,
                                          int64_t gate_id, double gate_param, int64_t groups, std::array<bool, 6> output_mask) {
     const TaskArguments arguments = checked(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups);
-    check_grad(grad, input, weight);
+    check_batch_grad(grad, input, weight);
     const typename Device::Guard guard(weight);
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const NoAutocast no_autocast;
     const at::ScalarType product = grad.scalar_type();
     TaskGradients cotangents;
-    if (given(cotangent_input)) {
+    if (is_given(cotangent_input)) {
       check_storage("cotangent_input", cotangent_input->scalar_type(), weight);
       TORCH_CHECK_VALUE(cotangent_input->sizes() == input.sizes(), "cotangent_input must have the shape of input, ", input.sizes(),
                         ", got ", cotangent_input->sizes());
@@ -161,8 +160,8 @@ struct TaskMaskedLinear {
     }
     cotangents.weight = cotangent("cotangent_weight", cotangent_weight, arguments.weight);
     cotangents.masks = task_cotangents("cotangent_masks", cotangent_masks, arguments.masks);
-    if (given(cotangent_bias)) {
-      TORCH_CHECK_VALUE(given(bias), "cotangent_bias needs a bias, got bias=None");
+    if (is_given(cotangent_bias)) {
+      TORCH_CHECK_VALUE(is_given(bias), "cotangent_bias needs a bias, got bias=None");
       TORCH_CHECK_VALUE(cotangent_bias->sizes() == bias->sizes(), "cotangent_bias must have the shape of bias, ", bias->sizes(),
                         ", got ", cotangent_bias->sizes());
       cotangents.bias = cotangent_bias->to(bias->scalar_type()).contiguous();
@@ -180,8 +179,6 @@ struct TaskMaskedLinear {
   }
 
  private:
-  static bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
-
   static TaskArguments checked(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, at::TensorList masks,
                                const OptionalTensor& bias, at::TensorList bias_masks, int64_t gate_id, double gate_param,
                                int64_t groups) {
@@ -193,21 +190,16 @@ struct TaskMaskedLinear {
     TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [out, in], got shape ", weight.sizes());
     TORCH_CHECK_VALUE(groups > 0 && weight.size(0) % groups == 0, "groups must divide the rows of weight, ", weight.size(0),
                       ", got ", groups);
-    check_storage("input", input.scalar_type(), weight);
-    TORCH_CHECK_VALUE(input.device() == weight.device(), "input must be on the device of weight, ", weight.device(), ", got ",
-                      input.device());
-    const int64_t columns = groups * weight.size(1);
-    TORCH_CHECK_VALUE(input.dim() >= 2 && input.size(-1) == columns, "input must be [B, ..., in] with in = ", columns,
-                      " as in weight ", weight.sizes(), " with groups=", groups, ", got ", input.sizes());
+    check_batch_input(input, weight, groups);
     check_slots(slots, input, weight);
     arguments.slots = slots.contiguous();
-    arguments.rows_per_sample = c10::multiply_integers(input.sizes().slice(1, input.dim() - 2));
-    if (given(bias)) {
+    arguments.rows_per_sample = rows_per_sample(input);
+    if (is_given(bias)) {
       check_bias(weight, *bias);
       arguments.bias = bias->contiguous();
     }
     if (!bias_masks.empty()) {
-      TORCH_CHECK_VALUE(given(bias), "bias_masks needs a bias, got bias=None");
+      TORCH_CHECK_VALUE(is_given(bias), "bias_masks needs a bias, got bias=None");
       arguments.bias_masks = task_arrays("bias_masks", "bias", bias_masks, *bias);
       TORCH_CHECK_VALUE(arguments.bias_masks.tasks == arguments.masks.tasks, "bias_masks must have as many tasks as masks, ",
                         arguments.masks.tasks, ", got ", arguments.bias_masks.tasks);
@@ -215,30 +207,10 @@ struct TaskMaskedLinear {
     return arguments;
   }
 
-  static void check_grad(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) {
-    check_storage("grad", grad.scalar_type(), weight);
-    const std::vector<int64_t> sizes = with_last(input, weight.size(0));
-    TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(sizes), "grad must be [B, ..., out] = ", at::IntArrayRef(sizes), ", got ",
-                      grad.sizes());
-  }
-
-  static at::Tensor matrix(const at::Tensor& tensor, at::ScalarType dtype) {
-    // Asked first: each of the calls below takes as long as a small layer's arithmetic.
-    if (tensor.dim() == 2 && tensor.scalar_type() == dtype && tensor.is_contiguous()) return tensor;
-    const int64_t rows = c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
-    return tensor.to(dtype).reshape({rows, tensor.size(-1)}).contiguous();
-  }
-
   // A gradient of `like`, from that of its rows.
   static at::Tensor shaped(const at::Tensor& rows, const at::Tensor& like) {
     if (!rows.defined()) return rows;
     return (like.dim() == 2 ? rows : rows.view(like.sizes())).to(like.scalar_type());
-  }
-
-  static std::vector<int64_t> with_last(const at::Tensor& tensor, int64_t last) {
-    std::vector<int64_t> sizes = tensor.sizes().vec();
-    sizes.back() = last;
-    return sizes;
   }
 };
 

@@ -27,6 +27,27 @@ struct Tag {
   using type = T;
 };
 
+// Calls run(Tag<P>) for the type P.
+template <class Run>
+void with_type(Type type, Run run) {
+  switch (type) {
+    case Type::kFloat64: return run(Tag<double>{});
+    case Type::kFloat32: return run(Tag<float>{});
+    case Type::kBFloat16: return run(Tag<__nv_bfloat16>{});
+    case Type::kFloat16: return run(Tag<__half>{});
+  }
+}
+
+// Calls run.operator()<packs>().
+template <class Run>
+void with_alignment(bool packs, Run run) {
+  if (packs) run.template operator()<true>();
+  else run.template operator()<false>();
+}
+
+// Bytes of a number in the arithmetic of parameters of this type.
+inline int64_t compute_bytes(Type param) { return param == Type::kFloat64 ? sizeof(double) : sizeof(float); }
+
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // How a sum over `length` is shared out: `count` blocks, `each` of it a block.

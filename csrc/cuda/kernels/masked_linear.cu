@@ -67,13 +67,10 @@ Share backward_share(const LinearCase& given) {
 
 template <class Run>
 void with_gate_and_alignment(GateKind kind, bool packs, Run run) {
-  if (kind == kSigmoid) {
-    if (packs) run.template operator()<kSigmoid, true>();
-    else run.template operator()<kSigmoid, false>();
-  } else {
-    if (packs) run.template operator()<kHard, true>();
-    else run.template operator()<kHard, false>();
-  }
+  with_alignment(packs, [&]<bool kAligned>() {
+    if (kind == kSigmoid) run.template operator()<kSigmoid, kAligned>();
+    else run.template operator()<kHard, kAligned>();
+  });
 }
 
 }  // namespace

@@ -13,28 +13,11 @@ __global__ void __launch_bounds__(kThreads) unpack_mask_kernel(const uint8_t* pa
   if (IN_BOUNDS(i < rows * columns)) mask[i] = packed[row * ((columns + 7) / 8) + k / 8] >> (k % 8) & 1;
 }
 
-template <class Run>
-void with_param(Type param, Run run) {
-  switch (param) {
-    case Type::kFloat64: return run(Tag<double>{});
-    case Type::kFloat32: return run(Tag<float>{});
-    case Type::kBFloat16: return run(Tag<__nv_bfloat16>{});
-    case Type::kFloat16: return run(Tag<__half>{});
-  }
-}
-
-template <class Run>
-void with_alignment(bool packs, Run run) {
-  if (packs) run.template operator()<true>();
-  else run.template operator()<false>();
-}
-
 PackedSizes sizes_of(const PackedCase& given) {
   const int64_t tiles = ceil_div(given.out / given.groups, kRowsOfTile);
   return {given.rows(), given.rows_per_sample, given.groups, given.out, given.in, given.tasks, tiles};
 }
 
-int64_t element(const PackedCase& given) { return given.param == Type::kFloat64 ? sizeof(double) : sizeof(float); }
 int64_t forward_windows(const PackedCase& given) {
   return ceil_div(given.rows(), given.param == Type::kFloat64 ? kPackedRoom<double> : kPackedRoom<float>);
 }
@@ -59,7 +42,7 @@ void pack_mask(Type type, const void* logits, double threshold, uint8_t* packed,
                cudaStream_t stream) {
   const int64_t n = rows * ceil_div(columns, 8);
   if (n == 0) return;
-  with_param(type, [&]<class P>(Tag<P>) {
+  with_type(type, [&]<class P>(Tag<P>) {
     launch(pack_mask_kernel<P>, dim3(unsigned(ceil_div(n, kThreads))), dim3(kThreads), 0, stream, in<P>(logits),
            Compute<P>(threshold), packed, rows, columns);
   });
@@ -74,25 +57,25 @@ void unpack_mask(const uint8_t* packed, bool* mask, int64_t rows, int64_t column
 int64_t packed_masked_linear_workspace(const PackedCase& given) {
   if (given.rows() == 0 || given.out == 0) return 0;
   const Share shared = forward_share(given);
-  return shared.count > 1 ? shared.count * given.rows() * given.out * element(given) : 0;
+  return shared.count > 1 ? shared.count * given.rows() * given.out * compute_bytes(given.param) : 0;
 }
 
 int64_t packed_input_gradient_workspace(const PackedCase& given) {
   if (given.rows() == 0 || given.in == 0) return 0;
   const Share shared = backward_share(given);
-  return shared.count > 1 ? shared.count * given.rows() * given.groups * given.in * element(given) : 0;
+  return shared.count > 1 ? shared.count * given.rows() * given.groups * given.in * compute_bytes(given.param) : 0;
 }
 
 int64_t packed_superposition_workspace(const PackedCase& given) {
   if (given.samples == 0 || given.tasks == 0) return 0;
-  return superposition_share(given).count * given.samples * given.tasks * element(given);
+  return superposition_share(given).count * given.samples * given.tasks * compute_bytes(given.param);
 }
 
 void packed_masked_linear(const PackedCase& given, const int64_t* slots, const void* w, const PerTask& bits, const void* bias,
                           const PerTask& bias_bits, const void* x, void* y, void* workspace, cudaStream_t stream) {
   const PackedSizes sizes = sizes_of(given);
   if (sizes.rows == 0 || sizes.out == 0) return;
-  with_param(given.param, [&]<class P>(Tag<P>) {
+  with_type(given.param, [&]<class P>(Tag<P>) {
     using T = Compute<P>;
     const Share shared = forward_share(given);
     const dim3 grid(unsigned(forward_windows(given)), unsigned(given.groups * sizes.tiles), unsigned(shared.count));
@@ -109,7 +92,7 @@ void packed_input_gradient(const PackedCase& given, const int64_t* slots, const 
                            void* dx, void* workspace, cudaStream_t stream) {
   const PackedSizes sizes = sizes_of(given);
   if (sizes.rows == 0 || sizes.in == 0) return;
-  with_param(given.param, [&]<class P>(Tag<P>) {
+  with_type(given.param, [&]<class P>(Tag<P>) {
     using T = Compute<P>;
     const Share shared = backward_share(given);
     const dim3 grid(unsigned(backward_blocks(given)), unsigned(shared.count), unsigned(given.groups));
@@ -127,7 +110,7 @@ void packed_weight_gradient(const PackedCase& given, const int64_t* slots, const
                             void* dw, cudaStream_t stream) {
   const PackedSizes sizes = sizes_of(given);
   if (sizes.out == 0 || sizes.in == 0) return;
-  with_param(given.param, [&]<class P>(Tag<P>) {
+  with_type(given.param, [&]<class P>(Tag<P>) {
     using T = Compute<P>;
     const dim3 grid(unsigned(ceil_div(given.in, 8 * kChunk)), unsigned(ceil_div(given.out / given.groups, kWarps * 4 * 2)),
                     unsigned(given.groups));
@@ -142,7 +125,7 @@ void packed_superposition_gradient(const PackedCase& given, const void* w, const
                                    void* result, void* workspace, cudaStream_t stream) {
   if (given.samples == 0 || given.tasks == 0) return;
   const PackedSizes sizes = sizes_of(given);
-  with_param(given.param, [&]<class P>(Tag<P>) {
+  with_type(given.param, [&]<class P>(Tag<P>) {
     using T = Compute<P>;
     const Share shared = superposition_share(given);
     const dim3 grid(unsigned(ceil_div(given.tasks, kSuperposedTasks)), unsigned(ceil_div(given.samples, kSuperposedSamples)),

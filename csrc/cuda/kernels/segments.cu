@@ -71,15 +71,9 @@ void clear_unused(Type type, const PerTask& arrays, int64_t tasks, const int64_t
   if (tasks == 0 || n == 0) return;
   constexpr int64_t kMost = 64;  // blocks for a task: most tasks have rows, and their blocks end at once
   const int64_t blocks = ceil_div(n, kThreads), each = blocks < kMost ? blocks : kMost;
-  const auto run = [&]<class P>(P) {
+  with_type(type, [&]<class P>(Tag<P>) {
     launch(clear_unused_kernel<P>, dim3(unsigned(tasks * each)), dim3(kThreads), 0, stream, arrays, used, n, each);
-  };
-  switch (type) {
-    case Type::kFloat64: return run(double());
-    case Type::kFloat32: return run(float());
-    case Type::kBFloat16: return run(__nv_bfloat16());
-    case Type::kFloat16: return run(__half());
-  }
+  });
 }
 
 }  // namespace metamask::cuda

@@ -73,11 +73,7 @@ void forward(const TaskLinearCase& given, const TaskParameters& parameters, cons
     launch(task_masked_linear_kernel<kSecond, kAligned, P, Product>, grid, dim3(kBlock), 0, stream, sizes,
            gate_param_of<Compute<P>>(given.gate), parameters, cotangents, in<X>(x), out<X>(y), split_k_sums, shared.each);
   };
-  if (packs_fit<P, X>(given, parameters.masks, cotangents.masks, x, parameters.w, cotangents.dx, cotangents.dw)) {
-    run.template operator()<true>();
-  } else {
-    run.template operator()<false>();
-  }
+  with_alignment(packs_fit<P, X>(given, parameters.masks, cotangents.masks, x, parameters.w, cotangents.dx, cotangents.dw), run);
   if (split_k_sums != nullptr) add_split_k<X>(split_k_sums, nullptr, y, shared.count, sizes.rows, sizes.out, stream);
 }
 
@@ -97,8 +93,7 @@ void backward(const TaskLinearCase& given, const TaskParameters& parameters, con
            split_k_sums, shared.each);
   };
   const bool fit = packs_fit<P, X>(given, parameters.masks, cotangents.masks, x, parameters.w, cotangents.dx, cotangents.dw, dw);
-  if (fit && dm.table == nullptr && per_task_aligned(dm)) run.template operator()<true>();
-  else run.template operator()<false>();
+  with_alignment(fit && dm.table == nullptr && per_task_aligned(dm), run);
   if (split_k_sums != nullptr) add_split_k<X>(split_k_sums, nullptr, dx, shared.count, sizes.rows, sizes.groups * sizes.in, stream);
 }
 
@@ -107,8 +102,7 @@ void backward(const TaskLinearCase& given, const TaskParameters& parameters, con
 int64_t task_masked_linear_workspace(const TaskLinearCase& given) {
   if (given.sorted.rows() == 0 || given.out == 0) return 0;
   const Share shared = forward_share(given);
-  const int64_t each = given.param == Type::kFloat64 ? sizeof(double) : sizeof(float);
-  return shared.count > 1 ? shared.count * given.sorted.rows() * given.out * each : 0;
+  return shared.count > 1 ? shared.count * given.sorted.rows() * given.out * compute_bytes(given.param) : 0;
 }
 
 int64_t task_masked_linear_backward_workspace(const TaskLinearCase& given, bool needs_dx) {
