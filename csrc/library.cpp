@@ -142,8 +142,8 @@ TORCH_LIBRARY_IMPL(metamask, CUDA, m) {
 using OptionalTensor = std::optional<at::Tensor>;
 using Tensors = std::vector<at::Tensor>;
 
-// The op of the same name without the way of torch.ops, which compares the arguments with the schema and boxes them, twice: where
-// caches are cold, that takes as long as a third of the kernel.
+// Calls the op of the same name without torch.ops, which compares the arguments with the schema and boxes them, twice: with cold
+// caches that takes as long as a third of the kernel.
 at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, const Tensors& packed,
                                 const OptionalTensor& bias, const std::optional<Tensors>& packed_bias, int64_t groups,
                                 std::optional<at::ScalarType> dtype) {

@@ -9,7 +9,7 @@
 #include <cmath>
 #define METAMASK_INLINE __host__ __device__ __forceinline__
 #else
-// Forced, so that no out-of-line copy exists that the linker could merge between objects compiled for different instruction sets.
+// Inlining is forced: an out-of-line copy could be merged by the linker between objects compiled for different instruction sets.
 #define METAMASK_INLINE inline __attribute__((always_inline))
 #endif
 
@@ -108,12 +108,12 @@ METAMASK_INLINE GateValues<T> hard_gate(T m, T threshold) {
 
 template <GateKind kind, class T>
 METAMASK_INLINE GateValues<T> gate_values(T m, T gate_param) {
-  // The sigmoid's parameter arrives as 1 / temperature.
+  // gate_param_of (core/types.h) has turned the sigmoid's temperature into its inverse.
   if constexpr (kind == kSigmoid) return sigmoid_gate(m, gate_param);
   else return hard_gate(m, gate_param);
 }
 
-// The three passes over theta = w g(m), for one element.
+// Forward, backward and double backward of theta = w g(m), for one element.
 template <GateKind kind, class T>
 METAMASK_INLINE T theta_of(T w, T m, T gate_param) {
   return w * gate_values<kind>(m, gate_param).s;

@@ -1,4 +1,4 @@
-// What the torch side tells the kernels: element types and the gate. No torch, no CUDA headers.
+// Element types, the gate, and the other arguments that the torch side gives to the kernels. No torch, no CUDA headers.
 #pragma once
 
 #include "core/gate.h"
@@ -7,13 +7,13 @@ namespace metamask {
 
 enum class Type : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
-// A gate with its parameter: the temperature of the sigmoid, the threshold of the hard gate.
+// A gate and its parameter: the temperature of the sigmoid, or the threshold of the hard gate.
 struct Gate {
   GateKind kind;
   double param;
 };
 
-// The parameter in the form that gate_values takes.
+// Returns the gate's parameter in the form that gate_values takes.
 template <class T>
 METAMASK_INLINE T gate_param_of(Gate gate) {
   return T(gate.kind == kSigmoid ? 1.0 / gate.param : gate.param);
@@ -24,17 +24,17 @@ struct Sgd {
   double lr, weight_decay, momentum;
 };
 
-// The new value of a parameter p with gradient g. `momentum_buffer` is its momentum buffer's element.
+// Returns the new value of a parameter p with gradient g, and updates the element of its momentum buffer.
 template <class T>
 METAMASK_INLINE T descend(T p, T g, Sgd sgd, T& momentum_buffer) {
   momentum_buffer = T(sgd.momentum) * momentum_buffer + (g + T(sgd.weight_decay) * p);
   return p - T(sgd.lr) * momentum_buffer;
 }
 
-// What becomes of the gradient of a parameter. At most one of `gradient` and `parameter` is given; neither: it is not wanted.
+// The destination of a parameter's gradient. At most one of `gradient` and `parameter` is set; with neither, nobody wants it.
 struct Sink {
-  void* gradient = nullptr;         // where it is written
-  void* parameter = nullptr;        // what one step along it changes
+  void* gradient = nullptr;         // receives the gradient
+  void* parameter = nullptr;        // takes a step along the gradient instead
   void* momentum_buffer = nullptr;  // the parameter's momentum buffer; null: none
   Sgd sgd = {};
 

@@ -1,5 +1,5 @@
-// The patches of images, a row for each place of a convolution's output, and what gradients of the patches add up to. unfold of
-// torch gives the patches as columns, and making rows of them takes as long again.
+// im2col and col2im on the CPU: a row for each place of a convolution's output holds the pixels that the kernel covers there.
+// torch's unfold puts them into columns, and making rows of the columns takes as long again.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -11,7 +11,7 @@
 namespace metamask::cpu {
 namespace {
 
-// Elements a thread takes at the least, about 10 microseconds of work.
+// A thread takes at least this many elements: about 10 microseconds of work.
 constexpr int64_t kGrain = 8192;
 
 // A convolution over images [channels, height, width].
@@ -40,7 +40,7 @@ struct Windows {
   int64_t row() const { return channels * taps(); }
 };
 
-// The taps of one place that lie in the image: where in a channel's part of the row, and at which pixel.
+// The taps of one place that lie in the image: the column in a channel's part of the row, and the pixel.
 struct Taps {
   struct Tap {
     int64_t column, pixel;
@@ -105,7 +105,7 @@ at::Tensor col2im(const at::Tensor& grad, at::IntArrayRef size, at::IntArrayRef 
   AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "col2im", [&] {
     const scalar_t* from = rows.const_data_ptr<scalar_t>();
     scalar_t* to = images.mutable_data_ptr<scalar_t>();
-    // A thread has some channels, of some images, to itself: each sum has one order, whatever the number of threads.
+    // A thread has some channels, of some images, to itself: each sum has one order, for any number of threads.
     const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(places * taps, 1), 1);
     at::parallel_for(0, size[0] * windows.channels, grain, [&](int64_t begin, int64_t end) {
       Taps at(windows);

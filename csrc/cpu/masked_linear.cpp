@@ -7,7 +7,7 @@
 namespace metamask::cpu {
 namespace {
 
-// What a tile of theta may take, and one of its rows, in bytes.
+// The most that a tile of theta may take, and one of its rows, in bytes.
 struct TileBytes {
   int64_t tile, row;
 };
@@ -72,7 +72,7 @@ struct Linear {
     return y;
   }
 
-  // Gives dx, if it is wanted.
+  // Returns dx, if it is wanted.
   at::Tensor backward(const at::Tensor& grad, const at::Tensor& input, bool needs_dx, const Sink& dw, const Sink& dm) const {
     const int64_t batch = input.size(0);
     const bool needs_g = dw.wanted() || dm.wanted();

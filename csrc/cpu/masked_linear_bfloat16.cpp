@@ -71,7 +71,7 @@ struct Linear {
     return y;
   }
 
-  // Gives dx, if it is wanted.
+  // Returns dx, if it is wanted.
   at::Tensor backward(const at::Tensor& grad, const at::Tensor& input, bool needs_dx, const Sink& dw, const Sink& dm) const {
     const int64_t batch = input.size(0), batch_pairs = (batch + 1) / 2;
     const bool needs_g = dw.wanted() || dm.wanted();

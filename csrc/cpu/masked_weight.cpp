@@ -1,4 +1,4 @@
-// Registers masked_weight and its derivatives for the CPU. The loops are in masked_weight_kernel.cpp.
+// Registers masked_weight and its derivatives for the CPU. The loops are in cpu/kernels/masked_weight.cpp.
 #include "cpu/masked_weight.h"
 
 TORCH_LIBRARY_IMPL(metamask, CPU, library) {

@@ -1,5 +1,5 @@
 // packed_masked_linear and its gradients on the CPU. A panel of W is read once for all samples. Samples whose task has many rows in
-// the batch are grouped: theta of that task is expanded, a tile at a time, and multiplied as a dense one; the others read W through
+// the batch are grouped: the task's theta is expanded, a tile at a time, and multiplied as a dense one. The others read W through
 // their bits. docs/cpu.md has the measurements.
 #include <torch/library.h>
 
@@ -13,10 +13,10 @@
 namespace metamask::cpu {
 namespace {
 
-// Rows of a task from which on expanding its theta costs less than testing its bits for each of them.
+// From this many rows of a task on, expanding its theta costs less than testing its bits for each of them.
 constexpr int64_t kExpandRows = 6;
-// A tile of W leaves room in the second-level cache for the next one, which is asked for meanwhile, and for the bits and rows of x
-// that it meets. Expanding a task's theta, there is none to ask for; backward has three tiles more.
+// A tile of W leaves room in the second-level cache for the next one, which is prefetched meanwhile, and for the bits and rows of x
+// that it meets. When a task's theta is expanded there is no prefetch; backward has three tiles more.
 int64_t streamed_tile() { return second_level_cache() / 16; }
 int64_t expanded_tile() { return second_level_cache() / 8; }
 int64_t backward_tile() { return second_level_cache() / 16; }
@@ -24,7 +24,7 @@ int64_t backward_tile() { return second_level_cache() / 16; }
 // tile needs many rows.
 constexpr int64_t kForwardRow = 8 * 1024, kBackwardRow = 4 * 1024;
 
-// The samples of a batch by task: first those whose task has few rows, then those of each other task together.
+// The samples of a mixed-task batch in the order of the work: first those whose task has few rows, then each other task's together.
 struct Batch {
   struct Run {
     int64_t first, rows;  // of rows in the order of the groups
@@ -35,7 +35,7 @@ struct Batch {
   std::vector<int64_t> order;        // the batch's sample at each place; empty: as they came
   std::vector<const uint8_t*> bits;  // of each row
   std::vector<Run> runs;             // of the tasks to expand; the rows before the first are the others
-  int64_t few = 0;                   // how many those are
+  int64_t few = 0;                   // the number of those rows
   std::vector<at::Tensor> copies;    // of masks that are not contiguous
 
   Batch(const at::Tensor& slots, const PackedMasks& packed, int64_t rows_each) : samples(slots.numel()), rows(rows_each) {
@@ -84,7 +84,7 @@ class PackedLinear {
   PackedLinear(const at::Tensor& weight, int64_t groups, const Batch& batch)
       : w_(weight, groups), batch_(batch), bits_row_(packed_bytes(w_.in)) {}
 
-  // y without the bias is added to what `y` holds, in the order of the groups.
+  // Adds y without the bias to `y`, in the order of the groups.
   void forward(const PackedRows<T>& x, T* y) const {
     const int64_t bytes = batch_.runs.empty() ? streamed_tile() : expanded_tile();
     const Panels panels(w_.out, w_.in, x.rows, sizeof(T), bytes, kForwardRow);
@@ -104,7 +104,7 @@ class PackedLinear {
     });
   }
 
-  // dx, [samples, rows, groups * in] in the batch's own order, and dW, each where it is wanted.
+  // Makes dx, [samples, rows, groups * in] in the batch's own order, and dW, each if it is wanted.
   void backward(const PackedRows<T>& dy, const PackedRows<T>& x, T* dx_result, void* dw) const {
     const Panels panels(w_.out, w_.in, x.rows, sizeof(T), backward_tile(), kBackwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile = panels.rows * tile_row;
@@ -159,7 +159,7 @@ class PackedLinear {
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalList = std::optional<std::vector<at::Tensor>>;
 
-// With the slots' values.
+// Checks the values of slots too.
 struct Arguments : PackedArguments {
   Arguments(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, at::TensorList packed_list,
             const OptionalTensor& bias, const OptionalList& packed_bias_list, int64_t groups)
@@ -212,7 +212,7 @@ at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots
   return y.to(out_type);
 }
 
-// The sum over each sample's rows, then over the samples whose bit is set.
+// Sums over each sample's rows, then over the samples whose bit is set.
 at::Tensor bias_gradient(const at::Tensor& grad, const at::Tensor& slots, const Arguments& arguments, int64_t rows,
                          const at::Tensor& bias) {
   const int64_t samples = slots.numel(), out = bias.numel();

@@ -8,10 +8,10 @@
 namespace metamask::cpu {
 namespace {
 
-// A tile takes this part of the second-level cache, so that all tiles of a pass (theta; theta and its gradient; four of them), with
-// what streams by, take about a quarter.
+// The size of a tile: all tiles of a pass (theta; theta and its gradient; four of them), with what streams by, take about a quarter
+// of the second-level cache.
 int64_t tile_bytes(int64_t tiles) { return second_level_cache() / (8 * tiles); }
-// docs/cpu.md: whole rows forward, many rows backward.
+// Whole rows forward, many rows backward (docs/cpu.md).
 constexpr int64_t kForwardRow = 64 * 1024, kBackwardRow = 4 * 1024;
 
 template <class T>
@@ -19,7 +19,7 @@ T* offset(T* base, int64_t elements) {
   return base == nullptr ? nullptr : base + elements;
 }
 
-// Uninitialised gradients in the form of `masks`; zeros for the tasks that the batch does not have.
+// Returns uninitialised gradients in the form of `masks`, with zeros for the tasks that the batch does not have.
 TaskArrays gradients_like(const TaskArrays& masks, const Segments& segments) {
   TaskArrays made{{}, masks.stacked, masks.tasks, masks.bytes};
   if (masks.stacked) {
@@ -37,7 +37,7 @@ TaskArrays gradients_like(const TaskArrays& masks, const Segments& segments) {
   return made;
 }
 
-// The arrays of the batch's tasks, in the order of the segments; null where there is none.
+// Returns the arrays of the batch's tasks, in the order of the segments; null pointers if there are none.
 std::vector<const void*> of_segments(const TaskArrays& arrays, const Segments& segments) {
   std::vector<const void*> pointers(segments.size(), nullptr);
   for (int64_t i = 0; arrays.given() && i < segments.size(); ++i) pointers[i] = arrays.data(segments[i].task);
@@ -82,7 +82,7 @@ struct TaskLinear {
     return Panels(out, in, segments.rows, sizeof(T), tile_bytes(tiles), row_bytes, segments.size());
   }
 
-  // work(group, first row, number) for the rows of a panel in each group of columns of x.
+  // Calls work(group, first row, number) for the rows of a panel in each group of columns of x.
   template <class Work>
   void each_group(const Tile& tile, const Work& work) const {
     for (int64_t row = tile.first, end = tile.first + tile.rows, n; row < end; row += n) {
@@ -92,8 +92,9 @@ struct TaskLinear {
     }
   }
 
-  // work(element of the parameters, element of the tiles, number) over a tile. Whole rows are worked on at once: short ones one by
-  // one would cost more in calls than in arithmetic. So the padding is taken out of `read`, and put, as zeros, into `written`.
+  // Calls work(element of the parameters, element of the tiles, number) over a tile. Whole rows are worked on at once: short ones
+  // one by one would cost more in calls than in arithmetic. So the padding is taken out of `read`, and put, as zeros, into
+  // `written`.
   template <class Work>
   static void each_piece(const Tile& tile, std::initializer_list<T*> read, std::initializer_list<T*> written, const Work& work) {
     const bool whole = tile.columns == tile.in;
@@ -120,7 +121,7 @@ struct TaskLinear {
     });
   }
 
-  // What backward does to a tile, from the gradient g of theta.
+  // Takes the gradient g of theta through the gate: adds to dw, writes dm, and makes theta.
   void backward_tile(const Tile& tile, int64_t task, T* g, T* theta, T* dw, void* dm) const {
     each_piece(tile, {g}, {theta}, [&](int64_t element, int64_t at, int64_t n) {
       masked_weight_kernels().backward_add(gate, param, g + at, at_element(weight, element, bytes),
@@ -165,7 +166,7 @@ struct TaskLinear {
     });
   }
 
-  // The threads' dx, added up in the order of the threads, as the rows of the batch.
+  // Adds up the threads' dx, in the order of the threads, and returns it as the rows of the batch.
   at::Tensor input_gradient(T* dx, int64_t threads, const OrderedRows<T>& x) const {
     at::Tensor total = at::empty({segments.rows, groups * in}, given.weight.options().dtype(kScalar<T>));
     T* data = total.mutable_data_ptr<T>();
@@ -185,7 +186,7 @@ struct TaskLinear {
     }
   }
 
-  // The gradient of the task's bias: the sum of its rows of dy.
+  // Sums the task's rows of dy: the gradient of its bias.
   void sum_rows(int64_t task, int64_t first, int64_t n, const OrderedRows<T>& dy, T* sum) const {
     const Segment& s = segments[task];
     std::fill_n(sum, n, T(0));
@@ -194,7 +195,7 @@ struct TaskLinear {
     }
   }
 
-  // A vector [out] that all tasks share, as T: the bias without masks, or its cotangent.
+  // Returns a vector [out] that all tasks share, as T: the bias without masks, or its cotangent.
   static at::Tensor shared_row(const at::Tensor& row) { return row.defined() ? row.to(kScalar<T>) : row; }
 
   at::Tensor forward(const at::Tensor& input) const {

@@ -1,5 +1,5 @@
-// masked_linear for CUDA tensors, as the Device of csrc/masked_linear.h. A small batch takes the kernels that never write theta or
-// its gradient to memory; a large one the elementwise kernels around torch's GEMM.
+// masked_linear for CUDA tensors: the Device of ops/masked_linear.h. A small batch takes the kernels that never write theta or its
+// gradient to memory; a large one the elementwise kernels around torch's GEMM.
 #pragma once
 
 #include <ATen/Context.h>
@@ -41,7 +41,7 @@ struct CudaLinear : Cuda {
 
  private:
   static LinearCase case_of(const at::Tensor& x, const at::Tensor& w, Gate gate) {
-    // What torch's own float32 product would do.
+    // torch's own float32 product would use the same setting.
     const bool tf32 = x.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
     return {gate, type_of(w.scalar_type()), type_of(x.scalar_type()), tf32, x.size(0), w.size(0), w.size(1)};
   }
@@ -49,7 +49,7 @@ struct CudaLinear : Cuda {
   static at::Tensor with_gemm(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate,
                               bool needs_dx, const Sink& dw, const Sink& dm) {
     at::Tensor dx;
-    // Before the sinks change the parameters.
+    // dx comes first: the sinks may change the parameters.
     if (needs_dx) dx = at::mm(dy, MaskedWeight<Cuda>::forward(w, m, gate.kind, gate.param, x.scalar_type()));
     if (dw.wanted() || dm.wanted()) {
       const at::Tensor g = at::mm(dy.t(), x);

@@ -1,4 +1,5 @@
-// masked_weight for CUDA tensors: device and stream, as the Device of csrc/masked_weight.h. The kernels are in masked_weight.cuh.
+// masked_weight for CUDA tensors: device and stream, and the Device of ops/masked_weight.h. The launchers are in
+// cuda/kernels/masked_weight.cu.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
@@ -11,7 +12,7 @@
 
 namespace metamask::cuda {
 
-// A workspace; undefined where none is needed.
+// Allocates a workspace; undefined if none is needed.
 inline at::Tensor bytes(int64_t count, const at::Tensor& like) {
   return count > 0 ? at::empty({count}, like.options().dtype(at::kByte)) : at::Tensor();
 }

@@ -1,4 +1,4 @@
-// One array for each task, from torch's tensors to what kernels take.
+// Mixed-task batches: the tasks' arrays, from torch's tensors to the form that kernels take.
 #pragma once
 
 #include "cuda/kernels/segments.h"
@@ -7,7 +7,7 @@
 
 namespace metamask::cuda {
 
-// `arrays` as kernels take them. A list's table lies in `table`, which must live as long as it is used.
+// Returns `arrays` in the form that kernels take. The table of a list lies in `table`, which must live as long as it is used.
 inline PerTask per_task(const TaskArrays& arrays, const at::Tensor& on, at::Tensor& table) {
   if (!arrays.given()) return {};
   if (arrays.stacked) return {const_cast<void*>(data(arrays.tensors[0])), arrays.step(), nullptr};

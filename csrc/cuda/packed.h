@@ -1,5 +1,5 @@
-// The ops on masks of one bit a weight for CUDA tensors. The arithmetic is float's (double's for float64 parameters), whatever the
-// types of input and result.
+// The ops on masks of one bit a weight for CUDA tensors. The arithmetic is float32 (float64 for float64 parameters), for all types
+// of input and result.
 #pragma once
 
 #include <torch/library.h>
@@ -122,7 +122,7 @@ struct CudaPacked {
   }
 
  private:
-  // Masks as kernels take them, with what keeps them alive.
+  // Masks in the form that kernels take, and the tensors that keep them alive.
   struct Bits {
     TaskArrays arrays;
     at::Tensor table;

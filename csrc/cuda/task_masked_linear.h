@@ -1,5 +1,5 @@
-// task_masked_linear for CUDA tensors, as the Device of csrc/task_masked_linear.h. The host never waits for the device: the rows
-// are sorted, and the slots checked, by kernels.
+// task_masked_linear for CUDA tensors: the Device of ops/task_masked_linear.h. The host never waits for the device: kernels sort
+// the rows and check the slots.
 #pragma once
 
 #include <ATen/Context.h>
@@ -9,7 +9,7 @@
 
 namespace metamask::cuda {
 
-// The arguments of one op as the launchers take them, for products of type `product`.
+// The arguments of one op in the form that the launchers take, for products of type `product`.
 struct TaskCall {
   const TaskArguments& given;
   at::Tensor rows, used, masks_table, bias_masks_table;
@@ -43,7 +43,7 @@ struct TaskCall {
   }
   TaskParameters bias_parameters() const { return {parameters.bias, parameters.bias_masks}; }
 
-  // Uninitialised gradients in the form of `like`, with zeros for the tasks that the batch does not have.
+  // Returns uninitialised gradients in the form of `like`, with zeros for the tasks that the batch does not have.
   TaskArrays gradients_like(const TaskArrays& like, PerTask& pointers, at::Tensor& table) const {
     TaskArrays made{{}, like.stacked, like.tasks, like.bytes};
     for (const at::Tensor& mask : like.tensors) made.tensors.push_back(at::empty_like(mask, at::MemoryFormat::Contiguous));
@@ -166,7 +166,7 @@ struct CudaTaskLinear : Cuda {
   }
 
  private:
-  // Of a parameter that all tasks share, from the rows of `x`, in the type of the arithmetic.
+  // Allocates the gradient of a parameter that all tasks share, from the rows of `x`, in the type of the arithmetic.
   static at::Tensor shared_gradient(const at::Tensor& parameter, const at::Tensor& x, bool wanted) {
     if (!wanted) return at::Tensor();
     const at::TensorOptions options = parameter.options().dtype(compute_type(parameter));
@@ -187,7 +187,7 @@ struct CudaTaskLinear : Cuda {
     return made;
   }
 
-  // Parameters of 16 bits, where a kernel is for float32's.
+  // Widens parameters of 16 bits for the kernels of float32.
   static TaskArguments widened(const TaskArguments& given) {
     return {given.slots, widened(given.weight), widened(given.bias),  widened(given.masks), widened(given.bias_masks),
             given.gate,  given.groups,          given.rows_per_sample};

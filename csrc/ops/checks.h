@@ -1,5 +1,5 @@
-// Argument checks of the ops, worded with the argument's name, what came and what was wanted (metamask_ext/reference.py words them
-// the same way), and the layout that the kernels ask for.
+// Argument checks of the ops, and the memory layout that the kernels ask for. A message names the argument, what was wanted and
+// what came; metamask_ext/reference.py uses the same words.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,7 +14,7 @@ namespace metamask {
 
 inline void check_gate(int64_t gate_id, double gate_param) {
   TORCH_CHECK_VALUE(gate_id == kSigmoid || gate_id == kHard, "gate must be 0 (sigmoid) or 1 (hard), got ", gate_id);
-  // Its inverse must be finite too, in float32.
+  // The inverse must be finite too, in float32.
   TORCH_CHECK_VALUE(gate_id != kSigmoid || (gate_param >= 0x1p-126 && gate_param < std::numeric_limits<double>::infinity()),
                     "temperature must be finite and greater than 0, got ", gate_param, " (the least is 2**-126)");
   TORCH_CHECK_VALUE(gate_param == gate_param, "threshold must be a number, got nan");
@@ -33,7 +33,7 @@ inline Type type_of(at::ScalarType type) {
   }
 }
 
-// Arithmetic is in float32, of float64 parameters in float64.
+// The arithmetic of float64 parameters is float64, of all others float32.
 inline at::ScalarType compute_type(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
@@ -72,7 +72,7 @@ inline void check_like(const char* name, const at::Tensor& tensor, const at::Ten
                     tensor.device());
 }
 
-// The tasks of a batch's samples, all but their values.
+// Checks the slots of a mixed-task batch, except for their values.
 inline void check_slots(const at::Tensor& slots, const at::Tensor& input, const at::Tensor& weight) {
   TORCH_CHECK_TYPE(slots.scalar_type() == at::kLong, "slots must be int64, got ", slots.scalar_type());
   TORCH_CHECK_VALUE(slots.sizes() == input.sizes().slice(0, 1), "slots must be [B] = ", input.sizes().slice(0, 1), " as in input ",
@@ -81,7 +81,7 @@ inline void check_slots(const at::Tensor& slots, const at::Tensor& input, const 
                     slots.device());
 }
 
-// A value of slots in the host's memory; a GPU's are checked where they are used.
+// Checks one slot in host memory. Slots on a GPU are checked by the kernels that use them.
 inline void check_slot(int64_t slot, int64_t tasks, int64_t position) {
   TORCH_CHECK_VALUE(slot >= 0 && slot < tasks, "slots must be in [0, ", tasks, "), got ", slot, " at position ", position);
 }
@@ -110,7 +110,7 @@ inline void check_linear(const at::Tensor& input, const at::Tensor& weight, cons
   }
 }
 
-// The input of a mixed-task batch, [B, ..., groups * in].
+// Checks the input of a mixed-task batch, [B, ..., groups * in].
 inline void check_batch_input(const at::Tensor& input, const at::Tensor& weight, int64_t groups) {
   check_storage("input", input.scalar_type(), weight);
   TORCH_CHECK_VALUE(input.dim() > 1 && input.size(-1) == groups * weight.size(1),
@@ -120,17 +120,17 @@ inline void check_batch_input(const at::Tensor& input, const at::Tensor& weight,
                     input.device());
 }
 
-// The rows of a mixed-task batch that one sample has.
+// Returns the number of rows that each sample of a mixed-task batch has.
 inline int64_t rows_per_sample(const at::Tensor& input) { return c10::multiply_integers(input.sizes().slice(1, input.dim() - 2)); }
 
-// The sizes of `tensor` with another last one.
+// Returns the sizes of `tensor` with another last one.
 inline std::vector<int64_t> with_last(const at::Tensor& tensor, int64_t last) {
   std::vector<int64_t> sizes = tensor.sizes().vec();
   sizes.back() = last;
   return sizes;
 }
 
-// The gradient of a mixed-task batch's output, [B, ..., out].
+// Checks the gradient of a mixed-task batch's output, [B, ..., out].
 inline void check_batch_grad(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) {
   check_storage("grad", grad.scalar_type(), weight);
   const std::vector<int64_t> sizes = with_last(input, weight.size(0));
@@ -140,40 +140,40 @@ inline void check_batch_grad(const at::Tensor& grad, const at::Tensor& input, co
                     grad.device());
 }
 
-// The rows of `tensor` as one contiguous matrix in `dtype`.
+// Returns the rows of `tensor` as one contiguous matrix in `dtype`.
 inline at::Tensor matrix(const at::Tensor& tensor, at::ScalarType dtype) {
-  // Asked first: each of the calls below takes as long as a small layer's arithmetic.
+  // The shortcut comes first: each of the calls below takes as long as a small layer's arithmetic.
   if (tensor.dim() == 2 && tensor.scalar_type() == dtype && tensor.is_contiguous()) return tensor;
   const int64_t rows = c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
   return tensor.to(dtype).reshape({rows, tensor.size(-1)}).contiguous();
 }
 
-// For a product whose dtype is decided: autocast, where it is on, must not change it again.
+// Keeps autocast, where it is on, from changing the dtype of a product that is already decided.
 struct NoAutocast {
   const c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
-// An optional input or output: null where there is none.
+// Pointers to an optional input or output: null for an undefined tensor.
 inline const void* data(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
 inline void* mutable_data(at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
 
-// The weight as one dense block of memory, in whatever order of dimensions it has (a channels-last weight stays so).
+// Returns the weight as one dense block of memory, in any order of dimensions: a channels-last weight stays as it is.
 inline at::Tensor dense(const at::Tensor& weight) { return weight.is_non_overlapping_and_dense() ? weight : weight.contiguous(); }
 
-// `tensor` with its elements in the memory order of `weight`, which is dense.
+// Returns `tensor` with its elements in the memory order of `weight`, which is dense.
 inline at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& weight) {
   if (tensor.strides() == weight.strides() || tensor.numel() < 2) return tensor;
   return at::empty_strided(weight.sizes(), weight.strides(), tensor.options()).copy_(tensor);
 }
 
-// An in-place step of SGD on a parameter, instead of its gradient.
+// An in-place step of SGD that a parameter takes instead of giving its gradient.
 struct Update {
   bool wanted = false;
   Sgd sgd = {};
   at::Tensor momentum_buffer;  // undefined: no momentum
 };
 
-// `settings`: lr, weight_decay, momentum.
+// Checks and returns an update. `settings` are lr, weight_decay and momentum.
 inline Update update(const char* name, bool wanted, const std::optional<at::Tensor>& momentum_buffer, at::ArrayRef<double> settings,
                      const at::Tensor& parameter) {
   if (!wanted) return {};
@@ -194,8 +194,8 @@ inline Update update(const char* name, bool wanted, const std::optional<at::Tens
   return made;
 }
 
-// Where a parameter's gradient goes: into the parameter, into `gradient` if that is defined, or nowhere. Autograd does not see an
-// op write to its arguments: the version counter tells those who saved the parameter.
+// Returns the destination of a parameter's gradient: the parameter, or `gradient` if that is defined, or none. Bumps the version of
+// what the op writes: autograd does not see an op write to its arguments, and those who saved the parameter must notice.
 inline Sink sink(const Update& update, const at::Tensor& parameter, const at::Tensor& gradient) {
   if (!update.wanted) return {gradient.defined() ? gradient.mutable_data_ptr() : nullptr};
   for (const at::Tensor& changed : {parameter, update.momentum_buffer}) {
@@ -205,7 +205,7 @@ inline Sink sink(const Update& update, const at::Tensor& parameter, const at::Te
           update.momentum_buffer.defined() ? update.momentum_buffer.mutable_data_ptr() : nullptr, update.sgd};
 }
 
-// A cotangent of a gradient of the parameters, in their dtype and in the memory order of `weight`; undefined when not given.
+// Returns the cotangent of a parameter's gradient, in its dtype and in the memory order of `weight`; undefined if not given.
 inline at::Tensor cotangent(const char* name, const std::optional<at::Tensor>& given, const at::Tensor& weight) {
   if (!is_given(given)) return at::Tensor();
   check_like(name, *given, weight);

@@ -42,7 +42,7 @@ struct MaskedLinear {
                               output_mask, {});
   }
 
-  // As backward, but weight, mask, bias and bias mask with updates[i] take a step of SGD instead of giving their gradients.
+  // The same, except that weight, mask, bias and bias mask with updates[i] take a step of SGD instead of giving their gradients.
   static Gradients backward_sgd(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
                                 const at::Tensor& mask_logits, const OptionalTensor& bias, const OptionalTensor& bias_mask_logits,
                                 const OptionalTensor& weight_momentum_buffer, const OptionalTensor& mask_momentum_buffer,
@@ -67,7 +67,7 @@ struct MaskedLinear {
                               output_mask, made);
   }
 
-  // Of the bias without logits, the gradient is the sum over the batch.
+  // A bias without logits has the sum over the batch as its gradient.
   static Gradients backward_or_update(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
                                       const at::Tensor& mask_logits, const OptionalTensor& bias,
                                       const OptionalTensor& bias_mask_logits, Gate gate, std::array<bool, 5> output_mask,

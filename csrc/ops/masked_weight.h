@@ -39,7 +39,7 @@ struct MaskedWeight {
     return backward_or_update(grad, weight, mask_logits, Gate{GateKind(gate_id), gate_param}, output_mask, {}, {});
   }
 
-  // As backward, but a parameter with updates[i] takes a step of SGD instead of giving its gradient.
+  // The same, except that a parameter with updates[i] takes a step of SGD instead of giving its gradient.
   static std::tuple<at::Tensor, at::Tensor> backward_sgd(const at::Tensor& grad, const at::Tensor& weight,
                                                          const at::Tensor& mask_logits,
                                                          const std::optional<at::Tensor>& weight_momentum_buffer,

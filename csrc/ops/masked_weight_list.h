@@ -126,7 +126,7 @@ struct MaskedWeightList {
       return g;
     }
 
-    // An empty list: all are zero.
+    // An empty list of cotangents means zeros.
     Tensors cotangents(const char* name, const OptionalTensors& given) const {
       if (given.empty()) return Tensors(w.size());
       check_count(name, given.size(), w.size());
@@ -142,7 +142,7 @@ struct MaskedWeightList {
     return gradients;
   }
 
-  // An output of an empty list is not wanted.
+  // Returns where to write output i; null if the list is empty, because the output is not wanted.
   static void* made(Tensors& outputs, size_t i) { return outputs.empty() ? nullptr : mutable_data(outputs[i]); }
 };
 

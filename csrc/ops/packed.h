@@ -1,5 +1,5 @@
-// Argument checks of the ops on bit-packed masks (metamask_ext/reference_packed.py words them the same way), and the masks of a
-// bank as the ops take them.
+// Argument checks of the ops on bit-packed masks, and the masks in the form that the ops take. metamask_ext/reference_packed.py
+// words the checks the same way.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@ namespace metamask {
 
 inline int64_t packed_bytes(int64_t bits) { return (bits + 7) / 8; }
 
-// Masks of one bit a weight by task: one tensor with a dimension of tasks in front, or a list of one tensor a task. `task` is the
-// shape of one of them.
+// The tasks' masks of one bit a weight: one tensor with a dimension of tasks in front, or a list of one tensor a task. `task` is
+// the shape of one mask.
 class PackedMasks {
  public:
   PackedMasks(const char* name, at::TensorList tensors, std::vector<int64_t> task, const char* task_words, const at::Tensor& weight)
@@ -34,8 +34,8 @@ class PackedMasks {
   at::TensorList tensors() const { return tensors_; }
   int64_t tasks() const { return stacked_ ? tensors_[0].size(0) : int64_t(tensors_.size()); }
 
-  // A task's mask; where it is not contiguous, a copy of it, which `copies` keeps alive. Without a tensor of its own where it is
-  // contiguous: those of 16 tasks take as long as the arithmetic of a small layer.
+  // Returns a task's mask. If it is not contiguous, returns a copy, which `copies` keeps alive. A contiguous one gets no tensor of
+  // its own: making tensors for 16 tasks takes as long as the arithmetic of a small layer.
   const uint8_t* bits(int64_t slot, std::vector<at::Tensor>& copies) const {
     const at::Tensor& tensor = tensors_[stacked_ ? 0 : slot];
     if (tensor.is_contiguous()) return tensor.const_data_ptr<uint8_t>() + (stacked_ ? slot * tensor.stride(0) : 0);
@@ -71,7 +71,7 @@ inline void check_packed_bias(const at::Tensor& weight, const std::optional<at::
                     ", got ", packed_bias.has_value() ? packed_bias->tasks() : 0);
 }
 
-// What forward and backward of packed_masked_linear check alike, but for the values of slots.
+// The arguments that forward and backward of packed_masked_linear share, checked except for the values of slots.
 struct PackedArguments {
   using OptionalTensor = std::optional<at::Tensor>;
   using OptionalList = std::optional<std::vector<at::Tensor>>;
@@ -90,7 +90,7 @@ struct PackedArguments {
   }
 };
 
-// Of the packed form of a mask of some shape: a vector is one row, of anything else the first dimension.
+// Rows and columns of a packed mask: a vector is one row; otherwise each index of the first dimension is a row.
 inline int64_t packed_rows(at::IntArrayRef shape) { return shape.size() == 1 ? 1 : shape[0]; }
 inline int64_t packed_columns(at::IntArrayRef shape) { return c10::multiply_integers(shape.size() == 1 ? shape : shape.slice(1)); }
 inline std::vector<int64_t> packed_shape(at::IntArrayRef shape) {

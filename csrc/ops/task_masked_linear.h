@@ -19,7 +19,7 @@
 
 namespace metamask {
 
-// An array of a parameter's shape for each task, contiguous: parts of one tensor, or a tensor each (undefined: none).
+// One contiguous array of a parameter's shape for each task: parts of one tensor, or a tensor each (undefined: none).
 struct TaskArrays {
   std::vector<at::Tensor> tensors;
   bool stacked = false;
@@ -27,7 +27,7 @@ struct TaskArrays {
 
   bool given() const { return !tensors.empty(); }
 
-  // Of parts of one tensor: bytes from one to the next, 0 where it is one array expanded for all tasks.
+  // Bytes from one part of a stacked tensor to the next; 0 if one array is expanded for all tasks.
   int64_t step() const { return tensors[0].stride(0) * tensors[0].element_size(); }
 
   const void* data(int64_t task) const {
@@ -41,7 +41,7 @@ struct TaskArrays {
   }
 };
 
-// `like`'s logits for each task: one tensor with a dimension more, or one each.
+// Checks and returns the tasks' logits for the parameter `like`: one tensor with a dimension more, or one tensor each.
 inline TaskArrays task_arrays(const char* name, const char* like_name, at::TensorList given, const at::Tensor& like) {
   TaskArrays arrays;
   arrays.stacked = given.size() == 1 && given[0].dim() == like.dim() + 1;
@@ -55,7 +55,7 @@ inline TaskArrays task_arrays(const char* name, const char* like_name, at::Tenso
     TORCH_CHECK_VALUE(all.device() == like.device(), name, " must be on the device of ", like_name, ", ", like.device(), ", got ",
                       all.device());
     arrays.tasks = all.size(0);
-    // One mask expanded for all tasks, as a meta-learner starts with, stays one.
+    // A meta-learner starts with one mask expanded for all tasks: it is not copied.
     const bool same = arrays.tasks > 0 && all.stride(0) == 0 && all[0].is_contiguous();
     arrays.tensors.push_back(same ? all : all.contiguous());
     return arrays;
@@ -64,7 +64,7 @@ inline TaskArrays task_arrays(const char* name, const char* like_name, at::Tenso
   arrays.tensors.reserve(given.size());
   for (int64_t task = 0; task < arrays.tasks; ++task) {
     const at::Tensor& one = given[task];
-    // The name is put together only for the one that is refused.
+    // Builds the name only for a mask that is refused.
     if (one.scalar_type() != like.scalar_type() || one.sizes() != like.sizes() || one.device() != like.device()) {
       check_pair(like, one, like_name, (std::string(name) + "[" + std::to_string(task) + "]").c_str());
     }
@@ -75,7 +75,7 @@ inline TaskArrays task_arrays(const char* name, const char* like_name, at::Tenso
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-// Cotangents of the gradients of `masks`, in their form and dtype; nothing where none is given.
+// Checks and returns the cotangents of the gradients of `masks`, in their form and dtype; nothing if none is given.
 inline TaskArrays task_cotangents(const char* name, const OptionalTensors& given, const TaskArrays& masks) {
   TaskArrays arrays{{}, masks.stacked, masks.tasks, masks.bytes};
   bool any = false;
@@ -101,7 +101,7 @@ struct TaskArguments {
   int64_t groups, rows_per_sample;
 };
 
-// Of each argument; undefined or empty where it is not needed. Also the cotangents of these, where empty means zero.
+// The gradients of the arguments, undefined or empty if not wanted; or the cotangents of these gradients, empty if zero.
 struct TaskGradients {
   at::Tensor input, weight;
   TaskArrays masks;
@@ -207,7 +207,7 @@ struct TaskMaskedLinear {
     return arguments;
   }
 
-  // A gradient of `like`, from that of its rows.
+  // Gives the gradient, from its rows, the shape and dtype of `like`.
   static at::Tensor shaped(const at::Tensor& rows, const at::Tensor& like) {
     if (!rows.defined()) return rows;
     return (like.dim() == 2 ? rows : rows.view(like.sizes())).to(like.scalar_type());

@@ -1,6 +1,6 @@
-// The kernels of bfloat16_kernel.h. The loops of masked_weight_kernel.cpp convert a 16-bit array by blocks, through copies in the
-// first-level cache; beside products as fast as these, the copies and float32's exact sigmoid take most of the time. Here 32
-// elements are widened, worked on and rounded in registers.
+// The kernels of cpu/kernels/bfloat16.h: 32 elements are widened, worked on and rounded in registers. The loops of
+// cpu/kernels/masked_weight.cpp convert a 16-bit array by blocks, through copies in the first-level cache; beside products as fast
+// as these, the copies and float32's exact sigmoid would take most of the time.
 #include "cpu/kernels/bfloat16.h"
 
 #include <immintrin.h>
@@ -9,8 +9,7 @@ namespace metamask::cpu {
 namespace {
 
 constexpr int64_t kLanes = 32;
-// Processors stop prefetching at the end of a page of 4 KiB: the next rows of W and M are asked for two pages before they are
-// needed.
+// Processors stop prefetching at the end of a page of 4 KiB: the next rows of W and M are prefetched two pages ahead.
 constexpr int64_t kAhead = 8192;
 
 // 32 elements: those of even index, those of odd index. In this order a vector of bfloat16 is widened by a shift and a mask.
@@ -123,7 +122,7 @@ struct Whole {
   static constexpr bool kValue = value;
 };
 
-// work(whole, first element, its lanes) for every 32 elements; `whole` says at compile time that none is masked.
+// Calls work(whole, first element, its lanes) for every 32 elements; `whole` says at compile time that none is masked.
 template <class Work>
 METAMASK_INLINE void each_lanes(int64_t n, Work work) {
   int64_t i = 0;
@@ -146,12 +145,12 @@ void theta_range(Gate gate, const void* weights, const void* logits, BFloat16* t
   });
 }
 
-// One element's gradients in each lane, as backward_of in gate.h.
+// One element's gradients in each lane, as backward_of in core/gate.h.
 struct LaneGradients {
   __m512 theta, w, m;
 };
 
-// By the formulas of gate.h: 1 - s is e / (1 + e), or 1 / (1 + e), with e = exp(-|m / t|), accurate where s rounds to 1.
+// Uses the formulas of core/gate.h: 1 - s is e / (1 + e), or 1 / (1 + e), with e = exp(-|m / t|), accurate where s rounds to 1.
 template <GateKind kind>
 METAMASK_INLINE LaneGradients backward_at(__m512 g, __m512 w, __m512 m, __m512 scale, __m512 inverse_temperature) {
   const __m512 gw = _mm512_mul_ps(g, w);
@@ -175,7 +174,7 @@ METAMASK_INLINE void spread(float* to, Lanes x) {
 
 METAMASK_INLINE Lanes gathered(const float* from) { return {_mm512_load_ps(from), _mm512_load_ps(from + 16)}; }
 
-// What becomes of one parameter's gradients g at elements from i on; p is the parameter there.
+// Gives one parameter's gradients g, at elements from i on, to their sink; p is the parameter there.
 template <class P, bool whole>
 METAMASK_INLINE void give(const Sink& sink, int64_t i, Lanes p, Lanes g, __mmask32 some) {
   if (sink.gradient != nullptr) store<whole>(static_cast<P*>(sink.gradient) + i, g, some);

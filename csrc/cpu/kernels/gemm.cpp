@@ -21,7 +21,7 @@ constexpr int kRows = 3, kColumns = 3;
 #endif
 
 constexpr int64_t kBlockRows = 2 * kRows;   // rows of `a` that stay in the first-level cache while b streams by
-constexpr int64_t kBlockBytes = 32 * 1024;  // what they and one tile's columns of b may take there
+constexpr int64_t kBlockBytes = 32 * 1024;  // the most that they and one tile's columns of b take there
 constexpr int64_t kBlockTerms = 64;         // rows of `b` likewise
 
 template <>
@@ -144,7 +144,7 @@ void gemm_nt(const T* a, int64_t a_row, const T* b, int64_t b_row, typename Vect
   constexpr int64_t kLanes = Vector<T>::kLanes;
   for (int64_t block = 0; block < rows; block += kBlockRows) {
     const int64_t end = block + kBlockRows < rows ? block + kBlockRows : rows;
-    // As long as the rows of `a` and kColumns of b stay, and of whole vectors.
+    // The longest piece for which the rows of `a` and kColumns of b stay, in whole vectors.
     const int64_t most = kBlockBytes / int64_t(sizeof(T)) / (end - block + kColumns) / kLanes * kLanes;
     const int64_t parts = (length + most - 1) / most, part = ((length + parts - 1) / parts + kLanes - 1) / kLanes * kLanes;
     for (int64_t k = 0; k < length; k += part) {

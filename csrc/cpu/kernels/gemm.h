@@ -17,7 +17,7 @@ struct Pair {
   BFloat16 first, second;
 };
 
-// Of elements T, added up as Sum.
+// Products of elements T, added up as Sum.
 template <class T, class Sum = T>
 struct GemmKernels {
   // y[i, j] += sum over k of a[i, k] b[j, k], for i < rows, j < columns, k < length; a row of a, b or y begins `*_row` after the

@@ -1,4 +1,4 @@
-// Vectors and bit masks of the objects compiled per instruction set: everything is local to the object that includes it.
+// Bit masks of vectors of weights. Everything is local to the object that includes it.
 //
 // With AVX-512 the bits of 16 weights are a mask register as they lie in memory; elsewhere each lane tests its bit.
 #pragma once
@@ -34,7 +34,7 @@ METAMASK_INLINE V kept(V vector) {
   return vector;
 }
 
-// The first n lanes, the others zero.
+// Loads the first n lanes; the others are zero.
 template <class T>
 METAMASK_INLINE typename Vector<T>::type load_some(const T* from, int64_t n) {
   alignas(kVectorBytes) T lanes[Vector<T>::kLanes] = {};
@@ -63,12 +63,12 @@ METAMASK_INLINE Mask<float> mask_of(const float*, const uint8_t* bits, int64_t k
   return {lanes};
 }
 
-// The last n columns of a row: not a byte behind them is read.
+// The mask of the last n columns of a row: not a byte behind them is read.
 METAMASK_INLINE Mask<float> mask_of(const float*, const uint8_t* bits, int64_t k, int64_t n) {
   return {__mmask16(bits[k / 8] | (n > 8 ? bits[k / 8 + 1] << 8 : 0))};
 }
 
-// Of two vectors of columns from one load: whether it is worth it, and the masks.
+// The masks of two vectors of columns from one load, for the types where that pays.
 template <class T>
 constexpr bool kPairs = sizeof(T) == sizeof(float);
 

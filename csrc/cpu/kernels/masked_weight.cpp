@@ -64,7 +64,7 @@ class Output {
   alignas(64) T copy_[kBlock];
 };
 
-// One step along a block of gradients: changes the parameter that `p` was read from, and its momentum buffer.
+// Takes one step along a block of gradients: changes the parameter that `p` was read from, and its momentum buffer.
 template <class T>
 class Descent {
  public:
@@ -79,7 +79,7 @@ class Descent {
     const Sgd sgd = sink_.sgd;
     T* to = out_.block(begin);
     if (sink_.momentum_buffer == nullptr) {
-      // In place, element by element: `to` is where `p` is, or apart from it.
+      // Works in place, element by element: `to` is the same array as `p`, or apart from it.
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
         T momentum_buffer = T(0);
@@ -203,7 +203,7 @@ void double_backward_range(Gate gate, Type param, Type grad, const void* a, cons
   }
 }
 
-// An array of sums; where none is wanted, sums that nobody reads.
+// An array of sums. If none is wanted, the sums go to a block that nobody reads.
 template <class T>
 class Sums {
  public:

@@ -19,9 +19,9 @@ struct MaskedWeightKernels {
   void (*double_backward)(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
                           const void* m, void* dg, void* dw, void* dm, int64_t begin, int64_t end);
 
-  // For one of several tasks that share W. g, h, theta, c and dw have the type of the arithmetic; dw is added to. backward_add is
-  // backward. second_backward is that of a product with theta: of the gradients dw and dm that g led to, a and b are the
-  // cotangents, and h is one more gradient of theta; c is the gradient of g.
+  // The gradients of one task in a mixed-task batch, whose tasks share W. g, h, theta, c and dw have the type of the arithmetic; dw
+  // is added to. backward_add is backward. second_backward_add differentiates a product with theta a second time: a and b are the
+  // cotangents of the gradients dw and dm that g led to, h is one more gradient of theta, and c is the gradient of g.
   void (*backward_add)(Gate gate, Type param, const void* g, const void* w, const void* m, void* theta, void* dw, void* dm,
                        int64_t n);
   void (*second_backward_add)(Gate gate, Type param, const void* a, const void* b, const void* g, const void* h, const void* w,

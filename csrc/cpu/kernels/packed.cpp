@@ -13,8 +13,8 @@ constexpr int kRows = 4, kOutputs = 4, kColumns = 4;
 constexpr int kRows = 2, kOutputs = 2, kColumns = 2;
 #endif
 
-// Where row i, at most 3, begins: base, base + row, base + 2 row and base + three are addresses that the processor adds up itself.
-// GCC would keep a pointer for each row instead, 16 of them for the bits alone, most of them in memory.
+// Returns where row i, at most 3, begins: base, base + row, base + 2 row and base + three are addresses that the processor adds up
+// itself. GCC would keep a pointer for each row instead, 16 of them for the bits alone, most of them in memory.
 METAMASK_INLINE int64_t row_at(int i, int64_t row, int64_t three) { return i == 3 ? three : i * row; }
 
 METAMASK_INLINE int64_t three_of(int64_t row) {
@@ -66,15 +66,15 @@ METAMASK_INLINE void add_sums(const typename Vector<T>::type (&sums)[R][C], T* y
   }
 }
 
-// What a tile asks for while it computes: `lines` of kRowBytes in each step of its loop. Asked for all at once, they would keep its
-// own loads waiting.
+// The prefetches of a tile: `lines` of kRowBytes in each step of its loop. Issued all at once, they would keep its own loads
+// waiting.
 struct Ahead {
   const char* from;
   int64_t lines;
 };
 
-// kFinite: x is, so that a product that is off may be left out instead of added as 0 times x, an operation less; and one load has
-// the bits of two vectors. Only where kPairs. kStep: the columns of a step.
+// kFinite: all of x is finite, so that a product that is off may be left out instead of added as 0 times x, an operation less; and
+// one load has the bits of two vectors. Only for kPairs. kStep: the columns of a step.
 template <class T, bool kFinite>
 constexpr int64_t kStep = (kFinite ? 2 : 1) * Vector<T>::kLanes;
 
@@ -136,7 +136,7 @@ METAMASK_INLINE void forward_tile(const T* x, int64_t x_row, const uint8_t* cons
   add_sums<T, R, C>(sums, y, y_row);
 }
 
-// Asks for the bits that `count` rows of samples meet at some rows of W: each mask is read a few kilobytes at a time, too little
+// Prefetches the bits that `count` rows of samples meet at some rows of W: each mask is read a few kilobytes at a time, too little
 // for the processor to see that it is read in order.
 METAMASK_INLINE void prefetch_bits(const uint8_t* const* bits, int64_t count, int64_t offset, int64_t row, int64_t outputs,
                                    int64_t columns) {
@@ -152,8 +152,8 @@ template <class T, bool kFinite>
 METAMASK_INLINE void forward_rows(const T* x, int64_t x_row, BitRows bits, const T* w, int64_t w_row, const T* next, T* y,
                                   int64_t y_row, int64_t rows, int64_t outputs, int64_t columns) {
   // A few rows of x stay in the first-level cache while the tile of W streams from the second, and each mask is read in order. Each
-  // group of rows asks for its share of the next tile of W, and for the bits of the next group, the last one for those of the first
-  // group in the next tile: else all arithmetic waits where a tile begins.
+  // group of rows prefetches its share of the next tile of W, and the bits of the next group; the last group those of the first
+  // group in the next tile. Otherwise all arithmetic would wait where a tile begins.
   if (rows == 0) return;
   const auto divide = [](int64_t n, int64_t by) { return by == 0 ? 0 : (n + by - 1) / by; };
   const int64_t wanted = next == nullptr ? 0 : outputs * w_row * int64_t(sizeof(T)) / kRowBytes;

@@ -1,7 +1,7 @@
 // The loops over bit-packed masks, one table for each instruction set. theta = W where the bit is set, else 0: a weight that is off
 // is 0 whatever it was, and 0 times an input that is not finite is NaN, as in a dense product.
 //
-// Rows of x, dx, theta and the gradient's tile are padded to kRowBytes (product_kernel.h); what is read there is zero. Rows of W
+// Rows of x, dx, theta and the gradient's tile are padded to kRowBytes (cpu/kernels/gemm.h); what is read there is zero. Rows of W
 // and of bits are read to their last element and no further. `bits[i]` is the mask of sample row i, whose row j begins at offset +
 // j * bits_row; column 0 of the others is bit 0 of that byte.
 #pragma once
@@ -20,8 +20,8 @@ struct BitRows {
 
 template <class T>
 struct PackedKernels {
-  // y[i, j] += sum over k of x[i, k] theta_i[j, k], for i < rows, j < outputs, k < columns. finite: that all of x is; false is
-  // always right, and slower. next: where the next tile of W begins, as large as this one, whose bits follow those of this one; or
+  // y[i, j] += sum over k of x[i, k] theta_i[j, k], for i < rows, j < outputs, k < columns. finite: all of x is finite; false is
+  // always right, and slower. next: the start of the next tile of W, as large as this one, whose bits follow those of this one; or
   // null.
   void (*forward)(const T* x, int64_t x_row, bool finite, BitRows bits, const T* w, int64_t w_row, const T* next, T* y,
                   int64_t y_row, int64_t rows, int64_t outputs, int64_t columns);
@@ -37,7 +37,7 @@ struct PackedKernels {
   // dw[j, k] += g[j, k] where the bit is set.
   void (*add_masked)(const uint8_t* bits, int64_t bits_row, const T* g, int64_t g_row, T* dw, int64_t dw_row, int64_t outputs,
                      int64_t columns);
-  // Between the type that a parameter is kept in and T.
+  // Convert between the type that a parameter is stored in and T.
   void (*widen)(Type from, const void* w, T* to, int64_t n);
   void (*narrow)(const T* from, Type to, void* w, int64_t n);
 };

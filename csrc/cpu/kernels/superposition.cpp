@@ -73,7 +73,7 @@ struct Tables {
 
 // Entry i of a four's table is the sum of its products whose bits are set in i.
 METAMASK_INLINE void build(const float* products, Tables& tables, int64_t columns) {
-  // Of two neighbours a and b first: 0, a, b, a + b, for four such pairs in a register.
+  // First the sums of two neighbours a and b: 0, a, b, a + b, for four such pairs in a register.
   const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1)), eight = _mm512_set1_epi32(8);
   const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);

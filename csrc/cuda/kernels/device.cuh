@@ -13,7 +13,7 @@
 #if defined(__CUDACC__)
 
 #include <cassert>
-// What <cassert> declares only without NDEBUG.
+// <cassert> declares it only without NDEBUG.
 extern "C" __host__ __device__ void __assert_fail(const char*, const char*, unsigned, const char*) noexcept;
 
 #define DEVICE_INLINE __device__ __forceinline__
@@ -42,7 +42,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 // does nothing in a release build.)
 #define DEVICE_ASSERT(...) ((__VA_ARGS__) ? static_cast<void>(0) : __assert_fail(#__VA_ARGS__, __FILE__, __LINE__, __func__))
 
-// Of the current device.
+// Returns the number of multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 1;
   cudaGetDevice(&device);

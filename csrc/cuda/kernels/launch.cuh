@@ -1,11 +1,11 @@
-// What launchers share: pointers of run-time type, and how many blocks share a sum.
+// Parts of the launchers: pointers and types known at run time, and the number of blocks that share a sum.
 #pragma once
 
 #include "cuda/kernels/device.cuh"
 
 namespace metamask::cuda {
 
-// Whether every array (a null one is none) may be accessed by packs of kPackBytes.
+// Returns whether every array may be accessed by packs of kPackBytes. A null pointer stands for no array.
 template <class... Pointers>
 bool aligned(Pointers... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % kPackBytes == 0) && ...);
@@ -21,7 +21,7 @@ T* out(void* pointer) {
   return static_cast<T*>(pointer);
 }
 
-// A type as an argument.
+// Passes a type as an argument.
 template <class T>
 struct Tag {
   using type = T;
@@ -45,19 +45,19 @@ void with_alignment(bool packs, Run run) {
   else run.template operator()<false>();
 }
 
-// Bytes of a number in the arithmetic of parameters of this type.
+// Returns the bytes of a number in the arithmetic of parameters of this type.
 inline int64_t compute_bytes(Type param) { return param == Type::kFloat64 ? sizeof(double) : sizeof(float); }
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// How a sum over `length` is shared out: `count` blocks, `each` of it a block.
+// The shares of a sum over `length`: `count` blocks, `each` of it a block.
 struct Share {
   int count;
   int64_t each;
 };
 
-// `step` of it is what a block takes at a time. Eight blocks for each multiprocessor keep all of them busy to the end, where there
-// is that much to do; more only make the sums of the blocks cost more.
+// A block takes `step` of it at a time. Eight blocks for each multiprocessor keep all of them busy to the end, if there is that
+// much to do; more only make the sums of the blocks cost more.
 inline Share share(int64_t length, int64_t step, int64_t blocks_without) {
   const int64_t steps = length > 0 ? ceil_div(length, step) : 1, most = 64;
   const int64_t wanted = ceil_div(8 * int64_t(multiprocessors()), blocks_without);
@@ -65,7 +65,7 @@ inline Share share(int64_t length, int64_t step, int64_t blocks_without) {
   return {length > 0 ? int(ceil_div(length, each)) : 1, each};
 }
 
-// Rows are whole packs of both types, and begin where packs may.
+// Returns whether rows are whole packs of both types, and begin at the address of a pack.
 template <class P, class X, class... Pointers>
 bool rows_aligned(int64_t in, Pointers... pointers) {
   return in * int64_t(sizeof(P)) % kPackBytes == 0 && in * int64_t(sizeof(X)) % kPackBytes == 0 && aligned(pointers...);

@@ -1,4 +1,5 @@
-// Launchers: from types, sizes and pointers known at run time to one kernel, and how many blocks share a sum.
+// Launchers of masked_linear: they choose one kernel from types, sizes and pointers known at run time, and how many blocks share a
+// sum.
 #include "cuda/kernels/masked_linear.h"
 
 #include "cuda/kernels/masked_linear_backward.cuh"
@@ -7,10 +8,10 @@
 namespace metamask::cuda {
 namespace {
 
-constexpr int kFew = 8;  // samples: what one mma has room for
+constexpr int kFew = 8;  // the samples that one mma has room for
 
 // Calls run(Tag<P>, Tag<Product>) for the kernels of a case: Tensor<X, room> or Plain<X, room>, where room is kFew if that holds
-// the batch, else kMany. False: there is none, or the batch is larger than kMost.
+// the batch, else kMany. Returns false if there is no kernel, or the batch is larger than kMost.
 template <int kMost, template <class, int> class Tensor, int kManyTensor, template <class, int> class Plain, int kManyPlain,
           class Run>
 bool with_product(const LinearCase& given, Run run) {

@@ -17,7 +17,8 @@ namespace metamask::cuda {
 constexpr int kWarps = 8, kBlock = 32 * kWarps;
 constexpr int kRowsOfTile = 16, kChunk = 8, kColumnsOfStep = 4 * kChunk;
 
-// N neighbours of a row of `columns` elements, zeros beyond its end. kAligned: rows are whole packs of kPackBytes, aligned.
+// Loads N neighbours of a row of `columns` elements, with zeros beyond its end. kAligned: rows are whole packs of kPackBytes,
+// aligned.
 template <bool kAligned, int N, class T>
 DEVICE_INLINE void load_raw(const T* __restrict__ row, int64_t column, int64_t columns, T (&to)[N]) {
   constexpr int kWidest = kPackBytes / int(sizeof(T)), kPack = !kAligned ? 1 : N < kWidest ? N : kWidest;
@@ -71,7 +72,7 @@ struct Rows {
   const int64_t* order = nullptr;
 
   DEVICE_INLINE const X* operator[](int64_t b) const { return first + (order == nullptr ? b : order[b]) * stride; }
-  // The same from row b on.
+  // Returns the rows from row b on.
   DEVICE_INLINE Rows from(int64_t b) const {
     return order == nullptr ? Rows{first + b * stride, stride} : Rows{first, stride, order + b};
   }
@@ -80,7 +81,7 @@ struct Rows {
 // --- The product of a warp's theta [16, 32] and x, with room for kBatch_ rows of x. X is the type of x and y, Sum that of the
 // sums.
 
-// In tensor cores: X is float (as tf32), __nv_bfloat16 or __half, and theta is rounded to it.
+// Multiplies in tensor cores: X is float (as tf32), __nv_bfloat16 or __half, and theta is rounded to it.
 template <class X_, int kBatch_>
 struct TensorForward {
   using X = X_;
@@ -130,7 +131,7 @@ struct TensorForward {
   }
 };
 
-// By plain multiplications: exact float32, and float64.
+// Multiplies plainly: exact float32, and float64.
 template <class T, int kBatch_>
 struct PlainForward {
   using X = T;
@@ -173,7 +174,7 @@ struct PlainForward {
   }
 };
 
-// The sum of the warps' results, in `total`, seen by all threads.
+// Adds up the warps' results in `total`, seen by all threads.
 template <int kRows, int kColumns, class Sum, class Product>
 DEVICE_INLINE void add_warps(Sum (&total)[kRows][kColumns], const Product& product) {
   const int warp = int(threadIdx.x) / 32;

@@ -18,12 +18,12 @@ struct LinearCase {
   int64_t batch, out, in;
 };
 
-// Whether there is a kernel for the types, and the batch is small enough that theta in registers is the better way than theta in
-// memory and a GEMM. (The batches are from counting operations, not measured: docs/cuda.md.)
+// Return whether there is a kernel for the types, and the batch is small enough that theta in registers beats theta in memory and a
+// GEMM. (The batch sizes come from counting operations, not from measurements: docs/cuda.md.)
 bool fuses_masked_linear(const LinearCase& given);
 bool fuses_masked_linear_backward(const LinearCase& given);
 
-// Bytes of the workspace that the launcher takes; 0: none, the pointer may be null.
+// Return the bytes of the workspace that the launcher takes; for 0 the pointer may be null.
 int64_t masked_linear_workspace(const LinearCase& given);
 int64_t masked_linear_backward_workspace(const LinearCase& given, bool needs_dx);
 

@@ -1,11 +1,11 @@
-// The backward of masked_linear for small batches: G = dy^T x exists only in accumulators, and what is made of it (dW and dM, or
-// the new W and M) is written from there. W and M are read once, for dx too. The floor is the bytes of W and M, and of what is
-// written of their size, over bandwidth.
+// The backward of masked_linear for small batches: G = dy^T x exists only in accumulators, and its results (dW and dM, or the new W
+// and M) are written from there. W and M are read once, for dx too. The floor is the bytes of W and M, and of what is written of
+// their size, over bandwidth.
 //
 // A block has a strip of columns, and its warps take turns on steps of rows of theta. With g = lane / 4 and t = lane % 4 a lane has
 // a chunk of kRows x kColumns: rows kRows t to kRows (t + 1) - 1 of the step, columns kColumns g to kColumns (g + 1) - 1 of the
 // strip. So a warp's access to a row is 8 kColumns neighbours, and G^T [columns, rows] comes out of the tensor cores (with the
-// numbering of columns and rows that this output_mask) in the lanes that hold W and M, and theta^T goes into them again, for dx^T =
+// numbering of columns and rows that this needs) in the lanes that hold W and M, and theta^T goes into them again, for dx^T =
 // theta^T dy^T, from where it was computed.
 //
 // gridDim.y blocks share the rows (`rows_each` each). The sums of dx over warps, then over blocks, are added in a fixed order.
@@ -15,7 +15,7 @@
 
 namespace metamask::cuda {
 
-// In tensor cores; X as in TensorForward.
+// Multiplies in tensor cores; X as in TensorForward.
 template <class X_, int kBatch_>
 struct TensorBackward {
   using X = X_;
@@ -105,7 +105,7 @@ struct TensorBackward {
   }
 };
 
-// By plain multiplications: exact float32, and float64. The more samples, the fewer columns: dx's sums must stay in registers.
+// Multiplies plainly: exact float32, and float64. The more samples, the fewer columns: dx's sums must stay in registers.
 template <class T, int kBatch_>
 struct PlainBackward {
   using X = T;

@@ -1,4 +1,4 @@
-// Launchers: from types and pointers known at run time to one kernel.
+// Launchers of masked_weight: they choose one kernel from types and pointers known at run time.
 #include "cuda/kernels/masked_weight.h"
 
 #include "cuda/kernels/launch.cuh"
@@ -50,8 +50,8 @@ bool all_aligned(const ForwardArrays& of) { return aligned(of.w, of.m, of.theta)
 bool all_aligned(const BackwardArrays& of) { return aligned(of.g, of.w, of.m, of.dw, of.dm); }
 bool all_aligned(const DoubleBackwardArrays& of) { return aligned(of.a, of.b, of.g, of.w, of.m, of.dg, of.dw, of.dm); }
 
-// As dispatch, once for each part of the list: calls run.operator()<kind, N, P, O>(part, blocks). Where one array of the list is
-// not aligned for packs, none is.
+// Dispatches once for each part of the list: calls run.operator()<kind, N, P, O>(part, blocks). If one array of the list is not
+// aligned for packs, none uses them.
 template <class Arrays, class Run>
 void dispatch_list(Gate gate, Type param, Type other, const std::vector<Arrays>& list, Run run) {
   bool packs = true;

@@ -81,7 +81,7 @@ __global__ void masked_weight_double_backward_kernel(Compute<P> gate_param, cons
 // would repeat that copy from memory of the host that is gone.
 template <class Arrays>
 struct ListPart {
-  // What fits into the 4 KiB that arguments may take on every device, beside the gate's parameter.
+  // The weights that fit into the 4 KiB that arguments may take on every device, beside the gate's parameter.
   static constexpr int kRoom = 4000 / int(sizeof(Arrays) + sizeof(unsigned));
 
   Arrays at[kRoom];
@@ -89,7 +89,7 @@ struct ListPart {
   int count;
 };
 
-// Which weight this block works on, and the first of this thread's elements.
+// Returns which weight this block works on; i becomes the first of this thread's elements.
 template <int N, class Arrays>
 DEVICE_INLINE int find_weight(const ListPart<Arrays>& part, int64_t& i) {
   int low = 0;

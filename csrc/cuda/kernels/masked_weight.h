@@ -20,7 +20,7 @@ void masked_weight_backward(Gate gate, Type param, Type grad, const void* g, con
 void masked_weight_double_backward(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
                                    const void* m, void* dg, void* dw, void* dm, int64_t n, cudaStream_t stream);
 
-// The same for each of a list: one launch for as many as have room in a kernel's arguments (ListPart), another for the next.
+// The same for lists: one launch for as many weights as have room in a kernel's arguments (ListPart), another for the next.
 void masked_weight_list(Gate gate, Type param, Type out, const std::vector<ForwardArrays>& list, cudaStream_t stream);
 
 void masked_weight_list_backward(Gate gate, Type param, Type grad, const std::vector<BackwardArrays>& list, cudaStream_t stream);

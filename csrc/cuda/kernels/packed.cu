@@ -1,17 +1,13 @@
-// Launchers: from types, sizes and pointers known at run time to one kernel.
+// Launchers of the ops on packed masks: they choose one kernel from types, sizes and pointers known at run time.
 #include "cuda/kernels/packed.h"
 
 #include "cuda/kernels/pack_mask.cuh"
+#include "cuda/kernels/packed_masked_linear.cuh"
+#include "cuda/kernels/packed_superposition_gradient.cuh"
 #include "cuda/kernels/split_k.cuh"
 
 namespace metamask::cuda {
 namespace {
-
-// A thread makes one element.
-__global__ void __launch_bounds__(kThreads) unpack_mask_kernel(const uint8_t* packed, bool* mask, int64_t rows, int64_t columns) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = i / columns, k = i % columns;
-  if (IN_BOUNDS(i < rows * columns)) mask[i] = packed[row * ((columns + 7) / 8) + k / 8] >> (k % 8) & 1;
-}
 
 PackedSizes sizes_of(const PackedCase& given) {
   const int64_t tiles = ceil_div(given.out / given.groups, kRowsOfTile);

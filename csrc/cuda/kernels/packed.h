@@ -1,7 +1,7 @@
 // Launchers of the ops on masks of one bit a weight, on raw device pointers to contiguous arrays. Bit k % 8 of byte k / 8 of a row
-// is its weight k, the padding of a row is zero. x, dx [rows, groups * in], y, dy [rows, out], in the type of the arithmetic
+// is its weight k; the padding of a row is zero. x, dx [rows, groups * in], y, dy [rows, out], in the type of the arithmetic
 // (float, or double for float64 parameters), with rows = samples * rows_per_sample; w, dw [out, in] of type `param`; slots
-// [samples]; bits [out, ceil(in / 8)] by task.
+// [samples]; bits [out, ceil(in / 8)] for each task.
 #pragma once
 
 #include "cuda/kernels/segments.h"
@@ -19,12 +19,12 @@ void pack_mask(Type type, const void* logits, double threshold, uint8_t* packed,
                cudaStream_t stream);
 void unpack_mask(const uint8_t* packed, bool* mask, int64_t rows, int64_t columns, cudaStream_t stream);
 
-// Bytes of the workspaces of the launchers; 0: none, the pointer may be null.
+// Return the bytes of the workspaces of the launchers; for 0 the pointer may be null.
 int64_t packed_masked_linear_workspace(const PackedCase& given);
 int64_t packed_input_gradient_workspace(const PackedCase& given);
 int64_t packed_superposition_workspace(const PackedCase& given);
 
-// bias [out] in the type of the arithmetic, null: none; bias_bits [ceil(out / 8)] by task, none: the bias is not masked.
+// bias [out] in the type of the arithmetic, null: none; bias_bits [ceil(out / 8)] for each task, none: the bias is not masked.
 void packed_masked_linear(const PackedCase& given, const int64_t* slots, const void* w, const PerTask& bits, const void* bias,
                           const PerTask& bias_bits, const void* x, void* y, void* workspace, cudaStream_t stream);
 void packed_input_gradient(const PackedCase& given, const int64_t* slots, const void* w, const PerTask& bits, const void* dy,

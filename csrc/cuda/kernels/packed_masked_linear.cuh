@@ -29,7 +29,7 @@ DEVICE_INLINE const uint8_t* bits_of(const PerTask& bits, const PackedSizes& siz
   return array_of<const uint8_t>(bits, task);
 }
 
-// `found`: where the bits of each row's mask are, seen by all threads.
+// Finds the bits of each row's mask, for all threads to see.
 template <int kRoom>
 DEVICE_INLINE void find_bits(const uint8_t* (&found)[kRoom], const PerTask& bits, const PackedSizes& sizes, const int64_t* slots,
                              int64_t window, int count) {
@@ -38,7 +38,7 @@ DEVICE_INLINE void find_bits(const uint8_t* (&found)[kRoom], const PerTask& bits
   __syncthreads();
 }
 
-// Where a bit is off, zero, whatever the weight is.
+// Makes theta: zero for a bit that is off, whatever the weight is.
 template <class T, int N>
 DEVICE_INLINE void keep(unsigned byte, const T (&w)[N], T (&theta)[N]) {
   for (int j = 0; j < N; ++j) theta[j] = byte >> j & 1 ? w[j] : T(0);

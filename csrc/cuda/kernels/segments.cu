@@ -1,5 +1,5 @@
-// The rows of a batch that mixes tasks, in the order of their tasks, and tables of the tasks' arrays. All of it is made on the
-// device: no number has to come back to the host, so that a CUDA graph can hold it.
+// Sorts the rows of a mixed-task batch by task, and makes tables of the tasks' arrays. All of it happens on the device: no number
+// has to come back to the host, so that a CUDA graph can hold it.
 #include "cuda/kernels/segments.h"
 
 #include <cstring>
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) fill_table_kernel(PointerBatch point
   if (IN_BOUNDS(i < count)) table[i] = pointers.at[i];
 }
 
-// Zeros in the arrays of the tasks that no row has; a row of blocks for each task.
+// Zeroes the arrays of the tasks that no row has; a row of blocks for each task.
 template <class P>
 __global__ void __launch_bounds__(kThreads)
     clear_unused_kernel(PerTask arrays, const int64_t* used, int64_t n, int64_t blocks_each) {

@@ -1,4 +1,4 @@
-// Arrays that there is one of for each task, inside kernels.
+// The tasks' arrays inside kernels.
 #pragma once
 
 #include "cuda/kernels/device.cuh"
@@ -6,7 +6,7 @@
 
 namespace metamask::cuda {
 
-// The array of one task; null: there is none.
+// Returns the array of one task; null if there is none.
 template <class T>
 DEVICE_INLINE T* array_of(const PerTask& arrays, int64_t task) {
   void* const array = arrays.table != nullptr ? arrays.table[task] : static_cast<char*>(arrays.first) + task * arrays.stride;

@@ -1,4 +1,4 @@
-// Launchers for the rows of a batch that mixes tasks, on raw device pointers.
+// Launchers for the rows of a mixed-task batch, on raw device pointers.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,14 +9,15 @@
 
 namespace metamask::cuda {
 
-// An array of each task: parts of one, `stride` bytes apart, or by a table in device memory. Neither: there are none.
+// One array for each task: parts of one array, `stride` bytes apart, or entries of a table in device memory. With neither there are
+// no arrays.
 struct PerTask {
   void* first = nullptr;
   int64_t stride = 0;
   void* const* table = nullptr;
 };
 
-// The rows of a batch, the tasks in ascending order: of row i, where it comes from, its task, and where its task's rows end.
+// The rows of a batch, the tasks in ascending order: for row i, its row in the batch, its task, and the end of its task's rows.
 struct SortedRows {
   int64_t samples, rows_per_sample, tasks_count;
   int64_t *source, *task, *end;
@@ -37,7 +38,7 @@ void sort_by_task(const int64_t* slots, const SortedRows& sorted, int64_t* used,
 // Copies `count` pointers from the host into the table.
 void fill_table(void* const* pointers, int64_t count, void** table, cudaStream_t stream);
 
-// Zeros in the arrays [n] of the tasks that have no rows.
+// Zeroes the arrays [n] of the tasks that have no rows.
 void clear_unused(Type type, const PerTask& arrays, int64_t tasks, const int64_t* used, int64_t n, cudaStream_t stream);
 
 }  // namespace metamask::cuda

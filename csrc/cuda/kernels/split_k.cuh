@@ -1,4 +1,4 @@
-// The sums of the blocks that share one, added up in one order: the same numbers every time.
+// Split-K: adds up the sums of the blocks that share one, in a fixed order, so that the numbers are the same every time.
 #pragma once
 
 #include "cuda/kernels/launch.cuh"

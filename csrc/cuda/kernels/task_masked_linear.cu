@@ -1,4 +1,4 @@
-// Launchers: from types, sizes and pointers known at run time to one kernel.
+// Launchers of task_masked_linear: they choose one kernel from types, sizes and pointers known at run time.
 #include "cuda/kernels/task_masked_linear.h"
 
 #include "cuda/kernels/split_k.cuh"
@@ -25,7 +25,7 @@ void with_product(const TaskLinearCase& given, Run run) {
   }
 }
 
-// Second derivatives: by plain multiplications.
+// Second derivatives multiply plainly.
 template <template <class, int> class Plain, class Run>
 void with_plain(Type param, Run run) {
   if (param == Type::kFloat64) run(Tag<double>{}, Tag<Plain<double, kTaskRoom>>{});
@@ -51,8 +51,8 @@ Share backward_share(const TaskLinearCase& given) {
 
 bool per_task_aligned(const PerTask& arrays) { return aligned(arrays.first) && arrays.stride % kPackBytes == 0; }
 
-// By a table: the tensors of a list begin where torch's allocator puts them, unless they are views; so it is not known here, and
-// these go element by element.
+// Arrays in a table go element by element: the tensors of a list begin where torch's allocator puts them, unless they are views, so
+// their alignment is not known here.
 template <class P, class X, class... Pointers>
 bool packs_fit(const TaskLinearCase& given, const PerTask& masks, const PerTask& other, Pointers... pointers) {
   return masks.table == nullptr && other.table == nullptr && per_task_aligned(masks) && per_task_aligned(other) &&

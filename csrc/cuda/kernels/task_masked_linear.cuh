@@ -14,7 +14,7 @@ namespace metamask::cuda {
 
 constexpr int kTaskRoom = 16;
 
-// What the kernels take of a TaskLinearCase.
+// The part of a TaskLinearCase that the kernels take.
 struct TaskSizes {
   GateKind gate;
   int64_t rows, groups, out, in, tiles;  // tiles: of a group's rows of W

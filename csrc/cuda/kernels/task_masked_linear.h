@@ -1,6 +1,6 @@
-// Launchers of task_masked_linear and its derivatives, on raw device pointers to contiguous arrays: x, dx [rows, groups * in],
-// y, dy [rows, out], w [out, in], masks [out, in] by task, bias [out], with rows = samples * rows_per_sample. w, the masks and the
-// bias are of type `param`, x, y, dx and dy of type `product`.
+// Launchers of task_masked_linear and its derivatives, on raw device pointers to contiguous arrays: x, dx [rows, groups * in], y,
+// dy [rows, out], w [out, in], masks [out, in] for each task, bias [out], with rows = samples * rows_per_sample. w, the masks and
+// the bias are of type `param`, x, y, dx and dy of type `product`.
 #pragma once
 
 #include "cuda/kernels/segments.h"
@@ -27,14 +27,14 @@ struct TaskParameters {
   PerTask bias_masks = {};     // none: the bias is not masked
 };
 
-// What the first derivatives are themselves differentiated along: cotangents of dx, dw and the masks' gradients; null: zero.
+// The cotangents along which the first derivatives are differentiated: of dx, dw and the masks' gradients; null: zero.
 struct TaskCotangents {
   const void* dx = nullptr;
   const void* dw = nullptr;
   PerTask masks = {};
 };
 
-// Bytes of the workspaces of the launchers; 0: none, the pointer may be null.
+// Return the bytes of the workspaces of the launchers; for 0 the pointer may be null.
 int64_t task_masked_linear_workspace(const TaskLinearCase& given);
 int64_t task_masked_linear_backward_workspace(const TaskLinearCase& given, bool needs_dx);
 

@@ -1,7 +1,7 @@
-// The backward of task_masked_linear, as masked_linear_backward.cuh does it for one task: a block has a strip of columns of W and
-// some of its rows, and takes the tasks in turn. G = dy^T x over all rows of a task exists only in accumulators; the mask's
-// gradient is written from there, and what the task gives to dW is added to what the tasks before it have left: by the same thread,
-// in the order of the tasks. dx is made kTaskRoom rows at a time; rows of a task beyond the first ones compute its theta again.
+// The backward of task_masked_linear: masked_linear_backward.cuh does the same for one task. A block has a strip of columns of W
+// and some of its rows, and takes the tasks in turn. G = dy^T x over all rows of a task exists only in accumulators; the mask's
+// gradient is written from there. The task's part of dW is added to the sum of the tasks before it, by the same thread, in the
+// order of the tasks. dx is made kTaskRoom rows at a time; rows of a task beyond the first ones compute its theta again.
 #pragma once
 
 #include "cuda/kernels/masked_linear_backward.cuh"

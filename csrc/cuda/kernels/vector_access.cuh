@@ -1,12 +1,12 @@
 // Loads and stores of packs of N neighbouring elements, at most kPackBytes at a time, below a bound n. kWhole: no pack lies across
-// the bound, as where a row is a whole number of packs; then a pack is one access or none.
+// the bound, because a row is a whole number of packs; then a pack is one access or none.
 #pragma once
 
 #include "cuda/kernels/device.cuh"
 
 namespace metamask::cuda {
 
-// Zeros beyond the bound.
+// Loads a pack, with zeros beyond the bound.
 template <int N, bool kWhole = false, class T>
 DEVICE_INLINE Pack<T, N> load_pack(const T* __restrict__ from, int64_t i, int64_t n) {
   Pack<T, N> pack;
@@ -29,7 +29,7 @@ DEVICE_INLINE void load(const T* __restrict__ from, int64_t i, int64_t n, Comput
   for (int k = 0; k < N; ++k) to[k] = to_compute(pack.value[k]);
 }
 
-// As load, with zeros for an array that is not there.
+// Loads a pack; zeros if there is no array.
 template <int N, bool kWhole = false, class T>
 DEVICE_INLINE void load_or_zero(const T* __restrict__ from, int64_t i, int64_t n, Compute<T> (&to)[N]) {
   if (from != nullptr) {
@@ -39,7 +39,7 @@ DEVICE_INLINE void load_or_zero(const T* __restrict__ from, int64_t i, int64_t n
   }
 }
 
-// Does nothing for an array that is not wanted.
+// Stores a pack; does nothing if there is no array.
 template <int N, bool kWhole = false, class T>
 DEVICE_INLINE void store(T* __restrict__ to, int64_t i, int64_t n, const Compute<T> (&from)[N]) {
   if (to == nullptr) return;
@@ -54,7 +54,7 @@ DEVICE_INLINE void store(T* __restrict__ to, int64_t i, int64_t n, const Compute
   }
 }
 
-// One step of a parameter, whose elements are p, along its gradient g; or the gradient, stored.
+// Stores the gradient g, or takes one step of the parameter, whose elements are p, along it.
 template <int N, class P, bool kWhole = false>
 DEVICE_INLINE void store_or_descend(const Sink& sink, int64_t i, int64_t n, const Compute<P> (&p)[N], const Compute<P> (&g)[N]) {
   store<N, kWhole>(static_cast<P*>(sink.gradient), i, n, g);
