@@ -194,7 +194,7 @@ def _check_like(name: str, tensor: Tensor, weight: Tensor) -> None:
 
 def _check_each_like(name: str, tensors: Sequence[Tensor | None], weight: Sequence[Tensor]) -> None:
     if len(tensors) != len(weight):
-        raise ValueError(f"{name} must be as many as weight, {len(weight)}, got {len(tensors)}")
+        raise ValueError(f"expected {len(weight)} {name} tensors, one per weight, got {len(tensors)}")
     for index, (tensor, one) in enumerate(zip(tensors, weight)):
         if tensor is not None:
             _check_like(f"{name}[{index}]", tensor, one)

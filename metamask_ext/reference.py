@@ -189,7 +189,7 @@ def check_pairs(weight: Sequence[Tensor], mask_logits: Sequence[Tensor]) -> None
     if len(weight) == 0:
         raise ValueError("weight must have at least one tensor, got none")
     if len(mask_logits) != len(weight):
-        raise ValueError(f"mask_logits must be as many as weight, {len(weight)}, got {len(mask_logits)}")
+        raise ValueError(f"expected {len(weight)} mask_logits tensors, one per weight, got {len(mask_logits)}")
     first = weight[0]
     for index, (one, mask) in enumerate(zip(weight, mask_logits)):
         name = f"weight[{index}]"

@@ -1,7 +1,7 @@
 """Compiles every CUDA source without a GPU and, if need be, without a CUDA torch: the check that CI makes.
 
-The .cu files need only the toolkit. The .cpp files in csrc/cuda compile against the headers of any torch: a CPU torch lacks one generated
-header of theirs, which is written here.
+The .cu files need only the toolkit. The .cpp files in csrc/cuda compile against the headers of any torch: a CPU torch lacks one
+generated header of theirs, which is written here.
 """
 
 from __future__ import annotations

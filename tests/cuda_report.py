@@ -60,7 +60,7 @@ def main() -> None:
     usages: list[Usage] = []
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted((CSRC / "cuda/kernels").glob("*.cu")):
-            command = [nvcc, "-std=c++20", "-O3", "-I", str(CSRC), "-cubin", "-Xptxas", "-v", f"-arch=sm_{architecture}", str(source)]
+            command = [nvcc, "-std=c++20", "-O3", f"-I{CSRC}", "-cubin", "-Xptxas", "-v", f"-arch=sm_{architecture}", str(source)]
             ran = subprocess.run([*command, "-o", f"{folder}/{source.stem}.cubin"], capture_output=True, text=True)
             if ran.returncode != 0:
                 sys.exit(f"{' '.join(command)}\n{ran.stdout}{ran.stderr}")

@@ -78,7 +78,9 @@ def default_path(tmp_path_factory):
     program = tmp_path_factory.mktemp("default") / "default_path"
     sources = [str(ROOT / "tests/default_path.cpp"), *map(str, objects("default"))]
     # static: an emulator needs no libraries of another machine
-    subprocess.run([os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-static", f"-I{ROOT}/csrc", *sources, "-o", str(program)], check=True)
+    subprocess.run(
+        [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-static", f"-I{ROOT}/csrc", *sources, "-o", str(program)], check=True
+    )
     return program
 
 

@@ -85,7 +85,7 @@ struct MaskedWeightList {
   static std::string entry(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
   static void check_count(const char* name, size_t count, size_t wanted) {
-    TORCH_CHECK_VALUE(count == wanted, name, " must be as many as weight, ", wanted, ", got ", count);
+    TORCH_CHECK_VALUE(count == wanted, "expected ", wanted, " ", name, " tensors, one per weight, got ", count);
   }
 
   // Each weight as one dense block of memory, and its logits in the same order.

@@ -79,8 +79,8 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 inline TaskArrays task_cotangents(const char* name, const OptionalTensors& given, const TaskArrays& masks) {
   TaskArrays arrays{{}, masks.stacked, masks.tasks, masks.bytes};
   bool any = false;
-  TORCH_CHECK_VALUE(given.empty() || given.size() == masks.tensors.size(), name, " must be as many as the masks, ",
-                    masks.tensors.size(), ", or none, got ", given.size());
+  TORCH_CHECK_VALUE(given.empty() || given.size() == masks.tensors.size(), "expected ", masks.tensors.size(), " ", name,
+                    " tensors, one per mask, or none, got ", given.size());
   for (size_t i = 0; i < given.size(); ++i) {
     const std::optional<at::Tensor> one = given.get(i);
     arrays.tensors.emplace_back();

@@ -5,7 +5,7 @@
     with Emulator("check").running(FORWARD):
         ...  # every metamask op on CPU tensors runs its CUDA kernels, thread by thread
 
-What a kernel does wrong (csrc/cuda/kernels is the source, scheduler.h and checker.h say what is looked for) raises ``RuntimeError``.
+A kernel's error raises ``RuntimeError``: csrc/cuda/kernels is the source, scheduler.h and checker.h say what is looked for.
 """
 
 from __future__ import annotations
