@@ -1,5 +1,5 @@
-// The gate g, g' and g'', one element at a time, for the host and the device: the one home of the mathematics
-// (metamask_ext/reference.py states it in plain torch). No torch, no CUDA headers.
+// The gate g, g' and g'', one element at a time, for the host and the device: the one home of the mathematics. Each reference.py of
+// metamask_ext states it in plain torch. No torch, no CUDA headers.
 #pragma once
 
 #include <cstdint>

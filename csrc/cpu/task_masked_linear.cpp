@@ -209,7 +209,7 @@ struct TaskLinear {
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = tile_size + round_up(panels.rows, kPad);
     T* y_data = y.mutable_data_ptr<T>();
-    panels.run([&](int64_t thread, int64_t first, int64_t rows) {
+    panels.run([&](int64_t, int64_t first, int64_t rows) {
       T *theta = thread_tiles<T>(scratch_size), *row = theta + tile_size;
       for (int64_t task = 0; task < segments.size(); ++task) {
         if (masked_bias) {

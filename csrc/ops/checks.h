@@ -1,5 +1,5 @@
 // Argument checks of the ops, and the memory layout that the kernels ask for. A message names the argument, what was wanted and
-// what came; metamask_ext/reference.py uses the same words.
+// what came; the checks in Python use the same words.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -1,5 +1,4 @@
-// Argument checks of the ops on bit-packed masks, and the masks in the form that the ops take. metamask_ext/reference_packed.py
-// words the checks the same way.
+// Argument checks of the ops on bit-packed masks, worded as those in Python, and the masks in the form that the ops take.
 #pragma once
 
 #include <algorithm>
