@@ -10,7 +10,7 @@ OUT ?= out
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
-SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
 .PHONY: help demo test test-instruction-sets bench lint format types emulate mutate cuda-check cuda-report gpu install-check clean
 .DEFAULT_GOAL := help

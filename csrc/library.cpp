@@ -10,54 +10,59 @@
 #include "cpu/capability.h"
 
 TORCH_LIBRARY(metamask, m) {
-  m.def("masked_weight(Tensor weight, Tensor mask_logits, int gate, float parameter, ScalarType? dtype=None) -> Tensor");
+  // gate_id: 0 sigmoid, 1 hard (core/gate.h). gate_param: the sigmoid's temperature, or the hard gate's threshold. output_mask
+  // chooses the gradients to compute, as in ATen.
+  m.def("masked_weight(Tensor weight, Tensor mask_logits, int gate_id, float gate_param, ScalarType? dtype=None) -> Tensor");
   m.def(
-      "masked_weight_backward(Tensor grad, Tensor weight, Tensor mask_logits, int gate, float parameter, bool[2] needs=True) -> "
-      "(Tensor, Tensor)");
-  // Written in place with updates[i]; the settings are lr, weight_decay and momentum.
+      "masked_weight_backward(Tensor grad, Tensor weight, Tensor mask_logits, int gate_id, float gate_param, "
+      "bool[2] output_mask=True) -> (Tensor, Tensor)");
+  // Updates in place each parameter with updates[i]. The settings are lr, weight_decay and momentum.
   m.def(
-      "masked_weight_backward_sgd_(Tensor grad, Tensor(a!) weight, Tensor(b!) mask_logits, Tensor(c!)? weight_velocity, "
-      "Tensor(d!)? mask_velocity, int gate, float parameter, bool[2] needs, bool[2] updates, float[] weight_settings, "
-      "float[] mask_settings) -> (Tensor, Tensor)");
+      "masked_weight_backward_sgd_(Tensor grad, Tensor(a!) weight, Tensor(b!) mask_logits, Tensor(c!)? weight_momentum_buffer, "
+      "Tensor(d!)? mask_momentum_buffer, int gate_id, float gate_param, bool[2] output_mask, bool[2] updates, "
+      "float[] weight_settings, float[] mask_settings) -> (Tensor, Tensor)");
   m.def(
       "masked_weight_double_backward(Tensor? cotangent_weight, Tensor? cotangent_mask, Tensor grad, Tensor weight, "
-      "Tensor mask_logits, int gate, float parameter, bool[3] needs=True) -> (Tensor, Tensor, Tensor)");
-  // The same for a list of weights. What is not needed is an empty list, and an empty list of cotangents is zero.
-  m.def("masked_weight_list(Tensor[] weight, Tensor[] mask_logits, int gate, float parameter, ScalarType? dtype=None) -> Tensor[]");
+      "Tensor mask_logits, int gate_id, float gate_param, bool[3] output_mask=True) -> (Tensor, Tensor, Tensor)");
+  // The same for a list of weights. An output that output_mask leaves out is an empty list; an empty list of cotangents is zero.
   m.def(
-      "masked_weight_list_backward(Tensor[] grad, Tensor[] weight, Tensor[] mask_logits, int gate, float parameter, "
-      "bool[2] needs=True) -> (Tensor[], Tensor[])");
+      "masked_weight_list(Tensor[] weight, Tensor[] mask_logits, int gate_id, float gate_param, ScalarType? dtype=None) -> "
+      "Tensor[]");
+  m.def(
+      "masked_weight_list_backward(Tensor[] grad, Tensor[] weight, Tensor[] mask_logits, int gate_id, float gate_param, "
+      "bool[2] output_mask=True) -> (Tensor[], Tensor[])");
   m.def(
       "masked_weight_list_double_backward(Tensor?[] cotangent_weight, Tensor?[] cotangent_mask, Tensor[] grad, Tensor[] weight, "
-      "Tensor[] mask_logits, int gate, float parameter, bool[3] needs=True) -> (Tensor[], Tensor[], Tensor[])");
+      "Tensor[] mask_logits, int gate_id, float gate_param, bool[3] output_mask=True) -> (Tensor[], Tensor[], Tensor[])");
   m.def(
-      "masked_linear(Tensor input, Tensor weight, Tensor mask_logits, Tensor? bias, Tensor? bias_mask_logits, int gate, "
-      "float parameter, ScalarType? dtype=None) -> Tensor");
+      "masked_linear(Tensor input, Tensor weight, Tensor mask_logits, Tensor? bias, Tensor? bias_mask_logits, int gate_id, "
+      "float gate_param, ScalarType? dtype=None) -> Tensor");
   m.def(
       "masked_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor mask_logits, Tensor? bias, "
-      "Tensor? bias_mask_logits, int gate, float parameter, bool[5] needs=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? bias_mask_logits, int gate_id, float gate_param, bool[5] output_mask=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "masked_linear_backward_sgd_(Tensor grad, Tensor input, Tensor(a!) weight, Tensor(b!) mask_logits, Tensor(c!)? bias, "
-      "Tensor(d!)? bias_mask_logits, Tensor(e!)? weight_velocity, Tensor(f!)? mask_velocity, Tensor(g!)? bias_velocity, "
-      "Tensor(h!)? bias_mask_velocity, int gate, float parameter, bool[5] needs, bool[4] updates, float[] settings) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor(d!)? bias_mask_logits, Tensor(e!)? weight_momentum_buffer, Tensor(f!)? mask_momentum_buffer, "
+      "Tensor(g!)? bias_momentum_buffer, Tensor(h!)? bias_mask_momentum_buffer, int gate_id, float gate_param, "
+      "bool[5] output_mask, bool[4] updates, float[] settings) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-  // The patches [N, places, C * kH * kW] of images [N, C, H, W], as a convolution meets them; and back, where they add up. CPU
-  // only.
-  m.def("patches(Tensor input, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
-  m.def("patches_backward(Tensor grad, int[4] size, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+  // im2col: images [N, C, H, W] to rows [N, places, C * kH * kW], one for each place of a convolution's output. col2im: the
+  // gradient of the images, where rows overlap and add up. CPU only.
+  m.def("im2col(Tensor input, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+  m.def("col2im(Tensor grad, int[4] size, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
 
   // `masks` is one tensor [T, out, in] or T tensors [out, in], `bias_masks` likewise or empty; gradients come in the same form.
   m.def(
-      "task_masked_linear(Tensor input, Tensor slots, Tensor weight, Tensor[] masks, Tensor? bias, Tensor[] bias_masks, int gate, "
-      "float parameter, int groups=1, ScalarType? dtype=None) -> Tensor");
+      "task_masked_linear(Tensor input, Tensor slots, Tensor weight, Tensor[] masks, Tensor? bias, Tensor[] bias_masks, "
+      "int gate_id, float gate_param, int groups=1, ScalarType? dtype=None) -> Tensor");
   m.def(
       "task_masked_linear_backward(Tensor grad, Tensor input, Tensor slots, Tensor weight, Tensor[] masks, Tensor? bias, "
-      "Tensor[] bias_masks, int gate, float parameter, int groups=1, bool[5] needs=True) -> (Tensor, Tensor, Tensor[], Tensor, Tensor[])");
+      "Tensor[] bias_masks, int gate_id, float gate_param, int groups=1, bool[5] output_mask=True) -> "
+      "(Tensor, Tensor, Tensor[], Tensor, Tensor[])");
   m.def(
       "task_masked_linear_double_backward(Tensor? cotangent_input, Tensor? cotangent_weight, Tensor?[] cotangent_masks, "
       "Tensor? cotangent_bias, Tensor?[] cotangent_bias_masks, Tensor grad, Tensor input, Tensor slots, Tensor weight, "
-      "Tensor[] masks, Tensor? bias, Tensor[] bias_masks, int gate, float parameter, int groups=1, bool[6] needs=True) -> "
+      "Tensor[] masks, Tensor? bias, Tensor[] bias_masks, int gate_id, float gate_param, int groups=1, bool[6] output_mask=True) -> "
       "(Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor[])");
   // Masks of one bit a weight. `packed` is one tensor with a dimension of tasks in front, or a list of one tensor a task.
   m.def("pack_mask(Tensor mask_logits, float threshold) -> Tensor");
@@ -67,7 +72,7 @@ TORCH_LIBRARY(metamask, m) {
       "int groups, ScalarType? dtype=None) -> Tensor");
   m.def(
       "packed_masked_linear_backward(Tensor grad, Tensor input, Tensor slots, Tensor weight, Tensor[] packed, Tensor? bias, "
-      "Tensor[]? packed_bias, int groups, bool[3] needs=True) -> (Tensor, Tensor, Tensor)");
+      "Tensor[]? packed_bias, int groups, bool[3] output_mask=True) -> (Tensor, Tensor, Tensor)");
   m.def("packed_superposition_gradient(Tensor grad, Tensor input, Tensor weight, Tensor[] packed, int groups) -> Tensor");
 }
 
@@ -121,7 +126,7 @@ constexpr const char* kOps[] = {"masked_weight",
                                 "masked_weight_list",
                                 "masked_weight_list_backward",
                                 "masked_weight_list_double_backward"};
-constexpr const char* kCpuOps[] = {"patches", "patches_backward"};
+constexpr const char* kCpuOps[] = {"im2col", "col2im"};
 
 TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
   for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());
@@ -137,8 +142,8 @@ TORCH_LIBRARY_IMPL(metamask, CUDA, m) {
 using OptionalTensor = std::optional<at::Tensor>;
 using Tensors = std::vector<at::Tensor>;
 
-// The op of the same name without the way of torch.ops, which compares the arguments with the schema and boxes them, twice: where
-// caches are cold, that takes as long as a third of the kernel.
+// Calls the op of the same name without torch.ops, which compares the arguments with the schema and boxes them, twice: with cold
+// caches that takes as long as a third of the kernel.
 at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, const Tensors& packed,
                                 const OptionalTensor& bias, const std::optional<Tensors>& packed_bias, int64_t groups,
                                 std::optional<at::ScalarType> dtype) {

@@ -1,7 +1,7 @@
 """Compiles every CUDA source without a GPU and, if need be, without a CUDA torch: the check that CI makes.
 
-The .cu files need only the toolkit. The _torch.cpp files compile against the headers of any torch: a CPU torch lacks one generated
-header of theirs, which is written here.
+The .cu files need only the toolkit. The .cpp files in csrc/cuda compile against the headers of any torch: a CPU torch lacks one
+generated header of theirs, which is written here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from toolkit import find_nvcc, toolkit_includes
 from torch.utils.cpp_extension import include_paths
 
 TESTS = Path(__file__).resolve().parent
-SOURCES = TESTS.parent / "csrc" / "cuda"
+CSRC = TESTS.parent / "csrc"
 PLANTED = TESTS / "cuda_on_cpu" / "planted.cu"
 ARCHITECTURES = ("80", "90", "100")
 
@@ -39,10 +39,10 @@ def main() -> None:
         generated.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
         includes = [flag for path in [*include_paths(), *toolkit_includes(nvcc)] for flag in ("-isystem", path)]
         # Not optimised by ptxas: that is half of the time, and finds no errors.
-        kernels = [nvcc, "-std=c++20", "-O3", "-Xptxas", "-O1", *codes, "-c"]
+        kernels = [nvcc, "-std=c++20", "-O3", "-Xptxas", "-O1", "-I", str(CSRC), *codes, "-c"]
         # After the torch's own headers, so that a CUDA torch's generated header wins.
         host = [os.environ.get("CXX", "g++"), "-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", *includes]
-        host += ["-idirafter", f"{folder}/include"]
+        host += ["-I", str(CSRC), "-idirafter", f"{folder}/include"]
 
         def check(source: Path) -> str:
             if source.suffix == ".cu":
@@ -52,7 +52,7 @@ def main() -> None:
             return f"{source.name}: compiles"
 
         # The emulator's own kernels too: they use all of the device API. The largest first: none is waited for alone at the end.
-        sources = [*SOURCES.glob("*.cu"), PLANTED, *SOURCES.glob("*_torch.cpp")]
+        sources = [*(CSRC / "cuda/kernels").glob("*.cu"), PLANTED, *(CSRC / "cuda").glob("*.cpp")]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for line in pool.map(check, sorted(sources, key=lambda source: (source.suffix != ".cu", -source.stat().st_size))):
                 print(line, flush=True)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from toolkit import find_nvcc
 
-SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 
 class Usage(NamedTuple):
@@ -59,8 +59,8 @@ def main() -> None:
         sys.exit("cuda-report: nvcc was not found: put a CUDA toolkit's bin on PATH")
     usages: list[Usage] = []
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted(SOURCES.glob("*.cu")):
-            command = [nvcc, "-std=c++20", "-O3", "-cubin", "-Xptxas", "-v", f"-arch=sm_{architecture}", str(source)]
+        for source in sorted((CSRC / "cuda/kernels").glob("*.cu")):
+            command = [nvcc, "-std=c++20", "-O3", f"-I{CSRC}", "-cubin", "-Xptxas", "-v", f"-arch=sm_{architecture}", str(source)]
             ran = subprocess.run([*command, "-o", f"{folder}/{source.stem}.cubin"], capture_output=True, text=True)
             if ran.returncode != 0:
                 sys.exit(f"{' '.join(command)}\n{ran.stdout}{ran.stderr}")

@@ -28,15 +28,15 @@ SMALL_BATCH = "test_linear_of_a_small_batch and forward and (float32 or bfloat16
 
 TASKS = "test_output_and_gradients and (float32 or bfloat16) and (several or share or depthwise)"
 
-# Of each kernel file in csrc/cuda: which tests of test_cuda_*on_cpu.py, as pytest's -k takes it
+# Of each kernel file in csrc/cuda/kernels: which tests of test_cuda_*on_cpu.py, as pytest's -k takes it
 SMALLEST_TESTS = {
     "masked_linear.cuh": SMALL_BATCH,
     "masked_linear_backward.cuh": SMALL_BATCH,
-    "memory.cuh": "test_forward_and_derivatives and forward and (17x3 or 2x3) and float32",
-    "packed.cu": "test_pack_and_unpack and float32",
-    "packed_linear.cuh": f"{TASKS} and packed",
-    "packed_mask.cuh": "(test_pack_and_unpack and float32) or (test_output_and_gradients and packed and many and float32)",
-    "partial.cuh": f"{SMALL_BATCH} and share",
+    "vector_access.cuh": "test_forward_and_derivatives and forward and (17x3 or 2x3) and float32",
+    "pack_mask.cuh": "test_pack_and_unpack and float32",
+    "packed_masked_linear.cuh": f"{TASKS} and packed",
+    "packed_superposition_gradient.cuh": "test_output_and_gradients and packed and many and float32",
+    "split_k.cuh": f"{SMALL_BATCH} and share",
     "segments.cu": f"({TASKS} and several and not packed) or absent_tasks",
     "task_masked_linear.cuh": f"{TASKS} and not packed",
     "task_masked_linear_backward.cuh": f"{TASKS} and not packed",
@@ -87,7 +87,7 @@ def mutants_of(path: Path) -> list[Mutant]:
 
 def all_mutants() -> list[Mutant]:
     found = []
-    for path in sorted((ROOT / "csrc/cuda").glob("*.cu*")):
+    for path in sorted((ROOT / "csrc/cuda/kernels").glob("*.cu*")):
         # the device API only defines them
         if path.name != "device.cuh":
             found += mutants_of(path)
@@ -163,7 +163,7 @@ def main() -> None:
 
     survived = 0
     for mutant in chosen:
-        target = COPY / "csrc/cuda" / mutant.file
+        target = COPY / "csrc/cuda/kernels" / mutant.file
         original = target.read_text()
         target.write_text(mutant.text)
         missed = run_tests(mutant.file) == "pass"

@@ -1,4 +1,4 @@
-#include "capability.h"
+#include "cpu/capability.h"
 
 #include <c10/util/Exception.h>
 #include <c10/util/StringUtil.h>

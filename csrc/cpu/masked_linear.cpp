@@ -1,13 +1,13 @@
 // masked_linear on the CPU, by panels: a few rows of theta at a time are built in a thread's cache and multiplied at once. theta
 // and its gradient never exist in memory; W and M are read once, forward and backward. docs/cpu.md explains the sizes.
-#include "../masked_linear.h"
+#include "ops/masked_linear.h"
 
-#include "panels.h"
+#include "cpu/panels.h"
 
 namespace metamask::cpu {
 namespace {
 
-// What a tile of theta may take, and one of its rows, in bytes.
+// The most that a tile of theta may take, and one of its rows, in bytes.
 struct TileBytes {
   int64_t tile, row;
 };
@@ -66,13 +66,13 @@ struct Linear {
         build_theta(tile, theta);
         // The padding meets that of x; what lies there, of another tile, may not be finite.
         for (int64_t i = 0; i < rows; ++i) std::fill_n(theta + i * tile_row + tile.columns, wide - tile.columns, T(0));
-        product_kernels<T>().inner(x.data + column, x.row, theta, tile_row, y_data + first, out, batch, rows, wide);
+        gemm_kernels<T>().gemm_nt(x.data + column, x.row, theta, tile_row, y_data + first, out, batch, rows, wide);
       }
     });
     return y;
   }
 
-  // Gives dx, if it is wanted.
+  // Returns dx, if it is wanted.
   at::Tensor backward(const at::Tensor& grad, const at::Tensor& input, bool needs_dx, const Sink& dw, const Sink& dm) const {
     const int64_t batch = input.size(0);
     const bool needs_g = dw.wanted() || dm.wanted();
@@ -92,7 +92,7 @@ struct Linear {
         const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
         const int64_t wide = round_up(tile.columns, kPad);
         if (needs_g) {
-          product_kernels<T>().outer(dy_data + first, 1, out, x.data + column, x.row, g, tile_row, rows, batch, wide, false);
+          gemm_kernels<T>().gemm_nn(dy_data + first, 1, out, x.data + column, x.row, g, tile_row, rows, batch, wide, false);
           tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
             masked_weight_kernels().backward(gate, param, kType<T>, g + at, at_element(weight, element, bytes),
                                              at_element(mask, element, bytes), needs_dx ? theta + at : nullptr,
@@ -102,8 +102,8 @@ struct Linear {
           build_theta(tile, theta);
         }
         if (needs_dx) {
-          product_kernels<T>().outer(dy_data + first, out, 1, theta, tile_row, dx.data + thread * dx_size + column, x.row, batch,
-                                     rows, wide, true);
+          gemm_kernels<T>().gemm_nn(dy_data + first, out, 1, theta, tile_row, dx.data + thread * dx_size + column, x.row, batch,
+                                    rows, wide, true);
         }
       }
     });

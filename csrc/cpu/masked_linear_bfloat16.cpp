@@ -1,8 +1,8 @@
 // masked_linear in bfloat16 on processors that multiply it: the panels of masked_linear.cpp, whose tiles of theta are bfloat16, so
 // that a product takes half the loads and half the instructions. All sums are float32, and each result is rounded once. theta's
 // gradient stays float32.
-#include "bfloat16_kernel.h"
-#include "panels.h"
+#include "cpu/kernels/bfloat16.h"
+#include "cpu/panels.h"
 
 namespace metamask::cpu {
 namespace {
@@ -30,7 +30,7 @@ struct Linear {
   const at::Tensor w, m;
   const Gate gate;
   const BFloat16Kernels& kernels = *bfloat16_kernels();
-  const ProductKernels<Pair, float>& product = products().bfloat16;
+  const GemmKernels<Pair, float>& product = gemm_table().bfloat16;
   const int64_t out = w.size(0), in = w.size(1), bytes = w.element_size();
   const Type param = type_of(w.scalar_type());
   const void *weight = w.const_data_ptr(), *mask = m.const_data_ptr();
@@ -64,14 +64,14 @@ struct Linear {
         build_theta(tile, theta);
         // The padding meets that of x; what lies there, of another tile, may not be finite.
         for (int64_t i = 0; i < rows; ++i) std::fill_n(theta + i * tile_row + tile.columns, wide - tile.columns, BFloat16{0});
-        product.inner(pairs(bits(x.data) + column), x.row / 2, pairs(theta), tile_row / 2, sums, rows, batch, rows, wide / 2);
+        product.gemm_nt(pairs(bits(x.data) + column), x.row / 2, pairs(theta), tile_row / 2, sums, rows, batch, rows, wide / 2);
       }
       for (int64_t i = 0; i < batch; ++i) kernels.round(sums + i * rows, y_data + i * out + first, rows);
     });
     return y;
   }
 
-  // Gives dx, if it is wanted.
+  // Returns dx, if it is wanted.
   at::Tensor backward(const at::Tensor& grad, const at::Tensor& input, bool needs_dx, const Sink& dw, const Sink& dm) const {
     const int64_t batch = input.size(0), batch_pairs = (batch + 1) / 2;
     const bool needs_g = dw.wanted() || dm.wanted();
@@ -97,7 +97,7 @@ struct Linear {
         const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
         const int64_t wide = round_up(tile.columns, kVector);
         if (needs_g) {
-          product.outer(dy_pairs, 1, dy_row, x_pairs.data + column, wide_row, g, tile_row, rows, batch_pairs, wide, false);
+          product.gemm_nn(dy_pairs, 1, dy_row, x_pairs.data + column, wide_row, g, tile_row, rows, batch_pairs, wide, false);
           tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
             kernels.backward(gate, param, g + at, at_element(weight, element, bytes), at_element(mask, element, bytes),
                              needs_dx ? theta + at : nullptr, at_element(dw, element, bytes), at_element(dm, element, bytes), n);
@@ -107,8 +107,8 @@ struct Linear {
         }
         if (needs_dx) {
           kernels.pair_rows(theta, tile_row, rows, wide, theta_pairs, tile_row);
-          product.outer(pairs(dy_panel), dy.row / 2, 1, theta_pairs, tile_row, dx.data + thread * dx_size + column, wide_row, batch,
-                        (rows + 1) / 2, wide, true);
+          product.gemm_nn(pairs(dy_panel), dy.row / 2, 1, theta_pairs, tile_row, dx.data + thread * dx_size + column, wide_row,
+                          batch, (rows + 1) / 2, wide, true);
         }
       }
     });

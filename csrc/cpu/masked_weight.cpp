@@ -1,5 +1,5 @@
-// Registers masked_weight and its derivatives for the CPU. The loops are in masked_weight_kernel.cpp.
-#include "masked_weight.h"
+// Registers masked_weight and its derivatives for the CPU. The loops are in cpu/kernels/masked_weight.cpp.
+#include "cpu/masked_weight.h"
 
 TORCH_LIBRARY_IMPL(metamask, CPU, library) {
   metamask::MaskedWeight<metamask::cpu::Cpu>::register_in(library);

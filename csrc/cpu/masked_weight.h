@@ -1,4 +1,4 @@
-// masked_weight on the CPU: the instruction set's kernels, and the Device of csrc/masked_weight.h.
+// masked_weight on the CPU: the kernels of the instruction set in use, and the Device of ops/masked_weight.h.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -6,26 +6,16 @@
 
 #include <algorithm>
 
-#include "../masked_weight.h"
-#include "../masked_weight_list.h"
-#include "capability.h"
-#include "masked_weight_kernel.h"
+#include "cpu/capability.h"
+#include "cpu/kernels/masked_weight.h"
+#include "ops/masked_weight.h"
+#include "ops/masked_weight_list.h"
 
 namespace metamask::cpu {
 
-inline const MaskedWeightKernels& masked_weight_kernels() {
-#if defined(METAMASK_X86)
-  switch (capability()) {
-    case Capability::kAvx512Bf16: return kMaskedWeight_avx512_bf16;
-    case Capability::kAvx512: return kMaskedWeight_avx512;
-    case Capability::kAvx2: return kMaskedWeight_avx2;
-    default: break;
-  }
-#endif
-  return kMaskedWeight_default;
-}
+inline const MaskedWeightKernels& masked_weight_kernels() { return METAMASK_CHOSEN_TABLE(kMaskedWeight); }
 
-// Elements a thread takes at the least: about 10 microseconds of work, a few times what waking it costs.
+// A thread takes at least this many elements: about 10 microseconds of work, a few times what waking it costs.
 constexpr int64_t kGrain = 16384;
 
 struct Cpu {
@@ -33,8 +23,9 @@ struct Cpu {
     explicit Guard(const at::Tensor&) {}
   };
 
-  // Most of the time of writing a gradient of many megabytes is the system's, which clears each page of 4 KiB when it is first
-  // touched; pages of 2 MiB are cleared eight times as fast (docs/cpu.md). A system without them ignores the advice.
+  // Asks for pages of 2 MiB. Writing a gradient of many megabytes spends most of its time in the system, which clears each page of
+  // 4 KiB when it is first touched, and clears large pages eight times as fast (docs/cpu.md). A system without large pages ignores
+  // the advice.
   static at::Tensor gradient_like(const at::Tensor& parameter, at::MemoryFormat format = at::MemoryFormat::Preserve) {
     at::Tensor gradient = at::empty_like(parameter, format);
 #if defined(MADV_HUGEPAGE)

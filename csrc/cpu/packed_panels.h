@@ -1,34 +1,24 @@
-// What the ops on packed masks share: the rows of a batch as the kernels take them, and the tiles of a weight that may be grouped.
+// Parts of the ops on packed masks: the rows of a batch as the kernels take them, and the tiles of a weight that may be grouped.
 #pragma once
 
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "packed_kernel.h"
-#include "panels.h"
+#include "cpu/kernels/packed.h"
+#include "cpu/panels.h"
 
 namespace metamask::cpu {
 
 template <class T>
 const PackedKernels<T>& packed_kernels() {
-  const auto of = [](const Packed& table) -> const PackedKernels<T>& {
-    if constexpr (sizeof(T) == 8) return table.float64;
-    else return table.float32;
-  };
-#if defined(METAMASK_X86)
-  switch (capability()) {
-    case Capability::kAvx512Bf16: return of(kPacked_avx512_bf16);
-    case Capability::kAvx512: return of(kPacked_avx512);
-    case Capability::kAvx2: return of(kPacked_avx2);
-    default: break;
-  }
-#endif
-  return of(kPacked_default);
+  const Packed& table = METAMASK_CHOSEN_TABLE(kPacked);
+  if constexpr (sizeof(T) == 8) return table.float64;
+  else return table.float32;
 }
 
-// The rows [samples, rows, groups * columns] of a tensor as T, the samples in `order` (empty: as they are), each group's columns
-// padded with zeros to `pad`; the tensor's own memory where it is all that already.
+// The rows [samples, rows, groups * columns] of a tensor as T: the samples in `order` (empty: unchanged), each group's columns
+// padded with zeros to `pad`. Uses the tensor's own memory if it is all that already.
 template <class T>
 class PackedRows {
  public:
@@ -75,8 +65,8 @@ class PackedRows {
   const T* data_;
 };
 
-// A tile of W as T: rows of one group, a piece of their columns. `next`: the tile of the rows after it, where there is one of the
-// same size in the same group and W is read as it is; else null.
+// A tile of W as T: rows of one group, and a piece of their columns. `next` is the tile of the rows after it, if W is read in place
+// and that tile has the same size and group; else null.
 template <class T>
 struct GroupTile {
   int64_t thread, group, first, rows, column, columns;
@@ -95,8 +85,8 @@ struct GroupedWeight {
   GroupedWeight(const at::Tensor& weight, int64_t groups)
       : tensor(weight.contiguous()), groups(groups), out(weight.size(0)), in(weight.size(1)), type(type_of(weight.scalar_type())) {}
 
-  // work(tile, free scratch) for every tile of the panels. Each thread has `each` elements of scratch; a W that is kept in 16 bits
-  // is widened into the last part of it, of a tile's size.
+  // Calls work(tile, free scratch) for every tile of the panels. Each thread has `each` elements of scratch; a W that is stored in
+  // 16 bits is widened into the last part of it, of a tile's size.
   template <class Work>
   void each_tile(const Panels& panels, int64_t each, const Work& work) const {
     const int64_t tile_row = round_up(panels.columns, kRowBytes / int64_t(sizeof(T))), bytes = tensor.element_size();
@@ -126,7 +116,7 @@ struct GroupedWeight {
     });
   }
 
-  // A tile of W's gradient to `gradient`, which has W's type and is contiguous.
+  // Writes a tile of W's gradient to `gradient`, which has W's type and is contiguous.
   void write(const GroupTile<T>& tile, const T* from, int64_t from_row, void* gradient) const {
     for (int64_t i = 0; i < tile.rows; ++i) {
       void* to = at_element(gradient, (tile.first + i) * in + tile.column, tensor.element_size());

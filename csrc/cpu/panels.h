@@ -1,4 +1,4 @@
-// What the two ways of masked_linear on the CPU share: how theta is cut into panels, and their memory.
+// Panels of theta for the linear ops on the CPU: how the weight is cut, and the memory of the tiles.
 #pragma once
 
 #include <unistd.h>
@@ -8,27 +8,17 @@
 #include <memory>
 #include <optional>
 
-#include "masked_weight.h"
-#include "product_kernel.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/masked_weight.h"
 
 namespace metamask::cpu {
 
-inline const Products& products() {
-#if defined(METAMASK_X86)
-  switch (capability()) {
-    case Capability::kAvx512Bf16: return kProducts_avx512_bf16;
-    case Capability::kAvx512: return kProducts_avx512;
-    case Capability::kAvx2: return kProducts_avx2;
-    default: break;
-  }
-#endif
-  return kProducts_default;
-}
+inline const Gemm& gemm_table() { return METAMASK_CHOSEN_TABLE(kGemm); }
 
 template <class T>
-const ProductKernels<T>& product_kernels() {
-  if constexpr (sizeof(T) == 8) return products().float64;
-  else return products().float32;
+const GemmKernels<T>& gemm_kernels() {
+  if constexpr (sizeof(T) == 8) return gemm_table().float64;
+  else return gemm_table().float32;
 }
 
 template <class T>
@@ -44,12 +34,13 @@ inline int64_t second_level_cache() {
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// How theta, [out, in], is cut: a panel has `rows` rows; its columns are worked on `columns` at a time, so that a tile of
-// rows x columns stays in cache. One scratch a thread.
+// The cut of theta, [out, in]: a panel has `rows` rows, and its columns are worked on `columns` at a time, so that a tile of rows x
+// columns stays in cache. One scratch a thread.
 struct Panels {
   int64_t out, rows, columns, count, threads;
 
-  // tile_bytes: what a tile may take; row_bytes: what one of its rows may take; masks: how many are applied to the weight.
+  // tile_bytes: the most that a tile may take; row_bytes: the most that one of its rows may take; masks: the number of masks
+  // applied to the weight.
   Panels(int64_t out, int64_t in, int64_t batch, int64_t element, int64_t tile_bytes, int64_t row_bytes, int64_t masks = 1)
       : out(out) {
     columns = std::clamp<int64_t>(row_bytes / element, 1, std::max<int64_t>(in, 1));
@@ -57,7 +48,7 @@ struct Panels {
     // Below about 10 microseconds of work, waking another thread costs more than it does.
     const double nanoseconds = double(out) * double(in) * (0.25 * double(masks) + 0.01 * double(batch));
     const int64_t pool = at::in_parallel_region() || nanoseconds < 10000 ? 1 : at::get_num_threads();
-    // Several panels for each thread, so that a late one costs little; of a small layer one, which has the fewest calls.
+    // Several panels for each thread, so that a late one costs little. A small layer has one, which needs the fewest calls.
     const int64_t pieces = pool > 1 ? std::clamp<int64_t>(int64_t(nanoseconds / 5000), pool, 4 * pool) : 1;
     const int64_t share = (out + pieces - 1) / pieces;
     rows = std::clamp<int64_t>(round_up(std::min(fits, share), 4), 4, std::max<int64_t>(out, 4));
@@ -65,7 +56,7 @@ struct Panels {
     threads = std::min(pool, std::max<int64_t>(count, 1));
   }
 
-  // work(thread, first row, number of rows) for every panel; the division among threads depends on their number only.
+  // Calls work(thread, first row, number of rows) for every panel. The division among threads depends on their number only.
   template <class Work>
   void run(const Work& work) const {
     const auto some = [&](int64_t thread, int64_t begin, int64_t end) {
@@ -79,9 +70,9 @@ struct Panels {
 template <class T>
 constexpr at::ScalarType kScalar = c10::CppTypeToScalarType<T>::value;
 
-// A thread's own memory for tiles, uninitialised, kept from call to call: its size is bounded by the caches. Freed after each call,
-// it would let malloc give back to the system what others have freed before, in the middle of a small layer's forward: measured, up
-// to four times the forward's own time.
+// Returns a thread's own memory for tiles, uninitialised and kept from call to call: the caches bound its size. If it were freed
+// after each call, malloc could give memory that others have freed back to the system in the middle of a small layer's forward:
+// measured, up to four times the forward's own time.
 template <class T>
 T* thread_tiles(int64_t n) {
   struct Free {
@@ -99,7 +90,7 @@ T* thread_tiles(int64_t n) {
   return static_cast<T*>(memory.get());
 }
 
-// Uninitialised memory: of a small layer on the stack, because torch's allocator takes as long as its arithmetic.
+// Uninitialised memory. A small layer's is on the stack, because torch's allocator takes as long as its arithmetic.
 template <class T>
 class Scratch {
  public:
@@ -119,7 +110,7 @@ class Scratch {
   T* data = small_;
 };
 
-// A contiguous matrix as T, its rows padded by zeros to whole vectors; the matrix itself where it is that already.
+// A contiguous matrix as T, its rows padded with zeros to whole vectors. Uses the matrix itself if it is that already.
 template <class T>
 class Rows {
  public:
@@ -148,7 +139,7 @@ class Rows {
   Scratch<T> copy_;
 };
 
-// A parameter of 2, 4 or 8 bytes an element, from one of its elements on.
+// Returns the address of one element of a parameter of 2, 4 or 8 bytes an element.
 template <class Pointer>
 Pointer at_element(Pointer base, int64_t element, int64_t bytes) {
   using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
@@ -159,15 +150,15 @@ inline Sink at_element(const Sink& sink, int64_t element, int64_t bytes) {
   Sink moved = sink;
   moved.gradient = at_element(sink.gradient, element, bytes);
   moved.parameter = at_element(sink.parameter, element, bytes);
-  moved.velocity = at_element(sink.velocity, element, bytes);
+  moved.momentum_buffer = at_element(sink.momentum_buffer, element, bytes);
   return moved;
 }
 
-// theta's tile, or its gradient's: `rows` x `columns` of the parameters from (first, column) on, in scratch rows of `tile_row`.
+// A tile of theta or of its gradient: `rows` x `columns` of the parameters from (first, column) on, in scratch rows of `tile_row`.
 struct Tile {
   int64_t first, rows, column, columns, in, tile_row;
 
-  // work(element of the parameters, element of the tile, number) for each contiguous piece: one where the tile has whole rows
+  // Calls work(element of the parameters, element of the tile, number) for each contiguous piece: one for a tile of whole rows
   // without padding, else one a row.
   template <class Work>
   void each_piece(const Work& work) const {
@@ -176,8 +167,8 @@ struct Tile {
   }
 };
 
-// The sum of the threads' dx, [batch] rows of `row` each, in the order of the threads: into the first one's, row by row, each then
-// given to finish(row number, sums).
+// Adds up the threads' dx, [batch] rows of `row` each, in the order of the threads: into the first one's, row by row. Then calls
+// finish(row number, sums) for each row.
 template <class T, class Finish>
 void add_threads(T* dx, int64_t threads, int64_t batch, int64_t row, int64_t in, const Finish& finish) {
   const auto add_up = [&](int64_t begin, int64_t end) {
@@ -194,7 +185,7 @@ void add_threads(T* dx, int64_t threads, int64_t batch, int64_t row, int64_t in,
   at::parallel_for(0, batch, std::max<int64_t>(kGrain / std::max<int64_t>(in, 1), 1), add_up);
 }
 
-// masked_linear where the processor multiplies bfloat16 (masked_linear_bfloat16.cpp).
+// masked_linear on processors that multiply bfloat16 (masked_linear_bfloat16.cpp).
 bool multiplies_bfloat16();
 at::Tensor linear_bfloat16(const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, const at::Tensor& b, Gate gate);
 at::Tensor linear_backward_bfloat16(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate,

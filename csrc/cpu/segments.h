@@ -1,10 +1,10 @@
-// The rows of a batch that mixes tasks, ordered by task: those of one task are one matrix.
+// The rows of a mixed-task batch, sorted by task: the rows of a task are one matrix.
 #pragma once
 
 #include <vector>
 
-#include "../checks.h"
-#include "panels.h"
+#include "cpu/panels.h"
+#include "ops/checks.h"
 
 namespace metamask::cpu {
 
@@ -12,8 +12,8 @@ struct Segment {
   int64_t task, begin, rows;  // begin: its first row in the order
 };
 
-// A counting sort of the samples by slot, in which those of one task keep their order; each sample has `each` rows. Throws
-// c10::ValueError for a slot outside [0, tasks).
+// Sorts the samples by slot (a counting sort, stable); each sample has `each` rows. Throws c10::ValueError for a slot outside [0,
+// tasks).
 class Segments {
  public:
   Segments(const at::Tensor& slots, int64_t tasks, int64_t each) : rows(slots.numel() * each), each_(each), counts_(tasks, 0) {
@@ -31,7 +31,7 @@ class Segments {
       if (counts_[task] == 0) continue;
       list_.push_back({task, begin * each, counts_[task] * each});
       const int64_t end = begin + counts_[task];
-      if (!sorted) counts_[task] = begin;  // from here on, where the task's next sample goes
+      if (!sorted) counts_[task] = begin;  // from here on, the place of the task's next sample
       begin = end;
     }
     if (sorted) return;
@@ -47,10 +47,10 @@ class Segments {
 
   bool uses(int64_t task) const { return counts_[task] != 0; }
 
-  // Where row i of the order is in the batch.
+  // Returns the row of the batch that is row i of the order.
   int64_t source(int64_t i) const { return sorted ? i : order_[i / each_] * each_ + i % each_; }
 
-  // work(row of the order, row of the batch) for all rows, of `columns` elements each.
+  // Calls work(row of the order, row of the batch) for all rows, of `columns` elements each.
   template <class Work>
   void each_row(int64_t columns, const Work& work) const {
     const auto some = [&](int64_t begin, int64_t end) {
@@ -60,7 +60,7 @@ class Segments {
     at::parallel_for(0, rows, std::max<int64_t>(kGrain / std::max<int64_t>(columns, 1), 1), some);
   }
 
-  // A matrix whose rows are in the order, in that of the batch.
+  // Returns a matrix whose rows are in the order with its rows as in the batch.
   template <class T>
   at::Tensor put_back(const at::Tensor& ordered) const {
     if (sorted) return ordered;
@@ -82,7 +82,7 @@ class Segments {
 };
 
 // The rows of a contiguous matrix [rows, groups * columns] as T, in the segments' order, the columns of each group padded with
-// zeros to a multiple of `unit`; the matrix itself where it is that already.
+// zeros to a multiple of `unit`. Uses the matrix itself if it is that already.
 template <class T>
 class OrderedRows {
  public:

@@ -1,17 +1,17 @@
 // task_masked_linear and its derivatives on the CPU, by panels as masked_linear: a tile of W serves all tasks of the batch in turn,
 // so that W is read from memory once, and the gradient of W is added up where the tile is. Of theta and its gradients there is only
 // ever one tile, of one task. The rows of a task are one matrix (segments.h).
-#include "../task_masked_linear.h"
+#include "ops/task_masked_linear.h"
 
-#include "segments.h"
+#include "cpu/segments.h"
 
 namespace metamask::cpu {
 namespace {
 
-// A tile takes this part of the second-level cache, so that all tiles of a pass (theta; theta and its gradient; four of them), with
-// what streams by, take about a quarter.
+// The size of a tile: all tiles of a pass (theta; theta and its gradient; four of them), with what streams by, take about a quarter
+// of the second-level cache.
 int64_t tile_bytes(int64_t tiles) { return second_level_cache() / (8 * tiles); }
-// docs/cpu.md: whole rows forward, many rows backward.
+// Whole rows forward, many rows backward (docs/cpu.md).
 constexpr int64_t kForwardRow = 64 * 1024, kBackwardRow = 4 * 1024;
 
 template <class T>
@@ -19,7 +19,7 @@ T* offset(T* base, int64_t elements) {
   return base == nullptr ? nullptr : base + elements;
 }
 
-// Uninitialised gradients in the form of `masks`; zeros for the tasks that the batch does not have.
+// Returns uninitialised gradients in the form of `masks`, with zeros for the tasks that the batch does not have.
 TaskArrays gradients_like(const TaskArrays& masks, const Segments& segments) {
   TaskArrays made{{}, masks.stacked, masks.tasks, masks.bytes};
   if (masks.stacked) {
@@ -37,7 +37,7 @@ TaskArrays gradients_like(const TaskArrays& masks, const Segments& segments) {
   return made;
 }
 
-// The arrays of the batch's tasks, in the order of the segments; null where there is none.
+// Returns the arrays of the batch's tasks, in the order of the segments; null pointers if there are none.
 std::vector<const void*> of_segments(const TaskArrays& arrays, const Segments& segments) {
   std::vector<const void*> pointers(segments.size(), nullptr);
   for (int64_t i = 0; arrays.given() && i < segments.size(); ++i) pointers[i] = arrays.data(segments[i].task);
@@ -82,7 +82,7 @@ struct TaskLinear {
     return Panels(out, in, segments.rows, sizeof(T), tile_bytes(tiles), row_bytes, segments.size());
   }
 
-  // work(group, first row, number) for the rows of a panel in each group of columns of x.
+  // Calls work(group, first row, number) for the rows of a panel in each group of columns of x.
   template <class Work>
   void each_group(const Tile& tile, const Work& work) const {
     for (int64_t row = tile.first, end = tile.first + tile.rows, n; row < end; row += n) {
@@ -92,8 +92,9 @@ struct TaskLinear {
     }
   }
 
-  // work(element of the parameters, element of the tiles, number) over a tile. Whole rows are worked on at once: short ones one by
-  // one would cost more in calls than in arithmetic. So the padding is taken out of `read`, and put, as zeros, into `written`.
+  // Calls work(element of the parameters, element of the tiles, number) over a tile. Whole rows are worked on at once: short ones
+  // one by one would cost more in calls than in arithmetic. So the padding is taken out of `read`, and put, as zeros, into
+  // `written`.
   template <class Work>
   static void each_piece(const Tile& tile, std::initializer_list<T*> read, std::initializer_list<T*> written, const Work& work) {
     const bool whole = tile.columns == tile.in;
@@ -120,7 +121,7 @@ struct TaskLinear {
     });
   }
 
-  // What backward does to a tile, from the gradient g of theta.
+  // Takes the gradient g of theta through the gate: adds to dw, writes dm, and makes theta.
   void backward_tile(const Tile& tile, int64_t task, T* g, T* theta, T* dw, void* dm) const {
     each_piece(tile, {g}, {theta}, [&](int64_t element, int64_t at, int64_t n) {
       masked_weight_kernels().backward_add(gate, param, g + at, at_element(weight, element, bytes),
@@ -139,9 +140,9 @@ struct TaskLinear {
   void multiply(const Tile& tile, int64_t task, const OrderedRows<T>& x, const T* t, T* y) const {
     const Segment& s = segments[task];
     each_group(tile, [&](int64_t group, int64_t row, int64_t n) {
-      product_kernels<T>().inner(x.data + s.begin * x.row + group * x.group + tile.column, x.row,
-                                 t + (row - tile.first) * tile.tile_row, tile.tile_row, y + s.begin * out + row, out, s.rows, n,
-                                 round_up(tile.columns, kPad));
+      gemm_kernels<T>().gemm_nt(x.data + s.begin * x.row + group * x.group + tile.column, x.row,
+                                t + (row - tile.first) * tile.tile_row, tile.tile_row, y + s.begin * out + row, out, s.rows, n,
+                                round_up(tile.columns, kPad));
     });
   }
 
@@ -149,7 +150,7 @@ struct TaskLinear {
   void gradient(const Tile& tile, int64_t task, const OrderedRows<T>& dy, const OrderedRows<T>& x, T* t) const {
     const Segment& s = segments[task];
     each_group(tile, [&](int64_t group, int64_t row, int64_t n) {
-      product_kernels<T>().outer(
+      gemm_kernels<T>().gemm_nn(
           dy.data + s.begin * dy.row + row, 1, dy.row, x.data + s.begin * x.row + group * x.group + tile.column, x.row,
           t + (row - tile.first) * tile.tile_row, tile.tile_row, n, s.rows, round_up(tile.columns, kPad), false);
     });
@@ -159,13 +160,13 @@ struct TaskLinear {
   void add_to_input(const Tile& tile, int64_t task, const OrderedRows<T>& dy, const T* t, const OrderedRows<T>& x, T* dx) const {
     const Segment& s = segments[task];
     each_group(tile, [&](int64_t group, int64_t row, int64_t n) {
-      product_kernels<T>().outer(dy.data + s.begin * dy.row + row, dy.row, 1, t + (row - tile.first) * tile.tile_row, tile.tile_row,
-                                 dx + s.begin * x.row + group * x.group + tile.column, x.row, s.rows, n,
-                                 round_up(tile.columns, kPad), true);
+      gemm_kernels<T>().gemm_nn(dy.data + s.begin * dy.row + row, dy.row, 1, t + (row - tile.first) * tile.tile_row, tile.tile_row,
+                                dx + s.begin * x.row + group * x.group + tile.column, x.row, s.rows, n,
+                                round_up(tile.columns, kPad), true);
     });
   }
 
-  // The threads' dx, added up in the order of the threads, as the rows of the batch.
+  // Adds up the threads' dx, in the order of the threads, and returns it as the rows of the batch.
   at::Tensor input_gradient(T* dx, int64_t threads, const OrderedRows<T>& x) const {
     at::Tensor total = at::empty({segments.rows, groups * in}, given.weight.options().dtype(kScalar<T>));
     T* data = total.mutable_data_ptr<T>();
@@ -185,7 +186,7 @@ struct TaskLinear {
     }
   }
 
-  // The gradient of the task's bias: the sum of its rows of dy.
+  // Sums the task's rows of dy: the gradient of its bias.
   void sum_rows(int64_t task, int64_t first, int64_t n, const OrderedRows<T>& dy, T* sum) const {
     const Segment& s = segments[task];
     std::fill_n(sum, n, T(0));
@@ -194,7 +195,7 @@ struct TaskLinear {
     }
   }
 
-  // A vector [out] that all tasks share, as T: the bias without masks, or its cotangent.
+  // Returns a vector [out] that all tasks share, as T: the bias without masks, or its cotangent.
   static at::Tensor shared_row(const at::Tensor& row) { return row.defined() ? row.to(kScalar<T>) : row; }
 
   at::Tensor forward(const at::Tensor& input) const {
@@ -208,7 +209,7 @@ struct TaskLinear {
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = tile_size + round_up(panels.rows, kPad);
     T* y_data = y.mutable_data_ptr<T>();
-    panels.run([&](int64_t thread, int64_t first, int64_t rows) {
+    panels.run([&](int64_t, int64_t first, int64_t rows) {
       T *theta = thread_tiles<T>(scratch_size), *row = theta + tile_size;
       for (int64_t task = 0; task < segments.size(); ++task) {
         if (masked_bias) {
@@ -228,21 +229,21 @@ struct TaskLinear {
     return segments.template put_back<T>(y);
   }
 
-  TaskGradients backward(const at::Tensor& grad, const at::Tensor& input, std::array<bool, 5> needs) const {
+  TaskGradients backward(const at::Tensor& grad, const at::Tensor& input, std::array<bool, 5> output_mask) const {
     const OrderedRows<T> dy(grad, segments, 1, out, 1), x(input, segments, groups, in, kPad);
     const bool has_bias = given.bias.defined(), masked_bias = given.bias_masks.given();
-    Sum<T> dw(given.weight, needs[1]), db(given.bias, has_bias && needs[3]);
+    Sum<T> dw(given.weight, output_mask[1]), db(given.bias, has_bias && output_mask[3]);
     TaskGradients made;
-    if (needs[2]) made.masks = gradients_like(given.masks, segments);
-    if (needs[4] && masked_bias) made.bias_masks = gradients_like(given.bias_masks, segments);
+    if (output_mask[2]) made.masks = gradients_like(given.masks, segments);
+    if (output_mask[4] && masked_bias) made.bias_masks = gradients_like(given.bias_masks, segments);
     const std::vector<void*> dm = of_segments(made.masks, segments), dbm = of_segments(made.bias_masks, segments);
     T *dw_data = dw.data(), *db_data = db.data();
-    const bool needs_g = needs[1] || needs[2], needs_bias = db_data != nullptr || made.bias_masks.given();
+    const bool needs_g = output_mask[1] || output_mask[2], needs_bias = db_data != nullptr || made.bias_masks.given();
 
     const Panels panels = this->panels(2, kBackwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = 2 * tile_size + round_up(panels.rows, kPad);
-    const int64_t dx_size = needs[0] ? segments.rows * x.row : 0;
+    const int64_t dx_size = output_mask[0] ? segments.rows * x.row : 0;
     const Scratch<T> dx(panels.threads * dx_size);
     std::fill_n(dx.data, panels.threads * dx_size, T(0));
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
@@ -264,22 +265,22 @@ struct TaskLinear {
         for (int64_t task = 0; task < segments.size(); ++task) {
           if (needs_g) {
             gradient(tile, task, dy, x, g);
-            backward_tile(tile, task, g, needs[0] ? theta : nullptr, dw_data, dm[task]);
-          } else if (needs[0]) {
+            backward_tile(tile, task, g, output_mask[0] ? theta : nullptr, dw_data, dm[task]);
+          } else if (output_mask[0]) {
             build_theta(tile, task, theta);
           }
-          if (needs[0]) add_to_input(tile, task, dy, theta, x, dx.data + thread * dx_size);
+          if (output_mask[0]) add_to_input(tile, task, dy, theta, x, dx.data + thread * dx_size);
         }
       }
     });
-    if (needs[0]) made.input = input_gradient(dx.data, panels.threads, x);
+    if (output_mask[0]) made.input = input_gradient(dx.data, panels.threads, x);
     made.weight = dw.as(given.weight.scalar_type());
     if (has_bias) made.bias = db.as(given.bias.scalar_type());
     return made;
   }
 
   std::pair<at::Tensor, TaskGradients> double_backward(const TaskGradients& cotangents, const at::Tensor& grad,
-                                                       const at::Tensor& input, std::array<bool, 6> needs) const {
+                                                       const at::Tensor& input, std::array<bool, 6> output_mask) const {
     const OrderedRows<T> dy(grad, segments, 1, out, 1), x(input, segments, groups, in, kPad);
     const bool has_x = cotangents.input.defined(), has_parameters = cotangents.weight.defined() || cotangents.masks.given();
     std::optional<OrderedRows<T>> cx;
@@ -292,23 +293,23 @@ struct TaskLinear {
     const at::Tensor plain_cotangent = masked_bias ? at::Tensor() : shared_row(cotangents.bias);
     const T* const plain = plain_cotangent.defined() ? plain_cotangent.const_data_ptr<T>() : nullptr;
 
-    Sum<T> dw(given.weight, needs[2]), db(given.bias, has_bias && needs[4]);
+    Sum<T> dw(given.weight, output_mask[2]), db(given.bias, has_bias && output_mask[4]);
     TaskGradients made;
-    if (needs[3]) made.masks = gradients_like(given.masks, segments);
-    if (needs[5] && masked_bias) made.bias_masks = gradients_like(given.bias_masks, segments);
+    if (output_mask[3]) made.masks = gradients_like(given.masks, segments);
+    if (output_mask[5] && masked_bias) made.bias_masks = gradients_like(given.bias_masks, segments);
     const std::vector<void*> dm = of_segments(made.masks, segments), dbm = of_segments(made.bias_masks, segments);
     T *dw_data = dw.data(), *db_data = db.data();
     at::Tensor ddy;
-    if (needs[0]) ddy = at::empty({segments.rows, out}, given.weight.options().dtype(kScalar<T>));
-    T* const ddy_data = needs[0] ? ddy.mutable_data_ptr<T>() : nullptr;
+    if (output_mask[0]) ddy = at::empty({segments.rows, out}, given.weight.options().dtype(kScalar<T>));
+    T* const ddy_data = output_mask[0] ? ddy.mutable_data_ptr<T>() : nullptr;
     // The tiles that are needed: theta and h meet the cotangent of dx, c and g those of dW and dM.
-    const bool needs_w = needs[2] || needs[3], needs_theta = has_x && needs[0], needs_h = has_x && needs_w;
-    const bool needs_c = has_parameters && (needs[0] || needs[1]), needs_g = has_parameters && needs_w;
+    const bool needs_w = output_mask[2] || output_mask[3], needs_theta = has_x && output_mask[0], needs_h = has_x && needs_w;
+    const bool needs_c = has_parameters && (output_mask[0] || output_mask[1]), needs_g = has_parameters && needs_w;
 
     const Panels panels = this->panels(4, kBackwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = 4 * tile_size + 2 * round_up(panels.rows, kPad);
-    const int64_t dx_size = needs[1] ? segments.rows * x.row : 0;
+    const int64_t dx_size = output_mask[1] ? segments.rows * x.row : 0;
     const Scratch<T> dx(panels.threads * dx_size);
     std::fill_n(dx.data, panels.threads * dx_size, T(0));
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
@@ -327,7 +328,7 @@ struct TaskLinear {
               at_element(bias, first, bytes), at_element(bias_masks[task], first, bytes), nullptr, c_row, offset(db_data, first),
               at_element(dbm[task], first, bytes), rows);
         }
-        if (needs[0]) fill(task, first, rows, masked_bias ? c_row : offset(plain, first), ddy_data);
+        if (output_mask[0]) fill(task, first, rows, masked_bias ? c_row : offset(plain, first), ddy_data);
       }
       for (int64_t column = 0; column < in; column += panels.columns) {
         const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
@@ -342,13 +343,13 @@ struct TaskLinear {
                 offset(dw_data, element), at_element(dm[task], element, bytes), n);
           });
           if (needs_theta) multiply(tile, task, *cx, theta, ddy_data);
-          if (needs_c && needs[0]) multiply(tile, task, x, c, ddy_data);
-          if (needs_c && needs[1]) add_to_input(tile, task, dy, c, x, dx.data + thread * dx_size);
+          if (needs_c && output_mask[0]) multiply(tile, task, x, c, ddy_data);
+          if (needs_c && output_mask[1]) add_to_input(tile, task, dy, c, x, dx.data + thread * dx_size);
         }
       }
     });
-    if (needs[0]) ddy = segments.template put_back<T>(ddy);
-    if (needs[1]) made.input = input_gradient(dx.data, panels.threads, x);
+    if (output_mask[0]) ddy = segments.template put_back<T>(ddy);
+    if (output_mask[1]) made.input = input_gradient(dx.data, panels.threads, x);
     made.weight = dw.as(given.weight.scalar_type());
     if (has_bias) made.bias = db.as(given.bias.scalar_type());
     return {ddy, made};
@@ -364,15 +365,16 @@ struct CpuTaskLinear : Cpu {
   }
 
   static TaskGradients task_linear_backward(const TaskArguments& given, const at::Tensor& dy, const at::Tensor& x,
-                                            std::array<bool, 5> needs) {
-    return is_double(given) ? TaskLinear<double>{given}.backward(dy, x, needs) : TaskLinear<float>{given}.backward(dy, x, needs);
+                                            std::array<bool, 5> output_mask) {
+    return is_double(given) ? TaskLinear<double>{given}.backward(dy, x, output_mask)
+                            : TaskLinear<float>{given}.backward(dy, x, output_mask);
   }
 
   static std::pair<at::Tensor, TaskGradients> task_linear_double_backward(const TaskArguments& given,
                                                                           const TaskGradients& cotangents, const at::Tensor& dy,
-                                                                          const at::Tensor& x, std::array<bool, 6> needs) {
-    return is_double(given) ? TaskLinear<double>{given}.double_backward(cotangents, dy, x, needs)
-                            : TaskLinear<float>{given}.double_backward(cotangents, dy, x, needs);
+                                                                          const at::Tensor& x, std::array<bool, 6> output_mask) {
+    return is_double(given) ? TaskLinear<double>{given}.double_backward(cotangents, dy, x, output_mask)
+                            : TaskLinear<float>{given}.double_backward(cotangents, dy, x, output_mask);
   }
 };
 

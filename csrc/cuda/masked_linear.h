@@ -1,37 +1,63 @@
-// Launchers of masked_linear and its gradients for small batches, on raw device pointers to contiguous arrays: x, dx [batch, in],
-// y, dy, [batch, out], w, m [out, in], bias [out]. w, m and what the sinks point to are of type `param`, the rest of type
-// `product`.
+// masked_linear for CUDA tensors: the Device of ops/masked_linear.h. A small batch takes the kernels that never write theta or its
+// gradient to memory; a large one the elementwise kernels around torch's GEMM.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <ATen/Context.h>
 
-#include <cstdint>
-
-#include "../types.h"
+#include "cuda/kernels/masked_linear.h"
+#include "cuda/masked_weight.h"
+#include "ops/masked_linear.h"
 
 namespace metamask::cuda {
 
-struct LinearCase {
-  Gate gate;
-  Type param, product;
-  bool tf32;  // whether float32 products may use tensor cores
-  int64_t batch, out, in;
+struct CudaLinear : Cuda {
+  static at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, const at::Tensor& b, Gate gate) {
+    const LinearCase given = case_of(x, w, gate);
+    if (!fuses_masked_linear(given)) {
+      const at::Tensor theta = MaskedWeight<Cuda>::forward(w, m, gate.kind, gate.param, x.scalar_type());
+      return b.defined() ? at::addmm(b, x, theta.t()) : at::mm(x, theta.t());
+    }
+    at::Tensor y = at::empty({given.batch, given.out}, x.options());
+    const at::Tensor bias = b.defined() ? b.contiguous() : b;
+    at::Tensor workspace = bytes(masked_linear_workspace(given), x);
+    masked_linear(given, data(x), data(w), data(m), data(bias), mutable_data(y), mutable_data(workspace),
+                  c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return y;
+  }
+
+  static at::Tensor linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate,
+                                    bool needs_dx, const Sink& dw, const Sink& dm) {
+    const LinearCase given = case_of(x, w, gate);
+    if (!fuses_masked_linear_backward(given)) return with_gemm(dy, x, w, m, gate, needs_dx, dw, dm);
+    at::Tensor dx = needs_dx ? at::empty_like(x) : at::Tensor();
+    if (!needs_dx && !dw.wanted() && !dm.wanted()) return dx;
+    at::Tensor workspace = bytes(masked_linear_backward_workspace(given, needs_dx), x);
+    masked_linear_backward(given, data(dy), data(x), data(w), data(m), dw, dm, mutable_data(dx), mutable_data(workspace),
+                           c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return dx;
+  }
+
+ private:
+  static LinearCase case_of(const at::Tensor& x, const at::Tensor& w, Gate gate) {
+    // torch's own float32 product would use the same setting.
+    const bool tf32 = x.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
+    return {gate, type_of(w.scalar_type()), type_of(x.scalar_type()), tf32, x.size(0), w.size(0), w.size(1)};
+  }
+
+  static at::Tensor with_gemm(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate,
+                              bool needs_dx, const Sink& dw, const Sink& dm) {
+    at::Tensor dx;
+    // dx comes first: the sinks may change the parameters.
+    if (needs_dx) dx = at::mm(dy, MaskedWeight<Cuda>::forward(w, m, gate.kind, gate.param, x.scalar_type()));
+    if (dw.wanted() || dm.wanted()) {
+      const at::Tensor g = at::mm(dy.t(), x);
+      Cuda::backward(gate, type_of(w.scalar_type()), type_of(g.scalar_type()), g.const_data_ptr(), w.const_data_ptr(),
+                     m.const_data_ptr(), dw, dm, w.numel());
+    }
+    return dx;
+  }
 };
-
-// Whether there is a kernel for the types, and the batch is small enough that theta in registers is the better way than theta in
-// memory and a GEMM. (The batches are from counting operations, not measured: docs/cuda.md.)
-bool fuses_masked_linear(const LinearCase& given);
-bool fuses_masked_linear_backward(const LinearCase& given);
-
-// Bytes of the workspace that the launcher takes; 0: none, the pointer may be null.
-int64_t masked_linear_workspace(const LinearCase& given);
-int64_t masked_linear_backward_workspace(const LinearCase& given, bool needs_dx);
-
-void masked_linear(const LinearCase& given, const void* x, const void* w, const void* m, const void* bias, void* y, void* workspace,
-                   cudaStream_t stream);
-
-// A null dx is not wanted.
-void masked_linear_backward(const LinearCase& given, const void* dy, const void* x, const void* w, const void* m, Sink dw, Sink dm,
-                            void* dx, void* workspace, cudaStream_t stream);
 
 }  // namespace metamask::cuda

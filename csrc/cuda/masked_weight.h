@@ -1,31 +1,60 @@
-// Launchers of masked_weight and its derivatives, on raw device pointers to `n` elements in one order. `param` is the type of
-// weight, mask and their gradients; float64 goes with float64 only. A null cotangent is zero, a null output is not computed.
-// Each parameter's gradient goes to a Sink.
+// masked_weight for CUDA tensors: device and stream, and the Device of ops/masked_weight.h. The launchers are in
+// cuda/kernels/masked_weight.cu.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 
-#include <cstdint>
-#include <vector>
-
-#include "../types.h"
+#include "cuda/kernels/masked_weight.h"
+#include "ops/masked_weight.h"
+#include "ops/masked_weight_list.h"
 
 namespace metamask::cuda {
 
-void masked_weight(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t n, cudaStream_t stream);
+// Allocates a workspace; undefined if none is needed.
+inline at::Tensor bytes(int64_t count, const at::Tensor& like) {
+  return count > 0 ? at::empty({count}, like.options().dtype(at::kByte)) : at::Tensor();
+}
 
-void masked_weight_backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, Sink dw, Sink dm,
-                            int64_t n, cudaStream_t stream);
+struct Cuda {
+  struct Guard : c10::cuda::CUDAGuard {
+    explicit Guard(const at::Tensor& tensor) : CUDAGuard(tensor.device()) {}
+  };
 
-void masked_weight_double_backward(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
-                                   const void* m, void* dg, void* dw, void* dm, int64_t n, cudaStream_t stream);
+  static at::Tensor gradient_like(const at::Tensor& parameter) { return at::empty_like(parameter); }
 
-// The same for each of a list: one launch for as many as have room in a kernel's arguments (ListPart), another for the next.
-void masked_weight_list(Gate gate, Type param, Type out, const std::vector<ForwardArrays>& list, cudaStream_t stream);
+  static void forward(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t n) {
+    masked_weight(gate, param, out, w, m, theta, n, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
 
-void masked_weight_list_backward(Gate gate, Type param, Type grad, const std::vector<BackwardArrays>& list, cudaStream_t stream);
+  static void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, const Sink& dw,
+                       const Sink& dm, int64_t n) {
+    masked_weight_backward(gate, param, grad, g, w, m, dw, dm, n, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
 
-void masked_weight_list_double_backward(Gate gate, Type param, Type grad, const std::vector<DoubleBackwardArrays>& list,
-                                        cudaStream_t stream);
+  static void double_backward(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
+                              const void* m, void* dg, void* dw, void* dm, int64_t n) {
+    masked_weight_double_backward(gate, param, grad, a, b, g, w, m, dg, dw, dm, n, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  static void forward_list(Gate gate, Type param, Type out, const std::vector<ForwardArrays>& list) {
+    masked_weight_list(gate, param, out, list, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  static void backward_list(Gate gate, Type param, Type grad, const std::vector<BackwardArrays>& list) {
+    masked_weight_list_backward(gate, param, grad, list, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  static void double_backward_list(Gate gate, Type param, Type grad, const std::vector<DoubleBackwardArrays>& list) {
+    masked_weight_list_double_backward(gate, param, grad, list, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
 
 }  // namespace metamask::cuda

@@ -1,39 +1,152 @@
-// Launchers of the ops on masks of one bit a weight, on raw device pointers to contiguous arrays. Bit k % 8 of byte k / 8 of a row
-// is its weight k, the padding of a row is zero. x, dx [rows, groups * in], y, dy [rows, out], in the type of the arithmetic
-// (float, or double for float64 parameters), with rows = samples * rows_per_sample; w, dw [out, in] of type `param`; slots
-// [samples]; bits [out, ceil(in / 8)] by task.
+// The ops on masks of one bit a weight for CUDA tensors. The arithmetic is float32 (float64 for float64 parameters), for all types
+// of input and result.
 #pragma once
 
-#include "segments.h"
+#include <torch/library.h>
+
+#include "cuda/kernels/packed.h"
+#include "cuda/mixed_task.h"
+#include "ops/packed.h"
 
 namespace metamask::cuda {
 
-struct PackedCase {
-  Type param;
-  int64_t samples, rows_per_sample, groups, out, in, tasks;
+struct CudaPacked {
+  using OptionalTensor = PackedArguments::OptionalTensor;
+  using OptionalList = PackedArguments::OptionalList;
 
-  int64_t rows() const { return samples * rows_per_sample; }
+  static at::Tensor pack(const at::Tensor& mask_logits, double threshold) {
+    check_pack_mask(mask_logits, threshold);
+    const Cuda::Guard guard(mask_logits);
+    const at::Tensor logits = mask_logits.contiguous();
+    at::Tensor packed = at::empty(packed_shape(logits.sizes()), logits.options().dtype(at::kByte));
+    pack_mask(type_of(logits.scalar_type()), data(logits), threshold, static_cast<uint8_t*>(mutable_data(packed)),
+              packed_rows(logits.sizes()), packed_columns(logits.sizes()), c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return packed;
+  }
+
+  static at::Tensor unpack(const at::Tensor& packed, at::IntArrayRef shape) {
+    check_unpack_mask(packed, shape);
+    const Cuda::Guard guard(packed);
+    const at::Tensor bits = packed.contiguous();
+    at::Tensor mask = at::empty(shape, packed.options().dtype(at::kBool));
+    unpack_mask(static_cast<const uint8_t*>(data(bits)), static_cast<bool*>(mutable_data(mask)), packed_rows(shape),
+                packed_columns(shape), c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return mask;
+  }
+
+  static at::Tensor linear(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, at::TensorList packed_list,
+                           const OptionalTensor& bias, const OptionalList& packed_bias_list, int64_t groups,
+                           std::optional<at::ScalarType> dtype) {
+    const PackedArguments arguments(input, slots, weight, packed_list, bias, packed_bias_list, groups);
+    const at::ScalarType out_type = dtype.value_or(weight.scalar_type());
+    check_storage("dtype", out_type, weight);
+    const Cuda::Guard guard(weight);
+    const NoAutocast no_autocast;
+    const PackedCase given = case_of(input, weight, arguments.packed, groups);
+    const at::Tensor x = matrix(input.to(out_type), compute_type(weight)), w = weight.contiguous(), s = slots.contiguous();
+    const at::Tensor b = is_given(bias) ? bias->to(x.scalar_type()).contiguous() : at::Tensor();
+    const Bits bits(arguments.packed, weight), bias_bits(arguments.packed_bias, weight);
+    at::Tensor y = at::empty({given.rows(), given.out}, x.options());
+    at::Tensor workspace = bytes(packed_masked_linear_workspace(given), x);
+    packed_masked_linear(given, s.const_data_ptr<int64_t>(), data(w), bits.pointers, data(b), bias_bits.pointers, data(x),
+                         mutable_data(y), mutable_data(workspace), c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return y.view(with_last(input, given.out)).to(out_type);
+  }
+
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& input,
+                                                                 const at::Tensor& slots, const at::Tensor& weight,
+                                                                 at::TensorList packed_list, const OptionalTensor& bias,
+                                                                 const OptionalList& packed_bias_list, int64_t groups,
+                                                                 std::array<bool, 3> output_mask) {
+    const PackedArguments arguments(input, slots, weight, packed_list, bias, packed_bias_list, groups);
+    check_batch_grad(grad, input, weight);
+    const Cuda::Guard guard(weight);
+    const NoAutocast no_autocast;
+    const PackedCase given = case_of(input, weight, arguments.packed, groups);
+    const at::Tensor dy = matrix(grad, compute_type(weight)), w = weight.contiguous(), s = slots.contiguous();
+    const int64_t* const slot = s.const_data_ptr<int64_t>();
+    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+    const Bits bits(arguments.packed, weight), bias_bits(arguments.packed_bias, weight);
+    at::Tensor dx, dw, db;
+    if (output_mask[0]) {
+      dx = at::empty({given.rows(), groups * given.in}, dy.options());
+      at::Tensor workspace = bytes(packed_input_gradient_workspace(given), dy);
+      packed_input_gradient(given, slot, data(w), bits.pointers, data(dy), mutable_data(dx), mutable_data(workspace), stream);
+      dx = dx.view(input.sizes()).to(input.scalar_type());
+    }
+    if (output_mask[1]) {
+      const at::Tensor x = matrix(input.to(grad.scalar_type()), compute_type(weight));
+      dw = at::empty_like(w);
+      packed_weight_gradient(given, slot, bits.pointers, data(dy), data(x), mutable_data(dw), stream);
+    }
+    if (output_mask[2] && is_given(bias) && !arguments.packed_bias.has_value()) db = dy.sum(0).to(bias->scalar_type());
+    if (output_mask[2] && is_given(bias) && arguments.packed_bias.has_value()) {
+      // The bias is one row of weights, [1, out], which dy meets: its own gradient is a one for each row.
+      const PackedCase row{given.param, given.samples, given.rows_per_sample, 1, 1, given.out, given.tasks};
+      const at::Tensor ones = at::ones({given.rows()}, dy.options());
+      db = at::empty(bias->sizes(), bias->options());
+      packed_weight_gradient(row, slot, bias_bits.pointers, data(ones), data(dy), mutable_data(db), stream);
+    }
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return {dx, dw, db};
+  }
+
+  static at::Tensor superposition_gradient(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
+                                           at::TensorList packed_list, int64_t groups) {
+    check_packed_weight(weight, groups);
+    check_batch_input(input, weight, groups);
+    const PackedMasks packed = packed_weight_masks(packed_list, weight);
+    check_batch_grad(grad, input, weight);
+    const Cuda::Guard guard(weight);
+    const NoAutocast no_autocast;
+    const PackedCase given = case_of(input, weight, packed, groups);
+    const at::Tensor dy = matrix(grad, compute_type(weight)), x = matrix(input, compute_type(weight)), w = weight.contiguous();
+    const Bits bits(packed, weight);
+    at::Tensor result = at::empty({given.samples, given.tasks}, dy.options());
+    at::Tensor workspace = bytes(packed_superposition_workspace(given), dy);
+    packed_superposition_gradient(given, data(w), bits.pointers, data(dy), data(x), mutable_data(result), mutable_data(workspace),
+                                  c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return result.to(grad.scalar_type());
+  }
+
+  static void register_in(torch::Library& library) {
+    library.impl("pack_mask", &pack);
+    library.impl("unpack_mask", &unpack);
+    library.impl("packed_masked_linear", &linear);
+    library.impl("packed_masked_linear_backward", &backward);
+    library.impl("packed_superposition_gradient", &superposition_gradient);
+  }
+
+ private:
+  // Masks in the form that kernels take, and the tensors that keep them alive.
+  struct Bits {
+    TaskArrays arrays;
+    at::Tensor table;
+    PerTask pointers;
+
+    Bits(const std::optional<PackedMasks>& masks, const at::Tensor& on) {
+      if (!masks.has_value()) return;
+      arrays.stacked = masks->stacked();
+      arrays.tasks = masks->tasks();
+      for (const at::Tensor& tensor : masks->tensors()) arrays.tensors.push_back(tensor.contiguous());
+      if (arrays.stacked) arrays.bytes = arrays.tensors[0].stride(0);
+      pointers = per_task(arrays, on, table);
+    }
+  };
+
+  static PackedCase case_of(const at::Tensor& input, const at::Tensor& weight, const PackedMasks& packed, int64_t groups) {
+    return {type_of(weight.scalar_type()),
+            input.size(0),
+            rows_per_sample(input),
+            groups,
+            weight.size(0),
+            weight.size(1),
+            packed.tasks()};
+  }
 };
-
-void pack_mask(Type type, const void* logits, double threshold, uint8_t* packed, int64_t rows, int64_t columns,
-               cudaStream_t stream);
-void unpack_mask(const uint8_t* packed, bool* mask, int64_t rows, int64_t columns, cudaStream_t stream);
-
-// Bytes of the workspaces of the launchers; 0: none, the pointer may be null.
-int64_t packed_masked_linear_workspace(const PackedCase& given);
-int64_t packed_input_gradient_workspace(const PackedCase& given);
-int64_t packed_superposition_workspace(const PackedCase& given);
-
-// bias [out] in the type of the arithmetic, null: none; bias_bits [ceil(out / 8)] by task, none: the bias is not masked.
-void packed_masked_linear(const PackedCase& given, const int64_t* slots, const void* w, const ByTask& bits, const void* bias,
-                          const ByTask& bias_bits, const void* x, void* y, void* workspace, cudaStream_t stream);
-void packed_input_gradient(const PackedCase& given, const int64_t* slots, const void* w, const ByTask& bits, const void* dy,
-                           void* dx, void* workspace, cudaStream_t stream);
-void packed_weight_gradient(const PackedCase& given, const int64_t* slots, const ByTask& bits, const void* dy, const void* x,
-                            void* dw, cudaStream_t stream);
-
-// result [samples, tasks]: for each sample and task, the sum of dy W x over the weights whose bit is set.
-void packed_superposition_gradient(const PackedCase& given, const void* w, const ByTask& bits, const void* dy, const void* x,
-                                   void* result, void* workspace, cudaStream_t stream);
 
 }  // namespace metamask::cuda

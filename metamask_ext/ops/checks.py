@@ -45,7 +45,7 @@ def check_pairs(weight: Sequence[Tensor], mask_logits: Sequence[Tensor]) -> None
     if len(weight) == 0:
         raise ValueError("weight must have at least one tensor, got none")
     if len(mask_logits) != len(weight):
-        raise ValueError(f"mask_logits must be as many as weight, {len(weight)}, got {len(mask_logits)}")
+        raise ValueError(f"expected {len(weight)} mask_logits tensors, one per weight, got {len(mask_logits)}")
     first = weight[0]
     for index, (one, mask) in enumerate(zip(weight, mask_logits)):
         name = f"weight[{index}]"
@@ -115,7 +115,7 @@ def check_like(name: str, tensor: Tensor, weight: Tensor) -> None:
 
 def check_each_like(name: str, tensors: Sequence[Tensor | None], weight: Sequence[Tensor]) -> None:
     if len(tensors) != len(weight):
-        raise ValueError(f"{name} must be as many as weight, {len(weight)}, got {len(tensors)}")
+        raise ValueError(f"expected {len(weight)} {name} tensors, one per weight, got {len(tensors)}")
     for index, (tensor, one) in enumerate(zip(tensors, weight)):
         if tensor is not None:
             check_like(f"{name}[{index}]", tensor, one)

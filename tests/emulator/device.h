@@ -1,5 +1,5 @@
 // What a kernel sees when it is compiled for the CPU, in place of CUDA's language and of the inline assembly in
-// csrc/cuda/device.cuh.
+// csrc/cuda/kernels/device.cuh.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,13 +1,13 @@
-// The CUDA side of the library, csrc/cuda/*_torch.h, registered for CPU tensors: between enter and leave every metamask op runs the
+// The CUDA side of the library, csrc/cuda/*.h, registered for CPU tensors: between enter and leave every metamask op runs the
 // CUDA kernels in the emulator, on tensors whose memory the emulator guards.
 #include <c10/core/CPUAllocator.h>
 
 #include <array>
 #include <memory>
 
-#include "../../csrc/cuda/masked_linear_torch.h"
-#include "../../csrc/cuda/packed_torch.h"
-#include "../../csrc/cuda/task_masked_linear_torch.h"
+#include "cuda/masked_linear.h"
+#include "cuda/packed.h"
+#include "cuda/task_masked_linear.h"
 #include "memory.h"
 
 namespace cuda_on_cpu {

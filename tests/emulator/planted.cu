@@ -1,6 +1,6 @@
 // Kernels with a bug planted in them, one at a time, for the emulator's own tests: each must be caught, and the correct kernel
 // (kNone) must not be blamed. The bugs are those that such kernels really have.
-#include "../../csrc/cuda/device.cuh"
+#include "cuda/kernels/device.cuh"
 #include "planted.h"
 
 #include <cstring>

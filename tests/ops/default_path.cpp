@@ -3,8 +3,8 @@
 #include <cstdio>
 #include <vector>
 
-#include "../../csrc/cpu/masked_weight_kernel.h"
-#include "../../csrc/cpu/product_kernel.h"
+#include "cpu/kernels/masked_weight.h"
+#include "cpu/kernels/gemm.h"
 
 using namespace metamask;
 using namespace metamask::cpu;
@@ -20,7 +20,7 @@ void compare(double got, double expected, double scale) {
 
 void masked_weight() {
   const int64_t n = 1134;
-  std::vector<float> w(n), m(n), g(n), theta(n), dw(n), dm(n), velocity(n, 0.5f);
+  std::vector<float> w(n), m(n), g(n), theta(n), dw(n), dm(n), momentum_buffer(n, 0.5f);
   for (int64_t i = 0; i < n; ++i) {
     w[i] = float(i % 7) - 3.0f;
     m[i] = float(i % 41) - 20.0f;
@@ -33,7 +33,7 @@ void masked_weight() {
                    n);
   std::vector<float> w_after = w, m_after = m;
   kernels.backward(gate, Type::kFloat32, Type::kFloat32, g.data(), w_after.data(), m_after.data(), nullptr,
-                   Sink{nullptr, w_after.data(), velocity.data(), {0.1, 0.01, 0.9}},
+                   Sink{nullptr, w_after.data(), momentum_buffer.data(), {0.1, 0.01, 0.9}},
                    Sink{nullptr, m_after.data(), nullptr, {0.2, 0.02, 0.0}}, 0, n);
   for (int64_t i = 0; i < n; ++i) {
     const double s = 1 / (1 + std::exp(-2.0 * m[i])), rest = 1 / (1 + std::exp(2.0 * m[i]));
@@ -47,14 +47,14 @@ void masked_weight() {
 }
 
 template <class T>
-void products(const ProductKernels<T>& kernels) {
+void products(const GemmKernels<T>& kernels) {
   const int64_t rows = 7, columns = 5, row = 96, length = 80;  // rows are longer than what is multiplied
   std::vector<T> a(rows * row), b(columns * row), y(rows * columns, T(1)), z(columns * row, T(1));
   for (size_t i = 0; i < a.size(); ++i) a[i] = T(int(i % 13) - 6) / 7;
   for (size_t i = 0; i < b.size(); ++i) b[i] = T(int(i % 11) - 5) / 3;
-  kernels.inner(a.data(), row, b.data(), row, y.data(), columns, rows, columns, length);
+  kernels.gemm_nt(a.data(), row, b.data(), row, y.data(), columns, rows, columns, length);
   // z[j] += sum over i of y[i, j] a[i]: the first factor is read by columns
-  kernels.outer(y.data(), 1, columns, a.data(), row, z.data(), row, columns, rows, length, true);
+  kernels.gemm_nn(y.data(), 1, columns, a.data(), row, z.data(), row, columns, rows, length, true);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
       double sum = 1;
@@ -75,8 +75,8 @@ void products(const ProductKernels<T>& kernels) {
 
 int main() {
   masked_weight();
-  products(kProducts_default.float32);
-  products(kProducts_default.float64);
+  products(kGemm_default.float32);
+  products(kGemm_default.float64);
   std::printf("%g\n", worst);
   return worst <= 1e-6 ? 0 : 1;
 }

@@ -5,7 +5,7 @@
     with Emulator("check").running(FORWARD):
         ...  # every metamask op on CPU tensors runs its CUDA kernels, thread by thread
 
-What a kernel does wrong (csrc/cuda is the source, scheduler.h and checker.h say what is looked for) raises ``RuntimeError``.
+A kernel's error raises ``RuntimeError``: csrc/cuda/kernels is the source, scheduler.h and checker.h say what is looked for.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def why_not() -> str | None:
 def build(name: str) -> Path:
     """Compile what changed of a build; its library.
 
-    The kernels are those of ``METAMASK_KERNEL_DIR/csrc/cuda`` where that is set (tests/mutate.py), and it gets the objects too.
+    The kernels are those of ``METAMASK_KERNEL_DIR/csrc`` where that is set (tests/mutate.py), and it gets the objects too.
     """
     kernels = Path(os.environ.get("METAMASK_KERNEL_DIR", ROOT))
     folder = (kernels if kernels != ROOT else ROOT / "build") / "cuda_on_cpu"

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
         """The gradient of the images, of ``size`` ``[N, C, H, W]``, from that of their :func:`im2col`."""
 
 elif BACKEND != "reference":
-    im2col = torch.ops.metamask.patches.default
-    col2im = torch.ops.metamask.patches_backward.default
+    im2col = torch.ops.metamask.im2col.default
+    col2im = torch.ops.metamask.col2im.default
 
 if BACKEND != "reference":
 
-    @torch.library.register_fake("metamask::patches")
+    @torch.library.register_fake("metamask::im2col")
     def _(input, kernel, stride, padding, dilation):
         height, width = output_size(input.shape, kernel, stride, padding, dilation)
         return input.new_empty((input.shape[0], height * width, input.shape[1] * kernel[0] * kernel[1]))
 
-    @torch.library.register_fake("metamask::patches_backward")
+    @torch.library.register_fake("metamask::col2im")
     def _(grad, size, kernel, stride, padding, dilation):
         return grad.new_empty(size)

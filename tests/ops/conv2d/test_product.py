@@ -110,8 +110,8 @@ def test_each_gradient_alone_and_every_kind_of_bias(present, twice):
 def test_what_runs():
     tensors, geometry = inputs("3x3")
     kept = []
-    assert metamask_ops(lambda: kept.append(mm.masked_conv2d(*tensors, *geometry))) == {"patches": 1, "masked_linear": 1}
-    assert metamask_ops(lambda: torch.autograd.grad(kept[0].sum(), tensors)) == {"masked_linear_backward": 1, "patches_backward": 1}
+    assert metamask_ops(lambda: kept.append(mm.masked_conv2d(*tensors, *geometry))) == {"im2col": 1, "masked_linear": 1}
+    assert metamask_ops(lambda: torch.autograd.grad(kept[0].sum(), tensors)) == {"masked_linear_backward": 1, "col2im": 1}
 
 
 def changed(tensors, **changes):
@@ -239,9 +239,9 @@ def test_patches_and_their_backward_equal_the_reference(case, dtype):
 
 def test_opcheck():
     x, kernel, geometry = torch.randn(2, 3, 5, 4), (3, 2), ((2, 1), (1, 0), (1, 2))
-    torch.library.opcheck(torch.ops.metamask.patches.default, (x, kernel, *geometry))
+    torch.library.opcheck(torch.ops.metamask.im2col.default, (x, kernel, *geometry))
     grad = torch.ones_like(conv2d_raw.im2col(x, kernel, *geometry))
-    torch.library.opcheck(torch.ops.metamask.patches_backward.default, (grad, x.shape, kernel, *geometry))
+    torch.library.opcheck(torch.ops.metamask.col2im.default, (grad, x.shape, kernel, *geometry))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_opcheck():
         ("input must not be smaller than the kernel", lambda x, g: conv2d_raw.im2col(x, (1, 4), *g)),
         ("size must be that of images", lambda x, g: conv2d_raw.col2im(x, (3, 3, 1, 1, 1), (1, 1), *g)),
         (r"grad must be \[N, places, values\] = \[1, 9, 2\]", lambda x, g: conv2d_raw.col2im(x[0], x.shape, (1, 1), *g)),
-        ("metamask::patches has no derivative", lambda x, g: conv2d_raw.im2col(x.requires_grad_(), (1, 1), *g)),
+        ("metamask::im2col has no derivative", lambda x, g: conv2d_raw.im2col(x.requires_grad_(), (1, 1), *g)),
     ],
     ids=["dimensions", "stride", "padding", "kernel", "size", "grad", "differentiated"],
 )

@@ -397,7 +397,7 @@ def test_other_refusals():
             mixed_task_raw.task_masked_linear(x, slots, w, masks, b, bm, SIGMOID, 1.0, groups)
     with pytest.raises(ValueError, match=r"grad must be \[B, ..., out\] = \[4, 3, 129\], got \[4, 3, 2\]"):
         mixed_task_raw.task_masked_linear_backward(batch.grad[..., :2], *batch.arguments(GATE))
-    with pytest.raises(ValueError, match="cotangent_masks must be as many as the masks, 6, or none, got 1"):
+    with pytest.raises(ValueError, match="expected 6 cotangent_masks tensors, one per mask, or none, got 1"):
         mixed_task_raw.task_masked_linear_double_backward(None, None, [masks[0]], None, [], batch.grad, *batch.arguments(GATE))
     with pytest.raises(ValueError, match="cotangent_input must have the shape of input"):
         mixed_task_raw.task_masked_linear_double_backward(x[:1], None, [], None, [], batch.grad, *batch.arguments(GATE))

@@ -255,7 +255,7 @@ def test_an_op_on_a_list_that_would_be_differentiated_by_accident_raises():
 
 W = [torch.zeros(2, 3), torch.zeros(4)]
 REFUSED = {
-    "not as many": (ValueError, "mask_logits must be as many as weight, 2, got 1", W, W[:1]),
+    "not as many": (ValueError, "expected 2 mask_logits tensors, one per weight, got 1", W, W[:1]),
     "none": (ValueError, "weight must have at least one tensor", [], []),
     "mask of another shape": (
         ValueError,
@@ -295,11 +295,11 @@ def test_what_is_no_list_and_gradients_that_do_not_fit_are_refused():
         weight_raw.masked_weight_list(W, W, SIGMOID, 1.0, torch.float64)
     for to in ("cpu", "meta"):
         w = [one.to(to) for one in W]
-        with pytest.raises(ValueError, match="grad must be as many as weight, 2, got 1"):
+        with pytest.raises(ValueError, match="expected 2 grad tensors, one per weight, got 1"):
             weight_raw.masked_weight_list_backward(w[:1], w, w, SIGMOID, 1.0)
         with pytest.raises(ValueError, match=r"grad\[1\] must have the shape of weight"):
             weight_raw.masked_weight_list_backward([w[0], w[0]], w, w, SIGMOID, 1.0)
-        with pytest.raises(ValueError, match="cotangent_mask must be as many as weight, 2, got 1"):
+        with pytest.raises(ValueError, match="expected 2 cotangent_mask tensors, one per weight, got 1"):
             weight_raw.masked_weight_list_double_backward([], w[:1], w, w, w, SIGMOID, 1.0)
         with pytest.raises(ValueError, match=r"cotangent_weight\[0\] must have the shape of weight"):
             weight_raw.masked_weight_list_double_backward([w[1], None], [], w, w, w, SIGMOID, 1.0)

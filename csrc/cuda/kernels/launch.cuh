@@ -1,0 +1,74 @@
+// Parts of the launchers: pointers and types known at run time, and the number of blocks that share a sum.
+#pragma once
+
+#include "cuda/kernels/device.cuh"
+
+namespace metamask::cuda {
+
+// Returns whether every array may be accessed by packs of kPackBytes. A null pointer stands for no array.
+template <class... Pointers>
+bool aligned(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % kPackBytes == 0) && ...);
+}
+
+template <class T>
+const T* in(const void* pointer) {
+  return static_cast<const T*>(pointer);
+}
+
+template <class T>
+T* out(void* pointer) {
+  return static_cast<T*>(pointer);
+}
+
+// Passes a type as an argument.
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+// Calls run(Tag<P>) for the type P.
+template <class Run>
+void with_type(Type type, Run run) {
+  switch (type) {
+    case Type::kFloat64: return run(Tag<double>{});
+    case Type::kFloat32: return run(Tag<float>{});
+    case Type::kBFloat16: return run(Tag<__nv_bfloat16>{});
+    case Type::kFloat16: return run(Tag<__half>{});
+  }
+}
+
+// Calls run.operator()<packs>().
+template <class Run>
+void with_alignment(bool packs, Run run) {
+  if (packs) run.template operator()<true>();
+  else run.template operator()<false>();
+}
+
+// Returns the bytes of a number in the arithmetic of parameters of this type.
+inline int64_t compute_bytes(Type param) { return param == Type::kFloat64 ? sizeof(double) : sizeof(float); }
+
+inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// The shares of a sum over `length`: `count` blocks, `each` of it a block.
+struct Share {
+  int count;
+  int64_t each;
+};
+
+// A block takes `step` of it at a time. Eight blocks for each multiprocessor keep all of them busy to the end, if there is that
+// much to do; more only make the sums of the blocks cost more.
+inline Share share(int64_t length, int64_t step, int64_t blocks_without) {
+  const int64_t steps = length > 0 ? ceil_div(length, step) : 1, most = 64;
+  const int64_t wanted = ceil_div(8 * int64_t(multiprocessors()), blocks_without);
+  const int64_t count = wanted < steps ? wanted : steps, each = ceil_div(steps, count < most ? count : most) * step;
+  return {length > 0 ? int(ceil_div(length, each)) : 1, each};
+}
+
+// Returns whether rows are whole packs of both types, and begin at the address of a pack.
+template <class P, class X, class... Pointers>
+bool rows_aligned(int64_t in, Pointers... pointers) {
+  return in * int64_t(sizeof(P)) % kPackBytes == 0 && in * int64_t(sizeof(X)) % kPackBytes == 0 && aligned(pointers...);
+}
+
+}  // namespace metamask::cuda

@@ -1,0 +1,124 @@
+// task_masked_linear: y_b = x_b theta_t^T with theta_t = W g(M_t), where t is the task of row b. The rows are sorted by task
+// (segments.cu), and theta of a task exists only in registers. The floor is the bytes of W and of the masks of the batch's tasks.
+//
+// A block makes 16 outputs of kTaskRoom sorted rows, as masked_linear.cuh does for a whole small batch: a step's tile of W is
+// loaded once, and becomes the theta of each task of these rows in turn. Blocks that differ only in their rows run side by side, so
+// that W, and the mask of a task with more rows, come from memory once.
+#pragma once
+
+#include "cuda/kernels/masked_linear.cuh"
+#include "cuda/kernels/segments.cuh"
+#include "cuda/kernels/task_masked_linear.h"
+
+namespace metamask::cuda {
+
+constexpr int kTaskRoom = 16;
+
+// The part of a TaskLinearCase that the kernels take.
+struct TaskSizes {
+  GateKind gate;
+  int64_t rows, groups, out, in, tiles;  // tiles: of a group's rows of W
+  const int64_t *source, *task, *end;    // of SortedRows
+
+  DEVICE_INLINE int64_t group_out() const { return out / groups; }
+};
+
+// Calls run.operator()<gate>(): one branch for many elements, instead of a kernel for each gate.
+template <class Run>
+DEVICE_INLINE void with_gate(GateKind kind, Run run) {
+  if (kind == kSigmoid) run.template operator()<kSigmoid>();
+  else run.template operator()<kHard>();
+}
+
+template <bool kAligned, int N, class T>
+DEVICE_INLINE void load_chunk_or_zero(const T* __restrict__ row, int64_t column, int64_t columns, bool there, Compute<T> (&to)[N]) {
+  if (there) {
+    load_chunk<kAligned>(row, column, columns, to);
+  } else {
+    for (int j = 0; j < N; ++j) to[j] = 0;
+  }
+}
+
+template <class P>
+DEVICE_INLINE Compute<P> bias_of(const TaskSizes& sizes, Compute<P> gate_param, const P* bias, const PerTask& bias_masks,
+                                 int64_t task, int64_t row) {
+  if (bias == nullptr) return 0;
+  const Compute<P> b = to_compute(bias[row]);
+  const P* const masks = array_of<P>(bias_masks, task);
+  if (masks == nullptr) return b;
+  const Compute<P> m = to_compute(masks[row]);
+  return sizes.gate == kSigmoid ? theta_of<kSigmoid>(b, m, gate_param) : theta_of<kHard>(b, m, gate_param);
+}
+
+// With kSecond y is the gradient for dy of <cotangents, first derivatives>: theta meets the cotangent of dx, and what the
+// cotangents of dW and dM make of W and M (V = A s + B W d) meets x. x or the cotangent of dx may be null then. With `split_k_sums`
+// [gridDim.z, rows, out] the sums go there instead.
+template <bool kSecond, bool kAligned, class P, class Product>
+__global__ void __launch_bounds__(kBlock)
+    task_masked_linear_kernel(TaskSizes sizes, Compute<P> gate_param, TaskParameters given, TaskCotangents cotangents,
+                              const typename Product::X* x, typename Product::X* y, typename Product::Sum* split_k_sums,
+                              int64_t columns_each) {
+  using X = typename Product::X;
+  using Sum = typename Product::Sum;
+  SHARED(Sum, total, [kRowsOfTile][Product::kBatch]);
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
+  const int64_t in = sizes.in, group_out = sizes.group_out(), group = blockIdx.y / sizes.tiles;
+  const int64_t first_row = group * group_out + blockIdx.y % sizes.tiles * kRowsOfTile, end_row = (group + 1) * group_out;
+  const int64_t window = int64_t(blockIdx.x) * kTaskRoom;
+  const int count = int(sizes.rows - window < kTaskRoom ? sizes.rows - window : kTaskRoom);
+  const int64_t first = blockIdx.z * columns_each, last = first + columns_each < in ? first + columns_each : in;
+  const P *const w = static_cast<const P*>(given.w), *const dw = static_cast<const P*>(cotangents.dw);
+  const X* const ax = static_cast<const X*>(cotangents.dx);
+  const Rows<X> rows_of_x{x + group * in, sizes.groups * in, sizes.source + window},
+      rows_of_ax{ax + group * in, sizes.groups * in, sizes.source + window};
+  Product product;
+  for (int64_t step = first + warp * kColumnsOfStep; step < last; step += kWarps * kColumnsOfStep) {
+    const int64_t column = step + kChunk * t;
+    Compute<P> w_[2][kChunk], a_[2][kChunk];
+    for (int r = 0; r < 2; ++r) {
+      const int64_t row = first_row + g + 8 * r, columns = IN_BOUNDS(row < end_row) ? in : 0;
+      load_chunk<kAligned>(w + row * in, column, columns, w_[r]);
+      if constexpr (kSecond) load_chunk_or_zero<kAligned>(dw + row * in, column, columns, dw != nullptr, a_[r]);
+    }
+    for (int begin = 0, end; begin < count; begin = end) {
+      const int64_t task = sizes.task[window + begin], left = sizes.end[window + begin] - window;
+      end = left < count ? int(left) : count;
+      const P *const m = array_of<P>(given.masks, task), *const dm = array_of<P>(cotangents.masks, task);
+      Sum theta[2][kChunk], second[2][kChunk];
+      for (int r = 0; r < 2; ++r) {
+        const int64_t row = first_row + g + 8 * r, columns = IN_BOUNDS(row < end_row) ? in : 0;
+        Compute<P> m_[kChunk], b_[kChunk];
+        load_chunk<kAligned>(m + row * in, column, columns, m_);
+        if constexpr (kSecond) load_chunk_or_zero<kAligned>(dm + row * in, column, columns, dm != nullptr, b_);
+        with_gate(sizes.gate, [&]<GateKind kind>() {
+          for (int j = 0; j < kChunk; ++j) {
+            theta[r][j] = theta_of<kind>(w_[r][j], m_[j], gate_param);
+            if constexpr (kSecond) second[r][j] = double_backward_of<kind>(a_[r][j], b_[j], Sum(0), w_[r][j], m_[j], gate_param).g;
+          }
+        });
+      }
+      if constexpr (kSecond) {
+        if (ax != nullptr) product.template add<kAligned, false>(theta, rows_of_ax, column, begin, end, in);
+        if (x != nullptr) product.template add<kAligned, false>(second, rows_of_x, column, begin, end, in);
+      } else {
+        product.template add<kAligned, false>(theta, rows_of_x, column, begin, end, in);
+      }
+    }
+  }
+  product.finish();
+  add_warps(total, product);
+  for (int i = int(threadIdx.x); i < kRowsOfTile * count; i += kBlock) {
+    const int b = i / kRowsOfTile;
+    const int64_t row = first_row + i % kRowsOfTile;
+    if (!IN_BOUNDS(row < end_row)) continue;
+    Sum sum = total[i % kRowsOfTile][b];
+    if (blockIdx.z == 0) {
+      sum += bias_of<P>(sizes, gate_param, static_cast<const P*>(given.bias), given.bias_masks, sizes.task[window + b], row);
+    }
+    const int64_t to = sizes.source[window + b] * sizes.out + row;
+    if (split_k_sums != nullptr) split_k_sums[int64_t(blockIdx.z) * sizes.rows * sizes.out + to] = sum;
+    else from_compute(sum, y[to]);
+  }
+}
+
+}  // namespace metamask::cuda

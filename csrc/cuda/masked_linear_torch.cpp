@@ -1,4 +1,0 @@
-// Registers masked_linear and its gradients for CUDA tensors.
-#include "masked_linear_torch.h"
-
-TORCH_LIBRARY_IMPL(metamask, CUDA, library) { metamask::MaskedLinear<metamask::cuda::CudaLinear>::register_in(library); }

@@ -1,4 +1,0 @@
-// Registers the ops on masks of one bit a weight for CUDA tensors.
-#include "packed_torch.h"
-
-TORCH_LIBRARY_IMPL(metamask, CUDA, library) { metamask::cuda::CudaPacked::register_in(library); }

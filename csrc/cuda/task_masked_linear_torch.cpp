@@ -1,4 +1,0 @@
-// Registers task_masked_linear and its derivatives for CUDA tensors.
-#include "task_masked_linear_torch.h"
-
-TORCH_LIBRARY_IMPL(metamask, CUDA, library) { metamask::TaskMaskedLinear<metamask::cuda::CudaTaskLinear>::register_in(library); }

@@ -1,0 +1,215 @@
+// Argument checks of the ops, and the memory layout that the kernels ask for. A message names the argument, what was wanted and
+// what came; the checks in Python use the same words.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "core/types.h"
+
+namespace metamask {
+
+inline void check_gate(int64_t gate_id, double gate_param) {
+  TORCH_CHECK_VALUE(gate_id == kSigmoid || gate_id == kHard, "gate must be 0 (sigmoid) or 1 (hard), got ", gate_id);
+  // The inverse must be finite too, in float32.
+  TORCH_CHECK_VALUE(gate_id != kSigmoid || (gate_param >= 0x1p-126 && gate_param < std::numeric_limits<double>::infinity()),
+                    "temperature must be finite and greater than 0, got ", gate_param, " (the least is 2**-126)");
+  TORCH_CHECK_VALUE(gate_param == gate_param, "threshold must be a number, got nan");
+}
+
+inline bool is_masked_type(at::ScalarType type) {
+  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+inline Type type_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble: return Type::kFloat64;
+    case at::kBFloat16: return Type::kBFloat16;
+    case at::kHalf: return Type::kFloat16;
+    default: return Type::kFloat32;
+  }
+}
+
+// The arithmetic of float64 parameters is float64, of all others float32.
+inline at::ScalarType compute_type(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline bool is_given(const std::optional<at::Tensor>& tensor) { return tensor.has_value() && tensor->defined(); }
+
+inline void check_masked_type(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(is_masked_type(tensor.scalar_type()), name, " must be float64, float32, bfloat16 or float16, got ",
+                   tensor.scalar_type());
+}
+
+inline void check_pair(const at::Tensor& weight, const at::Tensor& mask_logits, const char* weight_name = "weight",
+                       const char* mask_name = "mask_logits") {
+  check_masked_type(weight_name, weight);
+  TORCH_CHECK_TYPE(mask_logits.scalar_type() == weight.scalar_type(), mask_name, " must have the dtype of ", weight_name, ", ",
+                   weight.scalar_type(), ", got ", mask_logits.scalar_type());
+  TORCH_CHECK_VALUE(mask_logits.sizes() == weight.sizes(), mask_name, " must have the shape of ", weight_name, ", ", weight.sizes(),
+                    ", got ", mask_logits.sizes());
+  TORCH_CHECK_VALUE(mask_logits.device() == weight.device(), mask_name, " must be on the device of ", weight_name, ", ",
+                    weight.device(), ", got ", mask_logits.device());
+}
+
+// float64 parameters compute in float64, and only there.
+inline void check_storage(const char* name, at::ScalarType type, const at::Tensor& weight) {
+  TORCH_CHECK_TYPE(
+      is_masked_type(type) && (type == at::kDouble) == (weight.scalar_type() == at::kDouble), name,
+      weight.scalar_type() == at::kDouble ? " must be float64 as weight is, got " : " must be float32, bfloat16 or float16, got ",
+      type);
+}
+
+inline void check_like(const char* name, const at::Tensor& tensor, const at::Tensor& weight) {
+  check_storage(name, tensor.scalar_type(), weight);
+  TORCH_CHECK_VALUE(tensor.sizes() == weight.sizes(), name, " must have the shape of weight, ", weight.sizes(), ", got ",
+                    tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.device() == weight.device(), name, " must be on the device of weight, ", weight.device(), ", got ",
+                    tensor.device());
+}
+
+// Checks the slots of a mixed-task batch, except for their values.
+inline void check_slots(const at::Tensor& slots, const at::Tensor& input, const at::Tensor& weight) {
+  TORCH_CHECK_TYPE(slots.scalar_type() == at::kLong, "slots must be int64, got ", slots.scalar_type());
+  TORCH_CHECK_VALUE(slots.sizes() == input.sizes().slice(0, 1), "slots must be [B] = ", input.sizes().slice(0, 1), " as in input ",
+                    input.sizes(), ", got ", slots.sizes());
+  TORCH_CHECK_VALUE(slots.device() == weight.device(), "slots must be on the device of weight, ", weight.device(), ", got ",
+                    slots.device());
+}
+
+// Checks one slot in host memory. Slots on a GPU are checked by the kernels that use them.
+inline void check_slot(int64_t slot, int64_t tasks, int64_t position) {
+  TORCH_CHECK_VALUE(slot >= 0 && slot < tasks, "slots must be in [0, ", tasks, "), got ", slot, " at position ", position);
+}
+
+inline void check_bias(const at::Tensor& weight, const at::Tensor& bias) {
+  TORCH_CHECK_TYPE(bias.scalar_type() == weight.scalar_type(), "bias must have the dtype of weight, ", weight.scalar_type(),
+                   ", got ", bias.scalar_type());
+  TORCH_CHECK_VALUE(bias.sizes() == weight.sizes().slice(0, 1), "bias must be [out] = ", weight.sizes().slice(0, 1), ", got ",
+                    bias.sizes());
+  TORCH_CHECK_VALUE(bias.device() == weight.device(), "bias must be on the device of weight, ", weight.device(), ", got ",
+                    bias.device());
+}
+
+inline void check_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& bias_mask_logits) {
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [out, in], got shape ", weight.sizes());
+  check_storage("input", input.scalar_type(), weight);
+  TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == weight.size(1), "input must be [..., in] with in = ", weight.size(1),
+                    " as in weight ", weight.sizes(), ", got ", input.sizes());
+  TORCH_CHECK_VALUE(input.device() == weight.device(), "input must be on the device of weight, ", weight.device(), ", got ",
+                    input.device());
+  if (is_given(bias)) check_bias(weight, *bias);
+  if (is_given(bias_mask_logits)) {
+    TORCH_CHECK_VALUE(is_given(bias), "bias_mask_logits needs a bias, got bias=None");
+    check_pair(*bias, *bias_mask_logits, "bias", "bias_mask_logits");
+  }
+}
+
+// Checks the input of a mixed-task batch, [B, ..., groups * in].
+inline void check_batch_input(const at::Tensor& input, const at::Tensor& weight, int64_t groups) {
+  check_storage("input", input.scalar_type(), weight);
+  TORCH_CHECK_VALUE(input.dim() > 1 && input.size(-1) == groups * weight.size(1),
+                    "input must be [B, ..., in] with in = ", groups * weight.size(1), " as in weight ", weight.sizes(),
+                    " with groups=", groups, ", got ", input.sizes());
+  TORCH_CHECK_VALUE(input.device() == weight.device(), "input must be on the device of weight, ", weight.device(), ", got ",
+                    input.device());
+}
+
+// Returns the number of rows that each sample of a mixed-task batch has.
+inline int64_t rows_per_sample(const at::Tensor& input) { return c10::multiply_integers(input.sizes().slice(1, input.dim() - 2)); }
+
+// Returns the sizes of `tensor` with another last one.
+inline std::vector<int64_t> with_last(const at::Tensor& tensor, int64_t last) {
+  std::vector<int64_t> sizes = tensor.sizes().vec();
+  sizes.back() = last;
+  return sizes;
+}
+
+// Checks the gradient of a mixed-task batch's output, [B, ..., out].
+inline void check_batch_grad(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) {
+  check_storage("grad", grad.scalar_type(), weight);
+  const std::vector<int64_t> sizes = with_last(input, weight.size(0));
+  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(sizes), "grad must be [B, ..., out] = ", at::IntArrayRef(sizes), ", got ",
+                    grad.sizes());
+  TORCH_CHECK_VALUE(grad.device() == weight.device(), "grad must be on the device of weight, ", weight.device(), ", got ",
+                    grad.device());
+}
+
+// Returns the rows of `tensor` as one contiguous matrix in `dtype`.
+inline at::Tensor matrix(const at::Tensor& tensor, at::ScalarType dtype) {
+  // The shortcut comes first: each of the calls below takes as long as a small layer's arithmetic.
+  if (tensor.dim() == 2 && tensor.scalar_type() == dtype && tensor.is_contiguous()) return tensor;
+  const int64_t rows = c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
+  return tensor.to(dtype).reshape({rows, tensor.size(-1)}).contiguous();
+}
+
+// Keeps autocast, where it is on, from changing the dtype of a product that is already decided.
+struct NoAutocast {
+  const c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
+// Pointers to an optional input or output: null for an undefined tensor.
+inline const void* data(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+inline void* mutable_data(at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
+
+// Returns the weight as one dense block of memory, in any order of dimensions: a channels-last weight stays as it is.
+inline at::Tensor dense(const at::Tensor& weight) { return weight.is_non_overlapping_and_dense() ? weight : weight.contiguous(); }
+
+// Returns `tensor` with its elements in the memory order of `weight`, which is dense.
+inline at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& weight) {
+  if (tensor.strides() == weight.strides() || tensor.numel() < 2) return tensor;
+  return at::empty_strided(weight.sizes(), weight.strides(), tensor.options()).copy_(tensor);
+}
+
+// An in-place step of SGD that a parameter takes instead of giving its gradient.
+struct Update {
+  bool wanted = false;
+  Sgd sgd = {};
+  at::Tensor momentum_buffer;  // undefined: no momentum
+};
+
+// Checks and returns an update. `settings` are lr, weight_decay and momentum.
+inline Update update(const char* name, bool wanted, const std::optional<at::Tensor>& momentum_buffer, at::ArrayRef<double> settings,
+                     const at::Tensor& parameter) {
+  if (!wanted) return {};
+  TORCH_CHECK_VALUE(settings.size() == 3, "the settings of ", name, " must be lr, weight_decay and momentum, got ", settings.size(),
+                    " numbers");
+  Update made{true, {settings[0], settings[1], settings[2]}, at::Tensor()};
+  TORCH_CHECK_VALUE(parameter.is_non_overlapping_and_dense(), name, " must be dense to be updated in place");
+  if (is_given(momentum_buffer)) {
+    made.momentum_buffer = *momentum_buffer;
+    TORCH_CHECK_VALUE(
+        momentum_buffer->sizes() == parameter.sizes() && momentum_buffer->strides() == parameter.strides() &&
+            momentum_buffer->scalar_type() == parameter.scalar_type() && momentum_buffer->device() == parameter.device(),
+        "the momentum buffer of ", name, " must have its shape, strides, dtype and device, got ", momentum_buffer->sizes(), ", ",
+        momentum_buffer->strides(), ", ", momentum_buffer->scalar_type(), " on ", momentum_buffer->device());
+  }
+  TORCH_CHECK_VALUE(made.momentum_buffer.defined() || made.sgd.momentum == 0, name, " has momentum ", made.sgd.momentum,
+                    " and no buffer");
+  return made;
+}
+
+// Returns the destination of a parameter's gradient: the parameter, or `gradient` if that is defined, or none. Bumps the version of
+// what the op writes: autograd does not see an op write to its arguments, and those who saved the parameter must notice.
+inline Sink sink(const Update& update, const at::Tensor& parameter, const at::Tensor& gradient) {
+  if (!update.wanted) return {gradient.defined() ? gradient.mutable_data_ptr() : nullptr};
+  for (const at::Tensor& changed : {parameter, update.momentum_buffer}) {
+    if (changed.defined() && !changed.is_inference()) changed.unsafeGetTensorImpl()->bump_version();
+  }
+  return {nullptr, parameter.mutable_data_ptr(),
+          update.momentum_buffer.defined() ? update.momentum_buffer.mutable_data_ptr() : nullptr, update.sgd};
+}
+
+// Returns the cotangent of a parameter's gradient, in its dtype and in the memory order of `weight`; undefined if not given.
+inline at::Tensor cotangent(const char* name, const std::optional<at::Tensor>& given, const at::Tensor& weight) {
+  if (!is_given(given)) return at::Tensor();
+  check_like(name, *given, weight);
+  return laid_out_as(given->to(weight.scalar_type()), weight);
+}
+
+}  // namespace metamask
