@@ -1,5 +1,5 @@
 // The device API that kernels are written against. Under nvcc it is CUDA, and all inline PTX is here; a host compiler takes the
-// emulator's side instead (tests/cuda_on_cpu), which runs the kernels' own source on the CPU.
+// emulator's side instead (tests/emulator), which runs the kernels' own source on the CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -109,10 +109,10 @@ DEVICE_INLINE void mma_16_bit<__half>(float (&c)[4], const uint32_t (&a)[4], con
 }  // namespace metamask::cuda
 
 #else
-#include "cuda_on_cpu/device.h"
+#include "emulator/device.h"
 #endif
 
-// Guards an access; written so that a script can find and remove each one, to see whether a test notices (tests/mutate.py).
+// Guards an access; written so that a script can find and remove each one, to see whether a test notices (tools/mutate.py).
 #define IN_BOUNDS(...) (__VA_ARGS__)
 
 namespace metamask::cuda {

@@ -1,4 +1,4 @@
-// The emulator's own functions for Python (tests/cuda_on_cpu/emulator.py).
+// The emulator's own functions for Python (tests/support/emulator.py).
 #include "memory.h"
 #include "planted.h"
 #include "scheduler.h"

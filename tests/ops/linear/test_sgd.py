@@ -17,6 +17,7 @@ each_device = pytest.mark.parametrize("device", DEVICES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
+@pytest.mark.every_device
 @each_device
 @each_dtype
 @pytest.mark.parametrize("gate", GATES[::2], ids=GATE_IDS[::2])
@@ -26,6 +27,7 @@ def test_a_step_of_every_parameter_of_masked_linear(shape, momentum, gate, dtype
     check(*shape, gate, dtype, momentum, device)
 
 
+@pytest.mark.every_device
 @each_device
 @each_dtype
 @pytest.mark.parametrize("updates", [(True, False), (False, True), (True, True)], ids=["weight", "mask", "both"])
@@ -46,6 +48,7 @@ def test_masked_weight_updates_what_is_asked_for_and_gives_the_rest(updates, dty
             assert torch.equal(p.double().cpu(), start)
 
 
+@pytest.mark.every_device
 @each_device
 def test_a_gradient_that_is_not_needed_is_not_given_and_does_not_move(device):
     x, w, m, b, bm, grad = inputs((3, 17), 9, torch.float32, device)

@@ -61,6 +61,11 @@ def ours(x, w, m, b, bm, shape, gate, slots=SLOTS):
     return mm.task_masked_conv2d(x, slots, w, m, b, bm, *SHAPES[shape][3:], **options(gate))
 
 
+@pytest.mark.every_device(
+    emulated_if=lambda path, shape, dtype, gate, **_: (
+        path == "one convolution" and shape in ("3x3", "groups", "uneven") and dtype != torch.float16 and gate == GATES[1]
+    )
+)
 @each_gate
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @each_shape
@@ -87,6 +92,7 @@ def test_gradcheck_and_gradgradcheck(shape):
     assert gradgradcheck(function, tensors, fast_mode=True)
 
 
+@pytest.mark.every_device(emulated_if=lambda path, gate, **_: path == "one convolution" and gate == GATES[1])
 @each_gate
 def test_derivatives_to_the_third_order_equal_conv2d(gate):
     tensors = [tensor.requires_grad_() for tensor in inputs("groups")]
