@@ -36,7 +36,7 @@ $(VENV)/.test: $(VENV)/.built
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(PIP) --no-deps "$(TORCHVISION)" && $(PIP) pillow
 	touch $@
 
-demo: $(VENV)/.built  ## the seeds' main job on real digits, with figures, and a short benchmark
+demo: $(VENV)/.built  ## two experiments, one on real digits, with figures, and a short benchmark
 	$(BIN)/metamask run linear --quick --out $(OUT)/linear --seed 0
 	$(BIN)/metamask run mnist --quick --out $(OUT)/mnist --seed 0
 	$(BIN)/metamask bench --quick --out $(OUT)/bench

@@ -77,7 +77,7 @@ def _same_start(request):
 
 @pytest.fixture(autouse=True)
 def _device(request):
-    """Where a test marked ``every_device`` runs."""
+    """Runs a test marked ``every_device`` natively or in the emulator."""
     if getattr(request, "param", "native") == "emulated":
         request.getfixturevalue("in_the_emulator")
 

@@ -1,7 +1,6 @@
-"""Installs this checkout as a user's pip does, in environments of its own: `make install-check` runs it.
+"""What a user's pip does with this checkout, in environments of its own: run by `make install-check`.
 
-It installs with build isolation and without, without torch, with the reference backend and with a wrong one. Nothing may bring
-another torch.
+With build isolation and without; without torch; the reference backend; a wrong backend. Nothing may bring another torch.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def expect_success(ran: subprocess.CompletedProcess[str]) -> None:
 
 
 def processor_seconds() -> float:
-    """Adds up the processor time of all processes that ended."""
+    """Of all the processes that ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

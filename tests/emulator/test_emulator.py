@@ -66,7 +66,7 @@ def reference(kernel, a, b):
 
 
 def run(emulator, kernel, m, n, k, bug="none", schedule=FORWARD, seed=1):
-    """What the emulator said (None: nothing), and the kernel's result beside the right one."""
+    """Returns what the emulator said (None: nothing), and the kernel's result beside the right one."""
     shapes = {TWICE: ((n,), (1,), (n,)), ROW_SUM: ((m, n), (1,), (m,)), PIPELINE: ((k, 128), (1,), (128,))}
     a_shape, b_shape, out_shape = shapes.get(kernel, ((m, k), (k, n), (m, n)))
     # Small integers: exact in every type, whatever the order of the sums

@@ -1,4 +1,4 @@
-"""Batches that mix tasks, and what plain torch makes of them sample by sample, for the tests of the mixed-task ops."""
+"""Mixed-task batches, and comparisons of the mixed-task ops with plain torch sample by sample."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Batch:
         return self.input, self.slots, self.weight, self.masks, self.bias, self.bias_masks, *gate, self.groups
 
     def tensors(self):
-        """What has a gradient, in the order of the gradients."""
+        """Lists the tensors that have a gradient, in the order of the gradients."""
         return tree_leaves([self.input, self.weight, self.masks, *([] if self.bias is None else [self.bias]), self.bias_masks])
 
     def with_tensors(self, tensors):

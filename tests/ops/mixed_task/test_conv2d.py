@@ -34,7 +34,7 @@ SLOTS = torch.tensor([2, 0, 2])
 
 @pytest.fixture(autouse=True, params=["patches", "one convolution"])
 def path(request, monkeypatch):
-    """What the CPU runs, and what a GPU runs, on CPU tensors. In "many" theta is larger than the patches."""
+    """The path of the CPU and that of a GPU, on CPU tensors. In "many" theta is larger than the patches."""
     if request.param == "one convolution":
         monkeypatch.setattr(mixed, "ONE_CONVOLUTION_ON", ("cpu",))
     return request.param
