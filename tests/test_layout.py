@@ -23,7 +23,7 @@ INSIDER = re.compile(
 ALLOWED = re.compile(r"importlinter|contracts a \*")
 
 # Offences that are left, by folder of the package: a number may fall, and none may be added.
-WORDS_LEFT: dict[str, int] = {"docs": 1, "metamask_ext/nn": 1}
+WORDS_LEFT: dict[str, int] = {"metamask_ext/nn": 1}
 OPENINGS_LEFT: dict[str, int] = {
     ".": 1,
     "bench": 18,
