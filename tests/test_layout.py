@@ -27,14 +27,10 @@ WORDS_LEFT: dict[str, int] = {"metamask_ext/nn": 1}
 OPENINGS_LEFT: dict[str, int] = {
     ".": 1,
     "bench": 18,
-    "metamask_ext": 11,
-    "metamask_ext/bank": 10,
-    "metamask_ext/cli": 1,
-    "metamask_ext/data": 1,
+    "metamask_ext": 9,
     "metamask_ext/experiments": 33,
-    "metamask_ext/files": 2,
     "metamask_ext/meta": 5,
-    "metamask_ext/nn": 9,
+    "metamask_ext/nn": 11,
     "metamask_ext/ops": 8,
     "tools": 1,
 }
