@@ -32,9 +32,9 @@ each_shape = pytest.mark.parametrize("shape", SHAPES)
 SLOTS = torch.tensor([2, 0, 2])
 
 
-@pytest.fixture(autouse=True, params=["patches", "one convolution"])
+@pytest.fixture(autouse=True, params=["im2col", "one convolution"])
 def path(request, monkeypatch):
-    """The path of the CPU and that of a GPU, on CPU tensors. In "many" theta is larger than the patches."""
+    """The path of the CPU and that of a GPU, on CPU tensors. In "many" theta is larger than the columns of im2col."""
     if request.param == "one convolution":
         monkeypatch.setattr(mixed, "ONE_CONVOLUTION_ON", ("cpu",))
     return request.param
@@ -80,7 +80,7 @@ def test_output_and_gradients_equal_conv2d_sample_by_sample(shape, dtype, gate):
     grads = torch.autograd.grad(got, tensors, grad)
     for index, (one, other) in enumerate(zip(grads, torch.autograd.grad(wanted, doubles, grad.double()))):
         assert one.dtype == dtype and one.shape == tensors[index].shape
-        # The patches' gradients are added up in the tensor's dtype, one for each place of the kernel
+        # col2im adds gradients up in the tensor's dtype, one for each place of the kernel
         assert_near(one, other, 3 * 42 * 9, f"gradient {index}")
 
 

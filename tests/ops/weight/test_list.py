@@ -203,6 +203,7 @@ def test_a_list_runs_one_op_for_each_order():
     assert metamask_ops(double_backward) == {"masked_weight_list_double_backward": 1, "masked_weight_list_backward": 1}
 
 
+@pytest.mark.once
 def test_transforms_and_torch_compile_of_a_list():
     tensors = [tensor.detach() for tensor in leaves(SMOOTH)]
     loss = lambda function: lambda *t: sum((theta**2).sum() for theta in function(*t))  # noqa: E731
@@ -235,6 +236,7 @@ def test_fused_sgd_takes_the_step_of_sgd_through_a_list():
         torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.once
 @each_device
 @each_dtype
 def test_opcheck_of_the_list_ops(dtype, device):
