@@ -36,7 +36,7 @@ $(VENV)/.test: $(VENV)/.built
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(PIP) --no-deps "$(TORCHVISION)" && $(PIP) pillow
 	touch $@
 
-demo: $(VENV)/.built  ## the seeds' main job on real digits, with figures, and a short benchmark
+demo: $(VENV)/.built  ## two experiments, one on real digits, with figures, and a short benchmark
 	$(BIN)/metamask run linear --quick --out $(OUT)/linear --seed 0
 	$(BIN)/metamask run mnist --quick --out $(OUT)/mnist --seed 0
 	$(BIN)/metamask bench --quick --out $(OUT)/bench
@@ -45,14 +45,14 @@ demo: $(VENV)/.built  ## the seeds' main job on real digits, with figures, and a
 test: $(VENV)/.test  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
-CORE := $(addprefix tests/test_,$(addsuffix .py,ops linear_ops sgd_ops autograd functional conv_product layers optim optim_graphs \
-        task_linear task_conv task_autograd packed packed_autograd))
+CORE := $(filter-out %/test_instruction_sets.py,$(wildcard tests/ops/test_*.py tests/ops/*/test_*.py)) \
+        tests/nn/test_layers.py tests/test_optim.py tests/test_optim_graphs.py
 
-# What neither the set nor the threads can change is marked `once`: `make test` has run it.
+# Left out are the tests marked `once`, which neither the set nor the threads can change, and those of the CUDA kernels, `emulated`.
 test-instruction-sets: $(VENV)/.test  ## the core tests on every instruction set of this machine, with one thread and with two
 	for set in $$($(BIN)/python -c "import metamask_ext; print(*metamask_ext.build_info()['cpu_capabilities'])"); do \
 	  echo "$$set"; \
-	  METAMASK_CPU_CAPABILITY=$$set $(BIN)/python -m pytest -q -n 2 -m "not once" --threads 1,2 $(CORE) || exit 1; \
+	  METAMASK_CPU_CAPABILITY=$$set $(BIN)/python -m pytest -q -n 2 -m "not once and not emulated" --threads 1,2 $(CORE) || exit 1; \
 	done
 
 bench: $(VENV)/.test  ## the benchmark suite, with its table and plot
@@ -74,26 +74,26 @@ types: $(VENV)/.test  ## mypy on metamask_ext
 	$(BIN)/mypy
 
 emulate: $(VENV)/.test  ## the CUDA kernels on this machine's CPU, under the checker, and the emulator's own tests; needs nvcc, no GPU
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/test_emulator.py tests/test_cuda_*on_cpu.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m emulated tests/ops tests/emulator
 
 MUTANTS ?= --all
 mutate: $(VENV)/.test  ## remove each barrier, wait and bounds check of the CUDA kernels, one at a time: a test must fail; needs nvcc
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/mutate.py $(MUTANTS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/mutate.py $(MUTANTS)
 
 cuda-check: $(VENV)/.torch  ## compile the CUDA sources for every architecture; needs nvcc, no GPU
-	$(BIN)/python tests/cuda_check.py
+	$(BIN)/python tools/cuda_check.py
 
 cuda-report: $(VENV)/.torch  ## registers, shared memory and spills of every CUDA kernel; needs nvcc, no GPU
-	$(BIN)/python tests/cuda_report.py
+	$(BIN)/python tools/cuda_report.py
 
 # Whether there is a GPU is asked before anything is built.
 gpu: $(VENV)/.torch  ## on a machine with a GPU: build, test on it, compute-sanitizer, benchmarks into bench/results
-	$(BIN)/python tests/gpu.py --ready
+	$(BIN)/python tools/gpu.py --ready
 	$(MAKE) $(VENV)/.test
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/gpu.py --out $(OUT)/gpu
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/gpu.py --out $(OUT)/gpu
 
 install-check:  ## install as a user does, in fresh environments; needs pip's registry
-	TORCH="$(TORCH)" $(PYTHON) tests/install_check.py
+	TORCH="$(TORCH)" $(PYTHON) tools/install_check.py
 
 clean:  ## remove what was built; the environment stays
 	rm -rf build *.egg-info metamask_ext/_C.*.so metamask_ext/_build.py $(VENV)/.built $(VENV)/.test

@@ -1,4 +1,4 @@
-"""Settings of every test."""
+"""Settings and fixtures of every test, and which tests also run in the emulator."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from support.emulator import FORWARD, Emulator, why_not
+
+MARKERS = (
+    "once: neither the instruction set nor the number of threads can change the outcome (schemas, torch.compile, other processes); "
+    "`make test-instruction-sets` leaves the test out",
+    "every_device(emulated_if=None): the test runs a second time in the emulator, where it takes far longer; emulated_if, "
+    "a function of the test's parameters, chooses which of them run there",
+    "emulated: the test runs in the emulator (tests/emulator); `make emulate` runs these alone",
+)
 
 
 def pytest_addoption(parser):
@@ -20,17 +29,38 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers",
-        "once: neither the instruction set nor the number of threads can change what it tests (schemas, torch.compile, other "
-        "processes); `make test-instruction-sets` leaves it out",
-    )
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
 
 
 def pytest_generate_tests(metafunc):
     if metafunc.config.option.threads:
         counts = [int(count) for count in metafunc.config.option.threads.split(",")]
         metafunc.parametrize("_same_start", counts, indirect=True, ids=[f"{count}-threads" for count in counts])
+    if metafunc.definition.get_closest_marker("every_device"):
+        metafunc.parametrize("_device", ["native", pytest.param("emulated", marks=pytest.mark.emulated)], indirect=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem():
+    """Drops emulated tests on a GPU, and those that emulated_if leaves out: parametrize makes every combination."""
+    items = yield
+    return list(filter(_is_wanted, items)) if isinstance(items, list) else items
+
+
+def _is_wanted(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("_device") != "emulated":
+        return True
+    emulated_if = item.get_closest_marker("every_device").kwargs.get("emulated_if")
+    return parameters.get("device") != "cuda" and (emulated_if is None or emulated_if(**parameters))
+
+
+def pytest_collection_modifyitems(items):
+    if reason := why_not():
+        for item in items:
+            if item.get_closest_marker("emulated"):
+                item.add_marker(pytest.mark.skip(reason))
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +73,26 @@ def _same_start(request):
     torch.set_num_threads(threads)
     if "torch._dynamo" in sys.modules:  # else there is nothing to forget, and importing it takes seconds
         torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def _device(request):
+    """Runs a test marked ``every_device`` natively or in the emulator."""
+    if getattr(request, "param", "native") == "emulated":
+        request.getfixturevalue("in_the_emulator")
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """The CUDA kernels' source, compiled for the CPU with checks.
+
+    A race, an access out of bounds and a value that nothing has written raise.
+    """
+    return Emulator("check")
+
+
+@pytest.fixture
+def in_the_emulator(emulator):
+    """Metamask ops on CPU tensors run the CUDA side of the library, launchers and kernels. A test may set another schedule."""
+    with emulator.running(FORWARD):
+        yield emulator

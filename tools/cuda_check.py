@@ -16,9 +16,9 @@ from pathlib import Path
 from toolkit import find_nvcc, toolkit_includes
 from torch.utils.cpp_extension import include_paths
 
-TESTS = Path(__file__).resolve().parent
-CSRC = TESTS.parent / "csrc"
-PLANTED = TESTS / "cuda_on_cpu" / "planted.cu"
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+PLANTED = ROOT / "tests" / "emulator" / "planted.cu"
 ARCHITECTURES = ("80", "90", "100")
 
 

@@ -1,6 +1,6 @@
 """Prints the registers, stack and spills of every CUDA kernel, as ptxas reports them: no GPU is needed.
 
-``python tests/cuda_report.py [ARCHITECTURE]`` (90). A kernel that spills keeps part of a thread's numbers in memory.
+``python tools/cuda_report.py [ARCHITECTURE]`` (90). A kernel that spills keeps part of a thread's numbers in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Usage(NamedTuple):
 
 
 def parse(said: str) -> list[Usage]:
-    """What ptxas -v says of each entry function."""
+    """Reads what ptxas -v says of each entry function."""
     found = []
     pattern = (
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"

@@ -1,4 +1,4 @@
-"""What `make gpu` runs on a machine with a GPU: the whole test suite, compute-sanitizer on small samples, the benchmarks.
+"""Runs the whole test suite, compute-sanitizer on small samples and the benchmarks on a machine with a GPU, for `make gpu`.
 
 ``--ready`` only says whether this machine can. The results become bench/results/<gpu>.json.
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# The smallest samples, of each kind of kernel
-SANITIZED_FILES = ("ops", "linear_ops", "task_linear", "packed")
+# The smallest samples of each kind of kernel
+SANITIZED_FILES = [f"tests/ops/{family}/test_raw.py" for family in ("weight", "linear", "mixed_task", "packed")]
 SANITIZED = "cuda and ((test_forward_and_derivatives and 17x3) or (test_output_and_gradients and (3-d or groups or rows)))"
 
 
@@ -54,8 +54,7 @@ def main() -> None:
         print("gpu: compute-sanitizer is not on PATH: not run")
     else:
         for tool in ("memcheck", "racecheck"):
-            files = [f"tests/test_{name}.py" for name in SANITIZED_FILES]
-            tests = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", SANITIZED]
+            tests = [sys.executable, "-m", "pytest", "-q", "-x", *SANITIZED_FILES, "-k", SANITIZED]
             run(sanitizer, "--tool", tool, "--error-exitcode", "1", *tests)
     run(sys.executable, "-m", "metamask_ext", "bench", "--suite", "cuda", "--out", str(options.out))
 

@@ -1,11 +1,11 @@
-"""Takes one barrier, one wait or one bounds check out of a CUDA kernel, on a copy, and sees whether a test fails.
+"""Takes one barrier, one wait or one bounds check out of a CUDA kernel, on a copy, and checks that a test fails.
 
 A kernel's barriers are written ``__syncthreads()`` and ``cp_async_wait<N>()``, its bounds checks ``IN_BOUNDS(...)``: this script
-finds them, removes each in turn, and runs the kernel's smallest tests in the emulator. What no test misses is either not needed
-(take it out), or the tests are too weak (add one), or EXPLAINED says why it must stay.
+finds them, removes each in turn, and runs the kernel's smallest tests in the emulator. A removal that no test notices is either
+harmless (take the code out), or the tests are too weak (add one), or EXPLAINED says why the code must stay.
 
-    python tests/mutate.py --all
-    python tests/mutate.py --sample 4 --seed $(git rev-parse HEAD)
+    python tools/mutate.py --all
+    python tools/mutate.py --sample 4 --seed $(git rev-parse HEAD)
 """
 
 from __future__ import annotations
@@ -17,29 +17,39 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
 COPY = ROOT / "build" / "mutants"
-sys.path.insert(0, str(TESTS / "cuda_on_cpu"))
+sys.path.insert(0, str(TESTS))
+
+
+class Tests(NamedTuple):
+    files: tuple[str, ...]
+    chosen: str
+    """As pytest's -k takes it."""
+
+
+LINEAR, MIXED_TASK, PACKED = (f"tests/emulator/test_{name}.py" for name in ("linear", "mixed_task", "packed"))
+PACK = "tests/ops/packed/test_raw.py"
 
 SMALL_BATCH = "test_linear_of_a_small_batch and forward and (float32 or bfloat16) and (ragged or odd or share)"
 
 TASKS = "test_output_and_gradients and (float32 or bfloat16) and (several or share or depthwise)"
 
-# Of each kernel file in csrc/cuda/kernels: which tests of test_cuda_*on_cpu.py, as pytest's -k takes it
+# Of each kernel file in csrc/cuda/kernels, by its name: the smallest tests in the emulator
 SMALLEST_TESTS = {
-    "masked_linear.cuh": SMALL_BATCH,
-    "masked_linear_backward.cuh": SMALL_BATCH,
-    "vector_access.cuh": "test_forward_and_derivatives and forward and (17x3 or 2x3) and float32",
-    "pack_mask.cuh": "test_pack_and_unpack and float32",
-    "packed_masked_linear.cuh": f"{TASKS} and packed",
-    "packed_superposition_gradient.cuh": "test_output_and_gradients and packed and many and float32",
-    "split_k.cuh": f"{SMALL_BATCH} and share",
-    "segments.cu": f"({TASKS} and several and not packed) or absent_tasks",
-    "task_masked_linear.cuh": f"{TASKS} and not packed",
-    "task_masked_linear_backward.cuh": f"{TASKS} and not packed",
+    "masked_linear*.cuh": Tests((LINEAR,), SMALL_BATCH),
+    "vector_access.cuh": Tests(("tests/emulator/test_weight.py",), "test_forward_and_derivatives and (17x3 or 2x3) and float32"),
+    "packed_masked_linear.cuh": Tests((PACKED,), TASKS),
+    "pack_mask.cuh": Tests((PACK,), "test_pack_and_unpack and float32"),
+    "packed_superposition_gradient.cuh": Tests((PACKED,), "test_output_and_gradients and many and float32"),
+    "split_k.cuh": Tests((LINEAR,), f"{SMALL_BATCH} and share"),
+    "segments.cu": Tests((MIXED_TASK, "tests/ops/mixed_task/test_raw.py"), f"({TASKS} and several) or absent_tasks"),
+    "task_masked_linear*.cuh": Tests((MIXED_TASK,), TASKS),
 }
 
 # Where the code removed begins, as in "masked_weight.cuh: IN_BOUNDS(i < n)": why no test can miss it
@@ -50,21 +60,23 @@ SECONDS = 120  # for the tests of one mutant; the unchanged kernels take a few
 
 @dataclass(frozen=True)
 class Mutant:
-    file: str
+    path: Path
+    """From the root of the checkout, and of its copy."""
     line: int
     removed: str
-    text: str  # of the whole file
+    text: str
+    """Of the whole file, without ``removed``."""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.removed}"
+        return f"{self.path.name}:{self.line}: {self.removed}"
 
     @property
     def explanation(self) -> str | None:
-        return EXPLAINED.get(f"{self.file}: {self.removed}")
+        return EXPLAINED.get(f"{self.path.name}: {self.removed}")
 
 
 def closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at or after ``start`` has been closed."""
+    """Finds the end of the parenthesis that opens at or after ``start``."""
     depth = 0
     for position in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[position], 0)
@@ -81,8 +93,13 @@ def mutants_of(path: Path) -> list[Mutant]:
         removed = text[match.start() : end]
         instead = "(true)" if removed.startswith("IN_BOUNDS") else "static_cast<void>(0)"
         line = text.count("\n", 0, match.start()) + 1
-        found.append(Mutant(path.name, line, " ".join(removed.split()), text[: match.start()] + instead + text[end:]))
+        changed = text[: match.start()] + instead + text[end:]
+        found.append(Mutant(path.relative_to(ROOT), line, " ".join(removed.split()), changed))
     return found
+
+
+def tests_of(name: str) -> Tests | None:
+    return next((tests for pattern, tests in SMALLEST_TESTS.items() if fnmatch(name, pattern)), None)
 
 
 def all_mutants() -> list[Mutant]:
@@ -91,7 +108,7 @@ def all_mutants() -> list[Mutant]:
         # the device API only defines them
         if path.name != "device.cuh":
             found += mutants_of(path)
-    missing = {mutant.file for mutant in found} - SMALLEST_TESTS.keys()
+    missing = {mutant.path.name for mutant in found if tests_of(mutant.path.name) is None}
     if missing:
         sys.exit(f"mutate: SMALLEST_TESTS has no tests for {', '.join(sorted(missing))}")
     return found
@@ -109,30 +126,23 @@ def copy_sources() -> None:
             (COPY / path).write_bytes((ROOT / path).read_bytes())
 
 
-def run_tests(file: str) -> str:
-    """``pass`` or ``fail``, of the tests of a file's kernels on the copy; anything else ends the script."""
+def run_tests(name: str) -> str:
+    """``pass`` or ``fail``, of the smallest tests of a file's kernels on the copy; anything else ends the script."""
     from support.emulator import build
 
+    tests = tests_of(name)
+    assert tests is not None
     # A mutant that does not compile proves nothing.
     build("check")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        *map(str, sorted(TESTS.glob("test_cuda_*on_cpu.py"))),
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "emulated", "-k", tests.chosen]
     try:
-        ran = subprocess.run([*command, "-k", SMALLEST_TESTS[file]], capture_output=True, text=True, timeout=SECONDS, cwd=ROOT)
+        ran = subprocess.run([*command, *tests.files], capture_output=True, text=True, timeout=SECONDS, cwd=ROOT)
     except subprocess.TimeoutExpired:
         return "fail"
     if ran.returncode < 0:
         return "fail"  # ended by a signal
     if ran.returncode > 1:
-        sys.exit(f"mutate: the tests of {file} did not run:\n{ran.stdout}{ran.stderr}")
+        sys.exit(f"mutate: the tests of {name} did not run:\n{ran.stdout}{ran.stderr}")
     return "fail" if ran.returncode == 1 else "pass"
 
 
@@ -151,22 +161,22 @@ def main() -> None:
         print(*chosen, sep="\n")
         return
     if options.file is not None:
-        chosen = [mutant for mutant in chosen if mutant.file == options.file]
+        chosen = [mutant for mutant in chosen if mutant.path.name == options.file]
     if options.sample is not None:
         chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
 
     os.environ["METAMASK_KERNEL_DIR"] = str(COPY)
     copy_sources()
-    for file in sorted({mutant.file for mutant in chosen}):
-        if run_tests(file) != "pass":
-            sys.exit(f"mutate: the tests of {file} fail on the kernels as they are: {SMALLEST_TESTS[file]}")
+    for name in sorted({mutant.path.name for mutant in chosen}):
+        if run_tests(name) != "pass":
+            sys.exit(f"mutate: the tests of {name} fail on the kernels as they are: {tests_of(name)}")
 
     survived = 0
     for mutant in chosen:
-        target = COPY / "csrc/cuda/kernels" / mutant.file
+        target = COPY / mutant.path
         original = target.read_text()
         target.write_text(mutant.text)
-        missed = run_tests(mutant.file) == "pass"
+        missed = run_tests(mutant.path.name) == "pass"
         target.write_text(original)
         if missed and mutant.explanation:
             print(f"{mutant}: no test fails, as explained: {mutant.explanation}", flush=True)

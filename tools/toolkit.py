@@ -1,4 +1,4 @@
-"""Where the CUDA toolkit is, for the checks that need its compiler or headers but no GPU."""
+"""Finds the CUDA toolkit, for checks that need its compiler or headers but no GPU."""
 
 from __future__ import annotations
 

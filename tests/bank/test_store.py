@@ -17,7 +17,7 @@ LONG = ["x" * 300, "x" * 299 + "y", "X" * 300, "x" * 5000]
 
 
 def _inodes(folder: Path) -> dict[str, tuple[int, int]]:
-    """What a rewrite changes, even with the same bytes."""
+    """Reads what a rewrite changes even where the bytes stay the same."""
     paths = [path for path in folder.rglob("*.safetensors")]
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 

@@ -57,7 +57,7 @@ def test_a_letter_that_turns_onto_itself_or_another_is_left_out():
 
 
 def _omniglot_files(root: Path, monkeypatch) -> None:
-    """What torchvision's download leaves: zip files, checked by their MD5, and the folders that were in them."""
+    """Writes what torchvision's download leaves: zip files, checked by their MD5, and the folders that were in them."""
     from PIL import Image
 
     omniglot = import_torchvision().datasets.Omniglot

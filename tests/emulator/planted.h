@@ -1,4 +1,4 @@
-// The kernels of planted.cu and the bugs that they can have; tests/test_emulator.py has the same numbers.
+// The kernels of planted.cu and the bugs that they can have; tests/emulator/test_emulator.py has the same numbers.
 #pragma once
 
 namespace cuda_on_cpu {

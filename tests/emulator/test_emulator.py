@@ -1,19 +1,14 @@
-"""The emulator itself: it catches kernels with a bug planted in them, and blames no correct one (cuda_on_cpu/planted.cu)."""
+"""The emulator itself: it catches kernels with a bug planted in them, and blames no correct one (planted.cu)."""
 
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support.emulator import BUILDS, FORWARD, RANDOM_WARPS, Emulator
 
-sys.path.insert(0, str(Path(__file__).parent / "cuda_on_cpu"))
-from support.emulator import BUILDS, FORWARD, RANDOM_WARPS, Emulator, why_not
-
-if why_not():
-    pytest.skip(why_not(), allow_module_level=True)
+pytestmark = pytest.mark.emulated
 
 # Kernels and bugs, by their numbers in planted.h
 TWICE, ROW_SUM, PRODUCT, PIPELINE, TF32_TILE, BFLOAT16_TILE, FLOAT16_TILE = range(7)
@@ -40,13 +35,8 @@ each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHE
 
 
 @pytest.fixture(scope="module", params=BUILDS)
-def emulator(request):
+def build(request):
     return Emulator(request.param)
-
-
-@pytest.fixture(scope="module")
-def checker():
-    return Emulator("check")
 
 
 class DeviceArray:
@@ -76,7 +66,7 @@ def reference(kernel, a, b):
 
 
 def run(emulator, kernel, m, n, k, bug="none", schedule=FORWARD, seed=1):
-    """What the emulator said (None: nothing), and the kernel's result beside the right one."""
+    """Returns what the emulator said (None: nothing), and the kernel's result beside the right one."""
     shapes = {TWICE: ((n,), (1,), (n,)), ROW_SUM: ((m, n), (1,), (m,)), PIPELINE: ((k, 128), (1,), (128,))}
     a_shape, b_shape, out_shape = shapes.get(kernel, ((m, k), (k, n), (m, n)))
     # Small integers: exact in every type, whatever the order of the sums
@@ -100,9 +90,9 @@ CORRECT = [
 
 @each_schedule
 @pytest.mark.parametrize("case", CORRECT, ids=str)
-def test_a_correct_kernel_is_right_and_not_blamed(emulator, case, schedule):
+def test_a_correct_kernel_is_right_and_not_blamed(build, case, schedule):
     for seed in range(3):
-        said, got, expected = run(emulator, *case, schedule=schedule, seed=seed)
+        said, got, expected = run(build, *case, schedule=schedule, seed=seed)
         assert said is None
         assert torch.equal(got, expected)
 
@@ -133,9 +123,9 @@ def test_every_bug_is_planted():
 
 @each_schedule
 @pytest.mark.parametrize("bug", PLANTED)
-def test_the_check_build_catches_every_planted_bug(checker, bug, schedule):
+def test_the_check_build_catches_every_planted_bug(emulator, bug, schedule):
     *case, wanted = PLANTED[bug]
-    said, got, expected = run(checker, *case, bug=bug, schedule=schedule)
+    said, got, expected = run(emulator, *case, bug=bug, schedule=schedule)
     if wanted is None:
         assert said is None and not torch.equal(got, expected)
     else:
@@ -143,13 +133,13 @@ def test_the_check_build_catches_every_planted_bug(checker, bug, schedule):
         assert re.search(wanted, said), said
 
 
-def test_a_message_names_thread_block_and_kernel(checker):
-    said, *_ = run(checker, TWICE, 1, 1023, 1, bug="tail off by one")
+def test_a_message_names_thread_block_and_kernel(emulator):
+    said, *_ = run(emulator, TWICE, 1, 1023, 1, bug="tail off by one")
     assert re.search(r"thread 3,0,0 of block 0,0,0: out of bounds.*4092 bytes.*twice_kernel", said), said
 
 
-def test_the_same_seed_gives_the_same_order(checker):
+def test_the_same_seed_gives_the_same_order(emulator):
     first, other = (
-        run(checker, PRODUCT, 40, 40, 40, bug="no barrier before a write", schedule=RANDOM_WARPS, seed=5) for _ in range(2)
+        run(emulator, PRODUCT, 40, 40, 40, bug="no barrier before a write", schedule=RANDOM_WARPS, seed=5) for _ in range(2)
     )
     assert first[0] == other[0]

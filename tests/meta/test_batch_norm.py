@@ -1,4 +1,4 @@
-"""What batch norms do while a meta-learner runs the model: against torch's functions, task by task."""
+"""Batch norms while a meta-learner runs the model: against torch's functions, task by task."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_a_bias_without_an_adapted_mask():
 
 
 @pytest.mark.skipif(BACKEND == "reference", reason="no kernels")
-def test_no_patches_are_made():
+def test_im2col_is_not_called():
     """The path is that of grouped convolutions: the other one gives the same numbers, several times slower."""
     maml = MAML(nn.Sequential(MaskedConv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten()), 0.1)
     x, y = torch.randn(TASKS, SAMPLES, 2, 4, 4), torch.randn(TASKS, SAMPLES, 12)

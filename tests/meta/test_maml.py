@@ -261,7 +261,7 @@ def test_start_from_a_superposition_of_known_masks(gate, packed):
 
 
 def test_a_head_for_each_task():
-    """What belongs to tasks beside masks is that of the start, adapted as a weight."""
+    """A tensor that belongs to tasks beside the masks begins as that of the start, and is adapted as a weight."""
     model = nn.Sequential(MaskedLinear(2, 6), nn.Tanh(), nn.Linear(6, 1)).double()
     bank = mm.MaskBank(model, per_task="2.*")
     bank.add_task("b")

@@ -1,4 +1,4 @@
-"""What MAML keeps in memory over its inner steps."""
+"""The memory that MAML keeps over its inner steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TaskBatchNorm2d: a BatchNorm2d for each task, alone and in mixed batches."""
+"""TaskBatchNorm2d: a BatchNorm2d for each task, alone and in mixed-task batches."""
 
 from __future__ import annotations
 

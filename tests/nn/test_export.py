@@ -1,4 +1,4 @@
-"""What a merged model is for: torch.export, ONNX and tracing; also functional_call, vmap and grad over masked modules."""
+"""Merged models in torch.export, ONNX and tracing; masked modules in functional_call, vmap and grad."""
 
 from __future__ import annotations
 

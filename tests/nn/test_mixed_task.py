@@ -1,4 +1,4 @@
-"""using_task with a task for each sample: a mixed batch is each sample alone under its own task."""
+"""using_task with a task for each sample: a mixed-task batch is each sample alone under its own task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers some of whose tasks are bits: the same outputs as hard masks, alone and in mixed batches with logits."""
+"""Layers some of whose tasks are bits: the same outputs as hard masks, alone and in mixed-task batches with logits."""
 
 from __future__ import annotations
 

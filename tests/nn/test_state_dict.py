@@ -1,4 +1,4 @@
-"""What a masked model's state dict holds, and what loading one does."""
+"""The state dict of a masked model: its entries, and what loading one does."""
 
 from __future__ import annotations
 

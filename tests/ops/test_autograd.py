@@ -32,6 +32,9 @@ each_device = pytest.mark.parametrize("device", DEVICES)
 each_gate = pytest.mark.parametrize("gate", [GATES[1], GATES[3]], ids=["sigmoid", "hard"])
 
 
+@pytest.mark.every_device(
+    emulated_if=lambda sample, temperature, **_: sample.name in ("2x3", "mask-wider", "conv") and temperature == 0.5
+)
 @each_device
 @sigmoid
 @pytest.mark.parametrize("sample", SMOOTH, ids=ids(SMOOTH))
@@ -58,6 +61,7 @@ def conv_inputs(device="cpu", dtype=torch.float64, groups=1):
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_() for s in shapes]
 
 
+@pytest.mark.every_device(emulated_if=lambda temperature, **_: temperature == 0.5)
 @each_device
 @sigmoid
 def test_masked_linear_gradcheck_and_gradgradcheck(temperature, device):
@@ -80,6 +84,7 @@ def test_masked_conv2d_gradcheck_and_gradgradcheck(stride, padding, dilation, gr
     assert gradgradcheck(function, conv_inputs(device, groups=groups))
 
 
+@pytest.mark.every_device
 @each_device
 @each_gate
 @pytest.mark.parametrize("sample", SMALL, ids=ids(SMALL))
@@ -111,6 +116,7 @@ def test_linear_and_conv_derivatives_to_the_third_order_equal_plain_torch(gate, 
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.every_device
 @each_device
 @each_gate
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

@@ -139,9 +139,7 @@ torch.set_num_threads(2)
 for dtype in DTYPES:
     for sample in ALL:
         for gate in (GATES[1], GATES[3]):
-            weight_checks.check_forward(sample, gate, dtype, "cpu")
-            weight_checks.check_backward(sample, gate, dtype, "cpu")
-            weight_checks.check_double_backward(sample, gate, dtype, "cpu")
+            weight_checks.check(sample, gate, dtype)
     for module in (linear_checks, sgd_checks):
         for shape in module.SHAPES.values():
             module.check(*shape, GATES[1], dtype)

@@ -61,7 +61,7 @@ def read_body(folder: Path) -> dict[str, Any]:
 
 
 def write_body(folder: Path, body: dict[str, Any]) -> None:
-    """What a foreign writer that knows the format would write: the checksum is right."""
+    """Writes as a foreign program that knows the format would: the checksum is right."""
     first, rest = b'{"metamask_bank": 1,\n', json.dumps(body)[1:].encode()
     checksum = hashlib.sha256(first + rest).hexdigest().encode()
     (folder / "bank.json").write_bytes(first + b'"sha256": "%s",\n' % checksum + rest)

@@ -1,11 +1,11 @@
 """Builds the CUDA kernels for the CPU and runs the library on them.
 
-``python tests/cuda_on_cpu/emulator.py`` builds. In a test:
-
     with Emulator("check").running(FORWARD):
         ...  # every metamask op on CPU tensors runs its CUDA kernels, thread by thread
 
-A kernel's error raises ``RuntimeError``: csrc/cuda/kernels is the source, scheduler.h and checker.h say what is looked for.
+``build`` compiles tests/emulator, the emulator itself, together with the kernels. Tests use the fixtures of conftest.py.
+
+A kernel's error (csrc/cuda/kernels is the source, scheduler.h and checker.h say what is looked for) raises ``RuntimeError``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,13 @@ import fcntl
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from support.paths import ROOT, TESTS
+from toolkit import find_nvcc, toolkit_includes
 from torch.utils.cpp_extension import include_paths
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path.insert(0, str(HERE.parent))
-
-from toolkit import find_nvcc, toolkit_includes  # noqa: E402
 
 FORWARD, RANDOM_WARPS = 0, 1
 """The schedules of scheduler.h."""
@@ -45,10 +40,10 @@ def why_not() -> str | None:
 def build(name: str) -> Path:
     """Compile what changed of a build; its library.
 
-    The kernels are those of ``METAMASK_KERNEL_DIR/csrc`` where that is set (tests/mutate.py), and it gets the objects too.
+    The kernels are those of ``METAMASK_KERNEL_DIR/csrc`` where that is set (tools/mutate.py), and it gets the objects too.
     """
     kernels = Path(os.environ.get("METAMASK_KERNEL_DIR", ROOT))
-    folder = (kernels if kernels != ROOT else ROOT / "build") / "cuda_on_cpu"
+    folder = (kernels if kernels != ROOT else ROOT / "build") / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
     nvcc = find_nvcc()
     assert nvcc is not None, why_not()
@@ -66,7 +61,7 @@ def build(name: str) -> Path:
         "-G",
         "Ninja",
         "-S",
-        str(HERE),
+        str(TESTS / "emulator"),
         "-B",
         str(folder),
         *(f"-D{key}={value}" for key, value in definitions.items()),
@@ -109,11 +104,3 @@ class Emulator:
             yield
         finally:
             self.leave()
-
-
-if __name__ == "__main__":
-    reason = why_not()
-    if reason is not None:
-        sys.exit(reason)
-    for name in BUILDS:
-        print(build(name))

@@ -1,4 +1,4 @@
-"""What every experiment's quick run comes to, and what its folder holds."""
+"""Checks of every experiment's quick run: its claims, and the files in its folder."""
 
 from __future__ import annotations
 

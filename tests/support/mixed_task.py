@@ -1,4 +1,4 @@
-"""Batches that mix tasks, and what plain torch makes of them sample by sample, for the tests of the mixed-task ops."""
+"""Mixed-task batches, and comparisons of the mixed-task ops with plain torch sample by sample."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Batch:
         return self.input, self.slots, self.weight, self.masks, self.bias, self.bias_masks, *gate, self.groups
 
     def tensors(self):
-        """What has a gradient, in the order of the gradients."""
+        """Lists the tensors that have a gradient, in the order of the gradients."""
         return tree_leaves([self.input, self.weight, self.masks, *([] if self.bias is None else [self.bias]), self.bias_masks])
 
     def with_tensors(self, tensors):
@@ -182,20 +182,3 @@ def check_without_bias_masks(case):
     wanted = mixed_task_reference.task_masked_linear_double_backward(*cotangents, batch.grad, *arguments)
     for one, other in zip(leaves(got), leaves(wanted)):
         assert_near(one, other, terms_of(batch), "second gradient")
-
-
-def check_absent_cotangents(batch):
-    arguments = batch.arguments(GATE)
-    full = cotangents_of(batch)
-    zero = [[torch.zeros_like(one) for one in c] if isinstance(c, list) else torch.zeros_like(c) for c in full]
-    for index in range(5):
-        absent = [] if isinstance(full[index], list) else None
-        only = [full[i] if i == index else zero[i] for i in range(5)]
-        missing = [full[i] if i == index else ([] if isinstance(full[i], list) else None) for i in range(5)]
-        without = [absent if i == index else full[i] for i in range(5)]
-        with_zero = [zero[i] if i == index else full[i] for i in range(5)]
-        for given, wanted in ((missing, only), (without, with_zero)):
-            got = mixed_task_raw.task_masked_linear_double_backward(*given, batch.grad, *arguments)
-            expected = mixed_task_raw.task_masked_linear_double_backward(*wanted, batch.grad, *arguments)
-            for one, other in zip(leaves(got), leaves(expected)):
-                torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)

@@ -55,7 +55,7 @@ def alone(model, x, names):
 
 
 def compare(model, x, given, names=None, call=None):
-    """Output and gradients, of the input too, of the mixed batch and of its samples alone."""
+    """Compare output and gradients, of the input too, of the mixed-task batch with those of its samples alone."""
     names = given if names is None else names
     results = []
     for run in (lambda x: together(model, x, given, call), lambda x: alone(model, x, names)):

@@ -1,4 +1,4 @@
-"""What the tests of the modules share."""
+"""Models of masked layers, and comparisons of their outputs and gradients."""
 
 from __future__ import annotations
 

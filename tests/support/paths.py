@@ -1,4 +1,4 @@
-"""Where this checkout and its tests are."""
+"""Paths of this checkout and of its tests."""
 
 from __future__ import annotations
 

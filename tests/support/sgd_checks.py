@@ -15,10 +15,10 @@ SETTINGS = ((0.1, 0.01, 0.9), (0.2, 0.02, 0.8), (0.3, 0.03, 0.7), (0.4, 0.04, 0.
 EVERY = (True,) * 5
 
 
-def descend(p, grad, velocity, settings):
+def descend(p, grad, momentum_buffer, settings):
     """One step in float64: the parameter and its momentum buffer afterwards."""
     lr, weight_decay, momentum = settings
-    v = momentum * velocity.double().cpu() + grad + weight_decay * p
+    v = momentum * momentum_buffer.double().cpu() + grad + weight_decay * p
     return p - lr * v, v
 
 
@@ -33,18 +33,20 @@ def check(shape, out, gate, dtype, momentum=True, device="cpu"):
     x, w, m, b, bm, grad = inputs(shape, out, dtype, device)
     parameters = [w, m, b, bm]
     settings = [its if momentum else (*its[:2], 0.0) for its in SETTINGS]
-    velocities = [torch.full_like(p, 0.25) if momentum else None for p in parameters]
+    momentum_buffers = [torch.full_like(p, 0.25) if momentum else None for p in parameters]
     before = [p.double().cpu().clone() for p in parameters]
     leaves = [t.double().cpu().clone().requires_grad_() for t in (x, *parameters)]
     grads = torch.autograd.grad(linear_reference.masked_linear(*leaves, *gate), leaves, grad.double().cpu())
-    got = linear_raw.masked_linear_backward_sgd_(grad, x, *parameters, *gate, EVERY, (True,) * 4, velocities, settings)
+    got = linear_raw.masked_linear_backward_sgd_(grad, x, *parameters, *gate, EVERY, (True,) * 4, momentum_buffers, settings)
     assert got[1:] == (None,) * 4
     assert_near(got[0], grads[0], out, "dx")
-    for name, p, start, grad_p, velocity, its in zip(["W", "M", "b", "Mb"], parameters, before, grads[1:], velocities, settings):
-        expected, v = descend(start, grad_p, torch.zeros_like(p) if velocity is None else torch.full_like(p, 0.25), its)
+    for name, p, start, grad_p, momentum_buffer, its in zip(
+        ["W", "M", "b", "Mb"], parameters, before, grads[1:], momentum_buffers, settings
+    ):
+        expected, v = descend(start, grad_p, torch.zeros_like(p) if momentum_buffer is None else torch.full_like(p, 0.25), its)
         near(p, expected, dtype, name)
-        if velocity is not None:
-            near(velocity, v, dtype, f"momentum of {name}")
+        if momentum_buffer is not None:
+            near(momentum_buffer, v, dtype, f"momentum of {name}")
 
 
 SHAPES = {"ragged": ((3, 129), 257), "3-d": ((2, 5, 17), 33), "panels": ((40, 96), 1134)}

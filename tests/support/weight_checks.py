@@ -57,6 +57,13 @@ def check_double_backward(sample, gate, dtype, device, grad_dtype=None):
         assert_close(one.cpu(), other, name, terms)
 
 
+def check(sample, gate, dtype, device="cpu", other=None):
+    """Output, gradients and second gradients; ``other`` is the dtype of the output and of its gradient."""
+    check_forward(sample, gate, dtype, device, other)
+    check_backward(sample, gate, dtype, device, other)
+    check_double_backward(sample, gate, dtype, device, other)
+
+
 def terms_to_mask(a, b, grad, weight, mask, gate, parameter):
     _, d, d2 = gate_values(mask, gate, parameter)
     # 1 - 2s is itself a difference: its error is relative to 1

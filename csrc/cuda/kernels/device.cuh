@@ -112,7 +112,7 @@ DEVICE_INLINE void mma_16_bit<__half>(float (&c)[4], const uint32_t (&a)[4], con
 #include "emulator/device.h"
 #endif
 
-// Guards an access; written so that a script can find and remove each one, to see whether a test notices (tests/mutate.py).
+// Guards an access; written so that a script can find and remove each one, to see whether a test notices (tools/mutate.py).
 #define IN_BOUNDS(...) (__VA_ARGS__)
 
 namespace metamask::cuda {

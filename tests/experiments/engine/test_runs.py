@@ -1,4 +1,4 @@
-"""What runs experiments, on one that takes no time: settings, pieces over processes, killed runs, tracking, the report."""
+"""The engine of the experiments, on one that takes no time: settings, jobs over processes, killed runs, tracking, the report."""
 
 from __future__ import annotations
 

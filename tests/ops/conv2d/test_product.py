@@ -1,4 +1,4 @@
-"""masked_conv2d where it is a product with patches: values, derivatives of every order, the fused step, and when it is taken."""
+"""masked_conv2d where it is im2col and a GEMM: values, derivatives of every order, the fused step, and when it is taken."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_a_fused_step_allocates_nothing_of_the_weights_size():
 
 @each_dtype
 @each_case
-def test_patches_and_their_backward_equal_the_reference(case, dtype):
+def test_im2col_and_col2im_equal_the_reference(case, dtype):
     (x, w, *_), geometry = inputs(case)
     kernel = w.shape[2:]
     pairs = [(value, value) if isinstance(value, int) else value for value in geometry]

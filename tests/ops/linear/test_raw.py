@@ -28,6 +28,7 @@ def test_output_and_gradients_equal_the_reference(shape, dtype, gate, device):
     check(*shape, gate, dtype, device)
 
 
+@pytest.mark.every_device
 @each_device
 @pytest.mark.parametrize("layout", [transposed, wider, offset], ids=["transposed", "wider", "offset"])
 def test_any_strides(layout, device):
@@ -40,6 +41,7 @@ def test_any_strides(layout, device):
         assert_near(one, other, 129, "gradient")
 
 
+@pytest.mark.every_device
 @each_device
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_float32_parameters_with_a_16_bit_product(out, device):
@@ -55,6 +57,7 @@ def test_float32_parameters_with_a_16_bit_product(out, device):
         assert bool(((one.double().cpu() - other).abs() <= bound).all())
 
 
+@pytest.mark.every_device
 @each_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_16_bit_gradient_of_the_input_is_as_accurate_as_a_dense_layers(dtype, device):
@@ -72,6 +75,7 @@ def test_16_bit_gradient_of_the_input_is_as_accurate_as_a_dense_layers(dtype, de
 BFLOAT16_SHAPES = (((1, 31), 1), ((5, 33), 7), ((7, 64), 33), ((8, 512), 12), ((3, 2081), 65), ((65, 1024), 130))
 
 
+@pytest.mark.every_device
 @each_device
 @each_gate
 @pytest.mark.parametrize("shape", BFLOAT16_SHAPES, ids=str)
@@ -90,6 +94,7 @@ def test_bfloat16_products_of_any_parameters(param, shape, gate, device):
         assert_near(one if one.dtype == product else one.to(product), other, reduction, name)
 
 
+@pytest.mark.every_device
 @each_device
 def test_bfloat16_saturates_exactly_and_keeps_nan_where_it_is(device):
     x, w, m, _, _, grad = inputs((3, 70), 9, torch.bfloat16, device)
@@ -111,6 +116,7 @@ def test_bfloat16_saturates_exactly_and_keeps_nan_where_it_is(device):
         assert bool(torch.isnan(one[4, 69])) and int(torch.isnan(one).sum()) == 1
 
 
+@pytest.mark.every_device
 @each_device
 def test_bias_without_logits_and_no_bias(device):
     x, w, m, b, _, grad = inputs((4, 17), 129, torch.float64, device)
@@ -122,6 +128,7 @@ def test_bias_without_logits_and_no_bias(device):
     assert dbm is None
 
 
+@pytest.mark.every_device
 @each_device
 def test_each_gradient_alone_equals_all_together(device):
     *arguments, grad = inputs((5, 129), 1134, torch.float32, device)

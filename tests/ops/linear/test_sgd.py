@@ -17,6 +17,7 @@ each_device = pytest.mark.parametrize("device", DEVICES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
+@pytest.mark.every_device
 @each_device
 @each_dtype
 @pytest.mark.parametrize("gate", GATES[::2], ids=GATE_IDS[::2])
@@ -26,6 +27,7 @@ def test_a_step_of_every_parameter_of_masked_linear(shape, momentum, gate, dtype
     check(*shape, gate, dtype, momentum, device)
 
 
+@pytest.mark.every_device
 @each_device
 @each_dtype
 @pytest.mark.parametrize("updates", [(True, False), (False, True), (True, True)], ids=["weight", "mask", "both"])
@@ -34,9 +36,9 @@ def test_masked_weight_updates_what_is_asked_for_and_gives_the_rest(updates, dty
     g, w, m = (torch.randn(6, 2, 3, 5, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(3))
     g, w, m = (t.to(memory_format=torch.channels_last) for t in (g, w, m))
     before = [p.double().cpu().clone() for p in (w, m)]
-    velocities = [torch.full_like(p, 0.25) if update else None for p, update in zip((w, m), updates)]
+    momentum_buffers = [torch.full_like(p, 0.25) if update else None for p, update in zip((w, m), updates)]
     exact = weight_reference.masked_weight_backward(g.double().cpu(), *before, SIGMOID, 0.5)
-    got = weight_raw.masked_weight_backward_sgd_(g, w, m, SIGMOID, 0.5, (True, True), updates, velocities, SETTINGS[:2])
+    got = weight_raw.masked_weight_backward_sgd_(g, w, m, SIGMOID, 0.5, (True, True), updates, momentum_buffers, SETTINGS[:2])
     for p, start, grad, update, result, its in zip((w, m), before, exact, updates, got, SETTINGS):
         if update:
             assert result is None
@@ -46,6 +48,7 @@ def test_masked_weight_updates_what_is_asked_for_and_gives_the_rest(updates, dty
             assert torch.equal(p.double().cpu(), start)
 
 
+@pytest.mark.every_device
 @each_device
 def test_a_gradient_that_is_not_needed_is_not_given_and_does_not_move(device):
     x, w, m, b, bm, grad = inputs((3, 17), 9, torch.float32, device)
@@ -62,9 +65,9 @@ def test_opcheck(device):
     x, w, m, b, bm, grad = inputs((3, 5), 4, torch.float32, device)
     linear, weight = torch.ops.metamask.masked_linear_backward_sgd_, torch.ops.metamask.masked_weight_backward_sgd_
     numbers = [number for its in SETTINGS for number in its]
-    velocities = [torch.zeros_like(p) for p in (w, m, b, bm)]
+    momentum_buffers = [torch.zeros_like(p) for p in (w, m, b, bm)]
     torch.library.opcheck(
-        linear.default, (grad, x, w, m, b, bm, *velocities, SIGMOID, 1.0, EVERY, (True, False, True, True), numbers)
+        linear.default, (grad, x, w, m, b, bm, *momentum_buffers, SIGMOID, 1.0, EVERY, (True, False, True, True), numbers)
     )
     plain = [number for its in SETTINGS for number in (*its[:2], 0.0)]
     torch.library.opcheck(
@@ -72,7 +75,7 @@ def test_opcheck(device):
         (grad, x, w, m, None, None, *[None] * 4, SIGMOID, 1.0, (True, True, True, False, False), (True, True, False, False), plain),
     )
     both = (True, True)
-    arguments = (torch.ones_like(w), w, m, *velocities[:2], SIGMOID, 1.0, both, (True, False), SETTINGS[0], SETTINGS[1])
+    arguments = (torch.ones_like(w), w, m, *momentum_buffers[:2], SIGMOID, 1.0, both, (True, False), SETTINGS[0], SETTINGS[1])
     torch.library.opcheck(weight.default, arguments)
 
 

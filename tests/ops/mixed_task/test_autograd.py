@@ -1,4 +1,4 @@
-"""Derivatives of batches that mix tasks: finite differences, plain torch, transforms, torch.compile, and which ops run."""
+"""Derivatives of mixed-task batches: finite differences, plain torch, transforms, torch.compile, and which ops run."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def test_a_training_step_from_a_list_allocates_only_the_gradients_of_the_masks_i
     assert allocated(second) < 12 * size
 
 
-# --- FusedMaskedSGD: parameters that a mixed batch reaches get ordinary gradients, and torch.optim.SGD's step.
+# --- FusedMaskedSGD: parameters that a mixed-task batch reaches get ordinary gradients, and torch.optim.SGD's step.
 
 
 def two_layers():

@@ -32,9 +32,9 @@ each_shape = pytest.mark.parametrize("shape", SHAPES)
 SLOTS = torch.tensor([2, 0, 2])
 
 
-@pytest.fixture(autouse=True, params=["patches", "one convolution"])
+@pytest.fixture(autouse=True, params=["im2col", "one convolution"])
 def path(request, monkeypatch):
-    """What the CPU runs, and what a GPU runs, on CPU tensors. In "many" theta is larger than the patches."""
+    """The path of the CPU and that of a GPU, on CPU tensors. In "many" theta is larger than the columns of im2col."""
     if request.param == "one convolution":
         monkeypatch.setattr(mixed, "ONE_CONVOLUTION_ON", ("cpu",))
     return request.param
@@ -61,6 +61,11 @@ def ours(x, w, m, b, bm, shape, gate, slots=SLOTS):
     return mm.task_masked_conv2d(x, slots, w, m, b, bm, *SHAPES[shape][3:], **options(gate))
 
 
+@pytest.mark.every_device(
+    emulated_if=lambda path, shape, dtype, gate, **_: (
+        path == "one convolution" and shape in ("3x3", "groups", "uneven") and dtype != torch.float16 and gate == GATES[1]
+    )
+)
 @each_gate
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @each_shape
@@ -75,7 +80,7 @@ def test_output_and_gradients_equal_conv2d_sample_by_sample(shape, dtype, gate):
     grads = torch.autograd.grad(got, tensors, grad)
     for index, (one, other) in enumerate(zip(grads, torch.autograd.grad(wanted, doubles, grad.double()))):
         assert one.dtype == dtype and one.shape == tensors[index].shape
-        # The patches' gradients are added up in the tensor's dtype, one for each place of the kernel
+        # col2im adds gradients up in the tensor's dtype, one for each place of the kernel
         assert_near(one, other, 3 * 42 * 9, f"gradient {index}")
 
 
@@ -87,6 +92,7 @@ def test_gradcheck_and_gradgradcheck(shape):
     assert gradgradcheck(function, tensors, fast_mode=True)
 
 
+@pytest.mark.every_device(emulated_if=lambda path, gate, **_: path == "one convolution" and gate == GATES[1])
 @each_gate
 def test_derivatives_to_the_third_order_equal_conv2d(gate):
     tensors = [tensor.requires_grad_() for tensor in inputs("groups")]

@@ -11,7 +11,6 @@ from support.mixed_task import (
     Batch,
     assert_near,
     check,
-    check_absent_cotangents,
     check_double_backward,
     check_without_bias_masks,
     cotangents_of,
@@ -91,6 +90,7 @@ def test_any_strides(case, stacked):
     assert all(torch.equal(one, other) for one, other in zip(leaves(got), leaves(wanted)))
 
 
+@pytest.mark.every_device
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_float32_parameters_with_a_16_bit_product(out):
     batch = Batch("ragged", torch.float32)
@@ -126,11 +126,28 @@ def test_each_gradient_alone_equals_all_together(case, stacked):
             torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.every_device(emulated_if=lambda case, stacked, **_: case == "groups" and not stacked)
 @each_form
-def test_a_cotangent_that_is_not_there_is_zero(stacked):
-    check_absent_cotangents(Batch("3-d", torch.float64, stacked))
+@pytest.mark.parametrize("case", ["3-d", "groups"])
+def test_a_cotangent_that_is_not_there_is_zero(case, stacked):
+    batch = Batch(case, torch.float64, stacked)
+    arguments = batch.arguments(GATE)
+    full = cotangents_of(batch)
+    zero = [[torch.zeros_like(one) for one in c] if isinstance(c, list) else torch.zeros_like(c) for c in full]
+    for index in range(5):
+        absent = [] if isinstance(full[index], list) else None
+        only = [full[i] if i == index else zero[i] for i in range(5)]
+        missing = [full[i] if i == index else ([] if isinstance(full[i], list) else None) for i in range(5)]
+        without = [absent if i == index else full[i] for i in range(5)]
+        with_zero = [zero[i] if i == index else full[i] for i in range(5)]
+        for given, wanted in ((missing, only), (without, with_zero)):
+            got = mixed_task_raw.task_masked_linear_double_backward(*given, batch.grad, *arguments)
+            expected = mixed_task_raw.task_masked_linear_double_backward(*wanted, batch.grad, *arguments)
+            for one, other in zip(leaves(got), leaves(expected)):
+                torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.every_device
 def test_some_cotangents_of_a_list_of_masks():
     batch = Batch("3-d", torch.float64, stacked=False)
     dx, dw, dm, db, dbm = cotangents_of(batch)
@@ -143,6 +160,7 @@ def test_some_cotangents_of_a_list_of_masks():
     assert all(torch.equal(one, other) for one, other in zip(leaves(got), leaves(wanted)))
 
 
+@pytest.mark.every_device
 @each_form
 def test_absent_tasks_get_zeros_and_the_others_do_not(stacked):
     batch = Batch("3-d", torch.float32, stacked)  # tasks 0, 1 and 3 of 6
@@ -153,6 +171,7 @@ def test_absent_tasks_get_zeros_and_the_others_do_not(stacked):
         assert [bool((one != 0).any()) for one in by_task] == [True, True, False, True, False, False]
 
 
+@pytest.mark.every_device
 def test_values_that_are_not_finite_stay_in_their_row_and_task():
     batch = Batch("3-d", torch.float32)
     masks = batch.masks[0]
@@ -174,6 +193,7 @@ def test_values_that_are_not_finite_stay_in_their_row_and_task():
     assert torch.isnan(dm[0]).nonzero().tolist() == [[0, 7, 16]]
 
 
+@pytest.mark.every_device
 def test_large_logits_give_the_dense_layer_or_nothing():
     batch = Batch("one row a task", torch.float32, bias=False)
     for logit in (100.0, 1e4, float("inf")):
@@ -208,6 +228,7 @@ def test_the_same_numbers_every_time_for_a_number_of_threads(case):
             assert all(torch.equal(one, other) for one, other in zip(first, everything()))
 
 
+@pytest.mark.every_device
 def test_inputs_are_not_written():
     batch = Batch("3-d", torch.float32)
     tensors = leaves((batch.tensors(), batch.grad, cotangents_of(batch)))
@@ -219,6 +240,7 @@ def test_inputs_are_not_written():
     assert all(torch.equal(one, other) for one, other in zip(tensors, kept))
 
 
+@pytest.mark.every_device
 @each_dtype
 def test_one_mask_expanded_for_all_tasks(dtype):
     """As it is where a meta-learner starts: the same numbers as from a copy for each task, and the gradients one array a task."""

@@ -49,6 +49,7 @@ def test_the_reference_equals_a_loop_over_samples(shape, stacked):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.every_device
 @pytest.mark.parametrize("shape", [(1,), (17,), (3, 1), (5, 129), (4, 1134), (3, 2, 3, 3), (0, 5), (3, 0)], ids=str)
 @each_dtype
 def test_pack_and_unpack(shape, dtype):
@@ -68,6 +69,7 @@ def test_pack_and_unpack(shape, dtype):
             assert int((packed[..., -1] >> ((rows.shape[-1] - 1) % 8 + 1)).max()) == 0  # padding
 
 
+@pytest.mark.every_device
 def test_pack_by_hand():
     logits = torch.tensor([[1.0, -1, 0, 2, -1, -1, -1, 3, 1], [-1.0] * 8 + [float("nan")]])
     assert mm.pack_mask(logits).tolist() == [[0b10001001, 1], [0, 0]]
@@ -81,6 +83,7 @@ def spread(bits):
     return memory[..., 3:-20]
 
 
+@pytest.mark.every_device
 @pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
 @pytest.mark.parametrize("layout", [transposed, wider, offset], ids=["transposed", "wider", "offset"])
 def test_any_strides(layout, listed):
@@ -113,6 +116,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(dtype):
     assert torch.equal(packed_raw.packed_masked_linear(x, slots, w[3:5], [packed[0][:, 3:5]], None, None, 1), y[:, 3:5])
 
 
+@pytest.mark.every_device
 def test_masks_anywhere_in_memory_are_read_to_their_end_only():
     """Rows of bits that begin at any byte, the last one at the end of its memory."""
     x, slots, w, b, _, packed, packed_bias = inputs(([0], (), 1, 7, 17, 1), torch.float32)
@@ -124,6 +128,7 @@ def test_masks_anywhere_in_memory_are_read_to_their_end_only():
         assert torch.equal(packed_raw.packed_masked_linear(x, slots, w, [moved], b, packed_bias, 1), want)
 
 
+@pytest.mark.every_device
 @pytest.mark.parametrize("wide", [0, 70])
 def test_a_weight_that_is_off_is_zero_whatever_it_was_and_a_bad_input_shows(wide):
     """The same rule where bits are tested (few rows; wide: two vectors of them at once) and where theta is expanded (many)."""
@@ -205,6 +210,7 @@ def test_the_same_numbers_every_time_for_a_number_of_threads():
             assert all(torch.equal(one, other) for one, other in zip(first, run()))
 
 
+@pytest.mark.every_device
 def test_each_gradient_alone_equals_all_together():
     x, slots, w, b, grad, packed, packed_bias = inputs(SHAPES["few and many"], torch.float32)
     args = (grad, x, slots, w, packed, b, packed_bias, 1)

@@ -59,6 +59,7 @@ def check(listed, gate, dtype, device, other=None):
             assert_close(one.cpu(), exact, f"{name}[{i}]", terms)
 
 
+@pytest.mark.every_device
 @each_device
 @each_gate
 @each_dtype
@@ -67,6 +68,7 @@ def test_a_list_and_its_derivatives_equal_the_reference(listed, dtype, gate, dev
     check(listed, gate, dtype, device)
 
 
+@pytest.mark.every_device
 @each_device
 @pytest.mark.parametrize(("dtype", "other"), MIXED, ids=lambda dtype: str(dtype)[6:])
 def test_results_and_gradients_of_a_list_may_have_another_16_or_32_bit_type(dtype, other, device):
@@ -86,6 +88,7 @@ def test_a_list_of_large_weights_does_not_depend_on_the_number_of_threads():
         assert torch.equal(one, weight_raw.masked_weight(w, m, SIGMOID, 1.0))
 
 
+@pytest.mark.every_device
 @each_device
 def test_only_the_lists_that_are_needed_are_made(device):
     weight, mask, grad, a, b = columns("all small", 5, torch.float32, device)
@@ -99,6 +102,7 @@ def test_only_the_lists_that_are_needed_are_made(device):
         assert_same(got, [column if need else [] for column, need in zip(both, needs)])
 
 
+@pytest.mark.every_device
 @each_device
 def test_a_cotangent_of_a_list_that_is_not_there_is_zero(device):
     weight, mask, grad, a, b = columns("all small", 5, torch.float32, device)
@@ -133,6 +137,7 @@ def plain(*tensors, gate=GATES[1]):
 SMOOTH = tuple(BY_NAME[name] for name in ("2x3", "scalar", "mask-transposed", "channels-last"))
 
 
+@pytest.mark.every_device
 @each_device
 def test_list_gradcheck_and_gradgradcheck(device):
     function = lambda *tensors: tuple(ours(*tensors))  # noqa: E731
@@ -150,6 +155,7 @@ def joined(function, chosen):
     return chosen_of
 
 
+@pytest.mark.every_device
 @each_device
 @pytest.mark.parametrize("chosen", [range(16), (1, 8)], ids=["all", "two of them"])
 @pytest.mark.parametrize("gate", [GATES[1], GATES[3]], ids=["sigmoid", "hard"])
@@ -197,6 +203,7 @@ def test_a_list_runs_one_op_for_each_order():
     assert metamask_ops(double_backward) == {"masked_weight_list_double_backward": 1, "masked_weight_list_backward": 1}
 
 
+@pytest.mark.once
 def test_transforms_and_torch_compile_of_a_list():
     tensors = [tensor.detach() for tensor in leaves(SMOOTH)]
     loss = lambda function: lambda *t: sum((theta**2).sum() for theta in function(*t))  # noqa: E731
@@ -229,6 +236,7 @@ def test_fused_sgd_takes_the_step_of_sgd_through_a_list():
         torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.once
 @each_device
 @each_dtype
 def test_opcheck_of_the_list_ops(dtype, device):

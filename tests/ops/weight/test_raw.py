@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import samples
 from support.samples import ALL, DEVICES, DTYPES, GATE_IDS, GATES, SMALL
-from support.weight_checks import MIXED, check_backward, check_double_backward, check_forward
+from support.weight_checks import MIXED, check, check_forward
 
 from metamask_ext import build_info
 from metamask_ext.ops.gate import HARD, SIGMOID
@@ -28,21 +28,19 @@ each_device = pytest.mark.parametrize("device", DEVICES)
 @each_dtype
 @each_sample
 def test_forward_and_derivatives_equal_the_reference(sample, dtype, gate, device):
-    check_forward(sample, gate, dtype, device)
-    check_backward(sample, gate, dtype, device)
-    check_double_backward(sample, gate, dtype, device)
+    check(sample, gate, dtype, device)
 
 
+@pytest.mark.every_device
 @each_device
 @each_gate
 @pytest.mark.parametrize(("dtype", "other"), MIXED, ids=lambda dtype: str(dtype)[6:])
 def test_result_and_gradient_may_have_another_16_or_32_bit_type(dtype, other, gate, device):
     for sample in (SMALL[2], ALL[-1]):
-        check_forward(sample, gate, dtype, device, other)
-        check_backward(sample, gate, dtype, device, other)
-        check_double_backward(sample, gate, dtype, device, other)
+        check(sample, gate, dtype, device, other)
 
 
+@pytest.mark.every_device
 @each_device
 def test_answers_worked_out_by_hand(device):
     # sigmoid(ln 3) = 3/4; its derivative 3/16; the second 3/16 * (1 - 3/2) = -3/32
@@ -60,6 +58,7 @@ def test_answers_worked_out_by_hand(device):
     assert weight_raw.masked_weight_backward(torch.ones_like(weight), weight, mask, HARD, 0.25)[1].tolist() == [5.0, 5.0, 5.0]
 
 
+@pytest.mark.every_device
 @each_device
 @each_dtype
 def test_large_and_infinite_logits_give_exactly_0_and_1(dtype, device):
@@ -74,6 +73,7 @@ def test_large_and_infinite_logits_give_exactly_0_and_1(dtype, device):
     assert [t.tolist() for t in second] == [[3.0, 0.0, 3.0, 0.0], [0.0] * 4, [0.0] * 4]
 
 
+@pytest.mark.every_device
 @each_device
 @each_dtype
 def test_nan_stays_nan(dtype, device):
@@ -95,6 +95,7 @@ def every_float16():
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
 
 
+@pytest.mark.every_device
 @each_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_16_bit_types_are_read_and_rounded_as_torch_does(dtype, device):
@@ -114,6 +115,7 @@ def test_16_bit_types_are_read_and_rounded_as_torch_does(dtype, device):
     assert torch.equal(narrowed, between.to(dtype))
 
 
+@pytest.mark.every_device
 @each_device
 @each_sample
 def test_result_keeps_the_memory_format_of_the_weight(sample, device):
@@ -124,6 +126,7 @@ def test_result_keeps_the_memory_format_of_the_weight(sample, device):
         assert theta.stride() == weight.stride()
 
 
+@pytest.mark.every_device
 @each_device
 @pytest.mark.parametrize("gate", GATES[::2], ids=GATE_IDS[::2])
 def test_only_the_outputs_that_are_needed_are_made(gate, device):
@@ -138,6 +141,7 @@ def test_only_the_outputs_that_are_needed_are_made(gate, device):
         assert all(torch.equal(g, e) if need else g is None for g, e, need in zip(got, everything, needs))
 
 
+@pytest.mark.every_device
 @each_device
 @pytest.mark.parametrize("gate", GATES[::2], ids=GATE_IDS[::2])
 def test_a_cotangent_that_is_not_there_is_zero(gate, device):
@@ -149,6 +153,7 @@ def test_a_cotangent_that_is_not_there_is_zero(gate, device):
         assert all(torch.equal(g, e) for g, e in zip(got, expected))
 
 
+@pytest.mark.every_device
 @each_device
 def test_inputs_are_not_written(device):
     given = SMALL[2].tensors(5, torch.float32, device)
@@ -175,7 +180,8 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
 def test_large_tensors_are_worked_on_by_all_threads():
     """A build without OpenMP would compute the same numbers in one thread."""
     script = (
-        "import os, threading, torch; from metamask_ext.ops.weight import raw as weight_raw; torch.set_num_threads(3); w = torch.empty(1 << 20);"
+        "import os, torch; from metamask_ext.ops.weight import raw as weight_raw; "
+        "torch.set_num_threads(3); w = torch.empty(1 << 20);"
         "before = len(os.listdir('/proc/self/task')); weight_raw.masked_weight(w, w, 0, 1.0);"
         "print(len(os.listdir('/proc/self/task')) - before)"
     )
