@@ -46,8 +46,8 @@ def fail(message):
 
 
 def find_torch():
-    """What the build needs to know of the installed torch."""
-    # pip's build isolation acts through these; the child sees the environment that is installed into.
+    """Returns the installed torch's version, CUDA version, folders and ABI."""
+    # Build isolation acts through these variables; without them the child sees the environment that is installed into.
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     probe = subprocess.run([sys.executable, "-c", PROBE], env=environment, cwd=os.sep, capture_output=True, text=True)
     if probe.returncode != 0:
@@ -56,7 +56,8 @@ def find_torch():
         fail(
             f"no torch is installed for {sys.executable}, and the extension is compiled against the one you use. Install torch "
             "2.11 or newer first (https://pytorch.org/get-started), then metamask_ext again. If torch is installed and this came "
-            "from a front end other than pip, which builds in an environment of its own, use 'pip install --no-build-isolation .'"
+            "from a front end other than pip, which builds in an environment of its own, add --no-build-isolation to its command, "
+            "as in 'uv pip install --no-build-isolation .'"
         )
     found = json.loads(probe.stdout.splitlines()[-1])
     if tuple(int(part) for part in re.findall(r"\d+", found["version"])[:2]) < MINIMUM_TORCH:
@@ -71,8 +72,16 @@ def find_nvcc():
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def find_build_tool(name):
+    """Finds a tool on PATH or, where that lacks the environment's folder, beside the interpreter."""
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None:
+        fail(f"{name} was not found: 'pip install {name}', or install without --no-build-isolation")
+    return found
+
+
 def choose_backend(torch):
-    """The backend asked for in METAMASK_BACKEND, or the best one that can be built."""
+    """Returns the backend that METAMASK_BACKEND asks for, or else the best one that can be built."""
     asked = os.environ.get("METAMASK_BACKEND", "")
     if asked not in ("", "cpu", "cuda", "reference"):
         fail(f"METAMASK_BACKEND must be cpu, cuda or reference, got {asked!r}")
@@ -89,7 +98,7 @@ def choose_backend(torch):
 
 
 def cuda_architectures(nvcc):
-    """CMake's names of the architectures: TORCH_CUDA_ARCH_LIST, or the default as far as the toolkit knows it."""
+    """Returns CMake's names of the architectures in TORCH_CUDA_ARCH_LIST, or of the default ones that the toolkit knows."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     wanted = [arch for arch in listed.split(";") if arch]
@@ -112,6 +121,8 @@ class BuildPython(build_py):
     """Adds ``_build.py``, which says what was built: without it the package refuses to be imported."""
 
     def run(self):
+        if BACKEND is None:
+            fail(f"{' '.join(sys.argv)} looks for no torch, and cannot build: 'pip install .' does")
         super().run()
         target = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE
         target.mkdir(parents=True, exist_ok=True)
@@ -128,15 +139,14 @@ class BuildExtension(build_ext):
     """Builds the one extension module with CMake and Ninja."""
 
     def build_extension(self, extension):
-        for tool in ("cmake", "ninja"):
-            if shutil.which(tool) is None:
-                fail(f"{tool} was not found: 'pip install {tool}', or install without --no-build-isolation")
+        cmake, ninja = find_build_tool("cmake"), find_build_tool("ninja")
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         # A place that stays, so that a second build compiles only what changed.
         build = ROOT / "build" / f"{BACKEND}-torch-{TORCH['version']}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         definitions = {
+            "CMAKE_MAKE_PROGRAM": ninja,
             "METAMASK_BACKEND": BACKEND,
             "TORCH_INCLUDE_DIRS": ";".join(TORCH["includes"]),
             "TORCH_LIBRARY_DIRS": ";".join(TORCH["libraries"]),
@@ -152,24 +162,26 @@ class BuildExtension(build_ext):
         # Under build isolation another run may have left a cache that names a CMake or Ninja which is gone.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         arguments = [f"-D{key}={value}" for key, value in definitions.items()]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *arguments], check=True)
+        subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *arguments], check=True)
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run(["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])], check=True)
+        subprocess.run([cmake, "--build", str(build), *(["-j", jobs] if jobs else [])], check=True)
 
 
 if platform.system() not in ("Linux", "Darwin"):
     fail(f"only Linux and macOS are supported, this is {platform.system()}")
 
-if set(sys.argv[1:]) & {"sdist", "clean", "--help", "--version"}:
-    TORCH, BACKEND = {"version": None}, "reference"
+if set(sys.argv[1:]) & {"sdist", "egg_info", "clean", "--help", "--version"}:
+    # A source distribution is made without torch.
+    TORCH = BACKEND = None
 else:
     # Already for the metadata: pip would otherwise fetch the newest torch as a dependency before the build could stop it.
     TORCH = find_torch()
     BACKEND = choose_backend(TORCH)
 
 setup(
-    packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"]), f"{PACKAGE}.bench"],
+    packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"], exclude=[f"{PACKAGE}.bench"]), f"{PACKAGE}.bench"],
     package_dir={f"{PACKAGE}.bench": "bench"},
-    ext_modules=[] if BACKEND == "reference" else [Extension(f"{PACKAGE}._C", [])],
+    package_data={PACKAGE: ["py.typed"]},
+    ext_modules=[Extension(f"{PACKAGE}._C", [])] if BACKEND in ("cpu", "cuda") else [],
     cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
 )
