@@ -60,10 +60,11 @@ bench: $(VENV)/.test  ## the benchmark suite, with its table and plot
 
 FORMATTED = $$(git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.cu' 'tests/*.h')
 
-lint: $(VENV)/.test  ## ruff, and clang-format in check mode
+lint: $(VENV)/.test  ## ruff and clang-format in check mode, and which rooms import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(VENV)/.test  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
@@ -92,7 +93,7 @@ gpu: $(VENV)/.torch  ## on a machine with a GPU: build, test on it, compute-sani
 	$(MAKE) $(VENV)/.test
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/gpu.py --out $(OUT)/gpu
 
-install-check:  ## install as a user does, in fresh environments; needs pip's registry
+install-check:  ## install the source distribution as users do, in a fresh environment; needs pip's registry
 	TORCH="$(TORCH)" $(PYTHON) tools/install_check.py
 
 clean:  ## remove what was built; the environment stays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TypedDict
 
 import torch
@@ -31,7 +32,7 @@ def check_build() -> None:
             f"metamask_ext was compiled for torch {TORCH}, and torch {torch.__version__} is running: install metamask_ext again"
         )
     try:
-        from . import _C  # noqa: F401
+        import_module("metamask_ext._C")
     except ImportError as error:
         raise ImportError(f"the extension module of metamask_ext does not load ({error}): install metamask_ext again") from error
 
@@ -57,6 +58,6 @@ def build_info() -> BuildInfo:
     }
     if BACKEND == "reference":
         return info
-    from . import _C
+    from ._C import build_info as compiled_info
 
-    return {**info, **_C.build_info(), "torch": TORCH}
+    return {**info, **compiled_info(), "torch": TORCH}

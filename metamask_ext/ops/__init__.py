@@ -3,7 +3,9 @@
 Importing this package registers ``torch.ops.metamask``; a reference build has no kernels and registers nothing.
 """
 
+from importlib import import_module
+
 from metamask_ext._build import BACKEND
 
 if BACKEND != "reference":
-    import metamask_ext._C  # noqa: F401  importing it registers the ops
+    import_module("metamask_ext._C")  # registers the ops
