@@ -1,4 +1,4 @@
-"""What a bank of packed tasks of LeNet-300-100 costs: bytes a task, and, measured in processes of their own, time and memory."""
+"""Measures a bank of packed tasks of LeNet-300-100: bytes a task and, in processes of their own, time and memory."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import MaskBank, unpack_mask
-from .problems import SEED
-from .tasks import lenet
+from metamask_ext import MaskBank, unpack_mask
+from metamask_ext.nn import MaskedLinear
+
+from .mixed_task import lenet
+from .problem import SEED
 
 OUTPUTS, BATCH, PROCESSES = 500, 64, 5
 
 
 def make_bank(tasks: int) -> MaskBank:
-    """Random masks, as many set as not."""
+    """Makes a bank of random masks, as many bits set as not."""
     torch.manual_seed(SEED)
     model = lenet(OUTPUTS)
     bank = MaskBank(model)
@@ -33,7 +34,7 @@ def make_bank(tasks: int) -> MaskBank:
 
 
 def task_bytes(tasks: int) -> dict[str, float]:
-    """The bytes of a packed task in memory, and all of a bank's folder but its shared weights, a task."""
+    """Returns the bytes of a packed task in memory, and on disk: all of a bank's folder but its shared weights, a task."""
     bank = make_bank(tasks)
     with tempfile.TemporaryDirectory() as folder:
         bank.save(folder)
@@ -43,11 +44,11 @@ def task_bytes(tasks: int) -> dict[str, float]:
 
 
 def opened_bank(tasks: int) -> dict[str, float]:
-    """Seconds and MB (10^6 bytes) of a process that opens a bank of so many tasks: the medians of :data:`PROCESSES` of them.
+    """Returns seconds and MB (10^6 bytes) of a process that opens a bank of so many tasks: medians of :data:`PROCESSES` of them.
 
     The bank was written just before, so that the system's cache holds its files. "open" is :meth:`metamask_ext.MaskBank.load` into
     a model that is there; "first batch" that of samples of different tasks, whose files are read and checked in it. Its output is
-    compared with plain torch's. The memory is what is resident more than after ``import torch``.
+    compared with plain torch's. The memory is the resident memory beyond that after ``import torch``.
     """
     bank = make_bank(tasks)
     runs = []
@@ -60,7 +61,7 @@ def opened_bank(tasks: int) -> dict[str, float]:
         expected = torch.stack([_plain(bank, name, sample) for name, sample in zip(names, x)])
         torch.save({"x": x, "names": names, "expected": expected}, Path(folder, "batch.pt"))
         for _ in range(PROCESSES):
-            command = [sys.executable, Path(__file__).with_name("bank_process.py"), folder, str(OUTPUTS)]
+            command = [sys.executable, str(Path(__file__).with_name("bank_process.py")), folder, str(OUTPUTS)]
             child = subprocess.run(command, capture_output=True, text=True)
             assert child.returncode == 0, f"a bank of {tasks} tasks: {child.stderr.strip().splitlines()[-1]}"
             runs.append(dict(line.rsplit(":", 1) for line in child.stdout.splitlines()))
@@ -68,17 +69,14 @@ def opened_bank(tasks: int) -> dict[str, float]:
 
 
 def _plain(bank: MaskBank, task: str, x: Tensor) -> Tensor:
-    """The task's logits of one sample, in float64."""
+    """Computes the task's logits of one sample by plain torch, in float64."""
     y = x.double()
-    for module in bank.model:  # type: ignore[union-attr]
-        if isinstance(module, nn.Linear):
-            weight, bias = module.weight.detach(), module.bias.detach()
-            mask, bias_mask = (unpack_mask(masks[task], like.shape) for masks, like in zip(_masks(module), (weight, bias)))
-            y = F.linear(y, weight.double() * mask, bias.double() * bias_mask)
+    for module in bank.model.children():
+        if isinstance(module, MaskedLinear):
+            assert module.bias_masks is not None
+            mask, bias_mask = module.masks[task], module.bias_masks[task]
+            weight = module.weight.detach().double() * unpack_mask(mask, module.weight.shape)
+            y = F.linear(y, weight, module.bias.detach().double() * unpack_mask(bias_mask, module.bias.shape))
         else:
             y = module(y)
     return y
-
-
-def _masks(layer: nn.Module) -> tuple[Any, Any]:
-    return layer.masks, layer.bias_masks

@@ -1,4 +1,4 @@
-"""Opens the bank in a folder and runs a first batch; prints what that took, a line each. Started by bank.py, in a new process."""
+"""Opens the bank in a folder, runs a first batch, and prints the seconds and MB of each. bank.py starts it in a new process."""
 
 import gc
 import sys
@@ -9,15 +9,15 @@ import torch
 
 
 def resident() -> float:
-    """MB of this process in memory."""
+    """Returns the MB of this process in memory."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:"))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def main(folder: str, outputs: int) -> None:
     before = resident()
-    from .. import MaskBank, using_task
-    from .tasks import lenet
+    from metamask_ext import MaskBank, using_task
+    from metamask_ext.bench.mixed_task import lenet
 
     batch = torch.load(Path(folder, "batch.pt"))
     model = lenet(outputs)

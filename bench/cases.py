@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from .bank import OUTPUTS, opened_bank, task_bytes
-from .cuda import linear_against_copy, weight_against_copy
+from .copy_bandwidth import linear_against_copy, weight_against_copy
+from .layers import cnn, masked_linear, masked_weight
 from .meta import checkpoint_memory, fewshot_step, sine_step
-from .problems import cnn, masked_linear, masked_weight
-from .tasks import inference, packed_forward, task_linear
+from .mixed_task import inference, mixed_task_linear, packed_forward
+from .problem import Problem
 from .training import fused_step, resnet18_step
 
 
@@ -23,10 +23,11 @@ class Case:
 
     Attributes:
         suite, measure, shape: its name, ``<suite>/<measure>-<shape>``.
-        build: makes its tensors and contenders, a :class:`Problem <metamask_ext.bench.problems.Problem>`.
+        build: makes its tensors and contenders, a :class:`Problem <metamask_ext.bench.problem.Problem>`; or, of a case that
+            compares no times, measures and returns numbers by name.
         quick: whether it is in the suite's short form.
         device: where its work runs; ``"cuda"`` work is waited for before the clock is read.
-        quantities: it compares no times: ``build`` measures, and gives numbers by name. They are taken with one allocator.
+        quantities: it compares no times; its numbers are taken with one allocator.
         processes: how many measure it, one after another; the medians are over the rounds of all.
         tuned: whether it is measured with the tuned allocator too.
     """
@@ -34,7 +35,7 @@ class Case:
     suite: str
     measure: str
     shape: str
-    build: Callable[[], Any]
+    build: Callable[[], Problem | dict[str, float]]
     quick: bool = False
     device: str = "cpu"
     quantities: bool = False
@@ -44,6 +45,12 @@ class Case:
     @property
     def id(self) -> str:
         return f"{self.suite}/{self.measure}-{self.shape}"
+
+    def problem(self) -> Problem:
+        """Builds a case that compares times."""
+        built = self.build()
+        assert isinstance(built, Problem)
+        return built
 
 
 WIDTHS = (64, 1024, 2048, 4096)
@@ -66,7 +73,7 @@ def _core() -> list[Case]:
     return [Case("core", measure, shape, build, f"{measure}-{shape}" in QUICK) for measure, shape, build in cases]
 
 
-# What bounds.py sets bounds on.
+# The sizes that targets.py has targets for.
 FORWARD = ((8, 1024), (32, 1024), (256, 1024), (8, 2048), (64, 2048), (8, 4096), (128, 4096))
 TRAINING = (*FORWARD, (1, 2048), (1024, 1024))
 BATCH_1 = ((1, 1024), (1, 2048))
@@ -89,7 +96,7 @@ def _cpu() -> list[Case]:
 
 # Batch x width x tasks; tasks x rows of each x width; batch x tasks.
 PACKED = ((16, 1024, 16), (64, 1024, 64), (16, 2048, 64), (64, 1024, 1000))
-BY_TASK = ((16, 16, 1024), (64, 4, 1024), (32, 16, 256))
+MIXED_TASK = ((16, 16, 1024), (64, 4, 1024), (32, 16, 256))
 INFERENCE = (64, 250)
 BANK_TASKS, FEW_TASKS = 2500, 100
 
@@ -100,12 +107,12 @@ def _tasks() -> list[Case]:
 
     cases = [
         *(("packed-forward", shape(sizes), partial(packed_forward, *sizes)) for sizes in PACKED),
-        *(("by-task-forward", shape(sizes), partial(task_linear, *sizes, "forward")) for sizes in BY_TASK),
-        *(("by-task-backward", shape(sizes), partial(task_linear, *sizes, "backward")) for sizes in BY_TASK[:2]),
+        *(("mixed-task-forward", shape(sizes), partial(mixed_task_linear, *sizes, "forward")) for sizes in MIXED_TASK),
+        *(("mixed-task-backward", shape(sizes), partial(mixed_task_linear, *sizes, "backward")) for sizes in MIXED_TASK[:2]),
         ("one-shot-inference", shape(INFERENCE), partial(inference, *INFERENCE, OUTPUTS)),
     ]
     quantities = [("task-bytes", FEW_TASKS, task_bytes), ("bank", BANK_TASKS, opened_bank)]
-    quick = ("packed-forward-16x1024x16", "by-task-forward-32x16x256", f"task-bytes-{FEW_TASKS}")
+    quick = ("packed-forward-16x1024x16", "mixed-task-forward-32x16x256", f"task-bytes-{FEW_TASKS}")
     return [
         *(Case("tasks", measure, shape, build, f"{measure}-{shape}" in quick) for measure, shape, build in cases),
         *(
@@ -140,7 +147,7 @@ def _cuda() -> list[Case]:
         *(("masked_linear-fused-step", f"{b}x4096", partial(fused_step, b, 4096, device=on)) for b in (8, 32)),
         ("bfloat16-fused-step", "4096x4096", partial(fused_step, 4096, 4096, torch.bfloat16, on)),
         ("packed-forward", "64x4096x64", partial(packed_forward, 64, 4096, 64, on)),
-        ("by-task-forward", "32x16x1024", partial(task_linear, 32, 16, 1024, "forward", on)),
+        ("mixed-task-forward", "32x16x1024", partial(mixed_task_linear, 32, 16, 1024, "forward", on)),
     ]
     quick = ("masked_weight-forward-4096x4096", "masked_linear-forward-8x4096")
     return [Case("cuda", measure, shape, build, f"{measure}-{shape}" in quick, on) for measure, shape, build in cases]

@@ -1,16 +1,17 @@
-"""What only the suite ``cuda`` times: a copy that moves as many bytes as a case must."""
+"""Adds a contender of the suite ``cuda``: a copy that moves as many bytes as the case must."""
 
 from __future__ import annotations
 
 import torch
 
-from .problems import Contender, Problem, masked_linear, masked_weight
+from .layers import masked_linear, masked_weight
+from .problem import Contender, Problem
 
 
 def with_copy(problem: Problem, elements: int, device: str) -> Problem:
-    """The same with a contender ``copy``, which reads ``elements`` / 2 and writes as many: the floor of the case, in bytes.
+    """Adds a contender ``copy``, which reads ``elements`` / 2 and writes as many: the floor of the case, in bytes.
 
-    ``copy/ours`` is the share of the copy bandwidth, measured in the same rounds, that ours reaches.
+    ``copy/metamask`` is the share of the copy bandwidth, measured in the same rounds, that metamask reaches.
     """
     source = torch.randn(elements // 2, device=device).to(problem.dtype)
     copied = torch.empty_like(source)
@@ -19,14 +20,15 @@ def with_copy(problem: Problem, elements: int, device: str) -> Problem:
 
 
 def weight_against_copy(width: int, mode: str, device: str) -> Problem:
-    """:func:`masked_weight`; forward it reads W and M and writes theta, the backward reads G too and writes dW and dM.
+    """Compares :func:`masked_weight` with a copy.
 
-    A ``"backward"`` is both, as plain torch's is.
+    The forward reads W and M and writes theta; the backward reads G too and writes dW and dM. A ``"backward"`` is both, as plain
+    torch's is.
     """
     arrays = 3 if mode == "forward" else 3 + 5
     return with_copy(masked_weight(width, mode, device), arrays * width * width, device)
 
 
 def linear_against_copy(batch: int, width: int, device: str) -> Problem:
-    """:func:`masked_linear` forward; it reads W and M."""
+    """Compares :func:`masked_linear`'s forward, which reads W and M, with a copy."""
     return with_copy(masked_linear(batch, width, "forward", device=device), 2 * width * width, device)

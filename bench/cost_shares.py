@@ -1,24 +1,28 @@
-"""What the time of a masked layer consists of: the cpu suite's times over what memory, gate and products take alone.
+"""Splits the time of a masked layer into the shares of memory, gate and products.
 
-The rates are measured here, in this process, on the ops themselves: the gate and the products in one thread and in cache, as the
-difference between two sizes divided by what the larger one has more (a call's own time cancels); reading in two threads.
+The times are the suite cpu's. The rates are measured here, in this process, on the ops themselves: the gate and the products in
+one thread and in cache, as the difference between two sizes divided by what the larger one has more (a call's own time
+cancels); reading in two threads.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from ..ops.linear import raw as linear_raw
-from ..ops.weight import raw as weight_raw
+from metamask_ext.ops.linear import raw as linear_raw
+from metamask_ext.ops.weight import raw as weight_raw
+
+from . import results_json
+from .problem import METAMASK
 from .report import between_marks
+from .results_json import Results
 
 ROUNDS = 300
 SIGMOID = 0, 1.0
@@ -35,8 +39,8 @@ class Rates(NamedTuple):
     memory: float
 
 
-def _slopes(make: Callable[[int], Callable[[], Any]], small: int, large: int) -> float:
-    """Seconds a unit between two sizes: medians of interleaved calls."""
+def _slopes(make: Callable[[int], Callable[[], object]], small: int, large: int) -> float:
+    """Measures the seconds a unit between two sizes, by medians of interleaved calls."""
     calls = [make(small), make(large)]
     times: list[list[float]] = [[], []]
     for _ in range(ROUNDS):
@@ -51,19 +55,19 @@ def measure() -> Rates:
     torch.manual_seed(0)
     wide = 512  # W, M and theta of the largest below fill half of a megabyte
 
-    def theta(rows: int) -> Callable[[], Any]:
+    def theta(rows: int) -> Callable[[], object]:
         w, m = torch.randn(2, rows, wide)
         return lambda: weight_raw.masked_weight(w, m, *SIGMOID)
 
-    def gradients(rows: int) -> Callable[[], Any]:
+    def gradients(rows: int) -> Callable[[], object]:
         g, w, m = torch.randn(3, rows, wide)
         return lambda: weight_raw.masked_weight_backward(g, w, m, *SIGMOID, (True, True))
 
-    def product(batch: int) -> Callable[[], Any]:
+    def product(batch: int) -> Callable[[], object]:
         x, (w, m) = torch.randn(batch, wide), torch.randn(2, 64, wide)
         return lambda: linear_raw.masked_linear(x, w, m, None, None, *SIGMOID)
 
-    def read(mebibytes: int) -> Callable[[], Any]:
+    def read(mebibytes: int) -> Callable[[], object]:
         x = torch.zeros(mebibytes << 18)
         return x.sum
 
@@ -73,8 +77,10 @@ def measure() -> Rates:
     return Rates(*one, 2**20 / _slopes(read, 8, 16), 2**20 / _slopes(read, 256, 512))
 
 
-def parts(rates: Rates, measure: str, batch: int, width: int, seconds: float, cache_bytes: int) -> tuple[int, float, float, float]:
-    """Arrays of the weight's size that are moved, and the shares of ``seconds`` of memory, gate and products."""
+def cost_shares(
+    rates: Rates, measure: str, batch: int, width: int, seconds: float, cache_bytes: int
+) -> tuple[int, float, float, float]:
+    """Returns the arrays of the weight's size that are moved, and the shares of memory, gate and products in ``seconds``."""
     weights = width * width
     forward = measure.endswith("forward")
     arrays = 2 if forward else 6
@@ -91,7 +97,7 @@ def parts(rates: Rates, measure: str, batch: int, width: int, seconds: float, ca
     )
 
 
-def table(results: dict[str, Any], rates: Rates, cache_bytes: int) -> str:
+def table(results: Results, rates: Rates, cache_bytes: int) -> str:
     head = ["measure", "batch x width", "arrays of the weight's size moved", "memory", "gate", "products", "the rest"]
     text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in results["rows"]:
@@ -101,8 +107,8 @@ def table(results: dict[str, Any], rates: Rates, cache_bytes: int) -> str:
         batch, width = map(int, row["shape"].split("x"))
         if width < 1024:
             continue
-        seconds = row["contenders"]["ours"]["median"] / 1e9
-        arrays, *shares = parts(rates, row["measure"], batch, width, seconds, cache_bytes)
+        seconds = row["contenders"][METAMASK]["median"] / 1e9
+        arrays, *shares = cost_shares(rates, row["measure"], batch, width, seconds, cache_bytes)
         cells = [f"{share:.0%}" for share in (*shares, 1 - shares[1] - shares[2])]
         text.append("| " + " | ".join([name, row["shape"], str(arrays), *cells]) + " |")
     text += [
@@ -115,17 +121,17 @@ def table(results: dict[str, Any], rates: Rates, cache_bytes: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m metamask_ext.bench.parts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m metamask_ext.bench.cost_shares", description=__doc__)
     parser.add_argument("results", type=Path, help="a results.json of the suite cpu, of this machine")
     parser.add_argument("--cache", type=int, default=32, metavar="MIB", help="the third-level cache of two cores")
     parser.add_argument(
-        "--update", type=Path, metavar="FILE", help="Markdown file whose marked table, bench:cpu:parts, is replaced"
+        "--update", type=Path, metavar="FILE", help="Markdown file whose marked table, bench:cpu:cost-shares, is replaced"
     )
     given = parser.parse_args()
-    text = table(json.loads(given.results.read_text()), measure(), given.cache << 20)
+    text = table(results_json.read(given.results), measure(), given.cache << 20)
     print(text)
     if given.update:
-        given.update.write_text(between_marks(given.update.read_text(), "bench:cpu:parts", text, given.update.name))
+        given.update.write_text(between_marks(given.update.read_text(), "bench:cpu:cost-shares", text, given.update.name))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,10 @@
-"""The work that a case times: the same network and the same unit of work, once for each contender.
-
-Contenders: ``ours``, this library; ``eager``, plain PyTorch, ``W * torch.sigmoid(M)``; ``compiled``, the same eager function under
-``torch.compile``; ``dense``, the same network with no mask at all, the floor.
-"""
+"""Problems of the functions ``masked_weight``, ``masked_linear`` and ``masked_conv2d``: single layers and a small CNN."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,52 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import metamask_ext
+from metamask_ext.ops.conv2d import reference as conv2d_reference
+from metamask_ext.ops.gate import SIGMOID
+from metamask_ext.ops.linear import reference as linear_reference
+from metamask_ext.ops.weight import reference as weight_reference
 
-from ..ops.conv2d import reference as conv2d_reference
-from ..ops.gate import SIGMOID
-from ..ops.linear import reference as linear_reference
-from ..ops.weight import reference as weight_reference
-
-LEARNING_RATE = 1e-3
-SEED = 0
-
-Function = Callable[..., Tensor]
-Work = Callable[[], tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way to do the work of a case.
-
-    Attributes:
-        work: one unit of work, as it is timed; it returns all that it computes.
-        exact: the same, in float64, by the specification. It starts where ``work`` started before its first call.
-        results: the names of what both return.
-    """
-
-    work: Work
-    exact: Work
-    results: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A case made ready to run.
-
-    Attributes:
-        contenders: by name; ``ours`` is one of them.
-        reduction: the largest number of products summed into one result: the check's tolerance grows with it.
-        missing: contenders that the case cannot have, each with the reason.
-        tolerance: of the check, on the norm of each result's error, relative to the result's: for networks in which the rounding of
-            one element decides others (a maximum, a ReLU). None: each element is checked.
-        dtype: of all results.
-    """
-
-    contenders: dict[str, Contender]
-    reduction: int
-    missing: dict[str, str] = field(default_factory=dict)
-    tolerance: float | None = None
-    dtype: torch.dtype = torch.float32
+from .problem import LEARNING_RATE, METAMASK, SEED, Contender, Function, Problem, Work, gradient_of
 
 
 class Layers(NamedTuple):
@@ -74,7 +30,7 @@ class Layers(NamedTuple):
 
 _GATE = (SIGMOID, 1.0)
 
-OURS = Layers(
+MASKED = Layers(
     metamask_ext.masked_weight,
     metamask_ext.masked_linear,
     lambda x, w, m, stride: metamask_ext.masked_conv2d(x, w, m, stride=stride, padding=1),
@@ -98,7 +54,7 @@ SPECIFICATION = Layers(
 
 @dataclass
 class Tensors:
-    """What a network works on: its input (None: it has none), weights, their mask logits, and the gradient of its output."""
+    """A network's input (None: it has none), its weights and their mask logits, and the gradient of its output."""
 
     input: Tensor | None
     weights: list[Tensor]
@@ -106,14 +62,15 @@ class Tensors:
     gradient: Tensor | None = None
 
     def copy(self, dtype: torch.dtype | None = None) -> Tensors:
-        def one(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.detach().to(dtype or tensor.dtype, copy=True)
+        def one(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype or tensor.dtype, copy=True)
 
         weights, masks = [one(w) for w in self.weights], [one(m) for m in self.masks]
-        return Tensors(one(self.input), weights, masks, one(self.gradient))  # type: ignore[arg-type]
+        input, gradient = (None if tensor is None else one(tensor) for tensor in (self.input, self.gradient))
+        return Tensors(input, weights, masks, gradient)
 
     def arguments(self) -> list[Tensor]:
-        """As a network takes them: the input, then each weight with its mask."""
+        """Lists them as a network takes them: the input, then each weight with its mask."""
         pairs = [tensor for pair in zip(self.weights, self.masks) for tensor in pair]
         return pairs if self.input is None else [self.input, *pairs]
 
@@ -173,7 +130,7 @@ def _problem(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Problem:
-    """The four contenders of ``network``, a function from a contender's layers to its forward.
+    """Makes the four contenders of ``network``, a function from a contender's layers to its forward.
 
     Args:
         mode: ``"forward"``, with nothing to differentiate; ``"backward"``, forward and the gradients of everything; ``"step"``,
@@ -196,7 +153,7 @@ def _problem(
             output = network(EAGER)(*tensors.arguments())
         tensors.gradient = normal(output.shape, output.shape[0])
 
-    # What only reads can be shared. A step writes, so each contender has its own parameters.
+    # Work that only reads shares its tensors. A step writes, so each contender has parameters of its own.
     def own() -> Tensors:
         return tensors.copy() if mode == "step" else tensors
 
@@ -208,7 +165,7 @@ def _problem(
     compiled = torch.compile(network(EAGER), dynamic=False, fullgraph=True)
     contenders = {}
     for name, function, definition in (
-        ("ours", network(OURS), specification),
+        (METAMASK, network(MASKED), specification),
         ("eager", network(EAGER), specification),
         ("compiled", compiled, specification),
         ("dense", network(DENSE), exact(DENSE, False)),
@@ -248,7 +205,7 @@ def _work(function: Function, tensors: Tensors, mode: str, masked: bool, input_g
         output = function(*arguments)
         output.backward(gradient)
         optimizer.step()
-        return (output, *(tensor.grad for tensor in wanted), *trained)  # type: ignore[misc]
+        return (output, *map(gradient_of, wanted), *trained)
 
     return step
 

@@ -1,4 +1,4 @@
-"""How a case is checked, timed and summarised."""
+"""Checks, times and summarises a case."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from .cases import Case
-from .problems import Contender, Problem
+from .problem import METAMASK, Contender, Problem, Work
+from .results_json import Ratio, Spread, Summary
 
 ROUNDINGS = 32.0
 SHORT_ROUNDINGS = 4.0
 WARMUP_ROUNDS = 3
 MIN_ROUNDS, MAX_ROUNDS = 9, 101
 TARGET_SECONDS = 1.0
-"""How long the rounds of a case should take, as far as the bounds on their number allow."""
+"""The time that the rounds of a case should take, within the limits of their number."""
 
 BLOCKS = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """In bytes, never written to: the smallest that fits no free block lies at the heap's end."""
 
 FLOOR = "dense"
-"""The contender that does less than ours must; its ratio is written the other way round."""
+"""The contender that does less than metamask must; its ratio is written the other way round."""
 
 
 class Checked(NamedTuple):
@@ -42,14 +43,14 @@ class Checked(NamedTuple):
 
 
 def check(problem: Problem) -> Checked:
-    """Compare every contender's results with float64.
+    """Compares every contender's results with float64.
 
     Raises:
         AssertionError: a result is wrong: too far off, not finite, or of another shape or dtype.
     """
     not_measured = dict(problem.missing)
     errors = {}
-    exact: dict[Any, tuple[Tensor, ...]] = {}
+    exact: dict[Work, tuple[Tensor, ...]] = {}
     for name, contender in problem.contenders.items():
         if contender.exact not in exact:
             exact[contender.exact] = contender.exact()
@@ -58,7 +59,7 @@ def check(problem: Problem) -> Checked:
         except TorchDynamoException as error:
             if name != "compiled":
                 raise
-            # str() of it may be empty or pages long; its first line names the cause (no C++ compiler, say).
+            # Its text may be empty or pages long; the first line names the cause (no C++ compiler, say).
             not_measured[name] = f"torch.compile failed: {(str(error).strip() or repr(error)).splitlines()[0]}"
             continue
         errors[name] = _worst_error(name, contender, results, exact[contender.exact], problem)
@@ -105,7 +106,7 @@ def _worst_error(
 
 
 def check_apart(case: Case) -> Checked:
-    """:func:`check` in a process of its own, so that the float64 arithmetic leaves no trace in the process that is timed.
+    """Runs :func:`check` in a process of its own, so that its float64 arithmetic leaves no trace in the process that is timed.
 
     glibc raises the sizes at which it asks the system for memory, and gives it back, when a larger block is freed. Counted: after a
     check in the same process, the eager forward and backward of 8 x 1024 takes 120 page faults instead of 1756.
@@ -132,14 +133,14 @@ def check_apart(case: Case) -> Checked:
 
 def _send_check(case: Case, sender: Connection) -> None:
     try:
-        sender.send(check(case.build()))
+        sender.send(check(case.problem()))
     except Exception as error:
         text = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
         sender.send(AssertionError(text))
 
 
 def timed(case: Case, contender: Contender) -> Callable[[], None]:
-    """One unit of work. Its results are freed inside, as in a loop that keeps nothing."""
+    """Makes one unit of work. Its results are freed inside, as in a loop that keeps nothing."""
     work = contender.work
     if case.device == "cuda":
 
@@ -156,7 +157,7 @@ def timed(case: Case, contender: Contender) -> Callable[[], None]:
 
 
 def settle_heap() -> None:
-    """Let the C library give back to the system what the call before has freed, before the next is timed.
+    """Lets the C library give back to the system what the call before has freed, before the next is timed.
 
     glibc does so in a later free of a block at the heap's end, whoever's that is: the 64 KiB that a contender frees may cost it
     several times its own time, because of two weights' worth of memory that another has freed. Measured without this, a forward
@@ -167,7 +168,7 @@ def settle_heap() -> None:
 
 
 def nanoseconds(unit: Callable[[], None]) -> int:
-    """How long one call takes."""
+    """Times one call."""
     settle_heap()
     start = time.perf_counter_ns()
     unit()
@@ -175,14 +176,14 @@ def nanoseconds(unit: Callable[[], None]) -> int:
 
 
 def choose_rounds(units: dict[str, Callable[[], None]]) -> int:
-    """Warm up, then the number of rounds that fit into :data:`TARGET_SECONDS`, within bounds."""
+    """Warms up, and returns the number of rounds that fit into :data:`TARGET_SECONDS`, within limits."""
     # The shortest: the first compiles, and another may have been disturbed.
     took = min(sum(nanoseconds(unit) for unit in units.values()) for _ in range(WARMUP_ROUNDS))
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(TARGET_SECONDS * 1e9 / took)))
 
 
 class Others:
-    """The share of the machine's CPU time that other processes take, from here on (Linux; None elsewhere).
+    """Measures the share of the machine's CPU time that other processes take from here on (Linux; None elsewhere).
 
     Contenders that use all cores wait for the slowest thread: beside another busy process their times can be off by any factor.
     """
@@ -199,7 +200,7 @@ class Others:
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """Seconds: of the clock, of CPU time of the machine, and of this process."""
+        """Reads the seconds of the clock, of the machine's CPU time, and of this process's."""
         stat = Path("/proc/stat")
         if not stat.exists():
             return None
@@ -208,31 +209,28 @@ class Others:
         return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
 
 
-def summarise(times: dict[str, list[int]]) -> dict[str, Any]:
-    """What the times of interleaved rounds (nanoseconds, by contender) say.
+def summarise(times: dict[str, list[int]]) -> Summary:
+    """Summarises the times of interleaved rounds: nanoseconds, by contender.
 
-    Returns:
-        ``contenders``: for each the ``median``, ``iqr`` (interquartile range) and ``times``, all in nanoseconds; ``ratios``, for
-        each but ours: ``of_medians``, the ratio of the medians, ``per_round``, the median of the rounds' ratios, and ``iqr``, of
-        the rounds' ratios.
+    A ratio says how many times as long as metamask a contender takes; that to the floor is the other way round.
     """
-    ratios = {}
+    ratios: dict[str, Ratio] = {}
     for name in times:
-        if name != "ours":
-            above, below = ("ours", name) if name == FLOOR else (name, "ours")
+        if name != METAMASK:
+            above, below = (METAMASK, name) if name == FLOOR else (name, METAMASK)
             per_round = [a / b for a, b in zip(times[above], times[below])]
             ratios[f"{above}/{below}"] = {
                 "of_medians": statistics.median(times[above]) / statistics.median(times[below]),
                 "per_round": statistics.median(per_round),
                 "iqr": _interquartile_range(per_round),
             }
-    contenders = {
+    contenders: dict[str, Spread] = {
         name: {"median": statistics.median(values), "iqr": _interquartile_range(values), "times": values}
         for name, values in times.items()
     }
     return {"contenders": contenders, "ratios": ratios}
 
 
-def _interquartile_range(values: list[Any]) -> float:
+def _interquartile_range(values: Sequence[float]) -> float:
     lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
     return upper - lower

@@ -1,4 +1,4 @@
-"""Steps of MAML that adapt the masks of a masked net: ours, and the same in plain PyTorch and with other libraries.
+"""Problems of MAML steps that adapt the masks of a masked net: metamask, plain PyTorch and other libraries.
 
 ``vmap``: plain functions under ``torch.func.grad`` and ``torch.vmap``; ``loop``: one task after another with ``autograd.grad``;
 ``higher`` and ``torchopt``: as these libraries are meant to be used, which is one task after another. They are taken from the
@@ -14,33 +14,34 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ..meta import MAML
-from ..nn import MaskedConv2d, MaskedLinear
-from ..nn.masked_layer import MaskedLayer
-from .problems import SEED, Contender, Problem, Work
+from metamask_ext.meta import MAML
+from metamask_ext.nn import MaskedConv2d, MaskedLinear
+from metamask_ext.nn.masked_layer import MaskedLayer
+
+from .problem import METAMASK, SEED, Contender, Problem, Work, gradient_of
 
 PEERS = "METAMASK_PEERS"
 INSTALL = "pip install --no-deps --target DIR higher torchopt optree graphviz"
 META_LEARNING_RATE = 1e-3
 STEPS = 5
-"""So many small steps are one unit of work, as they follow each other in training: the first one after another contender's finds
-its code and tensors in no cache, and takes half as long again."""
+"""The small steps in one unit of work, as they follow each other in training: the first one after another contender's finds its
+code and tensors in no cache, and takes half as long again."""
 MEMORY_STEPS = (1, 2, 5, 10, 20)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Network = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], Tensor]
-"""``network(theta, rest, x)``: ``theta`` the masked weights and biases, ``rest`` what has no mask."""
+"""``network(theta, rest, x)``: ``theta`` the masked weights and biases, ``rest`` the parameters without a mask."""
 
 
 class Learned(NamedTuple):
-    """What a net learns: the shared weights and biases, the masks of each, and what has no mask."""
+    """A net's parameters: the shared weights and biases, the masks of each, and the parameters without a mask."""
 
     shared: list[Tensor]
     masks: list[Tensor]
@@ -74,7 +75,7 @@ def sine_data(tasks: int, shots: int) -> Data:
 
 
 def sine_step(tasks: int, shots: int) -> Problem:
-    """Steps of arXiv:1703.03400, section 5.1, on sine waves: 1-40-40-1, one inner step, second order."""
+    """Times steps of arXiv:1703.03400, section 5.1, on sine waves: 1-40-40-1, one inner step, second order."""
     torch.manual_seed(SEED)
     model, data = sine_net(), sine_data(tasks, shots)
 
@@ -84,7 +85,7 @@ def sine_step(tasks: int, shots: int) -> Problem:
         return F.linear(x, theta[4], theta[5])
 
     contenders, learned = _contenders(model, network, data, F.mse_loss, 0.5)
-    exact, names = contenders["ours"].exact, contenders["ours"].results
+    exact, names = contenders[METAMASK].exact, contenders[METAMASK].results
     missing = {}
     for name, step in (("higher", _higher_step), ("torchopt", _torchopt_step)):
         library = _peer(name)
@@ -97,7 +98,7 @@ def sine_step(tasks: int, shots: int) -> Problem:
 
 
 def _repeated(work: Work) -> Work:
-    """``STEPS`` of them, with the results of the first."""
+    """Makes ``STEPS`` of it one unit of work, with the results of the first."""
 
     def repeated() -> tuple[Tensor, ...]:
         results = work()
@@ -109,7 +110,7 @@ def _repeated(work: Work) -> Work:
 
 
 def fewshot_step(ways: int, tasks: int, filters: int, queries: int) -> Problem:
-    """A step of one-shot classification of 28 x 28 images with the four-block net of arXiv:1703.03400, section 5.2."""
+    """Times a step of one-shot classification of 28 x 28 images with the four-block net of arXiv:1703.03400, section 5.2."""
     torch.manual_seed(SEED)
     blocks: list[nn.Module] = []
     for channels in (1, filters, filters, filters):
@@ -133,7 +134,7 @@ def fewshot_step(ways: int, tasks: int, filters: int, queries: int) -> Problem:
 def _contenders(
     model: nn.Module, network: Network, data: Data, loss_fn: Loss, inner_lr: float
 ) -> tuple[dict[str, Contender], Learned]:
-    """Ours, vmap and loop, and what all start from."""
+    """Makes metamask, vmap and loop, and the parameters that all start from."""
     learned = _learned(model)
     names = ("meta-loss", *(f"meta-gradient of {kind} {n}" for kind, some in learned._asdict().items() for n in range(len(some))))
 
@@ -144,7 +145,7 @@ def _contenders(
     own = copy.deepcopy(model)
     maml = MAML(own, inner_lr, adapt="masks")
     support, query = (data.x, data.y), (data.query_x, data.query_y)
-    works = {"ours": _step(_learned(own), lambda: maml(loss_fn, support, query))}
+    works = {METAMASK: _step(_learned(own), lambda: maml(loss_fn, support, query))}
     for name, make in (("vmap", _mapped), ("loop", _looped)):
         parameters = learned.copy()
         works[name] = _step(parameters, make(network, parameters, data, loss_fn, inner_lr))
@@ -154,12 +155,12 @@ def _contenders(
 def _learned(model: nn.Module) -> Learned:
     layers = [layer for layer in model.modules() if isinstance(layer, MaskedLayer)]
     pairs = [(shared, masks["default"]) for layer in layers for shared, masks in layer._groups()]
-    rest = [tensor for norm in model.modules() if isinstance(norm, nn.BatchNorm2d) for tensor in norm.parameters()]
+    rest: list[Tensor] = [tensor for norm in model.modules() if isinstance(norm, nn.BatchNorm2d) for tensor in norm.parameters()]
     return Learned([shared for shared, _ in pairs], [mask for _, mask in pairs], rest)
 
 
 def _step(learned: Learned, meta_loss: Callable[[], Tensor]) -> Work:
-    """The meta-loss, its gradient, and Adam."""
+    """Makes a step: the meta-loss, its gradient, and Adam."""
     parameters = [tensor for some in learned for tensor in some]
     # Fused, so that what is the same for all takes little of the time
     optimizer = torch.optim.Adam(parameters, META_LEARNING_RATE, fused=True)
@@ -169,7 +170,7 @@ def _step(learned: Learned, meta_loss: Callable[[], Tensor]) -> Work:
         loss = meta_loss()
         loss.backward()
         optimizer.step()
-        return (loss.detach(), *(tensor.grad for tensor in parameters))  # type: ignore[misc]
+        return (loss.detach(), *map(gradient_of, parameters))
 
     return step
 
@@ -213,7 +214,7 @@ class _Masks(nn.Module):
 
 
 class _Linear(nn.Module):
-    """A masked linear layer of plain torch, whose masks are a module by themselves: TorchOpt adapts whole modules."""
+    """A masked linear layer of plain torch, whose masks are a module of their own: TorchOpt adapts whole modules."""
 
     def __init__(self, weight: Tensor, mask: Tensor, bias: Tensor, bias_mask: Tensor):
         super().__init__()
@@ -225,15 +226,15 @@ class _Linear(nn.Module):
 
 
 def _plain_net(learned: Learned) -> tuple[nn.Sequential, Learned]:
-    """The net of sine waves for libraries that adapt modules."""
+    """Makes the net of sine waves for libraries that adapt modules."""
     shared, masks, _ = learned.copy()
     layers = [_Linear(shared[n], masks[n], shared[n + 1], masks[n + 1]) for n in range(0, len(shared), 2)]
-    model = nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))[:-1]
+    model = nn.Sequential(layers[0], *(module for layer in layers[1:] for module in (nn.ReLU(), layer)))
     own = [(layer.weight, layer.bias, layer.masks.mask, layer.masks.bias_mask) for layer in layers]
     return model, Learned([t for layer in own for t in layer[:2]], [t for layer in own for t in layer[2:]], [])
 
 
-def _higher_step(higher: Any, learned: Learned, data: Data, inner_lr: float) -> Work:
+def _higher_step(higher: ModuleType, learned: Learned, data: Data, inner_lr: float) -> Work:
     model, own = _plain_net(learned)
     inner = torch.optim.SGD(own.masks, inner_lr)
 
@@ -248,7 +249,7 @@ def _higher_step(higher: Any, learned: Learned, data: Data, inner_lr: float) -> 
     return _step(own, meta_loss)
 
 
-def _torchopt_step(torchopt: Any, learned: Learned, data: Data, inner_lr: float) -> Work:
+def _torchopt_step(torchopt: ModuleType, learned: Learned, data: Data, inner_lr: float) -> Work:
     model, own = _plain_net(learned)
     adapted = nn.ModuleList(layer.masks for layer in model if isinstance(layer, _Linear))
     inner = torchopt.MetaSGD(adapted, inner_lr)
@@ -267,7 +268,7 @@ def _torchopt_step(torchopt: Any, learned: Learned, data: Data, inner_lr: float)
 
 
 def _peer(name: str) -> ModuleType | str:
-    """The library, or why there is none."""
+    """Imports the library, or says why it cannot."""
     folder = os.environ.get(PEERS)
     if folder is None:
         return f"{name} is looked for in the folder {PEERS}: {INSTALL}, {PEERS}=DIR"
@@ -280,7 +281,7 @@ def _peer(name: str) -> ModuleType | str:
 
 
 def checkpoint_memory(tasks: int) -> dict[str, float]:
-    """How much more memory the inner steps of a sine step take than one of them, with ``checkpoint=True``: the most of some."""
+    """Measures how much more memory up to 20 inner steps of a sine step take than one of them, with ``checkpoint=True``."""
     torch.manual_seed(SEED)
     model, data = sine_net(), sine_data(tasks, 10)
     used = {}
@@ -300,7 +301,7 @@ def checkpoint_memory(tasks: int) -> dict[str, float]:
 
 
 def _peak(function: Callable[[], None]) -> int:
-    """The most bytes of tensors that were in use at once, beside those before."""
+    """Returns the most bytes of tensors that were in use at once, beside those before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

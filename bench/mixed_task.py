@@ -1,11 +1,11 @@
-"""Batches that mix tasks: float masks, masks of one bit a weight, and the inference of the task.
+"""Problems of mixed-task batches: float masks, masks of one bit a weight, and the inference of the task.
 
-Contenders beside ours, for packed masks: ``loop``, a linear layer for each task of the batch, its ``W * mask`` built;
+Contenders beside ``metamask``, for packed masks: ``loop``, a linear layer for each task of the batch, its ``W * mask`` built;
 ``gather``, ``torch.bmm`` with the batch's ``W * mask[slots]``; ``compiled``, the same sum under ``torch.compile``, which makes one
 loop of it. Their masks are bool, a byte a weight. ``loop-float`` has them as float32, which plain torch multiplies faster: 32
 times the memory of bits. For float masks: ``eager`` and ``compiled``, ``torch.bmm`` with ``W * torch.sigmoid(M)`` of all tasks.
 
-``dense`` is the layer without masks, and with float masks by task ``torch.bmm`` of weights that are made beforehand.
+``dense`` is the layer without masks; for float masks, ``torch.bmm`` of weights that are made beforehand.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import MaskBank, convert, packed_masked_linear, task_masked_linear, using_task
-from ..bank.inference import Sums, entropy_gradient
-from ..ops.gate import SIGMOID
-from ..ops.packed import reference as packed_reference
-from ..ops.weight import reference as weight_reference
-from .problems import SEED, Contender, Problem, Work
+from metamask_ext import MaskBank, convert, packed_masked_linear, task_masked_linear, using_task
+from metamask_ext.bank.inference import Sums, entropy_gradient
+from metamask_ext.nn import MaskedLinear
+from metamask_ext.ops.gate import SIGMOID
+from metamask_ext.ops.packed import reference as packed_reference
+from metamask_ext.ops.weight import reference as weight_reference
+
+from .problem import METAMASK, SEED, Contender, Function, Problem, Work
 
 SLOW = "with 1,000 tasks only the floor is compared: masks of bool would take 1 GiB, of float32 4 GiB"
 
@@ -41,7 +43,7 @@ def packed_forward(batch: int, width: int, tasks: int, device: str = "cpu") -> P
         return (packed_reference.packed_masked_linear(*inputs, None, None, 1),)
 
     works: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: packed_masked_linear(x, slots, weight, bits),
+        METAMASK: lambda: packed_masked_linear(x, slots, weight, bits),
         "dense": lambda: F.linear(x, weight),
     }
     plain = ("loop", "loop-float", "gather", "compiled")
@@ -78,7 +80,7 @@ def _alone(work: Callable[[], Tensor]) -> Work:
     return lambda: (work(),)
 
 
-def task_linear(tasks: int, rows: int, width: int, mode: str, device: str = "cpu") -> Problem:
+def mixed_task_linear(tasks: int, rows: int, width: int, mode: str, device: str = "cpu") -> Problem:
     """One square linear layer, float masks, ``rows`` samples of each task, those of a task together.
 
     Args:
@@ -92,7 +94,7 @@ def task_linear(tasks: int, rows: int, width: int, mode: str, device: str = "cpu
     gradient = torch.randn(tasks, rows, width, generator=generator) / rows
     x, weight, masks, slots, gradient = (tensor.to(device) for tensor in (x, weight, masks, slots, gradient))
 
-    def ours(x: Tensor, weight: Tensor, masks: Tensor) -> Tensor:
+    def masked(x: Tensor, weight: Tensor, masks: Tensor) -> Tensor:
         return task_masked_linear(x.flatten(0, 1), slots, weight, masks).view(x.shape)
 
     def plain(x: Tensor, weight: Tensor, masks: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ def task_linear(tasks: int, rows: int, width: int, mode: str, device: str = "cpu
     def ready_made(x: Tensor, theta: Tensor) -> Tensor:
         return torch.bmm(x, theta.transpose(1, 2))
 
-    def work(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], gradient: Tensor) -> Work:
+    def work(function: Function, tensors: tuple[Tensor, ...], gradient: Tensor) -> Work:
         if mode == "forward":
             return lambda: (function(*tensors),)
         if mode != "backward":
@@ -117,19 +119,19 @@ def task_linear(tasks: int, rows: int, width: int, mode: str, device: str = "cpu
 
         return backward
 
-    def exactly(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Work:
+    def exactly(function: Function, tensors: tuple[Tensor, ...]) -> Work:
         # Built when called, so that nothing in float64 is alive before or after.
         return lambda: work(function, tuple(tensor.double() for tensor in tensors), gradient.double())()
 
-    masked, dense = (x, weight, masks), (x, weight * torch.sigmoid(masks))
+    given, dense = (x, weight, masks), (x, weight * torch.sigmoid(masks))
     names = ("output", "gradient of input", "gradient of weight", "gradient of masks")
     dense_names = ("output", "gradient of input", "gradient of weights")
     some = 1 if mode == "forward" else None
-    exact = exactly(specification, masked)
+    exact = exactly(specification, given)
     compiled = torch.compile(plain, dynamic=False, fullgraph=True)
     contenders = {
-        name: Contender(work(function, masked, gradient), exact, names[:some])
-        for name, function in (("ours", ours), ("eager", plain), ("compiled", compiled))
+        name: Contender(work(function, given, gradient), exact, names[:some])
+        for name, function in ((METAMASK, masked), ("eager", plain), ("compiled", compiled))
     }
     contenders["dense"] = Contender(work(ready_made, dense, gradient), exactly(ready_made, dense), dense_names[:some])
     # The gradient of the weight sums over tasks and rows.
@@ -137,16 +139,18 @@ def task_linear(tasks: int, rows: int, width: int, mode: str, device: str = "cpu
 
 
 def lenet(outputs: int) -> nn.Sequential:
-    """LeNet-300-100, its linear layers masked by the hard gate."""
+    """Makes a LeNet-300-100 whose linear layers are masked by the hard gate."""
     plain = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, outputs))
-    return convert(plain, gate="hard", mask_init="normal")
+    model = convert(plain, gate="hard", mask_init="normal")
+    assert isinstance(model, nn.Sequential)
+    return model
 
 
 def inference(batch: int, tasks: int, outputs: int) -> Problem:
-    """For each image of a batch and each packed task of LeNet-300-100, what tells whether the image is of the task.
+    """Infers the task: for each image of a batch and each packed task of LeNet-300-100, evidence that the image is of the task.
 
-    Ours is one shot, the derivative of the output's entropy; ``loop`` runs the network of each task. The float64 references are
-    autograd's and plain torch's, with the masks as floats.
+    ``metamask`` takes the derivative of the output's entropy, in one shot; ``loop`` runs the network of each task. The float64
+    references are autograd's and plain torch's, with the masks as floats.
     """
     torch.manual_seed(SEED)
     model = lenet(outputs)
@@ -170,7 +174,8 @@ def inference(batch: int, tasks: int, outputs: int) -> Problem:
     def layers() -> list[tuple[Tensor, Tensor, list[Tensor], list[Tensor]]]:
         found = []
         for layer in model:
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, MaskedLinear):
+                assert layer.bias_masks is not None
                 weight, bias = layer.weight.detach(), layer.bias.detach()
                 masks = [packed_reference.unpack_mask(layer.masks[name], weight.shape) for name in names]
                 bias_masks = [packed_reference.unpack_mask(layer.bias_masks[name], bias.shape) for name in names]
@@ -192,15 +197,14 @@ def inference(batch: int, tasks: int, outputs: int) -> Problem:
         y = x.double()
         for number, (weight, bias, masks, bias_masks) in enumerate(layers()):
             given = y if number == 0 else y.relu()
-            y = sum(  # type: ignore[assignment]
-                alpha[:, task, None] * F.linear(given, weight * masks[task], bias * bias_masks[task]) for task in range(tasks)
-            )
+            outputs = [F.linear(given, weight * masks[task], bias * bias_masks[task]) for task in range(tasks)]
+            y = torch.stack([alpha[:, task, None] * output for task, output in enumerate(outputs)]).sum(0)
         log_p = y.log_softmax(1)
         entropy = -(log_p.exp() * log_p).sum()
         return torch.autograd.grad(entropy, [alpha])
 
     contenders = {
-        "ours": Contender(lambda: (entropy_gradient(model, names, x, True, sums),), slopes, ("derivative of the entropy",)),
+        METAMASK: Contender(lambda: (entropy_gradient(model, names, x, True, sums),), slopes, ("derivative of the entropy",)),
         "loop": Contender(loop, each_task, ("logits",)),
     }
     # By the norm: a ReLU whose input is near 0 falls on two sides in float32 and float64.

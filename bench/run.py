@@ -19,26 +19,32 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .. import build_info
-from ..files.atomic import prepare_folder, write_atomic
-from ..files.errors import OutputError
-from . import bounds, report
+from metamask_ext import build_info
+from metamask_ext.files.atomic import prepare_folder
+from metamask_ext.files.errors import OutputError
+
+from . import report, targets
 from .cases import SUITES, Case
 from .measure import summarise
+from .results_json import FORMAT, Machine, Results, Row, Timed, save
 
 ALLOCATORS: dict[str, dict[str, str]] = {
     "default": {},
     # Freed memory stays with the process instead of going back to the system.
     "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"},
 }
-# What would change the allocator, or bring in options of the user's pytest.
+# These would change the allocator, or bring in options of the user's pytest.
 DROPPED_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "PYTEST_")
 TIMEOUT_SECONDS = 600
 console = Console()
 
 
+class CaseError(Exception):
+    """The process of a case failed; the message says why."""
+
+
 def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None = None) -> int:
-    """Measure ``suite`` and write ``results.json``, ``table.md`` and, if there are ratios, ``ratios.png`` into ``out``.
+    """Measures ``suite`` and writes ``results.json``, ``table.md`` and, if there are ratios, ``ratios.png`` into ``out``.
 
     Args:
         suite: a key of :data:`metamask_ext.bench.cases.SUITES`.
@@ -72,8 +78,8 @@ def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None =
     begin = time.perf_counter()
     work = [(case, name) for case in cases for name in (ALLOCATORS if _both(case, quick) else ["default"])]
     rows = [_row(case, allocator, "not measured", "the run ended before it") for case, allocator in work]
-    results: dict[str, Any] = {
-        "format": 1,
+    results: Results = {
+        "format": FORMAT,
         "suite": suite,
         "quick": quick,
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -95,20 +101,12 @@ def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None =
 
 
 def _both(case: Case, quick: bool) -> bool:
-    """Whether the case is measured with both allocators."""
+    """Tells whether the case is measured with both allocators."""
     return not quick and case.device == "cpu" and case.tuned and not case.quantities
 
 
-def save(results: dict[str, Any], path: Path) -> None:
-    """Write ``results`` as JSON, one line for each row: the times are long lists."""
-    head = json.dumps({**results, "rows": []}, indent=1)
-    lines = ",\n".join("  " + json.dumps(row) for row in results["rows"])
-    start, end = head.rsplit("[]", 1)
-    write_atomic(path, f"{start}[\n{lines}\n ]{end}\n".encode())
-
-
-def describe_machine() -> dict[str, Any]:
-    """The machine and the software, without names of hosts, users or folders."""
+def describe_machine() -> Machine:
+    """Describes the machine and the software, without names of hosts, users or folders."""
     from cpuinfo import get_cpu_info  # of pytest-benchmark
 
     info = build_info()
@@ -129,7 +127,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _gpu_state() -> dict[str, str] | None:
-    """Driver and clocks (MHz; ``max`` what the card may reach) of the GPU in use, as nvidia-smi says; None without one."""
+    """Asks nvidia-smi for the driver and clocks (MHz; ``max`` the card's limit) of the GPU in use; None without one."""
     if not torch.cuda.is_available():
         return None
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
@@ -140,7 +138,7 @@ def _gpu_state() -> dict[str, str] | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, marked if files differ from it; None outside a checkout."""
+    """Returns the commit of the checkout that this package runs from, marked if files differ; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
@@ -152,23 +150,30 @@ def _commit() -> str | None:
     return git("rev-parse", "--short=12", "HEAD") + (" with local changes" if modified else "")
 
 
-def _measure(case: Case, allocator: str) -> dict[str, Any]:
-    """One row of the results."""
+def _measure(case: Case, allocator: str) -> Row:
+    """Measures one row of the results."""
     if case.device == "cuda" and not torch.cuda.is_available():
         return _row(case, allocator, "not measured", "no GPU")
     if allocator == "tuned" and platform.libc_ver()[0] != "glibc":
         return _row(case, allocator, "not measured", "the settings are those of glibc's allocator")
-    runs = []
+    runs: list[Timed] = []
     for _ in range(case.processes):
-        found = _measure_once(case, allocator)
-        if isinstance(found, str):
-            return _row(case, allocator, "failed", found)
+        try:
+            found = _measure_once(case, allocator)
+        except CaseError as error:
+            return _row(case, allocator, "failed", str(error))
+        if case.quantities:
+            return {**_row(case, allocator, "measured"), "quantities": found["quantities"]}
         runs.append(found)
     return {**_row(case, allocator, "measured"), **combined(runs)}
 
 
-def _measure_once(case: Case, allocator: str) -> dict[str, Any] | str:
-    """What one process measured; if it failed, why."""
+def _measure_once(case: Case, allocator: str) -> Any:
+    """Measures in one process, and returns what it found: :class:`Timed`, or ``quantities``.
+
+    Raises:
+        CaseError: the process failed.
+    """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(DROPPED_VARIABLES)}
     # Plugins of other packages, and a checkout's configuration and conftest files, have no say here.
     environment.update(ALLOCATORS[allocator], PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
@@ -189,15 +194,15 @@ def _measure_once(case: Case, allocator: str) -> dict[str, Any] | str:
                 stderr=subprocess.STDOUT,
             )
         except subprocess.TimeoutExpired:
-            return f"it took longer than {TIMEOUT_SECONDS} s"
+            raise CaseError(f"it took longer than {TIMEOUT_SECONDS} s") from None
         if child.returncode != 0:
             console.print(child.stdout, markup=False, highlight=False)
-            return _reason(child)
+            raise CaseError(_reason(child))
         return json.loads(output.read_text())["benchmarks"][0]["extra_info"]
 
 
-def combined(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What several processes measured of one case: their rounds together, the largest share of others and the largest errors."""
+def combined(runs: list[Timed]) -> Timed:
+    """Combines the measurements of several processes: all rounds, the largest share of others and the largest errors."""
     first = runs[0]
     if len(runs) == 1:
         return first
@@ -212,21 +217,21 @@ def combined(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _row(case: Case, allocator: str, status: str, reason: str | None = None) -> dict[str, Any]:
-    row = {"case": case.id, "measure": case.measure, "shape": case.shape, "allocator": allocator, "status": status}
+def _row(case: Case, allocator: str, status: str, reason: str | None = None) -> Row:
+    row: Row = {"case": case.id, "measure": case.measure, "shape": case.shape, "allocator": allocator, "status": status}
     return row if reason is None else {**row, "reason": reason}
 
 
 def _reason(child: subprocess.CompletedProcess[str]) -> str:
-    """The first line of the error, as pytest marks it; without one, how the process ended."""
+    """Returns the first line of the error, as pytest marks it; without one, how the process ended."""
     errors = [line[1:].strip() for line in child.stdout.splitlines() if line.startswith("E  ")]
     return errors[0] if errors else f"pytest ended with exit code {child.returncode}"
 
 
-def _show(row: dict[str, Any]) -> None:
+def _show(row: Row) -> None:
     line = f"{row['case']:<44}{row['allocator']:<9}"
     if "quantities" in row:
-        line += "  ".join(f"{name} {bounds.number(value)}" for name, value in row["quantities"].items())
+        line += "  ".join(f"{name} {targets.number(value)}" for name, value in row["quantities"].items())
     elif row["status"] == "measured":
         line += "  ".join(f"{name} {ratio['of_medians']:.2f}" for name, ratio in row["ratios"].items())
         line += "".join(f"  {name} not measured: {reason}" for name, reason in row["not_measured"].items())

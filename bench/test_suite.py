@@ -1,23 +1,25 @@
 """The cases as pytest-benchmark tests, with ids such as ``core/masked_linear-forward-8x1024``.
 
-One process for each case (``metamask_ext.bench.run`` does that): what a case compiles or allocates changes the next one's times.
+``metamask_ext.bench.run`` starts a process for each: what a case compiles or allocates changes the next one's times.
 """
 
 from __future__ import annotations
 
 import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from .cases import SUITES, Case
 from .measure import Others, check_apart, choose_rounds, nanoseconds, summarise, timed
+from .problem import METAMASK
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for cases in SUITES.values() for case in cases])
-def test_case(case: Case, benchmark) -> None:
+def test_case(case: Case, benchmark: BenchmarkFixture) -> None:
     if case.quantities:
         benchmark.extra_info["quantities"] = benchmark.pedantic(case.build, rounds=1)
         return
     checked = check_apart(case)
-    problem = case.build()
+    problem = case.problem()
     units = {name: timed(case, problem.contenders[name]) for name in checked.errors}
     rounds = choose_rounds(units)
 
@@ -25,14 +27,14 @@ def test_case(case: Case, benchmark) -> None:
     names = list(units)
 
     def time_all() -> None:
-        # Rotating, so that each contender follows each other one equally often. Ours too is timed here, not by pytest-benchmark,
-        # whose own work before a call costs a small layer's some of its caches.
-        start = len(times["ours"]) % len(names)
+        # Rotating, so that each contender follows each other one equally often. metamask too is timed here, not by
+        # pytest-benchmark, whose own work before a call costs a small layer's some of its caches.
+        start = len(times[METAMASK]) % len(names)
         for name in names[start:] + names[:start]:
             times[name].append(nanoseconds(units[name]))
 
     others_cpu = Others()
-    benchmark.pedantic(units["ours"], setup=time_all, rounds=rounds, iterations=1)
+    benchmark.pedantic(units[METAMASK], setup=time_all, rounds=rounds, iterations=1)
     benchmark.extra_info.update(
         rounds=rounds,
         cpu_share_of_others=others_cpu.share(),

@@ -1,4 +1,4 @@
-"""Whole training steps of modules: with :class:`metamask_ext.optim.FusedMaskedSGD`, and of a ResNet-18."""
+"""Problems of whole training steps: with :class:`metamask_ext.optim.FusedMaskedSGD`, and of a ResNet-18."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .. import convert
-from ..nn import MaskedLinear
-from ..optim import FusedMaskedSGD
-from .problems import LEARNING_RATE, SEED, Contender, Problem, Work
+from metamask_ext import convert
+from metamask_ext.nn import MaskedLinear
+from metamask_ext.optim import FusedMaskedSGD
+
+from .problem import LEARNING_RATE, METAMASK, SEED, Contender, Problem, Work, gradient_of
 
 
 class EagerLinear(nn.Module):
@@ -29,7 +30,7 @@ class EagerLinear(nn.Module):
 
 
 def fused_step(batch: int, width: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
-    """A step of SGD on one square linear layer inside a network: ours updates W and M inside the backward.
+    """Times a step of SGD on one square linear layer inside a network: metamask updates W and M inside the backward.
 
     The others store gradients and call ``torch.optim.SGD``. All compute the gradient of the input too.
     """
@@ -41,7 +42,7 @@ def fused_step(batch: int, width: int, dtype: torch.dtype = torch.float32, devic
     weight, mask = normal(width, 1 / math.sqrt(width)), normal(width)
     x, gradient = normal(batch), normal(batch, 1 / batch)
 
-    def ours() -> nn.Module:
+    def masked() -> nn.Module:
         layer = MaskedLinear(width, width, bias=False, device=device, dtype=dtype)
         with torch.no_grad():
             layer.weight.copy_(weight)
@@ -58,18 +59,20 @@ def fused_step(batch: int, width: int, dtype: torch.dtype = torch.float32, devic
         return EagerLinear(weight.clone(), mask.clone())
 
     def compiled() -> nn.Module:
-        return torch.compile(eager(), dynamic=False, fullgraph=True)  # type: ignore[return-value]
+        model = eager()
+        model.compile(dynamic=False, fullgraph=True)
+        return model
 
-    masked = ("output", "gradient of input", "weight", "mask")
+    names = ("output", "gradient of input", "weight", "mask")
     contenders = {}
     for name, make, plain in (
-        ("ours", ours, eager),
+        (METAMASK, masked, eager),
         ("eager", eager, eager),
         ("compiled", compiled, eager),
         ("dense", dense, dense),
     ):
-        work = _step(make(), x, gradient, fused=name == "ours")
-        contenders[name] = Contender(work, _exactly(plain, x, gradient), masked[: 3 if name == "dense" else 4])
+        work = _step(make(), x, gradient, fused=name == METAMASK)
+        contenders[name] = Contender(work, _exactly(plain, x, gradient), names[: 3 if name == "dense" else 4])
     return Problem(contenders, max(batch, width), dtype=dtype)
 
 
@@ -83,7 +86,7 @@ def _step(model: nn.Module, x: Tensor, gradient: Tensor, fused: bool) -> Work:
             x.grad = None
             output = model(x)
             descent.backward(output, gradient)
-            return (output, x.grad, *parameters)  # type: ignore[return-value]
+            return (output, gradient_of(x), *parameters)
 
         return step
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)
@@ -95,18 +98,18 @@ def _step(model: nn.Module, x: Tensor, gradient: Tensor, fused: bool) -> Work:
         output = model(x)
         output.backward(gradient)
         optimizer.step()
-        return (output, x.grad, *parameters)  # type: ignore[return-value]
+        return (output, gradient_of(x), *parameters)
 
     return plain_step
 
 
 def _exactly(make: Callable[[], nn.Module], x: Tensor, gradient: Tensor) -> Work:
-    """The step in float64, by plain torch; built when called, so that nothing in float64 is alive before or after."""
+    """Makes the step in float64, by plain torch; built when called, so that nothing in float64 is alive before or after."""
     return lambda: _step(make().double(), x.double(), gradient.double(), fused=False)()
 
 
 class _Mask(nn.Module):
-    """As a parametrization: the way to mask an existing model in plain torch."""
+    """A mask as a parametrization: the way to mask an existing model in plain torch."""
 
     def __init__(self, mask: Tensor):
         super().__init__()
@@ -117,8 +120,8 @@ class _Mask(nn.Module):
 
 
 def resnet18_step(batch: int, size: int, fused: bool) -> Problem:
-    """A training step of torchvision's ResNet-18 on images of ``size x size`` pixels, every convolution and linear layer masked."""
-    from ..data._torchvision import import_torchvision
+    """Times a training step of torchvision's ResNet-18 on images of ``size x size`` pixels, with all its layers masked."""
+    from metamask_ext.data._torchvision import import_torchvision
 
     import_torchvision()
     from torchvision.models import resnet18
@@ -130,7 +133,7 @@ def resnet18_step(batch: int, size: int, fused: bool) -> Problem:
     def dense() -> nn.Module:
         return copy.deepcopy(plain)
 
-    def ours() -> nn.Module:
+    def masked() -> nn.Module:
         return convert(copy.deepcopy(plain), mask_init=2.0)
 
     def eager() -> nn.Module:
@@ -165,17 +168,16 @@ def resnet18_step(batch: int, size: int, fused: bool) -> Problem:
 
     names = ("loss", "step of the first layer's weight", "step of the last layer's weight")
     contenders = {}
-    for name, make, reference in (("ours", ours, eager), ("eager", eager, eager), ("dense", dense, dense)):
+    for name, make, reference in ((METAMASK, masked, eager), ("eager", eager, eager), ("dense", dense, dense)):
 
         def exact(make: Callable[[], nn.Module] = reference) -> tuple[Tensor, ...]:
             return step(make().double(), images.double(), False)()
 
-        contenders[name] = Contender(step(make(), images, fused and name == "ours"), exact, names)
+        contenders[name] = Contender(step(make(), images, fused and name == METAMASK), exact, names)
     missing = {"compiled": "compiling a ResNet-18 takes minutes on this machine"}
     return Problem(contenders, 1, missing, tolerance=1e-2)
 
 
 def _shared_weight(layer: nn.Module) -> Tensor:
-    if parametrize.is_parametrized(layer, "weight"):
-        return layer.parametrizations["weight"].original  # type: ignore[index, union-attr]
-    return layer.weight  # type: ignore[return-value]
+    parameters = dict(layer.named_parameters())
+    return parameters["parametrizations.weight.original"] if parametrize.is_parametrized(layer) else parameters["weight"]

@@ -14,7 +14,8 @@ from functools import partial
 import pytest
 import torch
 
-from metamask_ext.bench import bank, bounds, cuda, measure, problems, report, run
+from metamask_ext.bench import bank, copy_bandwidth, layers, measure, report, results_json, run, tables, targets
+from metamask_ext.bench import plot as plots
 from metamask_ext.bench.cases import SUITES, Case
 
 # One case of each measure; of those that are large, the same work on other sizes.
@@ -22,8 +23,8 @@ SIZES = {
     "resnet18-step": (3, 32),
     "resnet18-fused-step": (3, 32),
     "packed-forward": (3, 40, 5),
-    "by-task-forward": (3, 2, 40),
-    "by-task-backward": (3, 2, 40),
+    "mixed-task-forward": (3, 2, 40),
+    "mixed-task-backward": (3, 2, 40),
     "one-shot-inference": (5, 3),
 }
 SMALLEST = {}
@@ -65,27 +66,27 @@ def test_check_passes_and_refuses_any_wrong_result(case):
     assert checked.errors.keys() == problem.contenders.keys()
     assert all(error <= 1.0 for error in checked.errors.values())
 
-    ours = eager_problem(case).contenders["ours"]
-    exact = ours.exact()
-    right = [result.detach().clone() for result in ours.work()]
+    masked = eager_problem(case).contenders["metamask"]
+    exact = masked.exact()
+    right = [result.detach().clone() for result in masked.work()]
     # What rounds to 8 bits, or is compared by its norm, may differ by more.
     scale = 1.001 if problem.dtype == torch.float32 and problem.tolerance is None else 1.2
     damages = (lambda t: t.fill_(math.nan), lambda t: t.mul_(scale), lambda t: t.view(-1)[-1:].add_(1.0))
-    for index, what in enumerate(ours.results):
+    for index, what in enumerate(masked.results):
         for damage in damages:
             results = list(right)
             results[index] = right[index].clone()
             damage(results[index])
-            damaged = replace(ours, work=lambda results=results: tuple(results), exact=lambda: exact)
-            with pytest.raises(AssertionError, match=f"{what} of ours is wrong"):
-                measure.check(replace(problem, contenders={"ours": damaged}))
+            damaged = replace(masked, work=lambda results=results: tuple(results), exact=lambda: exact)
+            with pytest.raises(AssertionError, match=f"{what} of metamask is wrong"):
+                measure.check(replace(problem, contenders={"metamask": damaged}))
 
 
 def test_a_copy_moves_the_bytes_that_the_case_must():
     for problem, arrays in (
-        (cuda.weight_against_copy(8, "forward", "cpu"), 3),
-        (cuda.weight_against_copy(8, "backward", "cpu"), 8),
-        (cuda.linear_against_copy(2, 8, "cpu"), 2),
+        (copy_bandwidth.weight_against_copy(8, "forward", "cpu"), 3),
+        (copy_bandwidth.weight_against_copy(8, "backward", "cpu"), 8),
+        (copy_bandwidth.linear_against_copy(2, 8, "cpu"), 2),
     ):
         (copied,) = problem.contenders["copy"].work()
         assert 2 * copied.numel() == arrays * 8 * 8
@@ -98,22 +99,22 @@ def test_check_refuses_a_wrong_shape_and_dtype():
         (torch.Tensor.double, "float64, not torch.float32"),
     ):
         problem = eager_problem(case)
-        ours = problem.contenders["ours"]
-        problem.contenders["ours"] = replace(ours, work=lambda ours=ours, change=change: (change(ours.work()[0]),))
+        masked = problem.contenders["metamask"]
+        problem.contenders["metamask"] = replace(masked, work=lambda masked=masked, change=change: (change(masked.work()[0]),))
         with pytest.raises(AssertionError, match=message):
             measure.check(problem)
 
 
-@pytest.mark.parametrize("name", ["OURS", "EAGER", "DENSE"])
-def test_check_refuses_a_wrong_layer(monkeypatch, name):
-    right = getattr(problems, name)
+@pytest.mark.parametrize(("name", "contender"), [("MASKED", "metamask"), ("EAGER", "eager"), ("DENSE", "dense")])
+def test_check_refuses_a_wrong_layer(monkeypatch, name, contender):
+    right = getattr(layers, name)
     case = SMALLEST["core/masked_linear-forward-10x40"]
     problem = eager_problem(case)
     wrong = right._replace(linear=lambda x, w, m: right.linear(x, w, m) + 1e-3)
-    monkeypatch.setattr(problems, name, wrong)
-    work = eager_problem(case).contenders[name.lower()].work
-    problem.contenders[name.lower()] = replace(problem.contenders[name.lower()], work=work)
-    with pytest.raises(AssertionError, match=f"output of {name.lower()} is wrong in"):
+    monkeypatch.setattr(layers, name, wrong)
+    work = eager_problem(case).contenders[contender].work
+    problem.contenders[contender] = replace(problem.contenders[contender], work=work)
+    with pytest.raises(AssertionError, match=f"output of {contender} is wrong in"):
         measure.check(problem)
 
 
@@ -135,21 +136,21 @@ def test_every_contender_of_a_step_does_the_work_of_one_step():
     masked = ("output", "gradient of input", "gradient of weight 1", "gradient of mask 1", "weight 1", "mask 1")
     dense = ("output", "gradient of input", "gradient of weight 1", "weight 1")
     assert {name: contender.results for name, contender in problem.contenders.items()} == {
-        "ours": masked,
+        "metamask": masked,
         "eager": masked,
         "dense": dense,
     }
 
 
 def test_summary_of_times_worked_out_by_hand():
-    summary = measure.summarise({"ours": [10, 20, 30], "eager": [20, 60, 45], "dense": [5, 20, 60]})
+    summary = measure.summarise({"metamask": [10, 20, 30], "eager": [20, 60, 45], "dense": [5, 20, 60]})
     assert summary["ratios"] == {
         # medians 45 and 20; rounds 2, 3, 1.5
-        "eager/ours": {"of_medians": 2.25, "per_round": 2.0, "iqr": 0.75},
+        "eager/metamask": {"of_medians": 2.25, "per_round": 2.0, "iqr": 0.75},
         # medians 20 and 20; rounds 2, 1, 0.5
-        "ours/dense": {"of_medians": 1.0, "per_round": 1.0, "iqr": 0.75},
+        "metamask/dense": {"of_medians": 1.0, "per_round": 1.0, "iqr": 0.75},
     }
-    assert summary["contenders"]["ours"] == {"median": 20, "iqr": 10.0, "times": [10, 20, 30]}
+    assert summary["contenders"]["metamask"] == {"median": 20, "iqr": 10.0, "times": [10, 20, 30]}
 
 
 @pytest.mark.parametrize(
@@ -157,13 +158,13 @@ def test_summary_of_times_worked_out_by_hand():
     [(0.98, "0.98"), (0.996, "1.0"), (1.04, "1.0"), (1.06, "1.1"), (12.4, "12"), (99.6, "100"), (123.0, "120"), (0.0123, "0.012")],
 )
 def test_two_digits(value, text):
-    assert report.two_digits(value) == text
+    assert tables.two_digits(value) == text
 
 
 def row(shape, allocator, eager=None, dense=None, **more):
-    ratios = {"eager/ours": eager, "ours/dense": dense}
+    ratios = {"eager/metamask": eager, "metamask/dense": dense}
     given = {name: {"of_medians": value} for name, value in ratios.items() if value is not None}
-    times = {"ours": {"median": 10}, "eager": {"median": 10 * (eager or 1)}}
+    times = {"metamask": {"median": 10}, "eager": {"median": 10 * (eager or 1)}}
     common = {"case": f"core/m-{shape}", "measure": "m", "shape": shape, "allocator": allocator}
     measured = {"status": "measured", "not_measured": {}, "cpu_share_of_others": 0.0, "ratios": given, "contenders": times}
     return {**common, **measured, **more}
@@ -186,7 +187,7 @@ FAILED = {
     "shape": "3x4",
     "allocator": "tuned",
     "status": "failed",
-    "reason": "output of ours is wrong",
+    "reason": "output of metamask is wrong",
 }
 RESULTS = {
     "suite": "core",
@@ -203,23 +204,36 @@ RESULTS = {
 }
 # Geometric means: (2 * 8 * 0.5)^(1/3) = 2; (0.9 * 0.4)^(1/2) = 0.6; (0.5 * 2)^(1/2) = 1; 1.25 prints as 1.2 (round half to even).
 TABLE = """\
-| measure | shape | ours/dense, default | ours/dense, tuned | eager/ours, default | eager/ours, tuned |
+| measure | shape | metamask/dense, default | metamask/dense, tuned | eager/metamask, default | eager/metamask, tuned |
 |---|---|---|---|---|---|
 | m | 1x2 | 0.50 | 1.2 slower | 2.0 | 0.90 slower |
 | m | 3x4 | 2.0 slower | failed | 8.0 | failed |
 | m | 5x6 | not measured | not measured | 0.50 slower | 0.40 slower |
 | m | geometric mean | **1.0 (2 of 3)** | **1.2 (1 of 3) slower** | **2.0** | **0.60 (2 of 3) slower** |
 
-Ratios of medians of interleaved rounds; "slower": there ours loses. Machine: CPU, 4 cores, 2 threads, avx2, 8.0 GiB; \
+Ratios of medians of interleaved rounds; "slower": there metamask loses. Machine: CPU, 4 cores, 2 threads, avx2, 8.0 GiB; \
 torch 2.x, metamask_ext 0.1; 2026-01-02.
-Failed (m 3x4, tuned allocator): output of ours is wrong.
+Failed (m 3x4, tuned allocator): output of metamask is wrong.
 Not measured (m, dense): no such thing.
 In 1 of 5 measurements other processes took more than 5% of the CPU time (at most 25%): those are less certain.
 """
 
 
 def test_table_worked_out_by_hand():
-    assert report.markdown(RESULTS) == TABLE
+    assert tables.markdown(RESULTS) == TABLE
+
+
+def test_results_of_the_first_format_have_the_names_of_today(tmp_path):
+    summary = measure.summarise({"metamask": [10, 20], "dense": [20, 40]})
+    today = {
+        "case": "tasks/mixed-task-forward-1x2",
+        "measure": "mixed-task-forward",
+        "error_over_tolerance": {"metamask": 0.5},
+        **summary,
+    }
+    first = json.dumps(today).replace("mixed-task", "by-task").replace("metamask", "ours")
+    (tmp_path / "results.json").write_text(f'{{"format": 1, "rows": [{first}]}}')
+    assert results_json.read(tmp_path / "results.json")["rows"] == [today]
 
 
 def test_update_replaces_only_what_is_between_the_markers(tmp_path):
@@ -248,32 +262,32 @@ def result(measure, shape, allocator, **ratios):
     return {**common, "status": "measured", "ratios": {name: {"of_medians": value} for name, value in ratios.items()}}
 
 
-def test_bounds_worked_out_by_hand(monkeypatch):
-    compiled = {"compiled/ours": 2.0, "loop/ours": 40.0, "gather/ours": 30.0}
+def test_targets_worked_out_by_hand(monkeypatch):
+    compiled = {"compiled/metamask": 2.0, "loop/metamask": 40.0, "gather/metamask": 30.0}
     monkeypatch.setitem(
-        bounds.BOUNDS,
+        targets.TARGETS,
         "cpu",
         [
-            bounds.Bound("mean", "m", ("1x2", "3x4"), "ours/dense", {"default": 1.0, "tuned": 1.0}),
-            bounds.Bound("each", "m", ("1x2", "3x4"), "ours/dense", {"default": 1.9, "tuned": 2.0}, each=True),
-            bounds.Bound("compiled", "m", ("1x2", "3x4"), "compiled/ours", {"default": 2.0, "tuned": 2.5}),
-            bounds.Bound("best", "m", ("1x2", "3x4"), "loop or gather/ours", {"default": 25.0, "tuned": 30.0}, each=True),
-            bounds.Bound("missing", "m", ("1x2",), "loop or nonsense/ours", {"default": 25.0}),
-            bounds.Bound("absent", "m", ("1x2", "9x9"), "ours/dense", {"default": 1.0}),
+            targets.Target("mean", "m", ("1x2", "3x4"), "metamask/dense", {"default": 1.0, "tuned": 1.0}),
+            targets.Target("each", "m", ("1x2", "3x4"), "metamask/dense", {"default": 1.9, "tuned": 2.0}, each=True),
+            targets.Target("compiled", "m", ("1x2", "3x4"), "compiled/metamask", {"default": 2.0, "tuned": 2.5}),
+            targets.Target("best", "m", ("1x2", "3x4"), "loop or gather/metamask", {"default": 25.0, "tuned": 30.0}, each=True),
+            targets.Target("missing", "m", ("1x2",), "loop or nonsense/metamask", {"default": 25.0}),
+            targets.Target("absent", "m", ("1x2", "9x9"), "metamask/dense", {"default": 1.0}),
         ],
     )
     rows = [
-        result("m", "1x2", "default", **{"ours/dense": 0.5}, **compiled),
-        result("m", "3x4", "default", **{"ours/dense": 2.0}, **compiled),
-        result("m", "1x2", "tuned", **{"ours/dense": 0.6}, **compiled),
-        result("m", "3x4", "tuned", **{"ours/dense": 2.0}, **{**compiled, "loop/ours": 29.0}),
+        result("m", "1x2", "default", **{"metamask/dense": 0.5}, **compiled),
+        result("m", "3x4", "default", **{"metamask/dense": 2.0}, **compiled),
+        result("m", "1x2", "tuned", **{"metamask/dense": 0.6}, **compiled),
+        result("m", "3x4", "tuned", **{"metamask/dense": 2.0}, **{**compiled, "loop/metamask": 29.0}),
     ]
-    _, mean, each, against, best, missing, absent = bounds.table({"suite": "cpu", "rows": rows})
+    _, mean, each, against, best, missing, absent = targets.table({"suite": "cpu", "rows": rows})
     # Geometric means: (0.5 * 2)^(1/2) = 1 and (0.6 * 2)^(1/2) = 1.0954
-    assert mean[2:] == ["ours/dense, geometric mean", "1.00 (at most 1)", "1.10 (at most 1)", "yes, **no**"]
-    assert each[2:] == ["ours/dense, each", "2.00 (at most 1.9)", "2.00 (at most 2)", "**no**, yes"]
+    assert mean[2:] == ["metamask/dense, geometric mean", "1.00 (at most 1)", "1.10 (at most 1)", "yes, **no**"]
+    assert each[2:] == ["metamask/dense, each", "2.00 (at most 1.9)", "2.00 (at most 2)", "**no**, yes"]
     assert against[3:] == ["2.00 (at least 2)", "2.00 (at least 2.5)", "yes, **no**"]
-    assert best[2:] == ["loop or gather/ours, each", "30.00 (at least 25)", "29.00 (at least 30)", "yes, **no**"]
+    assert best[2:] == ["loop or gather/metamask, each", "30.00 (at least 25)", "29.00 (at least 30)", "yes, **no**"]
     assert missing[3:] == ["0 of 1 measured", "", "not measured"]
     assert absent[3:] == ["1 of 2 measured", "", "not measured"]
 
@@ -285,27 +299,27 @@ def quantities(measure, shape, **values):
 
 def test_quantities_in_the_tables(monkeypatch):
     limits = {"bytes": 41_000, "seconds": 0.2, "others": 1.0}
-    bound = [bounds.Bound("of a task", "bank", ("3",), name, {"default": limit}) for name, limit in limits.items()]
-    monkeypatch.setitem(bounds.BOUNDS, "tasks", bound)
+    its = [targets.Target("of a task", "bank", ("3",), name, {"default": limit}) for name, limit in limits.items()]
+    monkeypatch.setitem(targets.TARGETS, "tasks", its)
     ratios = row("1x2", "default", eager=3.0, dense=0.5)
     results = {**RESULTS, "suite": "tasks", "rows": [ratios, quantities("bank", "3", bytes=39_814, seconds=0.206)]}
-    assert [line[2:] for line in bounds.table(results)[1:]] == [
+    assert [line[2:] for line in targets.table(results)[1:]] == [
         ["bytes", "39,814 (at most 41,000)", "", "yes"],
         ["seconds", "0.21 (at most 0.2)", "", "**no**"],
         ["others", "0 of 1 measured", "", "not measured"],
     ]
-    details = report.details(results).split("\n\n")
+    details = tables.details(results).split("\n\n")
     assert details[0].endswith("| m | 1x2 | 0.50 | 3.0 |")
     head = "| measure | tasks | quantity | value |\n|---|---|---|---|\n"
     assert details[1] == head + "| bank | 3 | bytes | 39,814 |\n| bank | 3 | seconds | 0.21 |"
-    assert report.quantities(RESULTS) == []
+    assert tables.quantities(RESULTS) == []
 
 
 def test_a_ratio_of_contenders_that_a_case_does_not_have_is_left_blank():
     other = {**row("1x2", "default", eager=3.0, dense=0.5), "measure": "n"}
-    other["ratios"] = {"loop/ours": {"of_medians": 7.0}}
+    other["ratios"] = {"loop/metamask": {"of_medians": 7.0}}
     results = {**RESULTS, "rows": [*RESULTS["rows"][:3], other]}
-    table = report.details(results)
+    table = tables.details(results)
     assert "| m | geometric mean | **1.0** | **1.2 (1 of 2) slower** | **4.0** | **0.90 (1 of 2) slower** |  |  |" in table
     assert "| n | 1x2 |  | not measured |  | not measured | 7.0 | not measured |" in table
 
@@ -328,10 +342,10 @@ def test_a_bank_is_opened_in_its_own_process_and_its_output_is_checked(monkeypat
         bank.opened_bank(3)
 
 
-def test_every_bound_is_on_cases_that_exist():
-    for suite, its in bounds.BOUNDS.items():
+def test_every_target_is_for_cases_that_exist():
+    for suite, its in targets.TARGETS.items():
         ids = {case.id for case in SUITES[suite]}
-        assert {f"{suite}/{bound.measure}-{shape}" for bound in its for shape in bound.shapes} <= ids
+        assert {f"{suite}/{target.measure}-{shape}" for target in its for shape in target.shapes} <= ids
 
 
 def test_update_fills_in_all_ratios_where_they_are_asked_for(tmp_path):
@@ -342,7 +356,7 @@ def test_update_fills_in_all_ratios_where_they_are_asked_for(tmp_path):
 
 
 def test_plot_is_written_also_when_a_case_failed(tmp_path):
-    report.plot(RESULTS, tmp_path / "ratios.png")
+    plots.plot(RESULTS, tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -384,18 +398,18 @@ TINY = "core/masked_linear-forward-10x40"
 def test_run_measures_one_case_in_its_own_process(tmp_path):
     assert run.run("core", tmp_path / "out", quick=True, only=[TINY]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert (results["format"], results["suite"], results["quick"]) == (1, "core", True)
+    assert (results["format"], results["suite"], results["quick"]) == (2, "core", True)
     assert results["machine"].keys() >= {"cpu", "cores", "threads", "instruction_set", "memory_gib", "torch", "commit"}
     (measured,) = results["rows"]
     assert (measured["case"], measured["allocator"], measured["status"]) == (TINY, "default", "measured")
     assert measured["not_measured"] == {}
     contenders = measured["contenders"]
-    assert contenders.keys() == measured["error_over_tolerance"].keys() == {"ours", "eager", "compiled", "dense"}
+    assert contenders.keys() == measured["error_over_tolerance"].keys() == {"metamask", "eager", "compiled", "dense"}
     assert measured["rounds"] >= measure.MIN_ROUNDS
     for contender in contenders.values():
         assert len(contender["times"]) == measured["rounds"]
         assert contender["median"] == statistics.median(contender["times"]) > 0
-    assert measured["ratios"].keys() == {"eager/ours", "compiled/ours", "ours/dense"}
+    assert measured["ratios"].keys() == {"eager/metamask", "compiled/metamask", "metamask/dense"}
     for name, ratio in measured["ratios"].items():
         above, below = (contenders[part]["times"] for part in name.split("/"))
         assert ratio["of_medians"] == statistics.median(above) / statistics.median(below)
@@ -422,7 +436,7 @@ def test_without_a_compiler_the_compiled_contender_is_not_measured_and_the_other
     monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
     assert run.run("core", tmp_path / "out", quick=True, only=[TINY]) == 0
     (measured,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert measured["contenders"].keys() == {"ours", "eager", "dense"}
+    assert measured["contenders"].keys() == {"metamask", "eager", "dense"}
     assert "C++ compiler" in measured["not_measured"]["compiled"]
     assert "compiled not measured: torch.compile failed" in capsys.readouterr().out
     assert "not measured" in (tmp_path / "out" / "table.md").read_text().lower()

@@ -22,7 +22,7 @@ def small(monkeypatch):
 
 def test_without_peers_the_suite_says_how_to_install_them(small, monkeypatch, tmp_path):
     problem = meta.sine_step(2, 3)
-    assert problem.contenders.keys() == {"ours", "vmap", "loop"} and problem.missing.keys() == {"higher", "torchopt"}
+    assert problem.contenders.keys() == {"metamask", "vmap", "loop"} and problem.missing.keys() == {"higher", "torchopt"}
     assert all(meta.INSTALL in reason and meta.PEERS in reason for reason in problem.missing.values())
     monkeypatch.setenv(meta.PEERS, str(tmp_path))
     (tmp_path / "higher.py").write_text("import no_such_module\n")
@@ -49,9 +49,9 @@ def test_a_peer_with_another_meta_gradient_is_refused(small, monkeypatch):
 
 def test_all_contenders_of_the_net_with_convolutions_agree(small):
     problem = meta.fewshot_step(3, 2, 4, 2)
-    assert problem.contenders.keys() == {"ours", "vmap", "loop"}
+    assert problem.contenders.keys() == {"metamask", "vmap", "loop"}
     assert all(error <= 1.0 for error in measure.check(problem).errors.values())
-    names = problem.contenders["ours"].results
+    names = problem.contenders["metamask"].results
     # Four convolutions and a linear layer with its bias; four batch norms
     assert len(names) == 1 + 6 + 6 + 8 and names[-1] == "meta-gradient of rest 7"
 
@@ -69,19 +69,22 @@ def test_rounds_of_several_processes_are_one_measurement(monkeypatch):
     given = iter([([10, 30], [50, 70], 0.1, 0.5), ([20, 20], [60, 60], 0.3, 0.2), ([90, 80], [80, 90], None, 0.1)])
 
     def once(case, allocator):
-        ours, loop, share, error = next(given)
-        found = measure.summarise({"ours": ours, "loop": loop})
-        errors = {"ours": error, "loop": error}
+        metamask, loop, share, error = next(given)
+        found = measure.summarise({"metamask": metamask, "loop": loop})
+        errors = {"metamask": error, "loop": error}
         return {"rounds": 2, "cpu_share_of_others": share, "error_over_tolerance": errors, "not_measured": {}, **found}
 
     monkeypatch.setattr(run, "_measure_once", once)
     row = run._measure(case, "default")
     assert row["status"] == "measured" and row["rounds"] == 6 and row["cpu_share_of_others"] == 0.3
-    assert row["error_over_tolerance"] == {"ours": 0.5, "loop": 0.5}
-    assert row["contenders"]["ours"]["times"] == [10, 30, 20, 20, 90, 80]
-    assert row["ratios"]["loop/ours"]["of_medians"] == statistics.median([50, 70, 60, 60, 80, 90]) / 25
+    assert row["error_over_tolerance"] == {"metamask": 0.5, "loop": 0.5}
+    assert row["contenders"]["metamask"]["times"] == [10, 30, 20, 20, 90, 80]
+    assert row["ratios"]["loop/metamask"]["of_medians"] == statistics.median([50, 70, 60, 60, 80, 90]) / 25
 
-    monkeypatch.setattr(run, "_measure_once", lambda case, allocator: "it broke")
+    def broken(case, allocator):
+        raise run.CaseError("it broke")
+
+    monkeypatch.setattr(run, "_measure_once", broken)
     assert run._measure(case, "default") == {**run._row(case, "default", "failed"), "reason": "it broke"}
 
 
