@@ -106,7 +106,8 @@ def cnn(batch: int, channels: int, mode: str) -> Problem:
 
     def network(layers: Layers) -> Function:
         # Smooth: the derivative of a ReLU jumps at 0, where float32 and float64 may fall on two sides.
-        def forward(x, w1, m1, w2, m2, w3, m3, w4, m4):
+        def forward(x: Tensor, *weights: Tensor) -> Tensor:
+            w1, m1, w2, m2, w3, m3, w4, m4 = weights
             x = F.silu(layers.conv2d(x, w1, m1, 1))
             x = F.silu(layers.conv2d(x, w2, m2, 2))
             x = F.silu(layers.conv2d(x, w3, m3, 2))

@@ -121,7 +121,7 @@ def check_apart(case: Case) -> Checked:
     process.start()
     sender.close()
     try:
-        outcome = receiver.recv()
+        outcome: Checked | AssertionError = receiver.recv()
     except EOFError:
         process.join()
         raise AssertionError(f"the check of {case.id} ended without a result, exit code {process.exitcode}") from None

@@ -127,7 +127,7 @@ def resnet18_step(batch: int, size: int, fused: bool) -> Problem:
     from torchvision.models import resnet18
 
     torch.manual_seed(SEED)
-    plain = resnet18(num_classes=10)
+    plain: nn.Module = resnet18(num_classes=10)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
 
     def dense() -> nn.Module:
