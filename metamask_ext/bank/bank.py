@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..nn import tasks as model_tasks
 from ..nn.names import describe, escape
 from ..nn.selection import Superposition
+from ..nn.task_layer import task_layers
 from ..nn.using_task import using_task
 from . import folder
 from .inference import Sums, infer
@@ -135,7 +136,7 @@ class MaskBank:
         """
         self._check_task(task)
         key = escape(task)
-        own = {tensors: None for _, layer in model_tasks.task_layers(self.model) for tensors in layer._dicts().values()}
+        own = {tensors: None for _, layer in task_layers(self.model) for tensors in layer._dicts().values()}
         return sum(tensors._tensor(key).nbytes for tensors in own)
 
     # Files
