@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # a suite is measured before matplotlib is loaded
 STYLES = {"eager": ("#D55E00", "s"), "compiled": ("#0072B2", "o"), "dense": ("#000000", "^")}
 OTHER_STYLES = (("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X"))
 
+LEGEND_WIDTH = 2.4
+"""The width of a column of the legend, in inches."""
+
 Styles = dict[str, tuple[str, str]]
 """Colour and marker by contender."""
 
@@ -35,8 +38,8 @@ def plot(results: Results, path: Path) -> None:
     wide = min(3, len(measures))
     high = math.ceil(len(measures) / wide)
     figure = Figure(figsize=(4.2 * wide, 3.4 * high + 0.6), layout="constrained", dpi=150)
-    axes = figure.subplots(high, wide, squeeze=False, sharey=True).flat
-    for axis, (measure, rows) in zip(axes, measures.items()):
+    axes = iter(figure.subplots(high, wide, squeeze=False, sharey=True).flat)
+    for (measure, rows), axis in zip(measures.items(), axes):
         _draw_times(axis, rows, styles)
         _label(axis, measure, rows)
     for axis in axes:  # those that are left
@@ -96,4 +99,7 @@ def _draw_legend(figure: Figure, styles: Styles, allocators: list[str]) -> None:
         for allocator in allocators:
             label = f"{name}, {allocator} allocator"
             handles += figure.axes[0].plot([], [], marker, color=color, fillstyle=_fill(allocator), label=label)
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(styles)), frameon=False)
+    fitting = max(1, int(figure.get_figwidth() / LEGEND_WIDTH))
+    # Columns of equal height: the allocators of a contender stay together.
+    columns = math.ceil(len(styles) / math.ceil(len(styles) / fitting)) if styles else 1
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
