@@ -73,8 +73,8 @@ def find_nvcc():
 
 
 def find_build_tool(name):
-    """Finds a tool on PATH or, where that lacks the environment's folder, beside the interpreter."""
-    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    """Finds a tool of the environment beside its interpreter, whose folder PATH may lack, or else on PATH."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
         fail(f"{name} was not found: 'pip install {name}', or install without --no-build-isolation")
     return found
