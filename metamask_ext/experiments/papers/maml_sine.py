@@ -19,10 +19,10 @@ from ..engine.claims import Claim, Metrics, Numbers, mean
 from ..engine.figures import STYLES, Figures, bands, legend_above, new_figure, plot_seeds
 from ..engine.jobs import Json
 from ..engine.run_folder import RunFolder, Scores
-from ..engine.settings import Changes, RunSettings
+from ..engine.settings import Changes
 from ..engine.statistics import interval_over_tasks
-from ..engine.training import descend, seeded
-from .meta_learning import TEST_POINTS, AdaptSettings, Support, predictions, relu_net, told
+from ..engine.training import seeded
+from .meta_learning import TEST_POINTS, AdaptSettings, Support, WaveSettings, predictions, relu_net, told, train_on_waves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,25 +79,16 @@ class TestSettings:
 
 
 @dataclass(frozen=True)
-class Settings(RunSettings):
+class Settings(WaveSettings):
     """The settings of the experiment.
 
     Attributes:
-        tasks: of a step of meta-training.
-        steps, lr: of meta-training.
-        shots: samples of a task, and as many queries.
-        inner_steps: of meta-training.
         hidden: units of a layer.
         methods: the nets, and what is adapted of them.
         pretrained: of the pretrained net.
         test: of the test.
     """
 
-    tasks: int = 25
-    steps: int = 5000
-    lr: float = 1e-2
-    shots: int = 10
-    inner_steps: int = 1
     hidden: int = 40
     methods: Mapping[str, AdaptSettings] = field(default_factory=_methods)
     pretrained: PretrainedSettings = PretrainedSettings()
@@ -211,15 +202,21 @@ def run(folder: RunFolder, settings: Settings) -> Json:
 
 def _measured(method: str, seed: int, settings: Settings) -> Json:
     """Train a method and test it: curves of the MSE, and its predictions of one task."""
-    generator = torch.Generator().manual_seed(seed)
+    train = partial(
+        train_on_waves,
+        generator=torch.Generator().manual_seed(seed),
+        settings=settings,
+        lr=settings.lr,
+        steps=settings.steps,
+    )
     hidden, test = settings.hidden, settings.test
     if method == "oracle":
         model = seeded(seed, lambda: relu_net(2, hidden, inputs=3))
-        _train(model, lambda tasks, x, y: F.mse_loss(model(told(tasks, x)), y), generator, settings)
+        train(model, lambda tasks, x, y: F.mse_loss(model(told(tasks, x)), y))
         return {"curves": _test(seed, lambda tasks, support, x: [model(told(tasks, x))] * (test.steps + 1), test)}
     if method == "pretrained":
         model = seeded(seed, lambda: relu_net(2, hidden))
-        _train(model, lambda tasks, x, y: F.mse_loss(model(x), y), generator, settings)
+        train(model, lambda tasks, x, y: F.mse_loss(model(x), y))
         return _fine_tuned(model, seed, settings)
     chosen = settings.methods[method]
     model = seeded(seed, lambda: relu_net(2, hidden, chosen.masked))
@@ -229,23 +226,13 @@ def _measured(method: str, seed: int, settings: Settings) -> Json:
     def loss(tasks: SineTasks, x: Tensor, y: Tensor) -> Tensor:
         return maml(F.mse_loss, (x[:, :shots], y[:, :shots]), (x[:, shots:], y[:, shots:]))
 
-    _train(model, loss, generator, settings)
+    train(model, loss)
     return _tested(maml, seed, test)
 
 
 def _tested(maml: MAML, seed: int, test: TestSettings) -> Json:
     learner = _learner(maml, test.steps)
     return {"curves": _test(seed, learner, test), "example": _example(learner, seed) | {"inner_lr": maml.inner_lr}}
-
-
-def _train(
-    model: nn.Module, loss: Callable[[SineTasks, Tensor, Tensor], Tensor], generator: torch.Generator, settings: Settings
-) -> None:
-    def drawn() -> Tensor:
-        tasks = sine_tasks(settings.tasks, generator)
-        return loss(tasks, *tasks.samples(2 * settings.shots, generator))
-
-    descend(model.parameters(), settings.lr, settings.steps, drawn)
 
 
 def _fine_tuned(model: nn.Module, seed: int, settings: Settings) -> Json:

@@ -9,9 +9,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from metamask_ext.data import SineTasks
+from metamask_ext.data import SineTasks, sine_tasks
 from metamask_ext.meta import MAML
 from metamask_ext.nn import MaskedLinear
+
+from ..engine.settings import RunSettings
+from ..engine.training import descend
 
 Support = tuple[Tensor, Tensor]
 """Samples of the tasks, ``x`` and ``y``, to adapt to."""
@@ -36,6 +39,42 @@ class AdaptSettings:
     def maml(self, model: nn.Module, inner_steps: int, first_order: bool = False) -> MAML:
         """The meta-learner of a model."""
         return MAML(model, self.inner_lr, inner_steps, self.adapt, first_order=first_order)
+
+
+@dataclass(frozen=True)
+class WaveSettings(RunSettings):
+    """Of experiments with meta-training on sine waves.
+
+    Attributes:
+        tasks: of a step of meta-training.
+        steps, lr: of meta-training.
+        shots: samples of a task, and as many queries.
+        inner_steps: of meta-training.
+    """
+
+    tasks: int = 25
+    steps: int = 5000
+    lr: float = 1e-2
+    shots: int = 10
+    inner_steps: int = 1
+
+
+def train_on_waves(
+    model: nn.Module,
+    loss: Callable[[SineTasks, Tensor, Tensor], Tensor],
+    generator: torch.Generator,
+    settings: WaveSettings,
+    *,
+    lr: float,
+    steps: int,
+) -> None:
+    """Minimise ``loss(tasks, x, y)`` of tasks that are drawn in each step, on samples and queries ``[T, 2 * shots, 1]``."""
+
+    def drawn() -> Tensor:
+        tasks = sine_tasks(settings.tasks, generator)
+        return loss(tasks, *tasks.samples(2 * settings.shots, generator))
+
+    descend(model.parameters(), lr, steps, drawn)
 
 
 def relu_net(depth: int, width: int, masked: bool = False, inputs: int = 1) -> nn.Sequential:

@@ -268,11 +268,7 @@ def _alike(metrics: Metrics) -> Numbers:
 
 def _new(metrics: Metrics) -> Numbers:
     samples = metrics["study"]["samples"]
-    found = {"few": samples[(len(samples) - 1) // 2], "many": samples[-1]}
-    for key, count in list(found.items()):
-        found[f"masks_{key}"] = findings.new_tasks(metrics, "masked", "mask only", count)
-        found[f"scratch_{key}"] = findings.new_tasks(metrics, "independent", "from scratch", count)
-    return found
+    return findings.masks_beside_scratch(metrics, samples[(len(samples) - 1) // 2])
 
 
 CLAIMS = [

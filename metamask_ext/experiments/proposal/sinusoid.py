@@ -197,11 +197,7 @@ def _trained(metrics: Metrics) -> Numbers:
 
 def _new(metrics: Metrics) -> Numbers:
     samples = metrics["study"]["samples"]
-    found = {"few": samples[-3:][0], "many": samples[-1]}
-    for key, count in list(found.items()):
-        found[f"masks_{key}"] = findings.new_tasks(metrics, "masked", "mask only", count)
-        found[f"scratch_{key}"] = findings.new_tasks(metrics, "independent", "from scratch", count)
-    return found
+    return findings.masks_beside_scratch(metrics, samples[-3:][0])
 
 
 CLAIMS = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 
-from ..engine.claims import Metrics
-from .new_tasks import FROM_SCRATCH
+from ..engine.claims import Metrics, Numbers
+from .new_tasks import FROM_SCRATCH, MASK_ONLY
 
 JUST_LEARNED, AT_THE_END = "in order: just learned", "in order: at the end"
 """Names of scores: of each task, the tasks one after another."""
@@ -36,6 +36,14 @@ def needed(metrics: Metrics, method: str, way: str) -> float:
         if found >= score if higher else found <= score:
             return samples
     return math.inf
+
+
+def masks_beside_scratch(metrics: Metrics, few: int) -> Numbers:
+    """Question 2: the score on new tasks learned by masks alone and by fresh nets, from ``few`` samples and from the most."""
+    counts = {"few": few, "many": metrics["study"]["samples"][-1]}
+    masks = {f"masks_{key}": new_tasks(metrics, "masked", MASK_ONLY, count) for key, count in counts.items()}
+    scratch = {f"scratch_{key}": new_tasks(metrics, "independent", FROM_SCRATCH, count) for key, count in counts.items()}
+    return {**counts, **masks, **scratch}
 
 
 def after_learning(metrics: Metrics, method: str) -> float:

@@ -15,8 +15,8 @@ from metamask_ext.meta import MAML
 
 from ...engine.jobs import Json
 from ...engine.statistics import interval_over_tasks
-from ...engine.training import descend, seeded
-from ..meta_learning import TEST_POINTS, Support, predictions, relu_net, told
+from ...engine.training import seeded
+from ..meta_learning import TEST_POINTS, Support, predictions, relu_net, told, train_on_waves
 from .settings import Settings
 
 LABELS = {
@@ -52,15 +52,12 @@ Learner = Callable[[SineTasks, Support, Tensor], list[Tensor]]
 
 
 def _train(model: nn.Module, loss: Loss, seed: int, settings: Settings, *, lr: float, steps: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    shots = settings.shots
+    generator, shots = torch.Generator().manual_seed(seed), settings.shots
 
-    def drawn() -> Tensor:
-        tasks = sine_tasks(settings.tasks, generator)
-        x, y = tasks.samples(2 * shots, generator)
+    def halves(tasks: SineTasks, x: Tensor, y: Tensor) -> Tensor:
         return loss(tasks, (x[:, :shots], y[:, :shots]), (x[:, shots:], y[:, shots:]))
 
-    descend(model.parameters(), lr, steps, drawn)
+    train_on_waves(model, halves, generator, settings, lr=lr, steps=steps)
 
 
 def learn(method: str, seed: int, settings: Settings) -> Json:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ...engine.settings import RunSettings
-from ..meta_learning import AdaptSettings
+from ..meta_learning import AdaptSettings, WaveSettings
 
 
 def _methods() -> Mapping[str, AdaptSettings]:
@@ -83,14 +82,10 @@ class ConstructionSettings:
 
 
 @dataclass(frozen=True)
-class Settings(RunSettings):
+class Settings(WaveSettings):
     """The settings of the experiment.
 
     Attributes:
-        tasks: of a step of meta-training.
-        steps, lr: of meta-training.
-        shots: samples of a task, and as many queries.
-        inner_steps: of meta-training.
         methods: the nets, and what is adapted of them.
         hidden: units of a layer.
         lstm: of the recurrent learner.
@@ -99,11 +94,7 @@ class Settings(RunSettings):
         construction: of the proof's construction.
     """
 
-    tasks: int = 25
     steps: int = 2000
-    lr: float = 1e-2
-    shots: int = 10
-    inner_steps: int = 1
     methods: Mapping[str, AdaptSettings] = field(default_factory=_methods)
     hidden: int = 40
     lstm: RecurrentSettings = RecurrentSettings()
