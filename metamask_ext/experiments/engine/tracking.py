@@ -22,7 +22,12 @@ _recorder: ContextVar[Callable[[int, dict[str, float]], None] | None] = ContextV
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where the jobs of a run write down their numbers: the run's folder, and one of ``KINDS`` or None."""
+    """The place and the kind of the numbers that the jobs of a run write down.
+
+    Attributes:
+        folder: of the run.
+        kind: one of ``KINDS``, or None.
+    """
 
     folder: Path
     kind: str | None

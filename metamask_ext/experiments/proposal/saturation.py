@@ -80,7 +80,7 @@ WRONG, TURNED = f"gates that begin within {NEAR} of the wrong end (number)", "of
 NUMBERS = (MSE, NEAR_END, RIGHT, ON, SLOPE, WRONG, TURNED)
 
 Penalty = tuple[str, float]
-"""What is penalised, ``"W"`` or ``"M"``, and the L2 factor; ``("", 0.0)`` where nothing is."""
+"""The penalised tensor, ``"W"`` or ``"M"``, and its L2 factor; ``("", 0.0)`` without a penalty."""
 
 
 def run(folder: RunFolder, settings: Settings) -> Json:

@@ -89,7 +89,7 @@ def test_settings_are_merged():
 
 
 def test_settings_of_a_run():
-    """What a run's metrics hold is what the run had; settings that it lacks are not made up."""
+    """A run's metrics give its settings back; one that they lack is not made up."""
     settings = _settings({"study": {"rates": [3, 4]}, "pairs": [{"x": 2, "y": 3}]})
     metrics = json.loads(json.dumps({"experiment": "toy", "settings": as_json(settings)}))
     assert of_run(Settings(), metrics) == settings

@@ -314,7 +314,7 @@ def test_grid():
 
 
 def test_gates_that_agree_with_the_truth():
-    """What ``linear`` calls recovered, on masks that are known."""
+    """``linear`` counts recovered entries rightly on masks that are known."""
     settings = linear.Settings(tasks=3, new_tasks=1, test_samples=5)
     problem = linear.problem(0, settings)
     support = linear.tasks_of(0, settings).support
