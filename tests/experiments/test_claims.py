@@ -178,7 +178,7 @@ def test_refused_settings(tmp_path, name, changes, message):
 KILLED = """
 import os, signal, sys
 from metamask_ext.cli import main
-from metamask_ext.tasks import digits
+from metamask_ext.data import digits
 
 digits._download = lambda mnist, root: "not tried in tests"
 file, replace = sys.argv.pop(1), os.replace
