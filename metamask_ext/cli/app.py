@@ -11,9 +11,9 @@ import torch
 import typer
 
 from .._info import build_info
-from ..experiments.catalogue import EXPERIMENTS, OptionError, PieceError, settings_of
+from ..experiments.catalogue import EXPERIMENTS, JobError, OptionError, settings_of
 from ..experiments.catalogue import run as run_experiment
-from ..experiments.engine.settings import to_toml
+from ..experiments.engine.settings import as_json, to_toml
 from ..experiments.report import report as write_report
 from ..experiments.suite import run_all
 from ..files.errors import OutputError
@@ -83,7 +83,7 @@ def run(
         fail("'all' takes no settings: it runs every experiment with its own", 2)
     try:
         if print_config:
-            typer.echo(to_toml(settings_of(name, quick, config, changes)), nl=False)
+            typer.echo(to_toml(as_json(settings_of(name, quick, config, changes))), nl=False)
         elif out is None:
             fail("--out must be given: the folder of the run", 2)
         elif name == "all":
@@ -92,14 +92,14 @@ def run(
             run_experiment(name, out, seed, quick, config=config, workers=workers, tracking=tracking, **changes)
     except OptionError as error:
         fail(error, 2)
-    except (OutputError, ImportError, PieceError) as error:
+    except (OutputError, ImportError, JobError) as error:
         fail(error)
 
 
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder given to 'metamask run all'.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for results.md and results/.")] = Path("docs"),
+    out: Annotated[Path, typer.Option(help="Folder for README.md and a folder for each run.")] = Path("docs/results"),
 ) -> None:
     """Write the page of results from the metrics files of finished experiments."""
     try:

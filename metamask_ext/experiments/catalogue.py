@@ -1,20 +1,28 @@
-"""The experiments by name, and how one is run."""
+"""The experiments by name, and their runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from .engine.jobs import PieceError, one_thread
-from .engine.run_folder import Output
-from .engine.settings import OptionError, read_toml, resolve
+from .engine.executors import one_thread
+from .engine.jobs import JobError, Json
+from .engine.run_folder import RunFolder
+from .engine.settings import Changes, OptionError, RunSettings, Value, read_toml, resolve
 
 
 class Entry(NamedTuple):
-    """An experiment: its module, imported when it is run, since it needs matplotlib; and what it does, in a line."""
+    """An experiment.
+
+    Attributes:
+        module: its name; it is imported when the experiment is run, so that the command starts soon. It has ``Settings`` (a
+            frozen dataclass), ``QUICK`` (changes of it), ``QUESTION``, ``CLAIMS``, ``figures(metrics)`` and
+            ``run(folder, settings)``. It may have ``tables(metrics)``, ``LABELS`` of the methods, ``documents(metrics)``, further
+            files by name, and ``ROTATED``, the changes of a second run.
+        summary: of what it does, in a line.
+    """
 
     module: str
     summary: str
@@ -54,7 +62,7 @@ EXPERIMENTS: dict[str, Entry] = {
         "gates near 0 and 1, L2 terms on W and on the masks, and cooled gates (section 2.1)",
     ),
     "supsup": Entry(
-        "metamask_ext.experiments.papers.supsup",
+        "metamask_ext.experiments.papers.supsup.experiment",
         "hundreds of tasks in one bank, named or inferred (Wortsman et al., arXiv:2006.14769)",
     ),
     "maml-sine": Entry(
@@ -79,7 +87,7 @@ EXPERIMENTS: dict[str, Entry] = {
     ),
 }
 
-__all__ = ["EXPERIMENTS", "Entry", "OptionError", "PieceError", "module_of", "run", "settings_of"]
+__all__ = ["EXPERIMENTS", "Entry", "JobError", "OptionError", "module_of", "run", "settings_of"]
 
 
 def module_of(name: str) -> ModuleType:
@@ -89,20 +97,19 @@ def module_of(name: str) -> ModuleType:
     return import_module(EXPERIMENTS[name].module)
 
 
-def settings_of(
-    name: str, quick: bool = False, config: str | Path | None = None, changes: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """All settings of a run: the module's ``SETTINGS``, with ``rotated`` its ``ROTATED`` in them, then its ``QUICK`` if asked for,
+def settings_of(name: str, quick: bool = False, config: str | Path | None = None, changes: Changes | None = None) -> RunSettings:
+    """All settings of a run: the module's ``Settings``, with ``rotated`` its ``ROTATED`` in them, then its ``QUICK`` if asked for,
     then the TOML file ``config``, then ``changes``.
 
     Raises:
         ValueError: the experiment is unknown.
         OptionError: the file cannot be read; a setting is unknown, or of another type.
     """
-    module, changes = module_of(name), dict(changes or {})
-    variant = getattr(module, "ROTATED", {}) if changes.get("rotated") else {}
+    module, changes = module_of(name), changes or {}
+    variant: Changes = getattr(module, "ROTATED", {}) if changes.get("rotated") else {}
     of_file = {} if config is None else read_toml(Path(config))
-    return resolve(name, module.SETTINGS, variant, module.QUICK if quick else {}, of_file, changes)
+    settings: RunSettings = module.Settings()
+    return resolve(name, settings, variant, module.QUICK if quick else {}, of_file, changes)
 
 
 def run(
@@ -114,37 +121,36 @@ def run(
     config: str | Path | None = None,
     workers: int | None = None,
     tracking: str | None = None,
-    **changes: Any,
-) -> dict[str, Any]:
-    """Run an experiment; what it writes is described in :class:`metamask_ext.experiments.engine.run_folder.Output`.
+    **changes: Value,
+) -> Json:
+    """Run an experiment; :class:`metamask_ext.experiments.engine.run_folder.RunFolder` describes what it writes.
 
     Args:
         name: one of ``EXPERIMENTS``.
-        out: folder of the run. A run that was killed there continues; one that is finished is shown again, not repeated; one of
+        out: folder of the run. A run that was killed there resumes; one that is finished is shown again, not repeated; one of
             another experiment, seed or setting is refused.
-        seed: the first seed; the run repeats the experiment with the next ones, ``settings["seeds"]`` in all.
+        seed: the first seed; the run repeats the experiment with the next ones, ``settings.seeds`` in all.
         quick: one seed, and what else the module's ``QUICK`` makes smaller.
         config: a TOML file with settings; ``metamask run NAME --print-config`` prints all there are.
-        workers: how many processes compute pieces of the work; None: the cores. More than one are started anew, by the method
-            spawn: a script that calls this then needs ``if __name__ == "__main__":``.
+        workers: how many processes compute the jobs; None: the cores. More than one are started anew, by the method spawn: a
+            script that calls this then needs ``if __name__ == "__main__":``.
         tracking: ``"csv"`` or ``"tensorboard"``: also write down numbers during training.
         changes: settings by their top-level name, such as ``tasks``, ``steps`` or ``seeds``.
 
     Returns:
-        What ``metrics.json`` holds.
+        The content of ``metrics.json``.
 
     Raises:
         ValueError: the experiment is unknown.
         OptionError: a setting is unknown, or its value cannot be, or that of ``workers`` or ``tracking``; nothing was written.
         ImportError: an optional package is missing; says what to install.
         metamask_ext.continual.OutputError: ``out`` cannot be used.
-        PieceError: a piece of the work failed.
+        JobError: a job failed.
     """
     settings = settings_of(name, quick, config, changes)
-    if settings["seeds"] < 1:
-        raise OptionError(f"experiment {name!r}: 'seeds' must be at least 1, got {settings['seeds']}")
-    module = module_of(name)
+    if settings.seeds < 1:
+        raise OptionError(f"experiment {name!r}: 'seeds' must be at least 1, got {settings.seeds}")
     command = [f"metamask run {name} --seed {seed}", *(["--quick"] if quick else []), *(["--config FILE"] if config else [])]
     command += [f"--{key}" if value is True else f"--{key} {value}" for key, value in changes.items()]
-    with Output(name, Path(out), seed, quick, settings, workers, tracking, " ".join(command)) as output, one_thread():
-        return module.run(output, output.settings)
+    with RunFolder(name, Path(out), seed, quick, settings, workers, tracking, " ".join(command)) as folder, one_thread():
+        return module_of(name).run(folder, settings)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from ..files.atomic import prepare_folder, write_atomic
 from ..files.errors import OutputError
 from .catalogue import module_of, settings_of
-from .engine.run_folder import seeds_text, table_of, write_figures
-from .engine.settings import flat
+from .engine.claims import Metrics
+from .engine.figures import write_figures
+from .engine.jobs import flat
+from .engine.settings import OptionError, as_json
+from .engine.tables import Rows, Tables, duration_text, seeds_text, table_of
 from .suite import finished, runs
 
-PAGE, RESULTS = "results.md", "results"
+PAGE = "README.md"
 SECTIONS = {
     "linear": "3.1 Proof of concept: linear regression",
     "sine-of-linear": "3.2 Simple generalization: linear regression with sinusoidal output",
@@ -27,15 +28,17 @@ SECTIONS = {
     "colored-mnist": "3.7 Image classification: colored MNIST",
     "saturation": "2.1 Details: the gradient of the sigmoid, and the regularizer",
 }
-"""Of the proposal (Blum and Law, EE5239, 2020): which experiment answers which section."""
+"""Sections of the proposal (Blum and Law, EE5239, 2020), by the experiment that answers them."""
+Runs = Mapping[str, tuple[ModuleType, Metrics]]
+"""Finished runs by name: the experiment's module and the metrics."""
 
 
-def report(folder: str | Path, out: str | Path = "docs") -> tuple[Path, list[str]]:
-    """Write ``out/results.md``; to ``out/results/<run>`` copy ``metrics.json`` and draw the figures anew from it.
+def report(folder: str | Path, out: str | Path = "docs/results") -> tuple[Path, list[str]]:
+    """Write ``out/README.md``; to ``out/<run>`` copy ``metrics.json`` and draw the figures anew from it.
 
     Args:
         folder: where :func:`metamask_ext.experiments.suite.run_all` put the runs, each in a folder of its name. It may be
-            ``out/results`` itself.
+            ``out`` itself.
         out: the folder of the page.
 
     Returns:
@@ -58,28 +61,28 @@ def report(folder: str | Path, out: str | Path = "docs") -> tuple[Path, list[str
     sections = []
     for run, (module, metrics) in done.items():
         try:
-            prepare_folder(out / RESULTS / run)
-            files = _files(module, metrics, folder / run, out / RESULTS / run)
+            prepare_folder(out / run)
+            files = _files(module, metrics, folder / run, out / run)
             sections.append(_section(run, module, metrics, files))
-        except KeyError as error:
-            raise OutputError(f"{str(folder / run / 'metrics.json')!r} is not of this version: it lacks {error}") from error
+        except (KeyError, OptionError) as error:
+            raise OutputError(f"{str(folder / run / 'metrics.json')!r} is not of this version: {_fault(error)}") from error
     page = [_head(done, missing), *_questions(found), *sections]
     write_atomic(out / PAGE, ("\n\n".join(page) + "\n").encode())
     return out / PAGE, missing
 
 
-def answers(module: ModuleType, metrics: Mapping[str, Any]) -> list[tuple[str, bool]]:
+def answers(module: ModuleType, metrics: Metrics) -> list[tuple[str, bool]]:
     """The claims about a run, each with whether it holds."""
     return [claim.answer(metrics) for claim in module.CLAIMS if claim.applies(metrics)]
 
 
-def _head(done: Mapping[str, tuple[ModuleType, Any]], missing: Sequence[str]) -> str:
+def _head(done: Runs, missing: Sequence[str]) -> str:
     claims = [holds for module, metrics in done.values() for _, holds in answers(module, metrics)]
-    duration = _duration(sum(metrics["duration_s"] for _, metrics in done.values()))
+    duration = duration_text(sum(metrics["duration_s"] for _, metrics in done.values()))
     lines = [
         "# Results of the experiments",
         "`metamask run all --out DIR` and `metamask report DIR` make this page, its tables, figures and every number in a "
-        f"sentence, from the metrics files in [{RESULTS}]({RESULTS}). Numbers are means over seeds ± half the width of their 95 % "
+        "sentence, from the metrics files in [this folder](.). Numbers are means over seeds ± half the width of their 95 % "
         "interval (Student's t), where there are several seeds.",
         f"{len(done)} runs, {duration} in all; {sum(claims)} of {len(claims)} claims hold.",
     ]
@@ -91,7 +94,7 @@ def _head(done: Mapping[str, tuple[ModuleType, Any]], missing: Sequence[str]) ->
     return "\n\n".join(lines)
 
 
-def _questions(found: Mapping[str, tuple[ModuleType, Any]]) -> Iterator[str]:
+def _questions(found: Mapping[str, tuple[ModuleType, Metrics | None]]) -> Iterator[str]:
     yield "## What the proposal asks"
     for run, title in SECTIONS.items():
         if run not in found:
@@ -104,12 +107,12 @@ def _questions(found: Mapping[str, tuple[ModuleType, Any]]) -> Iterator[str]:
             yield "\n".join([*_claims(module, metrics), f"\nMore: [{run}](#{run})."])
 
 
-def _section(run: str, module: ModuleType, metrics: Mapping[str, Any], files: Sequence[str]) -> str:
+def _section(run: str, module: ModuleType, metrics: Metrics, files: Sequence[str]) -> str:
     parts = [f"## {run}", module.QUESTION]
     for title, rows in tables(module, metrics):
         parts.append("\n\n".join([*([f"{title}:"] if title else []), "\n".join(_table(rows))]))
     parts.append("\n".join(_claims(module, metrics)))
-    parts += [f"![{run}: {Path(file).stem}]({RESULTS}/{run}/{file})" for file in files if file.endswith(".png")]
+    parts += [f"![{run}: {Path(file).stem}]({run}/{file})" for file in files if file.endswith(".png")]
     note = f" ({metrics['data_note']})" if metrics["data_note"] else ""
     facts = {
         "data": metrics["data"] + note,
@@ -118,14 +121,14 @@ def _section(run: str, module: ModuleType, metrics: Mapping[str, Any], files: Se
         "seeds": seeds_text(metrics),
         "settings": _changed(module, metrics),
         "machine": _machine(metrics),
-        "duration": _duration(metrics["duration_s"]) + (", in several parts" if metrics["resumed"] else ""),
-        "files": ", ".join(f"[{file}]({RESULTS}/{run}/{file})" for file in files if not file.endswith(".png")),
+        "duration": duration_text(metrics["duration_s"]) + (", in several parts" if metrics["resumed"] else ""),
+        "files": ", ".join(f"[{file}]({run}/{file})" for file in files if not file.endswith(".png")),
     }
     parts.append("\n".join(f"- {name}: {text}" for name, text in facts.items() if text))
     return "\n\n".join(parts)
 
 
-def tables(module: ModuleType, metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+def tables(module: ModuleType, metrics: Metrics) -> Tables:
     """The module's own tables, or the common one with a row for each method."""
     if hasattr(module, "tables"):
         return module.tables(metrics)
@@ -134,51 +137,43 @@ def tables(module: ModuleType, metrics: Mapping[str, Any]) -> list[tuple[str, li
     return [("", [head, *([labels.get(method, method), *cells] for method, *cells in rows)])]
 
 
-def _files(module: ModuleType, metrics: Mapping[str, Any], run: Path, out: Path) -> list[str]:
-    """Copy or make everything but the page; the names."""
+def _fault(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _files(module: ModuleType, metrics: Metrics, run: Path, out: Path) -> list[str]:
+    """Copy or make the files of a run; their names."""
     write_atomic(out / "metrics.json", (run / "metrics.json").read_bytes())
-    if hasattr(module, "figures"):
-        figures = write_figures(out, metrics["experiment"], module.figures(metrics))
-    else:
-        figures = sorted(path.name for path in run.glob("*.png"))
-        for figure in figures:
-            if run.resolve() != out.resolve():
-                shutil.copyfile(run / figure, out / figure)
+    figures = write_figures(out, metrics["experiment"], module.figures(metrics))
     documents = module.documents(metrics) if hasattr(module, "documents") else {}
     for name, text in documents.items():
         write_atomic(out / name, text.encode())
     return [*figures, "metrics.json", *documents]
 
 
-def _claims(module: ModuleType, metrics: Mapping[str, Any]) -> list[str]:
+def _claims(module: ModuleType, metrics: Metrics) -> list[str]:
     return [f"- {'holds' if holds else '**does not hold**'}: {text}" for text, holds in answers(module, metrics)]
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def _table(rows: Rows) -> Iterator[str]:
     for number, row in enumerate(rows):
         yield "| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |"
         if number == 0:
             yield "|" + "---|" * len(row)
 
 
-def _changed(module: ModuleType, metrics: Mapping[str, Any]) -> str:
+def _changed(module: ModuleType, metrics: Metrics) -> str:
     """The settings that are not those of a full run."""
     name, settings = metrics["experiment"], metrics["settings"]
-    full = flat(settings_of(name, changes={"rotated": True} if settings.get("rotated") else {}))
+    full = flat(as_json(settings_of(name, changes={"rotated": True} if settings.get("rotated") else {})))
     other = {key: value for key, value in flat(settings).items() if key not in full or full[key] != value}
     quick = "**a quick run**" if metrics["quick"] else ""
     return ", ".join([*([quick] if quick else []), *(f"{key} = {json.dumps(value)}" for key, value in other.items())])
 
 
-def _machine(metrics: Mapping[str, Any]) -> str:
+def _machine(metrics: Metrics) -> str:
     machine, workers = metrics["machine"], metrics["workers"]
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['capability']}, {workers} process{'es' if workers > 1 else ''} of "
         f"{machine['threads per process']} thread; torch {machine['torch']}"
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

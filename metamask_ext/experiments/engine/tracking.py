@@ -1,4 +1,4 @@
-"""Numbers that a training writes down while it runs, where the user asked for it: ``--tracking csv`` or ``tensorboard``."""
+"""Tracking: numbers that a training writes down while it runs, where the user asks for it (``--tracking csv``, ``tensorboard``)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from .settings import OptionError
 
@@ -18,32 +20,43 @@ KINDS = ("csv", "tensorboard")
 _recorder: ContextVar[Callable[[int, dict[str, float]], None] | None] = ContextVar("recorder", default=None)
 
 
-def track(step: int, **numbers: Any) -> None:
-    """Record numbers (Python's, or tensors of one element) of the piece that is running; without ``--tracking`` nothing."""
+@dataclass(frozen=True)
+class Tracking:
+    """The place and the kind of the numbers that the jobs of a run write down.
+
+    Attributes:
+        folder: of the run.
+        kind: one of ``KINDS``, or None.
+    """
+
+    folder: Path
+    kind: str | None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            raise OptionError(f"tracking must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.kind == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+            raise ImportError('tensorboard is not installed: pip install "metamask_ext[experiments]"')
+
+
+def track(step: int, **numbers: float | Tensor) -> None:
+    """Record numbers (Python's, or tensors of one element) of the job that is running; without ``--tracking`` nothing."""
     record = _recorder.get()
     if record is not None:
         record(step, {name: float(number) for name, number in numbers.items()})
 
 
-def check_tracking(kind: str | None) -> None:
-    """OptionError unless ``kind`` is one of ``KINDS`` or None; ImportError if it needs a package that is missing."""
-    if kind is not None and kind not in KINDS:
-        raise OptionError(f"tracking must be one of {', '.join(KINDS)}, got {kind!r}")
-    if kind == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise ImportError('tensorboard is not installed: pip install "metamask_ext[experiments]"')
-
-
 @contextmanager
-def recording(kind: str | None, folder: Path, seed: int, piece: str) -> Iterator[None]:
-    """Within the block :func:`track` writes the numbers of this piece, in the place of what an earlier, killed try wrote.
+def recording(tracking: Tracking, seed: int, job: str) -> Iterator[None]:
+    """Within the block :func:`track` writes the numbers of this job, in the place of what an earlier, killed try wrote.
 
-    ``csv``: ``folder/seed-<seed>/<piece>.csv`` with the columns step, name and value. ``tensorboard``: event files in
-    ``folder/tensorboard/seed-<seed>/<piece>``.
+    ``csv``: ``<folder>/seed-<seed>/<job>.csv`` with the columns step, name and value. ``tensorboard``: event files in
+    ``<folder>/tensorboard/seed-<seed>/<job>``.
     """
-    if kind is None:
+    if tracking.kind is None:
         yield
-    elif kind == "csv":
-        path = folder / f"seed-{seed}" / f"{piece}.csv"
+    elif tracking.kind == "csv":
+        path = tracking.folder / f"seed-{seed}" / f"{job}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
@@ -53,7 +66,7 @@ def recording(kind: str | None, folder: Path, seed: int, piece: str) -> Iterator
     else:
         from torch.utils.tensorboard import SummaryWriter
 
-        events = folder / "tensorboard" / f"seed-{seed}" / piece
+        events = tracking.folder / "tensorboard" / f"seed-{seed}" / job
         shutil.rmtree(events, ignore_errors=True)
         with SummaryWriter(str(events)) as summary:
 

@@ -1,4 +1,4 @@
-"""What trainings of the experiments have in common."""
+"""The parts that trainings of the experiments share."""
 
 from __future__ import annotations
 

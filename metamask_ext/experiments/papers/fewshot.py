@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import base64
 import io
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metamask_ext.data import Characters, few_shot_tasks, load_characters
-from metamask_ext.meta import MAML
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
 
-from ..engine.claims import Claim, mean
+from ..engine.claims import Claim, Metrics, Numbers, by_method, mean
 from ..engine.data import characters
-from ..engine.run_folder import STYLES, Output, Scores, bands, new_figure, plot_seeds
-from ..engine.settings import OptionError
+from ..engine.figures import STYLES, Figures, bands, new_figure, plot_seeds
+from ..engine.jobs import Job, Json, Key
+from ..engine.run_folder import RunFolder, Scores
+from ..engine.settings import Changes, OptionError, RunSettings
+from ..engine.statistics import interval_over_tasks
+from ..engine.tables import Tables
 from ..engine.training import descend, seeded
+from .meta_learning import AdaptSettings, Support, predictions
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curve = dict[str, list[float]]
+"""``accuracy`` in percent after each number of steps, and ``interval``, half the width of its 95 % interval."""
 LABELS = {
     "masks": "masked net, masks adapted (ours)",
     "weights": "masked net, weights adapted",
@@ -34,29 +43,85 @@ LABELS = {
     "pixels": "nearest neighbour, by pixels",
 }
 BASELINES = ["plain", "plain, first order", "pixels"]
-SETTINGS: dict[str, Any] = {
-    "seeds": 1,
-    "lr": 3e-3,
-    "inner_steps": 1,
-    "filters": 32,
-    "kinds": ["5-way 1-shot", "5-way 5-shot", "20-way 1-shot", "20-way 5-shot"],
-    # Images of a step: tasks * ways * (shots + queries). Fewer tasks where there are more images, so that all take about as long.
-    "sizes": {
-        "5-way 1-shot": {"ways": 5, "shots": 1, "queries": 2, "tasks": 8, "steps": 400, "test_tasks": 300},
-        "5-way 5-shot": {"ways": 5, "shots": 5, "queries": 3, "tasks": 4, "steps": 300, "test_tasks": 300},
-        "20-way 1-shot": {"ways": 20, "shots": 1, "queries": 1, "tasks": 4, "steps": 300, "test_tasks": 100},
-        "20-way 5-shot": {"ways": 20, "shots": 5, "queries": 1, "tasks": 2, "steps": 200, "test_tasks": 100},
-    },
-    # What each method adapts, at which inner rate. The gradient of a mask is that of theta times W * s * (1 - s), which is small:
-    # hence its larger rate, chosen among 5 to 10,000 on 100 to 150 steps of 5-way and 20-way 1-shot tasks. 0.4 is the paper's.
-    "methods": {
-        "masks": {"masked": True, "adapt": "masks", "inner_lr": 1000.0},
-        "weights": {"masked": True, "adapt": "weights", "inner_lr": 0.4},
-        "plain": {"masked": False, "adapt": "weights", "inner_lr": 0.4},
-    },
-    "test": {"queries": 5, "steps": 3},
-}
-QUICK: dict[str, Any] = {
+
+
+@dataclass(frozen=True)
+class KindSettings:
+    """A kind of tasks. Fewer tasks where there are more images, so that all take about as long.
+
+    Attributes:
+        ways: the number of classes.
+        shots, queries: images of each class.
+        tasks: of a step; a step has ``tasks * ways * (shots + queries)`` images.
+        steps: of meta-training.
+        test_tasks: of the test.
+    """
+
+    ways: int
+    shots: int
+    queries: int
+    tasks: int
+    steps: int
+    test_tasks: int
+
+
+@dataclass(frozen=True)
+class TestSettings:
+    """The test.
+
+    Attributes:
+        queries: images of each class.
+        steps: gradient steps on a test task.
+    """
+
+    queries: int = 5
+    steps: int = 3
+
+
+def _sizes() -> Mapping[str, KindSettings]:
+    return {
+        "5-way 1-shot": KindSettings(ways=5, shots=1, queries=2, tasks=8, steps=400, test_tasks=300),
+        "5-way 5-shot": KindSettings(ways=5, shots=5, queries=3, tasks=4, steps=300, test_tasks=300),
+        "20-way 1-shot": KindSettings(ways=20, shots=1, queries=1, tasks=4, steps=300, test_tasks=100),
+        "20-way 5-shot": KindSettings(ways=20, shots=5, queries=1, tasks=2, steps=200, test_tasks=100),
+    }
+
+
+def _methods() -> Mapping[str, AdaptSettings]:
+    # The gradient of a mask is that of theta times W * s * (1 - s), which is small: hence its larger rate, chosen among 5 to
+    # 10,000 on 100 to 150 steps of 5-way and 20-way 1-shot tasks. 0.4 is the paper's.
+    return {
+        "masks": AdaptSettings(masked=True, adapt="masks", inner_lr=1000.0),
+        "weights": AdaptSettings(masked=True, adapt="weights", inner_lr=0.4),
+        "plain": AdaptSettings(masked=False, adapt="weights", inner_lr=0.4),
+    }
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """The settings of the experiment.
+
+    Attributes:
+        lr: of meta-training.
+        inner_steps: of meta-training.
+        filters: of a convolution.
+        kinds: of tasks, each a key of ``sizes``.
+        sizes: of the kinds of tasks.
+        methods: the nets, and what is adapted of them.
+        test: of the test.
+    """
+
+    seeds: int = 1
+    lr: float = 3e-3
+    inner_steps: int = 1
+    filters: int = 32
+    kinds: tuple[str, ...] = ("5-way 1-shot", "5-way 5-shot", "20-way 1-shot", "20-way 5-shot")
+    sizes: Mapping[str, KindSettings] = field(default_factory=_sizes)
+    methods: Mapping[str, AdaptSettings] = field(default_factory=_methods)
+    test: TestSettings = TestSettings()
+
+
+QUICK: Changes = {
     "kinds": ["5-way 1-shot"],
     "filters": 16,
     "sizes": {"5-way 1-shot": {"steps": 120, "test_tasks": 60}},
@@ -71,18 +136,18 @@ handwritten, with a fraction of the paper's training: then the numbers are not c
 
 
 def column(kind: str) -> str:
-    """What the accuracy is called in the metrics."""
+    """The name of the accuracy in the metrics."""
     return f"{kind}: test accuracy (%)"
 
 
-def _accuracies(metrics: Mapping[str, Any], kind: str = "5-way 1-shot") -> dict[str, float]:
+def _accuracies(metrics: Metrics, kind: str = "5-way 1-shot") -> Numbers:
     """By method, in names that a format string can have."""
     found = {method.replace(", ", "_").replace(" ", "_"): mean(metrics, method, column(kind)) for method in LABELS}
     return {**found, "paper": PAPER[kind]}
 
 
-def _extremes(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """How far adapting masks is behind adapting the masked net's weights, at best and at worst, over the kinds of tasks."""
+def _extremes(metrics: Metrics) -> Numbers:
+    """The points by which adapting masks is behind adapting the masked net's weights, at best and at worst, over kinds of tasks."""
     kinds = metrics["settings"]["kinds"]
     behind = [mean(metrics, "weights", column(kind)) - mean(metrics, "masks", column(kind)) for kind in kinds]
     return {"least": min(behind), "most": max(behind), "kinds": len(behind)}
@@ -119,8 +184,8 @@ CLAIMS = [
 def network(masked: bool, ways: int, filters: int) -> nn.Sequential:
     """The paper's net for Omniglot: four blocks of a 3x3 convolution of stride 2, batch norm and ReLU; ``[n, 1, 28, 28]`` to logits
     ``[n, ways]``."""
-    conv: Any = MaskedConv2d if masked else nn.Conv2d
-    linear: Any = MaskedLinear if masked else nn.Linear
+    conv = MaskedConv2d if masked else nn.Conv2d
+    linear = MaskedLinear if masked else nn.Linear
     layers: list[nn.Module] = []
     for channels in (1, filters, filters, filters):
         # A bias would be taken away again by the batch norm.
@@ -128,53 +193,52 @@ def network(masked: bool, ways: int, filters: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), linear(4 * filters, ways))
 
 
-def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+def run(folder: RunFolder, settings: Settings) -> Json:
     """Meta-training with one inner step, for each number of classes and images of each. Measured: the accuracy on tasks of new
     characters after 0 to 3 steps; against the nearest image by pixels."""
-    for kind in settings["kinds"]:
-        if kind not in settings["sizes"]:
-            raise OptionError(f"experiment 'fewshot': 'kinds' must be among {', '.join(settings['sizes'])}, got {kind!r}")
+    for kind in settings.kinds:
+        if kind not in settings.sizes:
+            raise OptionError(f"experiment 'fewshot': 'kinds' must be among {', '.join(settings.sizes)}, got {kind!r}")
     data = load_characters()
     turned = f"{len(data.train)} for training, {len(data.test)} for the test; turned by 90 degrees, others"
-    finished = output.begin(f"{data.source}: {turned}", data.note)
+    finished = folder.begin(f"{data.source}: {turned}", data.note)
     if finished is not None:
         return finished
 
-    names = {(kind, method): f"{kind}, {method}" for kind in settings["kinds"] for method in LABELS}
-    made = output.pieces(
-        {
-            (seed, name): partial(_measured, kind, method, seed, settings)
-            for seed in output.seeds
-            for (kind, method), name in names.items()
-        }
-    )
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {method: {} for method in LABELS}
+    names = {(kind, method): f"{kind}, {method}" for kind in settings.kinds for method in LABELS}
+    jobs: dict[Key, Job] = {
+        (seed, name): partial(_measured, kind, method, seed, settings)
+        for seed in folder.seeds
+        for (kind, method), name in names.items()
+    }
+    made = folder.compute(jobs)
+    found: dict[str, dict[str, list[Json]]] = {method: {} for method in LABELS}
     for (kind, method), name in names.items():
-        found[method][kind] = [made[seed, name] for seed in output.seeds]
+        found[method][kind] = [made[seed, name] for seed in folder.seeds]
     scores: Scores = {}
     intervals: dict[str, dict[str, float]] = {}
     for method, its in found.items():
         scores[method] = {column(kind): [run["accuracy"][-1] for run in runs] for kind, runs in its.items()}
         intervals[method] = {column(kind): sum(run["interval"][-1] for run in runs) / len(runs) for kind, runs in its.items()}
-    budget = f"{settings['test']['steps']} gradient steps on a test task; for training " + "; ".join(
-        f"{kind}: {n['steps']} steps on {n['tasks']} tasks of {n['ways']} x ({n['shots']} + {n['queries']}) images"
-        for kind, n in ((kind, settings["sizes"][kind]) for kind in settings["kinds"])
+    budget = f"{settings.test.steps} gradient steps on a test task; for training " + "; ".join(
+        f"{kind}: {n.steps} steps on {n.tasks} tasks of {n.ways} x ({n.shots} + {n.queries}) images"
+        for kind, n in ((kind, settings.sizes[kind]) for kind in settings.kinds)
     )
     more = {
         "interval_95_over_tasks": intervals,
         "curves": found,
         "drawings": {"training": _drawings(data.train), "test": _drawings(data.test)},
-        "paper": {column(kind): PAPER[kind] for kind in settings["kinds"] if kind in PAPER},
+        "paper": {column(kind): PAPER[kind] for kind in settings.kinds if kind in PAPER},
         "paper_data": "Omniglot, 64 filters, 60,000 steps on 32 (5-way) or 16 (20-way) tasks",
     }
-    return output.finish(scores, BASELINES, budget, figures, more)
+    return folder.finish(scores, BASELINES, budget, figures, more)
 
 
-def tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+def tables(metrics: Metrics) -> Tables:
     """The accuracy with its interval over the test tasks, and the paper's."""
     kinds = [kind for kind in metrics["settings"]["kinds"] if kind in PAPER]
     head = ["test accuracy (%) ± 95 % interval over test tasks", *kinds]
-    methods = {**metrics["results"], **metrics["baselines"]}
+    methods = by_method(metrics)
     rows = [
         [
             LABELS[method],
@@ -185,38 +249,29 @@ def tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     return [("", [head, *rows, ["paper: MAML, " + metrics["paper_data"], *(f"{PAPER[kind]}" for kind in kinds)]])]
 
 
-def _measured(kind: str, method: str, seed: int, settings: dict[str, Any]) -> dict[str, list[float]]:
-    """Train a method and test it: its accuracy in percent after each number of steps, and half the width of its 95% interval."""
-    data, sizes, test = characters(), settings["sizes"][kind], settings["test"]
+def _measured(kind: str, method: str, seed: int, settings: Settings) -> Curve:
+    """Train a method and test it."""
+    data, sizes, test = characters(), settings.sizes[kind], settings.test
     if method == "pixels":
         return _tested(data, sizes, test, seed, _nearest)
     base = method.removesuffix(", first order")
-    chosen = settings["methods"][base]
-    model = seeded(seed, lambda: network(chosen["masked"], sizes["ways"], settings["filters"]))
-    maml = MAML(model, chosen["inner_lr"], settings["inner_steps"], chosen["adapt"], first_order=method != base)
+    chosen = settings.methods[base]
+    model = seeded(seed, lambda: network(chosen.masked, sizes.ways, settings.filters))
+    maml = chosen.maml(model, settings.inner_steps, first_order=method != base)
     generator = torch.Generator().manual_seed(seed)
 
     def drawn() -> Tensor:
-        return maml(F.cross_entropy, *few_shot_tasks(data.train, sizes["tasks"], *_counts(sizes), generator))
+        return maml(F.cross_entropy, *few_shot_tasks(data.train, sizes.tasks, sizes.ways, sizes.shots, sizes.queries, generator))
 
-    descend(model.parameters(), settings["lr"], sizes["steps"], drawn)
+    descend(model.parameters(), settings.lr, sizes.steps, drawn)
 
-    def logits(support: tuple[Tensor, Tensor], x: Tensor) -> list[Tensor]:
-        parameters = maml.adapt(F.cross_entropy, support, steps=0)
-        made = [maml.predict(parameters, x)]
-        for _ in range(test["steps"]):
-            parameters = maml.adapt(F.cross_entropy, support, steps=1, parameters=parameters)
-            made.append(maml.predict(parameters, x))
-        return made
+    def logits(support: Support, x: Tensor) -> list[Tensor]:
+        return predictions(maml, F.cross_entropy, support, x, range(test.steps + 1))
 
     return _tested(data, sizes, test, seed, logits)
 
 
-def _counts(sizes: dict[str, int]) -> tuple[int, int, int]:
-    return sizes["ways"], sizes["shots"], sizes["queries"]
-
-
-def _nearest(support: tuple[Tensor, Tensor], x: Tensor) -> list[Tensor]:
+def _nearest(support: Support, x: Tensor) -> list[Tensor]:
     """Minus the distance to the nearest image of each class."""
     images, labels = support
     distance = torch.cdist(x.flatten(2), images.flatten(2))
@@ -225,18 +280,19 @@ def _nearest(support: tuple[Tensor, Tensor], x: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _tested(data: Characters, sizes: dict[str, int], test: dict[str, int], seed: int, logits: Any) -> dict[str, list[float]]:
+def _tested(
+    data: Characters, sizes: KindSettings, test: TestSettings, seed: int, logits: Callable[[Support, Tensor], list[Tensor]]
+) -> Curve:
+    """The accuracy on tasks of new characters; ``logits`` after each number of steps."""
     generator = torch.Generator().manual_seed(1_000_000 + seed)
-    ways, shots, _ = _counts(sizes)
     right: list[Tensor] = []
-    together = 100 // ways  # so that a batch has a few hundred images
-    for begin in range(0, sizes["test_tasks"], together):
-        tasks = min(together, sizes["test_tasks"] - begin)
-        support, (x, y) = few_shot_tasks(data.test, tasks, ways, shots, test["queries"], generator)
+    together = 100 // sizes.ways  # so that a batch has a few hundred images
+    for begin in range(0, sizes.test_tasks, together):
+        tasks = min(together, sizes.test_tasks - begin)
+        support, (x, y) = few_shot_tasks(data.test, tasks, sizes.ways, sizes.shots, test.queries, generator)
         right.append(torch.stack([(made.argmax(2) == y).double().mean(1) for made in logits(support, x)], 1))
     accuracy = 100 * torch.cat(right)  # [tasks, steps]
-    interval = 1.96 * accuracy.std(0) / math.sqrt(len(accuracy))
-    return {"accuracy": accuracy.mean(0).tolist(), "interval": interval.tolist()}
+    return {"accuracy": accuracy.mean(0).tolist(), "interval": interval_over_tasks(accuracy).tolist()}
 
 
 def _drawings(images: Tensor) -> str:
@@ -249,7 +305,7 @@ def _drawings(images: Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def figures(metrics: Metrics) -> Figures:
     """The accuracy over gradient steps for each kind of tasks, and some of the drawings."""
     from matplotlib.image import imread
 
@@ -259,18 +315,7 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     places = [number for number in range(len(axes)) if number % columns < columns - 1]
     steps = list(range(metrics["settings"]["test"]["steps"] + 1))
     for place, kind in zip(places, kinds):
-        panel = axes[place]
-        for method, its in metrics["curves"].items():
-            runs = [run["accuracy"] if len(run["accuracy"]) > 1 else run["accuracy"] * len(steps) for run in its[kind]]
-            plot_seeds(panel, method, LABELS[method], steps, runs)
-            if len(its[kind][0]["accuracy"]) > 1:
-                means = [fmean(run["accuracy"][step] for run in its[kind]) for step in steps]
-                spread = [fmean(run["interval"][step] for run in its[kind]) for step in steps]
-                panel.errorbar(steps, means, spread, fmt="none", color=STYLES[method]["color"], capsize=2, linewidth=1)
-        if kind in PAPER:
-            panel.axhline(PAPER[kind], color="#000000", linewidth=0.8, linestyle=(0, (1, 3)), label="the paper's MAML, on Omniglot")
-        panel.set(xlabel="gradient steps on the support set", ylabel="test accuracy (%)", xticks=steps, ylim=(0, 102))
-        panel.set_title(kind, fontsize=10)
+        _plot_kind(axes[place], kind, {method: its[kind] for method, its in metrics["curves"].items()}, steps)
     lines = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
     title = f"{bands(len(metrics['seeds']))}; bars: 95 % interval over tasks"
     figure.legend(lines.values(), lines, fontsize=8, loc="outside upper center", ncols=3, title=title, title_fontsize=8)
@@ -281,3 +326,18 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
         if not panel.lines:
             panel.set_axis_off()
     return {"": figure}
+
+
+def _plot_kind(axes: Axes, kind: str, curves: Mapping[str, list[Curve]], steps: list[int]) -> None:
+    """The accuracy of each method over gradient steps."""
+    for method, its in curves.items():
+        runs = [run["accuracy"] if len(run["accuracy"]) > 1 else run["accuracy"] * len(steps) for run in its]
+        plot_seeds(axes, method, LABELS[method], steps, runs)
+        if len(its[0]["accuracy"]) > 1:
+            means = [fmean(run["accuracy"][step] for run in its) for step in steps]
+            spread = [fmean(run["interval"][step] for run in its) for step in steps]
+            axes.errorbar(steps, means, spread, fmt="none", color=STYLES[method]["color"], capsize=2, linewidth=1)
+    if kind in PAPER:
+        axes.axhline(PAPER[kind], color="#000000", linewidth=0.8, linestyle=(0, (1, 3)), label="the paper's MAML, on Omniglot")
+    axes.set(xlabel="gradient steps on the support set", ylabel="test accuracy (%)", xticks=steps, ylim=(0, 102))
+    axes.set_title(kind, fontsize=10)

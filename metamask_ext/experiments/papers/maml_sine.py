@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,18 @@ from torch import Tensor, nn
 
 from metamask_ext.data import SineTasks, sine_tasks
 from metamask_ext.meta import MAML
-from metamask_ext.nn import MaskedLinear
 
-from ..engine.claims import Claim, mean
-from ..engine.run_folder import STYLES, Output, Scores, bands, new_figure, plot_seeds
-from ..engine.training import descend, seeded
+from ..engine.claims import Claim, Metrics, Numbers, mean
+from ..engine.figures import STYLES, Figures, bands, legend_above, new_figure, plot_seeds
+from ..engine.jobs import Json
+from ..engine.run_folder import RunFolder, Scores
+from ..engine.settings import Changes
+from ..engine.statistics import interval_over_tasks
+from ..engine.training import seeded
+from .meta_learning import TEST_POINTS, AdaptSettings, Support, WaveSettings, predictions, relu_net, told, train_on_waves
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LABELS = {
     "masks": "masked net, masks adapted (ours)",
@@ -29,31 +37,66 @@ LABELS = {
 }
 BASELINES = ["plain", "pretrained", "oracle"]
 SHOWN_METHODS = ("masks", "pretrained")
-SETTINGS: dict[str, Any] = {
-    "seeds": 5,
-    "tasks": 25,
-    "steps": 5000,
-    "lr": 1e-2,
-    "shots": 10,
-    "inner_steps": 1,
-    "hidden": 40,
-    # What each method adapts, at which inner rate, of a few that were tried: 0.01 is the paper's, and better for the plain net
-    # than 0.03; with 0.1 weights diverge. The gradient of a mask is that of theta times W * s * (1 - s), which is small: hence its
-    # larger rate.
-    "methods": {
-        "masks": {"masked": True, "adapt": "masks", "inner_lr": 0.5},
-        "weights": {"masked": True, "adapt": "weights", "inner_lr": 0.03},
-        "both": {"masked": True, "adapt": "all", "inner_lr": 0.01},
-        "plain": {"masked": False, "adapt": "weights", "inner_lr": 0.01},
-    },
-    # Of the pretrained net the paper tunes the rate; here on tasks of their own, so many that a rate at which one task in
-    # hundreds diverges is seen.
-    "pretrained": {"rates": [0.001, 0.003, 0.01, 0.03], "tasks": 3000},
-    "test": {"tasks": 600, "shots": [5, 10], "steps": 10},
-}
-QUICK: dict[str, Any] = {"seeds": 1, "steps": 600, "pretrained": {"tasks": 600}}
+
+
+def _methods() -> Mapping[str, AdaptSettings]:
+    # Rates of a few that were tried: 0.01 is the paper's, and better for the plain net than 0.03; with 0.1 weights diverge. The
+    # gradient of a mask is that of theta times W * s * (1 - s), which is small: hence its larger rate.
+    return {
+        "masks": AdaptSettings(masked=True, adapt="masks", inner_lr=0.5),
+        "weights": AdaptSettings(masked=True, adapt="weights", inner_lr=0.03),
+        "both": AdaptSettings(masked=True, adapt="all", inner_lr=0.01),
+        "plain": AdaptSettings(masked=False, adapt="weights", inner_lr=0.01),
+    }
+
+
+@dataclass(frozen=True)
+class PretrainedSettings:
+    """The pretrained net, whose rate the paper tunes; here on tasks of their own.
+
+    Attributes:
+        rates: those tried.
+        tasks: so many that a rate at which one task in hundreds diverges is seen.
+    """
+
+    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
+    tasks: int = 3000
+
+
+@dataclass(frozen=True)
+class TestSettings:
+    """The test.
+
+    Attributes:
+        tasks: new ones.
+        shots: numbers of samples.
+        steps: the most gradient steps.
+    """
+
+    tasks: int = 600
+    shots: tuple[int, ...] = (5, 10)
+    steps: int = 10
+
+
+@dataclass(frozen=True)
+class Settings(WaveSettings):
+    """The settings of the experiment.
+
+    Attributes:
+        hidden: units of a layer.
+        methods: the nets, and what is adapted of them.
+        pretrained: of the pretrained net.
+        test: of the test.
+    """
+
+    hidden: int = 40
+    methods: Mapping[str, AdaptSettings] = field(default_factory=_methods)
+    pretrained: PretrainedSettings = PretrainedSettings()
+    test: TestSettings = TestSettings()
+
+
+QUICK: Changes = {"seeds": 1, "steps": 600, "pretrained": {"tasks": 600}}
 SHOWN_STEPS = (0, 1, 10)
-TEST_POINTS = 100
 PAPER_ONE, PAPER_NINE = (0.3, 0.5), (0.1, 0.2)
 """The paper's MAML with K = 10 after one step and after nine, read off its figure 3: it has no table."""
 
@@ -63,12 +106,12 @@ compare with; the task is that of Finn, Abbeel and Levine (arXiv:1703.03400, sec
 
 
 def column(shots: int, steps: int) -> str:
-    """What the MSE after so many steps on so many samples is called in the metrics."""
+    """The name of the MSE after so many steps on so many samples in the metrics."""
     return f"MSE, K={shots}, {steps} step{'s' if steps != 1 else ''}"
 
 
-def _errors(method: str, shots: int = 10) -> Callable[[Mapping[str, Any]], dict[str, float]]:
-    def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+def _errors(method: str, shots: int = 10) -> Callable[[Metrics], Numbers]:
+    def numbers(metrics: Metrics) -> Numbers:
         return {
             name: mean(metrics, method, column(shots, steps)) for name, steps in zip(("before", "one", "ten"), SHOWN_STEPS)
         } | dict(zip(("low", "high", "nine_low", "nine_high"), PAPER_ONE + PAPER_NINE))
@@ -76,11 +119,11 @@ def _errors(method: str, shots: int = 10) -> Callable[[Mapping[str, Any]], dict[
     return numbers
 
 
-def _of_all(steps: int) -> Callable[[Mapping[str, Any]], dict[str, float]]:
+def _of_all(steps: int) -> Callable[[Metrics], Numbers]:
     return lambda metrics: {method: mean(metrics, method, column(10, steps)) for method in LABELS}
 
 
-def _learns(numbers: dict[str, float]) -> bool:
+def _learns(numbers: Numbers) -> bool:
     return numbers["ten"] < numbers["one"] < 0.5 * numbers["before"]
 
 
@@ -123,33 +166,29 @@ CLAIMS = [
 ]
 
 
-def network(masked: bool, inputs: int = 1, hidden: int = 40) -> nn.Sequential:
-    """Two hidden layers with ReLU; ``[n, inputs]`` to ``[n, 1]``."""
-    linear: Any = MaskedLinear if masked else nn.Linear
-    return nn.Sequential(linear(inputs, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU(), linear(hidden, 1))
-
-
-def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+def run(folder: RunFolder, settings: Settings) -> Json:
     """Meta-training with 10 samples a task and one inner step. Measured: the MSE on 600 new tasks after 0 to 10 steps on 5 and on
     10 samples; against the net pretrained on all tasks at once, fine-tuned at the best of four rates, and an oracle that is told
     the task."""
     data = "drawn: y = a sin(x - p), a uniform in [0.1, 5], p in [0, pi], x in [-5, 5], no noise"
-    finished = output.begin(data)
+    finished = folder.begin(data)
     if finished is not None:
         return finished
 
-    made = output.pieces({(seed, method): partial(_measured, method, seed, settings) for seed in output.seeds for method in LABELS})
-    found = {method: [made[seed, method] for seed in output.seeds] for method in LABELS}
+    made = folder.compute(
+        {(seed, method): partial(_measured, method, seed, settings) for seed in folder.seeds for method in LABELS}
+    )
+    found = {method: [made[seed, method] for seed in folder.seeds] for method in LABELS}
     scores: Scores = {method: {} for method in LABELS}
     intervals: dict[str, dict[str, float]] = {method: {} for method in LABELS}
     for method in LABELS:
-        for shots in settings["test"]["shots"]:
+        for shots in settings.test.shots:
             for steps in SHOWN_STEPS:
                 runs = [measured["curves"][str(shots)] for measured in found[method]]
                 scores[method][column(shots, steps)] = [run["mse"][steps] for run in runs]
                 intervals[method][column(shots, steps)] = sum(run["interval"][steps] for run in runs) / len(runs)
     budget = (
-        f"{settings['steps']} steps on {settings['tasks']} tasks of {settings['shots']} + {settings['shots']} samples for each "
+        f"{settings.steps} steps on {settings.tasks} tasks of {settings.shots} + {settings.shots} samples for each "
         f"method, the pretrained net and the oracle too; a few inner rates were tried for each method, four are for the pretrained "
         f"net in each seed."
     )
@@ -158,114 +197,100 @@ def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
         "curves": {method: [run["curves"] for run in runs] for method, runs in found.items()},
         "examples": {method: found[method][0]["example"] for method in SHOWN_METHODS},
     }
-    return output.finish(scores, BASELINES, budget, figures, more)
+    return folder.finish(scores, BASELINES, budget, figures, more)
 
 
-def _measured(method: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train a method and test it: curves of the MSE, and what it makes of one task."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden, test = settings["hidden"], settings["test"]
+def _measured(method: str, seed: int, settings: Settings) -> Json:
+    """Train a method and test it: curves of the MSE, and its predictions of one task."""
+    train = partial(
+        train_on_waves,
+        generator=torch.Generator().manual_seed(seed),
+        settings=settings,
+        lr=settings.lr,
+        steps=settings.steps,
+    )
+    hidden, test = settings.hidden, settings.test
     if method == "oracle":
-        model = seeded(seed, lambda: network(False, 3, hidden))
-        _train(model, lambda tasks, x, y: F.mse_loss(model(_told(tasks, x)), y), generator, settings)
-        return {"curves": _test(seed, lambda tasks, support, x: [model(_told(tasks, x))] * (test["steps"] + 1), test)}
+        model = seeded(seed, lambda: relu_net(2, hidden, inputs=3))
+        train(model, lambda tasks, x, y: F.mse_loss(model(told(tasks, x)), y))
+        return {"curves": _test(seed, lambda tasks, support, x: [model(told(tasks, x))] * (test.steps + 1), test)}
     if method == "pretrained":
-        model = seeded(seed, lambda: network(False, 1, hidden))
-        _train(model, lambda tasks, x, y: F.mse_loss(model(x), y), generator, settings)
+        model = seeded(seed, lambda: relu_net(2, hidden))
+        train(model, lambda tasks, x, y: F.mse_loss(model(x), y))
         return _fine_tuned(model, seed, settings)
-    chosen = settings["methods"][method]
-    model = seeded(seed, lambda: network(chosen["masked"], 1, hidden))
-    maml = MAML(model, chosen["inner_lr"], settings["inner_steps"], chosen["adapt"])
-    shots = settings["shots"]
+    chosen = settings.methods[method]
+    model = seeded(seed, lambda: relu_net(2, hidden, chosen.masked))
+    maml = chosen.maml(model, settings.inner_steps)
+    shots = settings.shots
 
     def loss(tasks: SineTasks, x: Tensor, y: Tensor) -> Tensor:
         return maml(F.mse_loss, (x[:, :shots], y[:, :shots]), (x[:, shots:], y[:, shots:]))
 
-    _train(model, loss, generator, settings)
+    train(model, loss)
     return _tested(maml, seed, test)
 
 
-def _tested(maml: MAML, seed: int, test: dict[str, Any]) -> dict[str, Any]:
-    learner = _predictions(maml, test["steps"])
+def _tested(maml: MAML, seed: int, test: TestSettings) -> Json:
+    learner = _learner(maml, test.steps)
     return {"curves": _test(seed, learner, test), "example": _example(learner, seed) | {"inner_lr": maml.inner_lr}}
 
 
-def _train(
-    model: nn.Module, loss: Callable[[SineTasks, Tensor, Tensor], Tensor], generator: torch.Generator, settings: dict[str, Any]
-) -> None:
-    def drawn() -> Tensor:
-        tasks = sine_tasks(settings["tasks"], generator)
-        return loss(tasks, *tasks.samples(2 * settings["shots"], generator))
-
-    descend(model.parameters(), settings["lr"], settings["steps"], drawn)
-
-
-def _told(tasks: SineTasks, x: Tensor) -> Tensor:
-    shape = len(tasks.phase), x.shape[-2], 1
-    return torch.cat([tensor.expand(shape) for tensor in (x, tasks.amplitude, tasks.phase)], -1)
-
-
-def _fine_tuned(model: nn.Module, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+def _fine_tuned(model: nn.Module, seed: int, settings: Settings) -> Json:
     """The pretrained net at that rate which is best on tasks of their own."""
-    test = settings["test"]
-    of_rates = {**test, "tasks": settings["pretrained"]["tasks"]}
-    candidates = {rate: MAML(model, rate, adapt="weights") for rate in settings["pretrained"]["rates"]}
+    test = settings.test
+    of_rates = replace(test, tasks=settings.pretrained.tasks)
+    candidates = {rate: MAML(model, rate, adapt="weights") for rate in settings.pretrained.rates}
     at = {
-        rate: _test(seed + 1, _predictions(maml, test["steps"]), of_rates)[str(max(test["shots"]))]["mse"][-1]
+        rate: _test(seed + 1, _learner(maml, test.steps), of_rates)[str(max(test.shots))]["mse"][-1]
         for rate, maml in candidates.items()
     }
     best = min((rate for rate in at if math.isfinite(at[rate])), key=lambda rate: at[rate])
     return _tested(candidates[best], seed, test)
 
 
-Predictions = Callable[[SineTasks, tuple[Tensor, Tensor], Tensor], list[Tensor]]
+Learner = Callable[[SineTasks, Support, Tensor], list[Tensor]]
 """For tasks and their support sets the predictions at ``x`` after each number of steps."""
 
 
-def _predictions(maml: MAML, steps: int) -> Predictions:
-    def predictions(tasks: SineTasks, support: tuple[Tensor, Tensor], x: Tensor) -> list[Tensor]:
+def _learner(maml: MAML, steps: int) -> Learner:
+    def learner(tasks: SineTasks, support: Support, x: Tensor) -> list[Tensor]:
         x = x.expand(len(tasks.phase), *x.shape[-2:])
-        parameters = maml.adapt(F.mse_loss, support, steps=0)
-        made = [maml.predict(parameters, x)]
-        for _ in range(steps):
-            parameters = maml.adapt(F.mse_loss, support, steps=1, parameters=parameters)
-            made.append(maml.predict(parameters, x))
-        return made
+        return predictions(maml, F.mse_loss, support, x, range(steps + 1))
 
-    return predictions
+    return learner
 
 
 @torch.no_grad()
-def _test(seed: int, predictions: Predictions, test: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """For each number of shots the mean MSE over new tasks after each number of steps, and half the width of its 95% interval."""
+def _test(seed: int, learner: Learner, test: TestSettings) -> dict[str, dict[str, list[float]]]:
+    """For each number of shots the mean MSE over new tasks after each number of steps, and half the width of its 95 % interval."""
     generator = torch.Generator().manual_seed(1_000_000 + seed)
-    tasks = sine_tasks(test["tasks"], generator)
-    x, y = tasks.samples(max(test["shots"]), generator)
+    tasks = sine_tasks(test.tasks, generator)
+    x, y = tasks.samples(max(test.shots), generator)
     points = torch.linspace(-5, 5, TEST_POINTS)[:, None]
     curves = {}
-    for shots in test["shots"]:
-        made = predictions(tasks, (x[:, :shots], y[:, :shots]), points)
+    for shots in test.shots:
+        made = learner(tasks, (x[:, :shots], y[:, :shots]), points)
         errors = [(prediction - tasks(points)).square().mean((1, 2)).double() for prediction in made]
         curves[str(shots)] = {
             "mse": [float(error.mean()) for error in errors],
-            "interval": [float(1.96 * error.std() / math.sqrt(len(error))) for error in errors],
+            "interval": [float(interval_over_tasks(error)) for error in errors],
         }
     return curves
 
 
 @torch.no_grad()
-def _example(predictions: Predictions, seed: int) -> dict[str, Any]:
+def _example(learner: Learner, seed: int) -> Json:
     """One task with five samples in one half of the inputs, as the paper's figure 2 shows it."""
     tasks = SineTasks(torch.full((1, 1, 1), 3.5), torch.full((1, 1, 1), 1.0))
     x = -5 * torch.rand(1, 5, 1, generator=torch.Generator().manual_seed(seed))
     points = torch.linspace(-5, 5, TEST_POINTS)[:, None]
-    made = predictions(tasks, (x, tasks(x)), points)
+    made = learner(tasks, (x, tasks(x)), points)
     shown = {f"{steps}": made[steps].flatten().tolist() for steps in SHOWN_STEPS}
     return {**shown, "x": x.flatten().tolist(), "y": tasks(x).flatten().tolist(), "true": tasks(points).flatten().tolist()}
 
 
-def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The MSE over gradient steps for each number of samples, and what masks and the pretrained net make of one task."""
+def figures(metrics: Metrics) -> Figures:
+    """The MSE over gradient steps for each number of samples, and predictions of one task."""
     test = metrics["settings"]["test"]
     figure, axes = new_figure(2, rows=2)
     for panel, shots in zip(axes, test["shots"]):
@@ -275,17 +300,20 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
         panel.set(xlabel=f"gradient steps on {shots} samples", ylabel=f"MSE on {test['tasks']} new tasks (units of y squared)")
         panel.set_yscale("log")
         panel.set_title(f"K = {shots}", fontsize=10)
-    handles, labels = axes[0].get_legend_handles_labels()
-    title = bands(len(metrics["seeds"]))
-    figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=3, title=title, title_fontsize=8)
-    points = torch.linspace(-5, 5, TEST_POINTS).tolist()
+    legend_above(figure, axes[0], bands(len(metrics["seeds"])))
     for panel, (method, example) in zip(axes[2:], metrics["examples"].items()):
-        panel.plot(points, example["true"], color="#D55E00", linewidth=1.8, label="true")
-        for number, style in zip(SHOWN_STEPS, (":", "--", "-")):
-            label = f"after {number} step{'s' if number != 1 else ''}"
-            panel.plot(points, example[str(number)], color=STYLES[method]["color"], linestyle=style, linewidth=1.4, label=label)
-        panel.plot(example["x"], example["y"], "^", color="#000000", markersize=6, linestyle="none", label="the 5 samples")
-        panel.set(xlabel="x (no unit)", ylabel="y (no unit)", ylim=(-5, 8))
+        _plot_example(panel, method, example)
         panel.set_title(f"{LABELS[method]}, inner rate {example['inner_lr']}, seed {metrics['seeds'][0]}", fontsize=10)
-        panel.legend(fontsize=8, ncols=2)
     return {"": figure}
+
+
+def _plot_example(axes: Axes, method: str, example: Metrics) -> None:
+    """The predictions of one task after some gradient steps."""
+    points = torch.linspace(-5, 5, TEST_POINTS).tolist()
+    axes.plot(points, example["true"], color="#D55E00", linewidth=1.8, label="true")
+    for number, style in zip(SHOWN_STEPS, (":", "--", "-")):
+        label = f"after {number} step{'s' if number != 1 else ''}"
+        axes.plot(points, example[str(number)], color=STYLES[method]["color"], linestyle=style, linewidth=1.4, label=label)
+    axes.plot(example["x"], example["y"], "^", color="#000000", markersize=6, linestyle="none", label="the 5 samples")
+    axes.set(xlabel="x (no unit)", ylabel="y (no unit)", ylim=(-5, 8))
+    axes.legend(fontsize=8, ncols=2)

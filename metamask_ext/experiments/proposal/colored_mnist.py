@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,47 +11,65 @@ from torch import Tensor, nn
 from metamask_ext.data import ColoredImages, load_digits
 
 from ..engine import data
-from ..engine.claims import Claim, Metrics
-from ..engine.run_folder import Output
-from ..study import comparison
-from ..study.comparison import Problem, Score, TaskData
-from ..study.problem import Layer
+from ..engine.claims import Claim, Metrics, Numbers
+from ..engine.figures import Figures
+from ..engine.jobs import Json
+from ..engine.run_folder import RunFolder
+from ..engine.settings import Changes, RunSettings
+from ..study import comparison, findings, report
+from ..study.problem import Layer, Problem, Score, TaskData
+from ..study.settings import (
+    FrozenConfig,
+    MaskedConfig,
+    MetaConfig,
+    MetaSettings,
+    NewTaskSettings,
+    PlainConfig,
+    StudySettings,
+    even_grid,
+    grid,
+    image_rates,
+)
 from .mnist import ACCURACY, accuracy
 
-SETTINGS: dict[str, Any] = {
-    "seeds": 5,
-    "tasks": 16,
-    "steps": 4800,  # of all tasks together
-    "train_samples": 1000,
-    "test_samples": 1000,
-    "new_tasks": 4,
-    "study": comparison.settings(
-        {
-            "masked": comparison.grid(lr=[3e-3, 1e-3], mask_lr=[3e-2, 3e-3]),
-            "hard": comparison.grid(lr=[3e-3, 1e-3], mask_lr=[3e-3, 3e-2]),
-            "lottery": comparison.grid(mask_lr=[3e-2, 1e-1], scale=[2.0, 1.0]),
-            "shared": comparison.grid(lr=[3e-3, 1e-3, 3e-4, 1e-2]),
-            "independent": comparison.grid(lr=[3e-3, 1e-3, 1e-2, 3e-4]),
-            "maml": comparison.grid(lr=[3e-3, 1e-3], inner_lr=[0.1, 0.01]),
-            "sequence": comparison.grid(lr=[3e-3, 1e-3, 3e-4, 1e-2]),
-        },
-        batch=64,
-        cost_rounds=10,
-        maml={"tasks": 4, "inner_steps": 1},
-        new={
-            "samples": [1, 10, 100, 1000],
-            "steps": 300,  # as many as a net for each colour has
-            "rates": {
-                "superposition": [0.1, 0.03, 0.3],
-                "mask only": [0.1, 0.03, 0.3],
-                "everything": [0.003, 0.001, 0.01],
-                "from scratch": [0.003, 0.001, 0.01],
-                "inner steps": [1.0, 0.3, 0.1],
-            },
-        },
+STUDY = StudySettings(
+    batch=64,
+    cost_rounds=10,
+    maml=MetaSettings(tasks=4, inner_steps=1),
+    new=NewTaskSettings(samples=(1, 10, 100, 1000), steps=300, rates=image_rates()),
+    grid=even_grid(
+        masked=grid(MaskedConfig, lr=[3e-3, 1e-3], mask_lr=[3e-2, 3e-3]),
+        hard=grid(MaskedConfig, lr=[3e-3, 1e-3], mask_lr=[3e-3, 3e-2]),
+        lottery=grid(FrozenConfig, mask_lr=[3e-2, 1e-1], scale=[2.0, 1.0]),
+        shared=grid(PlainConfig, lr=[3e-3, 1e-3, 3e-4, 1e-2]),
+        independent=grid(PlainConfig, lr=[3e-3, 1e-3, 1e-2, 3e-4]),
+        maml=grid(MetaConfig, lr=[3e-3, 1e-3], inner_lr=[0.1, 0.01]),
+        sequence=grid(PlainConfig, lr=[3e-3, 1e-3, 3e-4, 1e-2]),
     ),
-}
-QUICK: dict[str, Any] = {
+)
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """The settings of the experiment.
+
+    Attributes:
+        tasks: the number of trained colours.
+        steps: of all tasks together.
+        train_samples, test_samples: of each task.
+        new_tasks: the number of colours not seen in training.
+        study: of the common study; new colours get as many steps as a net for each colour has.
+    """
+
+    tasks: int = 16
+    steps: int = 4800
+    train_samples: int = 1000
+    test_samples: int = 1000
+    new_tasks: int = 4
+    study: StudySettings = STUDY
+
+
+QUICK: Changes = {
     "seeds": 1,
     "tasks": 3,
     "steps": 450,
@@ -60,6 +77,7 @@ QUICK: dict[str, Any] = {
     "new_tasks": 1,
     "study": {"tuning": False, "cost_rounds": 1, "new": {"samples": [10, 1000], "steps": 20}},
 }
+tables = report.tables
 SCORE = Score(ACCURACY, "%", higher_is_better=True, margin=2.0)
 QUESTION = """\
 Section 3.7: digits whose black background has a random colour in each task, here at 14x14 pixels: does the algorithm scale to a
@@ -73,12 +91,12 @@ def network(linear: Layer, conv: Layer) -> nn.Sequential:
     )
 
 
-def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
+def problem(seed: int, settings: Settings) -> Problem:
     """Each task has images of its own draw, in its colour."""
     digits, generator = data.digits(), torch.Generator().manual_seed(seed)
-    known, new = settings["tasks"], settings["new_tasks"]
+    known, new = settings.tasks, settings.new_tasks
     colors = ColoredImages(known + new, seed=seed)
-    most = settings["study"]["new"]["samples"][-1]
+    most = settings.study.new.samples[-1]
 
     def drawn(images: Tensor, labels: Tensor, tasks: range, count: int) -> TaskData:
         chosen = torch.rand(len(tasks), len(labels), generator=generator).topk(min(count, len(labels))).indices
@@ -87,43 +105,43 @@ def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
         return TaskData(shown.unflatten(0, chosen.shape), labels[chosen])
 
     return Problem(
-        drawn(*digits.train, range(known), settings["train_samples"]),
-        drawn(*digits.test, range(known), settings["test_samples"]),
+        drawn(*digits.train, range(known), settings.train_samples),
+        drawn(*digits.test, range(known), settings.test_samples),
         drawn(*digits.train, range(known, known + new), most),
-        drawn(*digits.test, range(known, known + new), settings["test_samples"]),
+        drawn(*digits.test, range(known, known + new), settings.test_samples),
         network,
         F.cross_entropy,
         accuracy,
     )
 
 
-def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+def run(folder: RunFolder, settings: Settings) -> Json:
     """The common study on digits of many colours. See :func:`metamask_ext.experiments.run`."""
     digits = load_digits()
-    finished = output.begin(f"{digits.source}, at 14x14 pixels, the background of a colour drawn for each task", digits.note)
+    finished = folder.begin(f"{digits.source}, at 14x14 pixels, the background of a colour drawn for each task", digits.note)
     if finished is not None:
         return finished
-    found = comparison.run(output, settings, problem, SCORE)
-    return output.finish(found.scores, found.baselines, found.budget, figures, found.more)
+    found = comparison.run(folder, settings, problem, SCORE)
+    return folder.finish(found.scores, found.baselines, found.budget, figures, found.more)
 
 
-def _learned(metrics: Metrics) -> dict[str, float]:
-    return {name: comparison.trained(metrics, name) for name in metrics["study"]["methods"]}
+def _learned(metrics: Metrics) -> Numbers:
+    return {name: findings.trained(metrics, name) for name in metrics["study"]["methods"]}
 
 
-def _forgotten(metrics: Metrics) -> dict[str, float]:
+def _forgotten(metrics: Metrics) -> Numbers:
     found = {}
     for name in ("masked", "hard", "lottery", "sequence"):
-        found[name] = comparison.at_the_end(metrics, name)
-        found[f"{name}_learned"] = comparison.after_learning(metrics, name)
+        found[name] = findings.at_the_end(metrics, name)
+        found[f"{name}_learned"] = findings.after_learning(metrics, name)
     return found
 
 
-def _new(metrics: Metrics) -> dict[str, float]:
+def _new(metrics: Metrics) -> Numbers:
     few = metrics["study"]["samples"][-2]
     ways = {"look_up": ("masked", "look-up"), "masks": ("masked", "mask only"), "shared": ("shared", "everything")}
-    found = {key: comparison.new_tasks(metrics, *way, few) for key, way in ways.items()}
-    scratch = comparison.new_tasks(metrics, "independent", "from scratch", few)
+    found = {key: findings.new_tasks(metrics, *way, few) for key, way in ways.items()}
+    scratch = findings.new_tasks(metrics, "independent", "from scratch", few)
     return {"samples": few, "steps": metrics["settings"]["study"]["new"]["steps"], **found, "scratch": scratch}
 
 
@@ -156,9 +174,5 @@ CLAIMS = [
 ]
 
 
-def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
-    return comparison.tables(metrics)
-
-
-def figures(metrics: Metrics) -> dict[str, Any]:
-    return {"": comparison.figure(metrics)}
+def figures(metrics: Metrics) -> Figures:
+    return {"": report.figure(metrics)}

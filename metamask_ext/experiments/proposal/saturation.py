@@ -1,11 +1,12 @@
-"""Where the sigmoid's gradient vanishes, and what helps: Blum and Law, EE5239 project proposal (2020), section 2.1."""
+"""The vanishing gradient of the sigmoid, and its remedies: Blum and Law, EE5239 project proposal (2020), section 2.1."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,32 +19,54 @@ from metamask_ext.nn.names import DEFAULT_TASK
 from metamask_ext.nn.tasks import add_task, remove_task
 from metamask_ext.nn.using_task import using_task
 
-from ..engine.claims import Claim, Metrics, mean
-from ..engine.run_folder import STYLES, Output, Scores, bands, cell, new_figure
-from ..engine.settings import OptionError
+from ..engine.claims import Claim, Metrics, Numbers, by_method, mean
+from ..engine.figures import STYLES, Figures, bands, new_figure
+from ..engine.jobs import Job, Json, Key
+from ..engine.run_folder import RunFolder, Scores
+from ..engine.settings import Changes, OptionError, RunSettings, of_run
+from ..engine.statistics import cell
+from ..engine.tables import Tables
 from ..engine.tracking import track
 from ..engine.training import seeded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SETTINGS: dict[str, Any] = {
-    "seeds": 5,
-    "tasks": 20,
-    "steps": 10_000,  # of all tasks together
-    "variables": 5,
-    "train_samples": 100,
-    "test_samples": 1000,
-    "steps_per_round": 10,
-    "lr": 0.01,
-    "mask_lr": 1.0,
-    "weight_decay": [0.001, 0.01, 0.1],  # L2 factors on W; also without
-    "mask_weight_decay": [0.001, 0.01],  # on M
-    "temperatures": [[1.0, 1.0], [1.0, 0.1], [8.0, 0.1]],  # first and last of each schedule, which is geometric
-    "mask_spreads": [1.0, 6.0],  # standard deviations of the logits at the beginning
-    "points": 40,  # at which the temperature changes and the gates are looked at
-}
-QUICK: dict[str, Any] = {"seeds": 1, "tasks": 8, "steps": 4000, "weight_decay": [0.1], "mask_weight_decay": [0.01], "points": 20}
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """The settings of the experiment.
+
+    Attributes:
+        tasks: the number of tasks.
+        steps: of all tasks together.
+        variables: of the linear functions.
+        train_samples, test_samples: of each task.
+        steps_per_round: of the training loop.
+        lr, mask_lr: of W and of the logits.
+        weight_decay: L2 factors on W; there is also a training without.
+        mask_weight_decay: on M.
+        temperatures: the first and the last of each schedule, which is geometric.
+        mask_spreads: standard deviations of the logits at the beginning.
+        points: at which the temperature changes and the gates are looked at.
+    """
+
+    tasks: int = 20
+    steps: int = 10_000
+    variables: int = 5
+    train_samples: int = 100
+    test_samples: int = 1000
+    steps_per_round: int = 10
+    lr: float = 0.01
+    mask_lr: float = 1.0
+    weight_decay: tuple[float, ...] = (0.001, 0.01, 0.1)
+    mask_weight_decay: tuple[float, ...] = (0.001, 0.01)
+    temperatures: tuple[tuple[float, ...], ...] = ((1.0, 1.0), (1.0, 0.1), (8.0, 0.1))
+    mask_spreads: tuple[float, ...] = (1.0, 6.0)
+    points: int = 40
+
+
+QUICK: Changes = {"seeds": 1, "tasks": 8, "steps": 4000, "weight_decay": [0.1], "mask_weight_decay": [0.01], "points": 20}
 
 QUESTION = (
     "Section 2.1: the gradient of a gate, g (1 - g), vanishes near 0 and 1, where the gates should end. An L2 term on W is said to "
@@ -57,71 +80,68 @@ WRONG, TURNED = f"gates that begin within {NEAR} of the wrong end (number)", "of
 NUMBERS = (MSE, NEAR_END, RIGHT, ON, SLOPE, WRONG, TURNED)
 
 Penalty = tuple[str, float]
-"""What is penalised, ``"W"`` or ``"M"``, and the L2 factor; ``("", 0.0)`` where nothing is."""
+"""The penalised tensor, ``"W"`` or ``"M"``, and its L2 factor; ``("", 0.0)`` without a penalty."""
 
 
-def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+def run(folder: RunFolder, settings: Settings) -> Json:
     """The loop of the proposal on the tasks of 'linear', for each L2 term, temperature schedule and spread of the first masks."""
     for key in ("weight_decay", "mask_weight_decay", "temperatures", "mask_spreads"):
-        if not settings[key]:
+        if not getattr(settings, key):
             raise OptionError(f"{key} must have an item at least, got none")
-    for schedule in settings["temperatures"]:
+    for schedule in settings.temperatures:
         if len(schedule) != 2 or min(schedule) <= 0:
-            raise OptionError(f"temperatures must be pairs of positive numbers, the first and the last, got {schedule}")
+            raise OptionError(f"temperatures must be pairs of positive numbers, the first and the last, got {list(schedule)}")
     data = "drawn: x ~ N(0, I), |w| and |b| uniform in [1, 3], each on with probability 1/2, no noise"
-    if (finished := output.begin(data, "as in 'linear'")) is not None:
+    if (finished := folder.begin(data, "as in 'linear'")) is not None:
         return finished
     conditions = {
         condition_name(*condition): condition
-        for condition in product(penalties(settings), settings["temperatures"], settings["mask_spreads"])
+        for condition in product(penalties(settings), settings.temperatures, settings.mask_spreads)
     }
-    jobs = {
+    jobs: dict[Key, Job] = {
         (seed, name): partial(measure, seed, settings, *condition)
-        for seed in output.seeds
+        for seed in folder.seeds
         for name, condition in conditions.items()
     }
-    pieces = output.pieces(jobs)
+    made = folder.compute(jobs)
     scores: Scores = {
-        name: {number: [pieces[seed, name]["numbers"][number] for seed in output.seeds] for number in NUMBERS}
-        for name in conditions
+        name: {number: [made[seed, name]["numbers"][number] for seed in folder.seeds] for number in NUMBERS} for name in conditions
     }
     histograms = {
-        name: torch.tensor([pieces[seed, name]["gates"] for seed in output.seeds], dtype=torch.float64).mean(0).tolist()
+        name: torch.tensor([made[seed, name]["gates"] for seed in folder.seeds], dtype=torch.float64).mean(0).tolist()
         for name in _shown(settings)
     }
-    return output.finish(
+    return folder.finish(
         scores,
         [name for name, (penalty, _, _) in conditions.items() if not penalty[0]],
-        f"{settings['train_samples']} samples of each task and {settings['steps']} steps for each; no rate was searched",
+        f"{settings.train_samples} samples of each task and {settings.steps} steps for each; no rate was searched",
         figures,
-        {"steps": pieces[output.seeds[0], next(iter(conditions))]["steps"], "gates": histograms},
+        {"steps": made[folder.seeds[0], next(iter(conditions))]["steps"], "gates": histograms},
     )
 
 
-def measure(seed: int, settings: dict[str, Any], penalty: Penalty, schedule: Sequence[float], spread: float) -> dict[str, Any]:
+def measure(seed: int, settings: Settings, penalty: Penalty, schedule: Sequence[float], spread: float) -> Json:
     """Train one model; its numbers, and the share of gates in each of ``BINS`` equal parts of [0, 1] after each part of the
     training, in which the temperature is constant. Where gates begin is told by their logits, at a temperature of 1."""
-    data = linear_tasks(
-        settings["tasks"], settings["train_samples"], settings["test_samples"], variables=settings["variables"], seed=seed
-    )
+    data = linear_tasks(settings.tasks, settings.train_samples, settings.test_samples, variables=settings.variables, seed=seed)
     names = list(data.train)
-    model = seeded(seed, partial(_model, settings["variables"], spread, names))
+    model = seeded(seed, partial(_model, settings.variables, spread, names))
     where, factor = penalty
     loop = TaskLoop(
         model,
         data.train,
         F.mse_loss,
         LoopConfig(
-            steps=settings["steps_per_round"],
-            lr=settings["lr"],
-            mask_lr=settings["mask_lr"],
+            steps=settings.steps_per_round,
+            lr=settings.lr,
+            mask_lr=settings.mask_lr,
             weight_decay=factor if where == "W" else 0.0,
             mask_weight_decay=factor if where == "M" else 0.0,
             seed=seed,
         ),
     )
-    (first, last), points = schedule, settings["points"]
-    rounds = settings["steps"] // settings["steps_per_round"]
+    (first, last), points = schedule, settings.points
+    rounds = settings.steps // settings.steps_per_round
     begin = gates = _gates(model, names)
     steps, histograms = [0], []
     for point in range(points):
@@ -152,16 +172,16 @@ def measure(seed: int, settings: dict[str, Any], penalty: Penalty, schedule: Seq
 
 
 def condition_name(penalty: Penalty, schedule: Sequence[float], spread: float) -> str:
-    """What a row of the results is called."""
+    """The name of a row of the results."""
     return f"{_penalty_name(penalty)}, {_schedule_name(schedule)}, spread {spread:g}"
 
 
-def penalties(settings: Mapping[str, Any]) -> list[Penalty]:
+def penalties(settings: Settings) -> list[Penalty]:
     """No L2 term, then those on W, then those on M."""
     return [
         ("", 0.0),
-        *(("W", each) for each in settings["weight_decay"]),
-        *(("M", each) for each in settings["mask_weight_decay"]),
+        *(("W", each) for each in settings.weight_decay),
+        *(("M", each) for each in settings.mask_weight_decay),
     ]
 
 
@@ -202,99 +222,111 @@ def _percent(chosen: Tensor) -> float:
     return 100 * float(chosen.double().mean())
 
 
-def _condition(settings: Mapping[str, Any], penalty: str = "", schedule: int = 0, spread: int = 0) -> str:
-    """The name of one condition: of the factors the one that is shown, the others by their place in the settings."""
-    where = (penalty, _factor(settings, penalty))
-    return condition_name(where, settings["temperatures"][schedule], settings["mask_spreads"][spread])
+@dataclass(frozen=True)
+class Place:
+    """A condition by its place in the settings.
+
+    Attributes:
+        penalty: what is penalised, with the largest factor; nothing if empty.
+        schedule, spread: indices into ``temperatures`` and ``mask_spreads``.
+    """
+
+    penalty: str = ""
+    schedule: int = 0
+    spread: int = 0
+
+    def factor(self, settings: Settings) -> float:
+        """The L2 factor."""
+        return {"": (0.0,), "W": settings.weight_decay, "M": settings.mask_weight_decay}[self.penalty][-1]
+
+    def name(self, settings: Settings) -> str:
+        """The condition's name in the metrics."""
+        penalty = self.penalty, self.factor(settings)
+        return condition_name(penalty, settings.temperatures[self.schedule], settings.mask_spreads[self.spread])
 
 
-def _factor(settings: Mapping[str, Any], penalty: str) -> float:
-    """The factor that is shown: the largest."""
-    return {"": [0.0], "W": settings["weight_decay"], "M": settings["mask_weight_decay"]}[penalty][-1]
-
-
-SHOWN: tuple[dict[str, Any], ...] = (
-    {},
-    {"penalty": "W"},
-    {"penalty": "M"},
-    {"schedule": 1},
-    {"spread": -1},
-    {"schedule": -1, "spread": -1},
-)
+SPREAD = Place(spread=-1)
+SHOWN = (Place(), Place("W"), Place("M"), Place(schedule=1), SPREAD, Place(schedule=-1, spread=-1))
 """Conditions whose gates are drawn over training."""
 
 
-def _shown(settings: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(_condition(settings, **each) for each in SHOWN))
+def _settings(metrics: Metrics) -> Settings:
+    return of_run(Settings(), metrics)
 
 
-def _compare(number: str, **conditions: Mapping[str, Any]) -> Callable[[Metrics], dict[str, float]]:
+def _shown(settings: Settings) -> list[str]:
+    return list(dict.fromkeys(place.name(settings) for place in SHOWN))
+
+
+def _compare(metrics: Metrics, number: str, **places: Place) -> Numbers:
     """The means of a number under conditions, by name."""
-    return lambda metrics: {key: mean(metrics, _condition(metrics["settings"], **each), number) for key, each in conditions.items()}
+    settings = _settings(metrics)
+    return {key: mean(metrics, place.name(settings), number) for key, place in places.items()}
 
 
-def _turned(metrics: Metrics, **condition: Any) -> float:
+def _turned(metrics: Metrics, place: Place) -> float:
     """Of the gates that begin within ``NEAR`` of the wrong end, those that end on the true side, in percent, over all seeds."""
-    numbers = {**metrics["results"], **metrics["baselines"]}[_condition(metrics["settings"], **condition)]
+    numbers = by_method(metrics)[place.name(_settings(metrics))]
     return 100 * sum(numbers[TURNED]["values"]) / sum(numbers[WRONG]["values"])
 
 
-def _vanishing(metrics: Metrics) -> dict[str, float]:
+def _vanishing(metrics: Metrics) -> Numbers:
     return {
-        "spread": metrics["settings"]["mask_spreads"][-1],
-        "turned": _turned(metrics, spread=-1),
-        **_compare(MSE, mse={}, saturated={"spread": -1})(metrics),
+        "spread": _settings(metrics).mask_spreads[-1],
+        "turned": _turned(metrics, SPREAD),
+        **_compare(metrics, MSE, mse=Place(), saturated=SPREAD),
     }
 
 
-def _best_on_weights(metrics: Metrics) -> dict[str, float]:
-    spread, constant = metrics["settings"]["mask_spreads"][-1], metrics["settings"]["temperatures"][0]
-    tried = [("W", factor) for factor in metrics["settings"]["weight_decay"]]
+def _best_on_weights(metrics: Metrics) -> Numbers:
+    settings = _settings(metrics)
+    spread, constant = settings.mask_spreads[-1], settings.temperatures[0]
+    names = [condition_name(("W", factor), constant, spread) for factor in settings.weight_decay]
     return {
-        "without": mean(metrics, _condition(metrics["settings"], spread=-1), MSE),
-        "best": min(mean(metrics, condition_name(penalty, constant, spread), MSE) for penalty in tried),
-        "masks": mean(metrics, _condition(metrics["settings"], "M", spread=-1), MSE),
+        **_compare(metrics, MSE, without=SPREAD, masks=Place("M", spread=-1)),
+        "best": min(mean(metrics, name, MSE) for name in names),
     }
 
 
-def _toward_one(metrics: Metrics) -> dict[str, float]:
+def _toward_one(metrics: Metrics) -> Numbers:
     return {
-        "factor": _factor(metrics["settings"], "W"),
-        **_compare(ON, without={}, weights={"penalty": "W"})(metrics),
-        **_compare(NEAR_END, near={}, near_weights={"penalty": "W"})(metrics),
+        "factor": Place("W").factor(_settings(metrics)),
+        **_compare(metrics, ON, without=Place(), weights=Place("W")),
+        **_compare(metrics, NEAR_END, near=Place(), near_weights=Place("W")),
     }
 
 
-def _factors(metrics: Metrics) -> dict[str, float]:
-    settings = metrics["settings"]
+def _factors(metrics: Metrics) -> Numbers:
+    settings = _settings(metrics)
     tried = [each for each in penalties(settings) if each[0] != "M"]
     (_, smallest), (_, largest) = tried[0], tried[-1]
-    names = [condition_name(each, settings["temperatures"][0], settings["mask_spreads"][0]) for each in (tried[0], tried[-1])]
+    names = [condition_name(each, settings.temperatures[0], settings.mask_spreads[0]) for each in (tried[0], tried[-1])]
     small, large = (mean(metrics, name, MSE) for name in names)
     return {"smallest": smallest, "largest": largest, "small": small, "large": large}
 
 
-def _toward_half(metrics: Metrics) -> dict[str, float]:
+def _toward_half(metrics: Metrics) -> Numbers:
     return {
-        "factor": _factor(metrics["settings"], "M"),
-        **_compare(NEAR_END, near={}, masks={"penalty": "M"})(metrics),
-        **_compare(MSE, mse={}, mse_masks={"penalty": "M"})(metrics),
+        "factor": Place("M").factor(_settings(metrics)),
+        **_compare(metrics, NEAR_END, near=Place(), masks=Place("M")),
+        **_compare(metrics, MSE, mse=Place(), mse_masks=Place("M")),
     }
 
 
-def _annealed(metrics: Metrics) -> dict[str, float]:
+def _annealed(metrics: Metrics) -> Numbers:
     return {
-        **_compare(MSE, constant={}, cooled={"schedule": 1})(metrics),
-        **_compare(NEAR_END, near={}, near_cooled={"schedule": 1})(metrics),
+        **_compare(metrics, MSE, constant=Place(), cooled=Place(schedule=1)),
+        **_compare(metrics, NEAR_END, near=Place(), near_cooled=Place(schedule=1)),
     }
 
 
-def _warm(metrics: Metrics) -> dict[str, float]:
+def _warm(metrics: Metrics) -> Numbers:
+    warm = Place(schedule=-1, spread=-1)
     return {
-        "first": metrics["settings"]["temperatures"][-1][0],
-        **_compare(MSE, constant={"spread": -1}, cold={"schedule": 1, "spread": -1}, warm={"schedule": -1, "spread": -1})(metrics),
-        "turned": _turned(metrics, schedule=-1, spread=-1),
-        "turned_constant": _turned(metrics, spread=-1),
+        "first": _settings(metrics).temperatures[-1][0],
+        **_compare(metrics, MSE, constant=SPREAD, cold=Place(schedule=1, spread=-1), warm=warm),
+        "turned": _turned(metrics, warm),
+        "turned_constant": _turned(metrics, SPREAD),
     }
 
 
@@ -347,23 +379,23 @@ CLAIMS = [
 ]
 
 
-def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
+def tables(metrics: Metrics) -> Tables:
     """The error and the share of binary gates, a row for each L2 term, a pair of columns for each schedule."""
-    settings, numbers = metrics["settings"], {**metrics["results"], **metrics["baselines"]}
+    settings, numbers = _settings(metrics), by_method(metrics)
     made = []
-    for spread in settings["mask_spreads"]:
+    for spread in settings.mask_spreads:
         head = ["L2 term"]
-        for schedule in settings["temperatures"]:
+        for schedule in settings.temperatures:
             head += [f"{_schedule_name(schedule)}: {number}" for number in (MSE, NEAR_END)]
         rows = [head]
         for penalty in penalties(settings):
-            names = [condition_name(penalty, schedule, spread) for schedule in settings["temperatures"]]
+            names = [condition_name(penalty, schedule, spread) for schedule in settings.temperatures]
             rows.append([_penalty_name(penalty), *(cell(numbers[name][number]) for name in names for number in (MSE, NEAR_END))])
         made.append((f"Logits that begin with a standard deviation of {spread:g}", rows))
     return made
 
 
-def figures(metrics: Metrics) -> dict[str, Figure]:
+def figures(metrics: Metrics) -> Figures:
     """``gates``: their distribution over training; ``l2``: error and share of binary gates against the L2 factor."""
     return {"gates": _gates_figure(metrics), "l2": _factors_figure(metrics)}
 
@@ -374,7 +406,7 @@ def _gates_figure(metrics: Metrics) -> Figure:
     steps = metrics["steps"]
     # Each column of the picture is a stretch of training, with the gates at its end.
     for panel, each in zip(panels, SHOWN):
-        name = _condition(metrics["settings"], **each)
+        name = each.name(_settings(metrics))
         shares = 100 * torch.tensor(metrics["gates"][name]).T
         image = panel.pcolormesh(steps, edges, shares.tolist(), cmap="cividis", norm="symlog", vmin=0, vmax=100)
         panel.set(xlabel="gradient steps, all tasks together", ylabel="gate (no unit)")
@@ -384,13 +416,13 @@ def _gates_figure(metrics: Metrics) -> Figure:
 
 
 def _factors_figure(metrics: Metrics) -> Figure:
-    settings, methods = metrics["settings"], {**metrics["results"], **metrics["baselines"]}
-    figure, panels = new_figure(2, len(settings["mask_spreads"]))
+    settings, methods = _settings(metrics), by_method(metrics)
+    figure, panels = new_figure(2, len(settings.mask_spreads))
     styles = [STYLES["shared"]["color"], STYLES["masked"]["color"], STYLES["independent"]["color"]]
-    factors = sorted({0.0, *settings["weight_decay"], *settings["mask_weight_decay"]})
+    factors = sorted({0.0, *settings.weight_decay, *settings.mask_weight_decay})
     for place, panel in enumerate(panels):
-        spread, number = settings["mask_spreads"][place // 2], (MSE, NEAR_END)[place % 2]
-        for schedule, color in zip(settings["temperatures"], styles):
+        spread, number = settings.mask_spreads[place // 2], (MSE, NEAR_END)[place % 2]
+        for schedule, color in zip(settings.temperatures, styles):
             for where, line, marker in (("W", "-", "o"), ("M", "--", "s")):
                 chosen = [each for each in penalties(settings) if each[0] in ("", where)]
                 found = [methods[condition_name(penalty, schedule, spread)][number] for penalty in chosen]

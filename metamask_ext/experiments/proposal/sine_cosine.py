@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,41 +13,59 @@ from torch import Tensor, nn
 
 from metamask_ext.data import sinusoid_tasks
 
-from ..engine.claims import Claim, Metrics, mean
-from ..engine.run_folder import STYLES, Output, cell, new_figure
-from ..engine.settings import OptionError
-from ..study import comparison
-from ..study.comparison import Problem, Score
+from ..engine.claims import Claim, Metrics, Numbers, by_method, mean
+from ..engine.figures import STYLES, Figures, new_figure
+from ..engine.jobs import Job, Json, Key
+from ..engine.run_folder import RunFolder
+from ..engine.settings import Changes, OptionError, RunSettings
+from ..engine.tables import Tables, cells
+from ..study import comparison, findings, report
 from ..study.methods import method
 from ..study.networks import gates, shared_parameters
-from ..study.problem import Layer
+from ..study.problem import Layer, Problem, Score
+from ..study.settings import Config, FrozenConfig, MaskedConfig, MetaConfig, PlainConfig, StudySettings, even_grid, grid
 from .sinusoid import split
 
-SETTINGS: dict[str, Any] = {
-    "seeds": 5,
-    "tasks": 20,
-    "steps": 10_000,  # of all tasks together
-    "variables": 5,
-    "magnitudes": [0.3, 0.9],  # of weights
-    "cosine": 0.3,  # the probability of a cosine
-    "train_samples": 100,
-    "test_samples": 1000,
-    "new_tasks": 10,
-    "study": comparison.settings(
-        {
-            "masked": comparison.grid(lr=[0.1, 0.03], mask_lr=[0.03, 0.01]),
-            "hard": comparison.grid(lr=[0.03, 0.01], mask_lr=[0.01, 0.03]),
-            "lottery": comparison.grid(mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
-            "shared": comparison.grid(lr=[0.003, 0.001, 0.01, 0.03]),
-            "independent": comparison.grid(lr=[0.03, 0.01, 0.1, 0.003]),
-            "maml": comparison.grid(lr=[0.03, 0.01], inner_lr=[0.3, 0.1]),
-            "sequence": comparison.grid(lr=[0.03, 0.01, 0.1, 0.003]),
-        }
-    ),
-}
+STUDY = StudySettings(
+    grid=even_grid(
+        masked=grid(MaskedConfig, lr=[0.1, 0.03], mask_lr=[0.03, 0.01]),
+        hard=grid(MaskedConfig, lr=[0.03, 0.01], mask_lr=[0.01, 0.03]),
+        lottery=grid(FrozenConfig, mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
+        shared=grid(PlainConfig, lr=[0.003, 0.001, 0.01, 0.03]),
+        independent=grid(PlainConfig, lr=[0.03, 0.01, 0.1, 0.003]),
+        maml=grid(MetaConfig, lr=[0.03, 0.01], inner_lr=[0.3, 0.1]),
+        sequence=grid(PlainConfig, lr=[0.03, 0.01, 0.1, 0.003]),
+    )
+)
 
 
-QUICK: dict[str, Any] = {
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """The settings of the experiment.
+
+    Attributes:
+        tasks: the number of trained tasks.
+        steps: of all tasks together.
+        variables: of the linear functions.
+        magnitudes: the smallest and the largest of their weights.
+        cosine: the probability of a cosine.
+        train_samples, test_samples: of each task.
+        new_tasks: the number of tasks not seen in training.
+        study: of the common study.
+    """
+
+    tasks: int = 20
+    steps: int = 10_000
+    variables: int = 5
+    magnitudes: tuple[float, float] = (0.3, 0.9)
+    cosine: float = 0.3
+    train_samples: int = 100
+    test_samples: int = 1000
+    new_tasks: int = 10
+    study: StudySettings = STUDY
+
+
+QUICK: Changes = {
     "seeds": 1,
     "tasks": 8,
     "steps": 3000,
@@ -81,69 +98,67 @@ class Sine(nn.Module):
         return torch.sin(x)
 
 
-def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
+def problem(seed: int, settings: Settings) -> Problem:
     """Tasks with the same ``w``."""
     return _problem(True, seed, settings)
 
 
-def _problem(related: bool, seed: int, settings: Mapping[str, Any]) -> Problem:
+def _problem(related: bool, seed: int, settings: Settings) -> Problem:
     """``y = sin(theta^T x + bias)``, of one unit; where the tasks are not related, scaled and with an offset."""
     generator = torch.Generator().manual_seed(seed)
-    variables = settings["variables"]
+    variables = settings.variables
     drawn = sinusoid_tasks(
-        settings["tasks"] + settings["new_tasks"],
+        settings.tasks + settings.new_tasks,
         generator,
         variables=variables,
-        magnitudes=settings["magnitudes"],
+        magnitudes=settings.magnitudes,
         related=related,
-        cosine=settings["cosine"],
+        cosine=settings.cosine,
     )
 
     def network(linear: Layer, conv: Layer) -> nn.Module:
         return nn.Sequential(linear(variables, 1), Sine(), *([] if related else [linear(1, 1)]))
 
-    def examine(method: str, model: nn.Module) -> dict[str, Any]:
+    def examine(method: str, model: nn.Module) -> Json:
         if method not in GATED:
             return {}
         found = gates(model, made.names)["0.bias"].flatten()
         return {"gates": found.tolist(), "bias": float(shared_parameters(model)["0.bias"]), "cosine": cosine.tolist()}
 
-    cosine = drawn.cosine[: settings["tasks"]]
+    cosine = drawn.cosine[: settings.tasks]
     if cosine.all() or not cosine.any():
-        raise OptionError(f"tasks={settings['tasks']}: of seed {seed} {int(cosine.sum())} have a cosine, take more tasks")
+        raise OptionError(f"tasks={settings.tasks}: of seed {seed} {int(cosine.sum())} have a cosine, take more tasks")
     made = Problem(*split(drawn, settings, generator), network, F.mse_loss, F.mse_loss, examine)
     return made
 
 
-def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+def run(folder: RunFolder, settings: Settings) -> Json:
     """The common study on tasks with one ``w``; errors and gates on unrelated ones. See :func:`metamask_ext.experiments.run`."""
-    finished = output.begin(
-        f"drawn: x ~ N(0, I), |w| uniform in {settings['magnitudes']}, the same for all tasks; sin or, with probability "
-        f"{settings['cosine']:g}, cos of w^T x, no noise; unrelated: w, b1 and b2 as for 'sinusoid'"
+    finished = folder.begin(
+        f"drawn: x ~ N(0, I), |w| uniform in {list(settings.magnitudes)}, the same for all tasks; sin or, with probability "
+        f"{settings.cosine:g}, cos of w^T x, no noise; unrelated: w, b1 and b2 as for 'sinusoid'"
     )
     if finished is not None:
         return finished
-    found = comparison.run(output, settings, problem, SCORE, later=len(output.seeds) * len(UNRELATED))
+    found = comparison.run(folder, settings, problem, SCORE, later=len(folder.seeds) * len(UNRELATED))
     for name in GATED:
         measured = [_measured(examined) for examined in found.examined[name]]
         found.scores[name] |= {number: [each[number] for each in measured] for number in NUMBERS}
-    chosen = found.more["study"]["chosen"]
-    pieces = output.pieces(
-        {
-            (seed, f"unrelated, {name}"): partial(_unrelated, seed, settings, name, chosen[name])
-            for seed in output.seeds
-            for name in UNRELATED
-        }
-    )
+    jobs: dict[Key, Job] = {
+        (seed, f"unrelated, {name}"): partial(_unrelated, seed, settings, name, found.configs[name])
+        for seed in folder.seeds
+        for name in UNRELATED
+    }
+    unrelated = folder.compute(jobs)
     for name in UNRELATED:
-        of_seeds = [pieces[seed, f"unrelated, {name}"] for seed in output.seeds]
+        of_seeds = [unrelated[seed, f"unrelated, {name}"] for seed in folder.seeds]
         found.scores[f"unrelated: {name}"] = {number: [each[number] for each in of_seeds] for number in of_seeds[0]}
     baselines = [*found.baselines, *(f"unrelated: {name}" for name in UNRELATED if name not in GATED)]
     more = {**found.more, "examined": found.examined["masked"]}
-    return output.finish(found.scores, baselines, found.budget, figures, more)
+    return folder.finish(found.scores, baselines, found.budget, figures, more)
 
 
-def _measured(examined: Mapping[str, Any]) -> dict[str, float]:
+def _measured(examined: Metrics) -> Numbers:
     """``NUMBERS`` of one trained model."""
     found, cosine = torch.tensor(examined["gates"]), torch.tensor(examined["cosine"])
     # Distance on the circle: the mean of the angles' cosines and sines.
@@ -153,7 +168,7 @@ def _measured(examined: Mapping[str, Any]) -> dict[str, float]:
     return {PHASE: phase, COSINE: float(found[cosine].mean()), SINE: float(found[~cosine].mean()), RIGHT: right}
 
 
-def _unrelated(seed: int, settings: Mapping[str, Any], name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def _unrelated(seed: int, settings: Settings, name: str, config: Config) -> Numbers:
     """The mean test MSE of one method on unrelated tasks, and of a masked one whether the bias's gate tells the cosine."""
     made = _problem(False, seed, settings)
     trained = method(name, made, settings, config, seed)
@@ -165,30 +180,30 @@ def _unrelated(seed: int, settings: Mapping[str, Any], name: str, config: Mappin
     return numbers
 
 
-def _learned(metrics: Metrics) -> dict[str, float]:
-    return {name: comparison.trained(metrics, name) for name in ("masked", "hard", "shared", "independent")}
+def _learned(metrics: Metrics) -> Numbers:
+    return {name: findings.trained(metrics, name) for name in ("masked", "hard", "shared", "independent")}
 
 
-def _gates(metrics: Metrics) -> dict[str, float]:
+def _gates(metrics: Metrics) -> Numbers:
     phase, cosine, sine, right = (mean(metrics, "masked", number) for number in NUMBERS)
     return {"phase": phase, "half_pi": math.pi / 2, "cosine": cosine, "sine": sine, "right": right}
 
 
-def _hard(metrics: Metrics) -> dict[str, float]:
+def _hard(metrics: Metrics) -> Numbers:
     return {
         **{name: mean(metrics, name, RIGHT) for name in GATED},
-        "hard_error": comparison.trained(metrics, "hard"),
-        "error": comparison.trained(metrics, "masked"),
+        "hard_error": findings.trained(metrics, "hard"),
+        "error": findings.trained(metrics, "masked"),
     }
 
 
-def _apart(metrics: Metrics) -> dict[str, float]:
+def _apart(metrics: Metrics) -> Numbers:
     rate = metrics["settings"]["cosine"]
     return {
         **{name: mean(metrics, f"unrelated: {name}", MSE) for name in UNRELATED},
         "right": mean(metrics, "unrelated: masked", RIGHT),
         "guess": 100 * max(rate, 1 - rate),
-        "related": comparison.trained(metrics, "masked"),
+        "related": findings.trained(metrics, "masked"),
     }
 
 
@@ -221,16 +236,16 @@ CLAIMS = [
 ]
 
 
-def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
+def tables(metrics: Metrics) -> Tables:
     """The study's, and one of the bias, its gates, and the unrelated tasks."""
-    methods = {**metrics["results"], **metrics["baselines"]}
-    rows = [["method", MSE, *NUMBERS]]
+    methods, columns = by_method(metrics), (MSE, *NUMBERS)
+    rows = [["method", *columns]]
     for name in [*GATED, *(f"unrelated: {each}" for each in UNRELATED)]:
-        rows.append([name, *(cell(methods[name][number]) if number in methods[name] else "-" for number in (MSE, *NUMBERS))])
-    return [*comparison.tables(metrics), ("The bias behind its gate", rows)]
+        rows.append([name, *cells(methods[name], columns)])
+    return [*report.tables(metrics), ("The bias behind its gate", rows)]
 
 
-def figures(metrics: Metrics) -> dict[str, Any]:
+def figures(metrics: Metrics) -> Figures:
     """The study's; and the gate of the bias, and the bias behind it, of each task."""
     figure, (left, right) = new_figure(2)
     for cosine, name, method_name, marker in ((False, "sine tasks", "masked", "o"), (True, "cosine tasks", "shared", "^")):
@@ -250,4 +265,4 @@ def figures(metrics: Metrics) -> dict[str, Any]:
     for panel in (left, right):
         panel.set_xticks(metrics["seeds"])
         panel.legend(fontsize=8, title="a point a task", title_fontsize=8)
-    return {"": comparison.figure(metrics), "bias": figure}
+    return {"": report.figure(metrics), "bias": figure}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,41 +16,77 @@ from metamask_ext.data import sine_of_linear_tasks
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
 from metamask_ext.nn.layers import MaskInit
 
-from ..engine.claims import Claim, Metrics, mean
-from ..engine.run_folder import STYLES, Output, bands, cell, new_figure
-from ..engine.settings import OptionError
+from ..engine.claims import Claim, Metrics, Numbers, mean
+from ..engine.figures import STYLES, Figures, bands, new_figure
+from ..engine.jobs import Job, Json, Key
+from ..engine.run_folder import RunFolder
+from ..engine.settings import Changes, OptionError, of_run
+from ..engine.statistics import cell
+from ..engine.tables import Tables
 from ..engine.training import seeded
-from ..study import comparison
-from ..study.comparison import Problem, Score
+from ..study import comparison, findings, report
 from ..study.networks import Nets, Parameters, gates, shared_parameters
-from ..study.problem import Layer
-from .sinusoid import split
+from ..study.problem import Layer, Problem, Score
+from ..study.settings import (
+    FrozenConfig,
+    MaskedConfig,
+    MetaConfig,
+    PenalisedConfig,
+    PlainConfig,
+    StudySettings,
+    even_grid,
+    grid,
+)
+from .sinusoid import SineSettings, split
 
-SETTINGS: dict[str, Any] = {
-    "seeds": 5,
-    "tasks": 20,
-    "steps": 8000,  # of all tasks together
-    "variables": 5,
-    "magnitudes": [0.4, 1.2],  # of weights and biases
-    "hidden": 32,
-    "train_samples": 200,
-    "test_samples": 1000,
-    "new_tasks": 10,
-    # Beside the study: how alike the tasks' masks are, by what they begin with and the L2 factor on M.
-    "sharing": {"lr": 0.003, "mask_lr": 0.1, "batch": 64, "begin": ["alike", "random"], "mask_weight_decay": [0.0, 1e-3]},
-    "study": comparison.settings(
-        {
-            "masked": comparison.grid(lr=[0.003], mask_lr=[0.1, 0.03], mask_weight_decay=[1e-4, 0.0]),
-            "hard": comparison.grid(lr=[0.003, 0.001], mask_lr=[0.01, 0.03]),
-            "lottery": comparison.grid(mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
-            "shared": comparison.grid(lr=[0.003, 0.001, 0.0003, 0.01]),
-            "independent": comparison.grid(lr=[0.01, 0.03, 0.003, 0.001]),
-            "maml": comparison.grid(lr=[0.003, 0.001], inner_lr=[0.1, 0.03]),
-            "sequence": comparison.grid(lr=[0.003, 0.01, 0.001, 0.0003]),
-        }
-    ),
-}
-QUICK: dict[str, Any] = {
+STUDY = StudySettings(
+    grid=even_grid(
+        masked=grid(PenalisedConfig, lr=[0.003], mask_lr=[0.1, 0.03], mask_weight_decay=[1e-4, 0.0]),
+        hard=grid(MaskedConfig, lr=[0.003, 0.001], mask_lr=[0.01, 0.03]),
+        lottery=grid(FrozenConfig, mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
+        shared=grid(PlainConfig, lr=[0.003, 0.001, 0.0003, 0.01]),
+        independent=grid(PlainConfig, lr=[0.01, 0.03, 0.003, 0.001]),
+        maml=grid(MetaConfig, lr=[0.003, 0.001], inner_lr=[0.1, 0.03]),
+        sequence=grid(PlainConfig, lr=[0.003, 0.01, 0.001, 0.0003]),
+    )
+)
+
+
+@dataclass(frozen=True)
+class SharingSettings:
+    """The trainings that show how alike the tasks' masks are.
+
+    Attributes:
+        lr, mask_lr, batch: of the training.
+        begin: what the logits begin with, each a key of ``BEGIN``.
+        mask_weight_decay: L2 factors on M.
+    """
+
+    lr: float = 0.003
+    mask_lr: float = 0.1
+    batch: int = 64
+    begin: tuple[str, ...] = ("alike", "random")
+    mask_weight_decay: tuple[float, ...] = (0.0, 1e-3)
+
+
+@dataclass(frozen=True)
+class Settings(SineSettings):
+    """The settings of the experiment.
+
+    Attributes:
+        sharing: beside the study, how alike the tasks' masks are.
+        study: of the common study.
+    """
+
+    tasks: int = 20
+    steps: int = 8000
+    hidden: int = 32
+    train_samples: int = 200
+    sharing: SharingSettings = SharingSettings()
+    study: StudySettings = STUDY
+
+
+QUICK: Changes = {
     "seeds": 1,
     "tasks": 6,
     "steps": 2400,
@@ -67,7 +102,7 @@ every layer. Does the method find the first layer of 3.1, and does it find out t
 see that, the trained net computes each task with the later layers' masks of another, and with the first layer's."""
 
 BEGIN: dict[str, MaskInit] = {"alike": 0.0, "random": "normal"}
-"""What the logits begin with, by the name in the settings."""
+"""The first logits, by their name in the settings."""
 OWN, LATER, FIRST = "own masks: test MSE", "later masks of another task: test MSE", "first mask of another task: test MSE"
 DIRECTION, SUPPORT = "first layer and true weights: cosine", "support recovered (%)"
 LAYERS = 4
@@ -79,47 +114,49 @@ def network(variables: int, hidden: int, linear: Layer, conv: Layer) -> nn.Seque
     return nn.Sequential(linear(variables, 1), linear(1, hidden), nn.Tanh(), linear(hidden, hidden), nn.Tanh(), linear(hidden, 1))
 
 
-def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
+def problem(seed: int, settings: Settings) -> Problem:
     return _problem(seed, settings)[0]
 
 
-def _problem(seed: int, settings: Mapping[str, Any]) -> tuple[Problem, Tensor, Tensor]:
+def _problem(seed: int, settings: Settings) -> tuple[Problem, Tensor, Tensor]:
     """Also the true weights of the trained tasks, and which of them and of the biases are on."""
     generator = torch.Generator().manual_seed(seed)
-    known, variables = settings["tasks"], settings["variables"]
-    count, sizes = known + settings["new_tasks"], settings["magnitudes"]
+    known, variables = settings.tasks, settings.variables
+    count, sizes = known + settings.new_tasks, settings.magnitudes
     drawn, support = sine_of_linear_tasks(count, generator, variables=variables, magnitudes=sizes)
-    net = partial(network, variables, settings["hidden"])
+    net = partial(network, variables, settings.hidden)
     return Problem(*split(drawn, settings, generator), net, F.mse_loss, F.mse_loss), drawn.weight[:known], support[:known]
 
 
-def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+def run(folder: RunFolder, settings: Settings) -> Json:
     """The common study, and how alike the masks of the tasks are in each layer. See :func:`metamask_ext.experiments.run`."""
-    for begin in settings["sharing"]["begin"]:
+    for begin in settings.sharing.begin:
         if begin not in BEGIN:
             raise OptionError(f"sharing.begin must be of {', '.join(BEGIN)}, got {begin!r}")
     for key in ("begin", "mask_weight_decay"):
-        if not settings["sharing"][key]:
+        if not getattr(settings.sharing, key):
             raise OptionError(f"sharing.{key} must have an item at least, got none")
-    finished = output.begin(
-        f"drawn: x ~ N(0, I), |w|, |b| uniform in {settings['magnitudes']}, each on with probability 1/2, no noise"
+    finished = folder.begin(
+        f"drawn: x ~ N(0, I), |w|, |b| uniform in {list(settings.magnitudes)}, each on with probability 1/2, no noise"
     )
     if finished is not None:
         return finished
     conditions = {
         condition_name(begin, decay): (begin, decay)
-        for begin, decay in itertools.product(settings["sharing"]["begin"], settings["sharing"]["mask_weight_decay"])
+        for begin, decay in itertools.product(settings.sharing.begin, settings.sharing.mask_weight_decay)
     }
-    jobs = {(seed, name): partial(share, seed, settings, *each) for seed in output.seeds for name, each in conditions.items()}
-    found = comparison.run(output, settings, problem, SCORE, later=len(jobs))
-    pieces = output.pieces(jobs)
+    jobs: dict[Key, Job] = {
+        (seed, name): partial(share, seed, settings, *each) for seed in folder.seeds for name, each in conditions.items()
+    }
+    found = comparison.run(folder, settings, problem, SCORE, later=len(jobs))
+    made = folder.compute(jobs)
     numbers = [*(OWN, LATER, FIRST, DIRECTION, SUPPORT), *(difference_name(layer) for layer in range(LAYERS))]
-    shared = {name: {number: [pieces[seed, name][number] for seed in output.seeds] for number in numbers} for name in conditions}
-    return output.finish({**found.scores, **shared}, found.baselines, found.budget, figures, found.more)
+    shared = {name: {number: [made[seed, name][number] for seed in folder.seeds] for number in numbers} for name in conditions}
+    return folder.finish({**found.scores, **shared}, found.baselines, found.budget, figures, found.more)
 
 
 def condition_name(begin: str, decay: float) -> str:
-    """What a row of the results on sharing is called."""
+    """The name of a row of the results on sharing."""
     return f"masks {begin} at first, L2 {decay:g} on M"
 
 
@@ -127,10 +164,10 @@ def difference_name(layer: int) -> str:
     return f"difference of two tasks' gates, layer {layer + 1}"
 
 
-def share(seed: int, settings: Mapping[str, Any], begin: str, decay: float) -> dict[str, Any]:
+def share(seed: int, settings: Settings, begin: str, decay: float) -> Numbers:
     """Train masks on every layer; then compute each task with masks of each other."""
     made, weight, support = _problem(seed, settings)
-    options = settings["sharing"]
+    options = settings.sharing
     masked = partial(MaskedLinear, mask_init=BEGIN[begin])
     model = seeded(seed, partial(made.network, masked, MaskedConv2d))
     data = {name: (x, y) for name, x, y in zip(made.names, made.train.x, made.train.y)}
@@ -139,15 +176,15 @@ def share(seed: int, settings: Mapping[str, Any], begin: str, decay: float) -> d
         data,
         F.mse_loss,
         LoopConfig(
-            steps=settings["study"]["round_steps"],
-            lr=options["lr"],
-            mask_lr=options["mask_lr"],
+            steps=settings.study.round_steps,
+            lr=options.lr,
+            mask_lr=options.mask_lr,
             mask_weight_decay=decay,
             optimizer="adam",
-            batch_size=options["batch"],
+            batch_size=options.batch,
             seed=seed,
         ),
-    ).run(settings["steps"] // settings["study"]["round_steps"])
+    ).run(settings.steps // settings.study.round_steps)
     shared, open_ = shared_parameters(model), gates(model, made.names)
     first = torch.cat([open_["0.weight"].flatten(1), open_["0.bias"].flatten(1)], 1)
     found = shared["0.weight"] * open_["0.weight"]
@@ -160,7 +197,7 @@ def share(seed: int, settings: Mapping[str, Any], begin: str, decay: float) -> d
 
 
 @torch.no_grad()
-def _swapped(made: Problem, shared: Parameters, open_: Parameters, support: Tensor) -> dict[str, float]:
+def _swapped(made: Problem, shared: Parameters, open_: Parameters, support: Tensor) -> Numbers:
     """The mean test MSE of a task with its own masks, and over all other tasks, with their masks in the later layers, or in the
     first (where these tasks differ there)."""
     nets = Nets(made)
@@ -198,26 +235,26 @@ def _differences(shared: Parameters, open_: Parameters) -> list[float]:
 
 def _condition(metrics: Metrics, decay: int) -> str:
     """Of the rows on sharing, that with the last of the first masks and the L2 factor of this place in the settings."""
-    sharing = metrics["settings"]["sharing"]
-    return condition_name(sharing["begin"][-1], sharing["mask_weight_decay"][decay])
+    sharing = of_run(Settings(), metrics).sharing
+    return condition_name(sharing.begin[-1], sharing.mask_weight_decay[decay])
 
 
-def _learned(metrics: Metrics) -> dict[str, float]:
-    return {method: comparison.trained(metrics, method) for method in ("masked", "hard", "shared", "independent")}
+def _learned(metrics: Metrics) -> Numbers:
+    return {method: findings.trained(metrics, method) for method in ("masked", "hard", "shared", "independent")}
 
 
-def _first_layer(metrics: Metrics) -> dict[str, float]:
+def _first_layer(metrics: Metrics) -> Numbers:
     name = _condition(metrics, -1)
     return {"cosine": mean(metrics, name, DIRECTION), "support": mean(metrics, name, SUPPORT)}
 
 
-def _sharing(decay: int, metrics: Metrics) -> dict[str, float]:
+def _sharing(decay: int, metrics: Metrics) -> Numbers:
     name = _condition(metrics, decay)
     found = {"own": mean(metrics, name, OWN), "later": mean(metrics, name, LATER), "first": mean(metrics, name, FIRST)}
-    return {**found, "factor": metrics["settings"]["sharing"]["mask_weight_decay"][decay]}
+    return {**found, "factor": of_run(Settings(), metrics).sharing.mask_weight_decay[decay]}
 
 
-def _alike(metrics: Metrics) -> dict[str, float]:
+def _alike(metrics: Metrics) -> Numbers:
     plain, penalised = (
         [mean(metrics, _condition(metrics, place), difference_name(layer)) for layer in range(LAYERS)] for place in (0, -1)
     )
@@ -229,13 +266,9 @@ def _alike(metrics: Metrics) -> dict[str, float]:
     }
 
 
-def _new(metrics: Metrics) -> dict[str, float]:
+def _new(metrics: Metrics) -> Numbers:
     samples = metrics["study"]["samples"]
-    found = {"few": samples[(len(samples) - 1) // 2], "many": samples[-1]}
-    for key, count in list(found.items()):
-        found[f"masks_{key}"] = comparison.new_tasks(metrics, "masked", "mask only", count)
-        found[f"scratch_{key}"] = comparison.new_tasks(metrics, "independent", "from scratch", count)
-    return found
+    return findings.masks_beside_scratch(metrics, samples[(len(samples) - 1) // 2])
 
 
 CLAIMS = [
@@ -279,21 +312,21 @@ CLAIMS = [
 ]
 
 
-def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
+def tables(metrics: Metrics) -> Tables:
     """The study's, and one on what the tasks' masks share."""
     numbers = [OWN, LATER, FIRST, DIRECTION, SUPPORT, *(difference_name(layer) for layer in range(LAYERS))]
     rows = [
         ["masks", *numbers],
         *([name, *(cell(found[number]) for number in numbers)] for name, found in _shared(metrics).items()),
     ]
-    return [*comparison.tables(metrics), ("Masks of other tasks", rows)]
+    return [*report.tables(metrics), ("Masks of other tasks", rows)]
 
 
-def _shared(metrics: Metrics) -> dict[str, Any]:
+def _shared(metrics: Metrics) -> Metrics:
     return {name: found for name, found in metrics["results"].items() if OWN in found}
 
 
-def figures(metrics: Metrics) -> dict[str, Any]:
+def figures(metrics: Metrics) -> Figures:
     figure, (left, right) = new_figure(2)
     shared = _shared(metrics)
     styles = {OWN: ("masked", "o"), LATER: ("independent", "s"), FIRST: ("shared", "^")}
@@ -329,4 +362,4 @@ def figures(metrics: Metrics) -> dict[str, Any]:
     right.set(xlabel="layer (number)", ylabel="difference of two tasks' gates,\nweighted with |W| (no unit)", ylim=(0, None))
     right.set_xticks(range(1, LAYERS + 1))
     right.legend(fontsize=7)
-    return {"": comparison.figure(metrics), "sharing": figure}
+    return {"": report.figure(metrics), "sharing": figure}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,38 +13,78 @@ from torch import nn
 
 from metamask_ext.data import SinusoidTasks, sinusoid_tasks
 
-from ..engine.claims import Claim, Metrics
-from ..engine.run_folder import Output, bands, new_figure, plot_seeds
-from ..study import comparison
-from ..study.comparison import Problem, Score, TaskData
+from ..engine.claims import Claim, Metrics, Numbers
+from ..engine.figures import Figures, bands, new_figure, plot_seeds
+from ..engine.jobs import Job, Json, Key
+from ..engine.run_folder import RunFolder
+from ..engine.settings import Changes, RunSettings
+from ..study import comparison, findings, report
 from ..study.methods import method
-from ..study.problem import Layer
+from ..study.problem import Layer, Problem, Score, TaskData
+from ..study.settings import (
+    Config,
+    FrozenConfig,
+    MaskedConfig,
+    MetaConfig,
+    PlainConfig,
+    SampledSettings,
+    StudySettings,
+    even_grid,
+    grid,
+)
 
-SETTINGS: dict[str, Any] = {
-    "seeds": 5,
-    "tasks": 10,
-    "steps": 10_000,  # of all tasks together
-    "variables": 5,
-    "magnitudes": [0.4, 1.2],  # of weights
-    "hidden": 64,
-    "train_samples": 1000,
-    "test_samples": 1000,
-    "new_tasks": 10,
-    # Beside the study: masked, shared and independent nets for other numbers of tasks, with as many steps for each task.
-    "numbers_of_tasks": [1, 2, 5, 20],
-    "study": comparison.settings(
-        {
-            "masked": comparison.grid(lr=[0.003, 0.01], mask_lr=[0.03, 0.1]),
-            "hard": comparison.grid(lr=[0.003, 0.001], mask_lr=[0.01, 0.03]),
-            "lottery": comparison.grid(mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
-            "shared": comparison.grid(lr=[0.003, 0.001, 0.0003, 0.01]),
-            "independent": comparison.grid(lr=[0.01, 0.003, 0.03, 0.001]),
-            "maml": comparison.grid(lr=[0.003, 0.001], inner_lr=[0.1, 0.03]),
-            "sequence": comparison.grid(lr=[0.003, 0.01, 0.001, 0.0003]),
-        }
-    ),
-}
-QUICK: dict[str, Any] = {
+STUDY = StudySettings(
+    grid=even_grid(
+        masked=grid(MaskedConfig, lr=[0.003, 0.01], mask_lr=[0.03, 0.1]),
+        hard=grid(MaskedConfig, lr=[0.003, 0.001], mask_lr=[0.01, 0.03]),
+        lottery=grid(FrozenConfig, mask_lr=[0.03, 0.01], scale=[2.0, 4.0]),
+        shared=grid(PlainConfig, lr=[0.003, 0.001, 0.0003, 0.01]),
+        independent=grid(PlainConfig, lr=[0.01, 0.003, 0.03, 0.001]),
+        maml=grid(MetaConfig, lr=[0.003, 0.001], inner_lr=[0.1, 0.03]),
+        sequence=grid(PlainConfig, lr=[0.003, 0.01, 0.001, 0.0003]),
+    )
+)
+
+
+@dataclass(frozen=True)
+class SineSettings(RunSettings):
+    """Of experiments in which a net learns sines of linear functions.
+
+    Attributes:
+        tasks: the number of trained tasks.
+        steps: of all tasks together.
+        variables: of the linear functions.
+        magnitudes: the smallest and the largest of their weights.
+        hidden: units of a layer.
+        train_samples, test_samples: of each task.
+        new_tasks: the number of tasks not seen in training.
+    """
+
+    tasks: int = 10
+    steps: int = 10_000
+    variables: int = 5
+    magnitudes: tuple[float, float] = (0.4, 1.2)
+    hidden: int = 64
+    train_samples: int = 1000
+    test_samples: int = 1000
+    new_tasks: int = 10
+
+
+@dataclass(frozen=True)
+class Settings(SineSettings):
+    """The settings of the experiment.
+
+    Attributes:
+        numbers_of_tasks: beside the study, masked, shared and independent nets for other numbers of tasks, with as many steps for
+            each task.
+        study: of the common study.
+    """
+
+    numbers_of_tasks: tuple[int, ...] = (1, 2, 5, 20)
+    study: StudySettings = STUDY
+
+
+QUICK: Changes = {
     "seeds": 1,
     "tasks": 3,
     "steps": 1800,
@@ -59,6 +98,7 @@ QUESTION = """\
 Section 3.3: $y = \\sin(w^T x + b_1) + b_2$ with $w$, $b_1$ and $b_2$ drawn anew for each task: can a mask on shared weights stand
 for values that have no relation between tasks? A net with masks on every layer beside a net for each task, for several numbers of
 tasks, with the same steps for each task. To predict the mean of each task gives an MSE of about 1/2."""
+tables = report.tables
 METHODS = ("masked", "shared", "independent")
 FourParts = tuple[TaskData, TaskData, TaskData, TaskData]
 
@@ -69,10 +109,10 @@ def network(sizes: list[int], linear: Layer, conv: Layer) -> nn.Module:
     return nn.Sequential(*layers, linear(*sizes[-2:]))
 
 
-def split(drawn: SinusoidTasks, settings: Mapping[str, Any], generator: torch.Generator) -> FourParts:
+def split(drawn: SinusoidTasks, settings: SampledSettings, generator: torch.Generator) -> FourParts:
     """Training and test data of the first ``tasks`` tasks, then those of the others, which are new."""
-    known, train, new = settings["tasks"], settings["train_samples"], settings["study"]["new"]["samples"][-1]
-    x, y = drawn.samples(max(train, new) + settings["test_samples"], generator)
+    known, train, new = settings.tasks, settings.train_samples, settings.study.new.samples[-1]
+    x, y = drawn.samples(max(train, new) + settings.test_samples, generator)
     test = slice(max(train, new), None)
     return (
         TaskData(x[:known, :train], y[:known, :train]),
@@ -82,46 +122,47 @@ def split(drawn: SinusoidTasks, settings: Mapping[str, Any], generator: torch.Ge
     )
 
 
-def problem(seed: int, settings: Mapping[str, Any]) -> Problem:
+def problem(seed: int, settings: Settings) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     drawn = sinusoid_tasks(
-        settings["tasks"] + settings["new_tasks"], generator, variables=settings["variables"], magnitudes=settings["magnitudes"]
+        settings.tasks + settings.new_tasks, generator, variables=settings.variables, magnitudes=settings.magnitudes
     )
-    sizes = [settings["variables"], settings["hidden"], settings["hidden"], 1]
+    sizes = [settings.variables, settings.hidden, settings.hidden, 1]
     return Problem(*split(drawn, settings, generator), partial(network, sizes), F.mse_loss, F.mse_loss)
 
 
-def run(output: Output, settings: dict[str, Any]) -> dict[str, Any]:
+def run(folder: RunFolder, settings: Settings) -> Json:
     """The common study, and the error against the number of tasks. See :func:`metamask_ext.experiments.run`."""
-    finished = output.begin(
-        f"drawn: x ~ N(0, I), |w| uniform in {settings['magnitudes']}, b1 in [-pi, pi], b2 in [-1, 1], all for each task, no noise"
+    finished = folder.begin(
+        f"drawn: x ~ N(0, I), |w| uniform in {list(settings.magnitudes)}, b1 in [-pi, pi], b2 in [-1, 1], all for each task, "
+        "no noise"
     )
     if finished is not None:
         return finished
-    numbers = sorted({*settings["numbers_of_tasks"], settings["tasks"]})
-    later = len(output.seeds) * len(METHODS) * (len(numbers) - 1)
-    found = comparison.run(output, settings, problem, SCORE, later=later)
-    chosen, each = found.more["study"]["chosen"], settings["steps"] // settings["tasks"]
-    jobs = {
+    numbers = sorted({*settings.numbers_of_tasks, settings.tasks})
+    later = len(folder.seeds) * len(METHODS) * (len(numbers) - 1)
+    found = comparison.run(folder, settings, problem, SCORE, later=later)
+    each = settings.steps // settings.tasks
+    jobs: dict[Key, Job] = {
         (seed, f"{name}, {tasks} tasks"): partial(
-            _error, seed, {**settings, "tasks": tasks, "steps": tasks * each}, name, chosen[name]
+            _error, seed, replace(settings, tasks=tasks, steps=tasks * each), name, found.configs[name]
         )
-        for seed, name, tasks in itertools.product(output.seeds, METHODS, numbers)
-        if tasks != settings["tasks"]
+        for seed, name, tasks in itertools.product(folder.seeds, METHODS, numbers)
+        if tasks != settings.tasks
     }
-    pieces = output.pieces(jobs)
+    others = folder.compute(jobs)
     errors = {
         name: [
-            [pieces[seed, f"{name}, {tasks} tasks"]["error"] if tasks != settings["tasks"] else of_study for tasks in numbers]
-            for seed, of_study in zip(output.seeds, found.scores[name][SCORE.name])
+            [others[seed, f"{name}, {tasks} tasks"]["error"] if tasks != settings.tasks else of_study for tasks in numbers]
+            for seed, of_study in zip(folder.seeds, found.scores[name][SCORE.name])
         ]
         for name in METHODS
     }
     more = {**found.more, "by number of tasks": {"tasks": numbers, "errors": errors}}
-    return output.finish(found.scores, found.baselines, found.budget, figures, more)
+    return folder.finish(found.scores, found.baselines, found.budget, figures, more)
 
 
-def _error(seed: int, settings: Mapping[str, Any], name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def _error(seed: int, settings: Settings, name: str, config: Config) -> Json:
     """The mean test MSE of one method."""
     made = problem(seed, settings)
     trained = method(name, made, settings, config, seed)
@@ -133,13 +174,13 @@ def _by_number(metrics: Metrics, name: str, place: int) -> float:
     return statistics.fmean(seed[place] for seed in metrics["by number of tasks"]["errors"][name])
 
 
-def _numbers(metrics: Metrics) -> dict[str, float]:
+def _numbers(metrics: Metrics) -> Numbers:
     tasks = metrics["by number of tasks"]["tasks"]
     found = {f"{name}_{key}": _by_number(metrics, name, place) for name in METHODS for key, place in (("few", 0), ("many", -1))}
     return {"few": tasks[0], "many": tasks[-1], **found}
 
 
-def _beside_own(metrics: Metrics) -> dict[str, float]:
+def _beside_own(metrics: Metrics) -> Numbers:
     one = {name: _by_number(metrics, name, 0) for name in METHODS}
     ratios = {f"{name}_one": one[name] / one["independent"] for name in ("masked", "shared")}
     return {**_trained(metrics), **ratios}
@@ -149,18 +190,14 @@ def _with_one_task(metrics: Metrics) -> bool:
     return metrics["by number of tasks"]["tasks"][0] == 1
 
 
-def _trained(metrics: Metrics) -> dict[str, float]:
-    found = {name: comparison.trained(metrics, name) for name in ("masked", "hard", "lottery", "shared", "independent")}
+def _trained(metrics: Metrics) -> Numbers:
+    found = {name: findings.trained(metrics, name) for name in ("masked", "hard", "lottery", "shared", "independent")}
     return {**found, "ratio": found["masked"] / found["independent"]}
 
 
-def _new(metrics: Metrics) -> dict[str, float]:
+def _new(metrics: Metrics) -> Numbers:
     samples = metrics["study"]["samples"]
-    found = {"few": samples[-3:][0], "many": samples[-1]}
-    for key, count in list(found.items()):
-        found[f"masks_{key}"] = comparison.new_tasks(metrics, "masked", "mask only", count)
-        found[f"scratch_{key}"] = comparison.new_tasks(metrics, "independent", "from scratch", count)
-    return found
+    return findings.masks_beside_scratch(metrics, samples[-3:][0])
 
 
 CLAIMS = [
@@ -194,11 +231,7 @@ CLAIMS = [
 ]
 
 
-def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
-    return comparison.tables(metrics)
-
-
-def figures(metrics: Metrics) -> dict[str, Any]:
+def figures(metrics: Metrics) -> Figures:
     """The study's, and the error against the number of tasks."""
     figure, (axes,) = new_figure(1)
     found = metrics["by number of tasks"]
@@ -208,4 +241,4 @@ def figures(metrics: Metrics) -> dict[str, Any]:
     axes.set_xticks(found["tasks"], [str(tasks) for tasks in found["tasks"]])
     axes.minorticks_off()
     axes.legend(fontsize=8, title=bands(len(metrics["seeds"])), title_fontsize=8)
-    return {"": comparison.figure(metrics), "tasks": figure}
+    return {"": report.figure(metrics), "tasks": figure}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,21 @@ from metamask_ext.meta import MAML, TaskParameters
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
 from metamask_ext.nn.tasks import masked_layers
 
-from ..engine.settings import OptionError
+from ..engine.settings import OptionError, as_json
 from ..engine.tracking import track
 from ..engine.training import descend, seeded
 from .networks import Nets, Parameters
-from .problem import Config, Problem, in_parts
+from .problem import Problem, in_parts
+from .settings import ComparedSettings, Config, FrozenConfig, MetaConfig, PlainConfig
 
-MASKED: dict[str, dict[str, Any]] = {"masked": {"gate": "sigmoid"}, "hard": {"gate": "hard"}, "lottery": {"gate": "hard"}}
+
+class Gate(TypedDict):
+    """Options of a masked layer."""
+
+    gate: str
+
+
+MASKED: dict[str, Gate] = {"masked": {"gate": "sigmoid"}, "hard": {"gate": "hard"}, "lottery": {"gate": "hard"}}
 """The methods with a mask for each task, and the options of their layers."""
 METHODS = ("masked", "hard", "lottery", "shared", "independent", "maml", "sequence")
 FORGETTING = ("masked", "hard", "lottery", "maml", "sequence")
@@ -32,17 +40,16 @@ class Method:
     """One way to learn the tasks of a problem.
 
     Args:
-        problem: what is learned.
-        settings: of the experiment; see :func:`metamask_ext.experiments.study.run`.
-        config: this method's own, an entry of ``settings["study"]["grid"]``.
+        problem: the tasks.
+        settings: of the experiment.
         seed: of the initial values and the order of tasks and samples.
     """
 
     model: nn.Module | None = None
 
-    def __init__(self, problem: Problem, settings: Mapping[str, Any], config: Config, seed: int):
-        self.problem, self.config, self.seed = problem, config, seed
-        self.steps, self.study = settings["steps"], settings["study"]
+    def __init__(self, problem: Problem, settings: ComparedSettings, seed: int):
+        self.problem, self.seed = problem, seed
+        self.steps, self.study = settings.steps, settings.study
 
     def train(self, after_task: Callable[[int], None] | None = None) -> None:
         """Train on all tasks; with ``after_task`` one after another, which is then called with the number of those learned."""
@@ -67,9 +74,9 @@ class Loop(Method):
     """``masked``, ``hard``, ``lottery``: shared weights and masks of each task, by :class:`metamask_ext.continual.TaskLoop`;
     ``shared``: the same without masks; ``sequence``: as ``shared``, one task after another."""
 
-    def __init__(self, name: str, problem: Problem, settings: Mapping[str, Any], config: Config, seed: int):
-        super().__init__(problem, settings, config, seed)
-        self.name, self.in_order, self.taken = name, name == "sequence", 0
+    def __init__(self, name: str, problem: Problem, settings: ComparedSettings, config: Config, seed: int):
+        super().__init__(problem, settings, seed)
+        self.name, self.config, self.in_order, self.taken = name, config, name == "sequence", 0
         self.model: nn.Module = seeded(seed, self._made)
         self.loop = self._loop(None, None, 1)
 
@@ -78,24 +85,25 @@ class Loop(Method):
             return self.problem.plain()
         options = MASKED[self.name]
         model = self.problem.network(partial(MaskedLinear, **options), partial(MaskedConv2d, **options))
-        if self.name == "lottery":
+        if isinstance(self.config, FrozenConfig):
             for _, layer in masked_layers(model):
                 for parameter in [layer.weight, *([] if layer.bias is None else [layer.bias])]:
-                    parameter.requires_grad_(False).mul_(self.config["scale"])
+                    parameter.requires_grad_(False).mul_(self.config.scale)
         return model
 
     def _loop(self, order: list[str] | None, evaluate: Callable[[TaskLoop], dict[str, float]] | None, every: int) -> TaskLoop:
         problem, study = self.problem, self.study
-        config = {"weight_decay": study["weight_decay"], **{key: value for key, value in self.config.items() if key != "scale"}}
+        rates = {key: value for key, value in as_json(self.config).items() if key != "scale"}
         return TaskLoop(
             self.model,
             {name: (x, y) for name, x, y in zip(problem.names, problem.train.x, problem.train.y)},
             self._tracked_loss,
             LoopConfig(
-                steps=study["round_steps"],
-                **config,
-                optimizer=study["optimizer"],
-                batch_size=study["batch"],
+                steps=study.round_steps,
+                **rates,
+                weight_decay=study.weight_decay,
+                optimizer=study.optimizer,
+                batch_size=study.batch,
                 per_task_masks=self.name in MASKED,
                 order=order,
                 seed=self.seed,
@@ -112,7 +120,7 @@ class Loop(Method):
         return value
 
     def train(self, after_task: Callable[[int], None] | None = None) -> None:
-        names, length = self.problem.names, self.study["round_steps"]
+        names, length = self.problem.names, self.study.round_steps
         each, rounds = self._share(length * len(names)), self.steps // length
         order, evaluate = None, None
         if after_task or self.in_order:
@@ -150,8 +158,9 @@ class Loop(Method):
 class Independent(Method):
     """A net for each task: all at once, by Adam, each with the steps of one task; at a constant rate, as the loop's."""
 
-    def __init__(self, problem: Problem, settings: Mapping[str, Any], config: Config, seed: int):
-        super().__init__(problem, settings, config, seed)
+    def __init__(self, problem: Problem, settings: ComparedSettings, config: PlainConfig, seed: int):
+        super().__init__(problem, settings, seed)
+        self.config = config
         self.nets = Nets(problem)
         self.parameters = fresh(problem, seed, len(problem.train.x))
 
@@ -159,15 +168,15 @@ class Independent(Method):
         train, generator = self.problem.train, torch.Generator().manual_seed(self.seed)
         tasks = torch.arange(len(train.x))[:, None]
         leaves = {name: stack.requires_grad_() for name, stack in self.parameters.items()}
-        decay = self.study["weight_decay"] / 2
+        decay = self.study.weight_decay / 2
 
         def loss() -> Tensor:
-            chosen = torch.randint(train.x.shape[1], (len(tasks), self.study["batch"]), generator=generator)
+            chosen = torch.randint(train.x.shape[1], (len(tasks), self.study.batch), generator=generator)
             prediction = self.nets(leaves, train.x[tasks, chosen])
             penalty = sum(stack.square().sum() for stack in leaves.values())
             return torch.vmap(self.problem.loss)(prediction, train.y[tasks, chosen]).sum() + decay * penalty
 
-        descend(leaves.values(), self.config["lr"], self._share(len(train.x)), loss, constant=True)
+        descend(leaves.values(), self.config.lr, self._share(len(train.x)), loss, constant=True)
         self.parameters = {name: stack.detach() for name, stack in leaves.items()}
 
     def scores(self, tasks: Sequence[int]) -> list[float]:
@@ -177,15 +186,16 @@ class Independent(Method):
 class Meta(Method):
     """``maml``: a plain net from which a few gradient steps lead to each task (:class:`metamask_ext.meta.MAML`)."""
 
-    def __init__(self, problem: Problem, settings: Mapping[str, Any], config: Config, seed: int):
-        super().__init__(problem, settings, config, seed)
-        options = self.study["maml"]
+    def __init__(self, problem: Problem, settings: ComparedSettings, config: MetaConfig, seed: int):
+        super().__init__(problem, settings, seed)
+        self.config = config
+        options = self.study.maml
         self.model: nn.Module = seeded(seed, problem.plain)
-        self.maml = MAML(self.model, config["inner_lr"], options["inner_steps"], "weights", options["first_order"])
+        self.maml = MAML(self.model, config.inner_lr, options.inner_steps, "weights", options.first_order)
         self.generator = torch.Generator().manual_seed(seed)
 
     def train(self, after_task: Callable[[int], None] | None = None) -> None:
-        tasks, at_once = len(self.problem.train.x), self.study["maml"]["tasks"]
+        tasks, at_once = len(self.problem.train.x), self.study.maml.tasks
         if after_task is None:
             self._descend(self._share(at_once), range(tasks))
             return
@@ -195,8 +205,8 @@ class Meta(Method):
 
     def _descend(self, steps: int, tasks: range) -> None:
         """Meta-train on tasks drawn from these; half of a batch is the support set, half the queries."""
-        train, half = self.problem.train, max(self.study["batch"] // 2, 1)
-        drawn = self.study["maml"]["tasks"]
+        train, half = self.problem.train, max(self.study.batch // 2, 1)
+        drawn = self.study.maml.tasks
 
         def loss() -> Tensor:
             task = torch.randint(tasks.start, tasks.stop, (drawn, 1), generator=self.generator)
@@ -204,10 +214,10 @@ class Meta(Method):
             x, y = train.x[task, chosen], train.y[task, chosen]
             return self.maml(self.problem.loss, (x[:, :half], y[:, :half]), (x[:, half:], y[:, half:]))
 
-        descend(self.model.parameters(), self.config["lr"], steps, loss, constant=True)
+        descend(self.model.parameters(), self.config.lr, steps, loss, constant=True)
 
     def scores(self, tasks: Sequence[int]) -> list[float]:
-        train, samples = self.problem.train, self.study["maml"]["samples"]
+        train, samples = self.problem.train, self.study.maml.samples
         chosen = list(tasks)
         with torch.no_grad():
             adapted = self.maml.adapt(self.problem.loss, (train.x[chosen, :samples], train.y[chosen, :samples]))
@@ -229,7 +239,10 @@ def fresh(problem: Problem, seed: int, count: int) -> Parameters:
     return {name: torch.stack([each[name].detach() for each in made]) for name in made[0]}
 
 
-def method(name: str, problem: Problem, settings: Mapping[str, Any], config: Config, seed: int) -> Method:
+def method(name: str, problem: Problem, settings: ComparedSettings, config: Config, seed: int) -> Method:
     """The method of that name, one of ``METHODS``."""
-    kinds: dict[str, Any] = {"independent": Independent, "maml": Meta}
-    return kinds.get(name, partial(Loop, name))(problem, settings, config, seed)
+    if isinstance(config, MetaConfig):
+        return Meta(problem, settings, config, seed)
+    if name == "independent" and isinstance(config, PlainConfig):
+        return Independent(problem, settings, config, seed)
+    return Loop(name, problem, settings, config, seed)

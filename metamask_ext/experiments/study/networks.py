@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,14 @@ from metamask_ext.ops.weight.functional import masked_weight
 from .problem import Problem, in_parts
 
 Parameters = dict[str, Tensor]
+
+
+class GateOptions(TypedDict):
+    """Options of :func:`metamask_ext.masked_weight`."""
+
+    gate: str
+    temperature: float
+    threshold: float
 
 
 class Nets:
@@ -48,8 +56,8 @@ def stacked_masks(model: nn.Module, names: list[str]) -> Parameters:
     return found
 
 
-def gate_options(model: nn.Module) -> dict[str, Any]:
-    """The options of :func:`metamask_ext.masked_weight` that the layers of the model have, which are the same for all."""
+def gate_options(model: nn.Module) -> GateOptions:
+    """The gate of the model's layers, which is the same for all."""
     kinds = {(layer.gate, layer.temperature, layer.threshold) for _, layer in masked_layers(model)}
     ((gate, temperature, threshold),) = kinds
     return {"gate": gate, "temperature": temperature, "threshold": threshold}
@@ -63,6 +71,6 @@ def gates(model: nn.Module, names: list[str]) -> Parameters:
 
 
 def shared_parameters(model: nn.Module) -> Parameters:
-    """What belongs to no task, by name: of a masked model as of a plain one."""
+    """The parameters that belong to no task, by name, of a masked model or a plain one."""
     of_tasks = {id(parameter) for module in model.modules() if isinstance(module, TaskDict) for parameter in module.parameters()}
     return {name: parameter.detach() for name, parameter in model.named_parameters() if id(parameter) not in of_tasks}

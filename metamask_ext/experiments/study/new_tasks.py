@@ -1,11 +1,10 @@
-"""How a task not seen in training is learned, from few samples or many: the ways that each method has."""
+"""The ways in which each method learns a task not seen in training, from few samples or many."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from ..engine.training import descend
 from .methods import MASKED, Independent, Loop, Meta, Method, fresh
 from .networks import Nets, Parameters, gate_options, gates, shared_parameters, stacked_masks
 from .problem import Problem
+from .settings import NewTaskSettings
 
 LOOK_UP, SUPERPOSITION, MASK_ONLY, EVERYTHING = "look-up", "superposition", "mask only", "everything"
 INNER_STEPS, FROM_SCRATCH = "inner steps", "from scratch"
@@ -29,11 +29,11 @@ Scores = list[list[float | None]]
 
 @dataclass(frozen=True)
 class Way:
-    """What is learned of a new task, and the plain net that it stands for.
+    """The parameters that are learned for a new task, and the plain net that they stand for.
 
     Attributes:
-        start: where it begins, ``[1, ...]`` or, where the tasks begin differently, ``[N, ...]``, by name.
-        theta: gives the parameters of plain nets ``[R, ...]`` for what is learned ``[R, ...]``.
+        start: where they begin, ``[1, ...]`` or, where the tasks begin differently, ``[N, ...]``, by name.
+        theta: gives the parameters of plain nets ``[R, ...]`` for the learned ones ``[R, ...]``.
     """
 
     start: Parameters
@@ -80,18 +80,17 @@ def new_task_scores(
     name: str,
     problem: Problem,
     trained: Method,
-    study: Mapping[str, Any],
+    new: NewTaskSettings,
     rates: Mapping[str, list[list[float]]] | None = None,
 ) -> dict[str, Scores]:
     """The scores of the new tasks by each way that the method has, for each number of samples.
 
     Args:
-        rates: for each way ``[k][number of samples]``: ``k`` rates for each number; None: all of the grids of ``study``.
+        rates: for each way ``[k][number of samples]``: ``k`` rates for each number; None: all of those in ``new``.
     """
-    new = study["new"]
-    counts = [count for count in new["samples"] if count <= problem.new_train.x.shape[1]]
+    counts = [count for count in new.samples if count <= problem.new_train.x.shape[1]]
     if rates is None:
-        rates = {way: [[rate] * len(counts) for rate in grid] for way, grid in new["rates"].items()}
+        rates = {way: [[rate] * len(counts) for rate in grid] for way, grid in new.rates.items()}
     nets = Nets(problem)
     ways: dict[str, Way] = {}
     found: dict[str, Scores] = {}
@@ -114,7 +113,7 @@ def new_task_scores(
 
 
 def _fit(
-    problem: Problem, nets: Nets, way: Way, counts: list[int], rates: list[list[float]], new: Mapping[str, Any], label: str
+    problem: Problem, nets: Nets, way: Way, counts: list[int], rates: list[list[float]], new: NewTaskSettings, label: str
 ) -> Scores:
     """Learn every new task from every number of samples at every rate, all at once, by Adam.
 
@@ -127,7 +126,7 @@ def _fit(
     begin = {key: start.expand(tasks, *start.shape[1:])[task] for key, start in way.start.items()}
     rate = torch.tensor(rates).to(next(iter(begin.values()))).flatten().repeat_interleave(tasks)
     delta = {key: torch.zeros_like(start).requires_grad_() for key, start in begin.items()}
-    position = torch.arange(new["batch"])
+    position = torch.arange(new.batch)
     done = 0
 
     def theta() -> Parameters:
@@ -137,11 +136,11 @@ def _fit(
     def loss() -> Tensor:
         nonlocal done
         chosen = (position + done) % samples
-        done += new["batch"]
+        done += new.batch
         prediction = nets(theta(), train.x[task[:, None], chosen])
         return torch.vmap(problem.loss)(prediction, train.y[task[:, None], chosen]).sum()
 
-    descend(delta.values(), 1.0, new["steps"], loss, label)
+    descend(delta.values(), 1.0, new.steps, loss, label)
     with torch.no_grad():
         return _means(problem, nets, theta(), len(rates), len(counts))
 

@@ -1,18 +1,17 @@
-"""What a problem of the common study is: stacked tasks, a network, a loss and a score."""
+"""A problem of the common study: stacked tasks, a network, a loss and a score."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 Layer = Callable[..., nn.Module]
 """Makes a layer from the arguments of :class:`torch.nn.Linear`, or of :class:`torch.nn.Conv2d`."""
-Config = Mapping[str, Any]
 
 
 class TaskData(NamedTuple):
@@ -68,7 +67,7 @@ class Problem:
     network: Callable[[Layer, Layer], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
     score: Callable[[Tensor, Tensor], Tensor]
-    examine: Callable[[str, nn.Module], Mapping[str, Any]] | None = None
+    examine: Callable[[str, nn.Module], Mapping[str, object]] | None = None
 
     @property
     def names(self) -> list[str]:

@@ -1,18 +1,25 @@
-"""The common study's numbers, tables and figure, from what metrics.json holds."""
+"""The common study's claim on cost, its tables and its figure, from a run's metrics."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..engine.claims import Claim
-from ..engine.run_folder import STYLES, bands, cell, half_width, new_figure, plot_seeds, summarized
+import numpy as np
+
+from ..engine.claims import Claim, Metrics
+from ..engine.figures import STYLES, bands, new_figure, plot_seeds
+from ..engine.statistics import cell, half_width, summarized
+from ..engine.tables import Rows, Tables, cells
+from .findings import AT_THE_END, JUST_LEARNED, cost_ratio, needed
 from .new_tasks import FROM_SCRATCH, WAYS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LABELS = {
     "masked": "masked, sigmoid gate",
@@ -23,52 +30,8 @@ LABELS = {
     "maml": "MAML",
     "sequence": "one net, in sequence",
 }
-JUST_LEARNED, AT_THE_END = "in order: just learned", "in order: at the end"
 SMALLEST = 1e-8
 """Errors below this are drawn as this: they are rounding."""
-Metrics = Mapping[str, Any]
-
-
-def trained(metrics: Metrics, method: str) -> float:
-    """Question 1: the score on the trained tasks."""
-    return statistics.fmean(metrics["study"]["trained"][method])
-
-
-def new_tasks(metrics: Metrics, method: str, way: str, samples: int) -> float:
-    """Question 2: the score on new tasks, learned by this way from so many samples."""
-    study = metrics["study"]
-    place = study["samples"].index(samples)
-    return statistics.fmean(seed[place] for seed in study["new"][method][way])
-
-
-def needed(metrics: Metrics, method: str, way: str) -> float:
-    """Question 2: the fewest samples from which new tasks are learned as well, within the score's margin, as by a fresh plain net
-    from the most; infinity if none of the numbers tried is enough."""
-    study = metrics["study"]
-    fresh = "independent" if "independent" in study["methods"] else "shared"
-    score, higher = new_tasks(metrics, fresh, FROM_SCRATCH, study["samples"][-1]), study["score"]["higher_is_better"]
-    score -= study["score"]["margin"] if higher else -study["score"]["margin"]
-    for samples in study["samples"]:
-        found = new_tasks(metrics, method, way, samples)
-        if found >= score if higher else found <= score:
-            return samples
-    return math.inf
-
-
-def after_learning(metrics: Metrics, method: str) -> float:
-    """Question 3: the score of a task when it was just learned, the tasks in order."""
-    return statistics.fmean(value for seed in metrics["study"]["order"][method]["after"] for value in seed)
-
-
-def at_the_end(metrics: Metrics, method: str) -> float:
-    """Question 3: the score of the tasks when all were learned, one after another."""
-    return statistics.fmean(value for seed in metrics["study"]["order"][method]["end"] for value in seed)
-
-
-def cost_ratio(metrics: Metrics, method: str) -> float:
-    """Question 4: the time of a training step over that of the shared net. ``maml``: of a meta-step on several tasks."""
-    times = metrics["study"]["cost"]["milliseconds"]
-    return times[method] / times["shared"]
 
 
 def cost_claim() -> Claim:
@@ -85,107 +48,106 @@ def cost_claim() -> Claim:
     )
 
 
-def tables(metrics: Metrics) -> list[tuple[str, list[list[str]]]]:
+def tables(metrics: Metrics) -> Tables:
     """The common study's tables: by method, and by way to learn a new task."""
+    name = metrics["study"]["score"]["name"]
+    return [("Methods", _by_method(metrics)), (f"New tasks: {name}, learned from n samples", _by_way(metrics))]
+
+
+def _by_method(metrics: Metrics) -> Rows:
     study = metrics["study"]
     name, order = study["score"]["name"], study["order"]
     head = ["method", f"trained tasks: {name}"]
     if order:
         head += [JUST_LEARNED, AT_THE_END]
     methods = {method: numbers for kind in ("results", "baselines") for method, numbers in metrics[kind].items() if name in numbers}
-    further = dict.fromkeys(key for numbers in methods.values() for key in numbers if key not in (name, JUST_LEARNED, AT_THE_END))
+    known = (name, JUST_LEARNED, AT_THE_END)
+    further = list(dict.fromkeys(key for numbers in methods.values() for key in numbers if key not in known))
     rows = [[*head, *further, f"step over the shared net's {study['cost']['milliseconds']['shared']:.3g} ms"]]
     for method, numbers in methods.items():
         row = [LABELS.get(method, method), cell(numbers[name])]
         if order:
             row += [_in_order(method, numbers, key) for key in (JUST_LEARNED, AT_THE_END)]
-        row += [cell(numbers[key]) if key in numbers else "-" for key in further]
-        if method in study["cost"]["milliseconds"]:
-            row.append(f"{cost_ratio(metrics, method):.2f}")
-        else:
-            row.append("the same step" if method in study["methods"] else "-")
-        rows.append(row)
-    most = study["samples"][-1]
-    within = f"n to be within {study['score']['margin']:g} of a fresh net with {most:,}"
-    new = [["method", "way", *(f"n = {count:,}" for count in study["samples"]), within]]
-    for method in study["methods"]:
-        for way in WAYS:
-            if way in study["new"][method]:
-                enough = needed(metrics, method, way)
-                cells = [_cell(values) for values in zip(*study["new"][method][way])]
-                new.append([LABELS[method], way, *cells, f"{enough:,}" if enough < math.inf else f"over {most:,}"])
-    return [("Methods", rows), (f"New tasks: {name}, learned from n samples", new)]
+        rows.append([*row, *cells(numbers, further), _cost(metrics, method)])
+    return rows
 
 
-def _in_order(method: str, numbers: Mapping[str, Any], key: str) -> str:
+def _in_order(method: str, numbers: Metrics, key: str) -> str:
     if key in numbers:
         return cell(numbers[key])
     return {"shared": f"see {LABELS['sequence']}", "independent": "as trained"}.get(method, "-")
 
 
-def figure(metrics: Metrics) -> Any:
-    """Four panels, one for each question; the two with legends on the right."""
+def _cost(metrics: Metrics, method: str) -> str:
+    if method in metrics["study"]["cost"]["milliseconds"]:
+        return f"{cost_ratio(metrics, method):.2f}"
+    return "the same step" if method in metrics["study"]["methods"] else "-"
+
+
+def _by_way(metrics: Metrics) -> Rows:
     study = metrics["study"]
+    most = study["samples"][-1]
+    within = f"n to be within {study['score']['margin']:g} of a fresh net with {most:,}"
+    rows = [["method", "way", *(f"n = {count:,}" for count in study["samples"]), within]]
+    for method in study["methods"]:
+        for way in WAYS:
+            if way in study["new"][method]:
+                enough = needed(metrics, method, way)
+                found = [cell(summarized(values)) for values in zip(*study["new"][method][way])]
+                rows.append([LABELS[method], way, *found, f"{enough:,}" if enough < math.inf else f"over {most:,}"])
+    return rows
+
+
+@dataclass(frozen=True)
+class _ScoreAxis:
+    """An axis of scores: logarithmic for errors.
+
+    Attributes:
+        label: of the axis.
+        higher: whether higher scores are better.
+    """
+
+    label: str
+    higher: bool
+
+    @property
+    def scale(self) -> str:
+        return "linear" if self.higher else "log"
+
+    def curve(self, axes: Axes, style: str, label: str, steps: Sequence[float], values: Sequence[Sequence[float]]) -> None:
+        shown = values if self.higher else [[max(value, SMALLEST) for value in seed] for seed in values]
+        plot_seeds(axes, style, label, steps, shown, geometric=not self.higher)
+
+    def interval(self, values: Sequence[float]) -> Iterator[float]:
+        """The lower end, the mean and the upper end of the interval of the mean."""
+        known = values if self.higher else [math.log(max(value, SMALLEST)) for value in values]
+        mean, width = statistics.fmean(known), half_width(known) if len(known) > 1 else 0.0
+        return (value if self.higher else math.exp(value) for value in (mean - width, mean, mean + width))
+
+    def set_limits(self, axes: Axes) -> None:
+        """Limits that show the means: a band on few seeds can be wider than all there is to see."""
+        values = [float(value) for line in axes.lines for value in np.asarray(line.get_ydata())]
+        low, high = min(values), max(values)
+        axes.set_ylim(*((low - 0.1 * (high - low), high + 0.1 * (high - low)) if self.higher else (low / 5, high * 5)))
+
+
+def figure(metrics: Metrics) -> Figure:
+    """Four panels, one for each question; the two with legends on the right."""
+    score = metrics["study"]["score"]
+    name, unit, higher = score["name"], score["unit"], score["higher_is_better"]
+    axis = _ScoreAxis(name if unit in name else f"{name} ({unit})", higher)
     made, (first, second, third, fourth) = new_figure(2, rows=2)
     made.set_size_inches(12, 8)
-    name, unit, higher = study["score"]["name"], study["score"]["unit"], study["score"]["higher_is_better"]
-    axis, scale = name if unit in name else f"{name} ({unit})", "linear" if higher else "log"
-    methods = study["methods"]
-
-    def curve(axes: Axes, style: str, label: str, steps: Sequence[float], values: Sequence[Sequence[float]]) -> None:
-        shown = values if higher else [[max(value, SMALLEST) for value in seed] for seed in values]
-        plot_seeds(axes, style, label, steps, shown, geometric=not higher)
-
-    for place, method in enumerate(methods):
-        values = study["trained"][method] if higher else [math.log(max(value, SMALLEST)) for value in study["trained"][method]]
-        mean, width = statistics.fmean(values), half_width(values) if len(values) > 1 else 0.0
-        low, middle, high = (value if higher else math.exp(value) for value in (mean - width, mean, mean + width))
-        color = STYLES[method]["color"]
-        first.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", capsize=3, color=color)
-    first.set(xlabel=axis, xscale=scale)
-    first.set_yticks(range(len(methods)), [LABELS[method] for method in methods])
-    first.set_title("trained tasks, in random order", fontsize=10)
-
-    for way in WAYS:
-        if way in study["new"]["masked"]:
-            curve(second, way, f"masked: {way}", study["samples"], study["new"]["masked"][way])
-    for method in ("shared", "independent", "maml"):
-        for way in WAYS:
-            if way in study["new"].get(method, ()) and (method, way) != ("maml", "everything"):
-                style = "independent" if way == FROM_SCRATCH else method
-                curve(second, style, f"{LABELS[method]}: {way}", study["samples"], study["new"][method][way])
-    second.set(xlabel="samples of a new task (number)", ylabel=axis, xscale="log", yscale=scale)
-    second.set_title("new tasks", fontsize=10)
-
-    times = study["cost"]["milliseconds"]
-    for place, method in enumerate(times):
-        ratio = cost_ratio(metrics, method)
-        third.plot(ratio, place, "o", color=STYLES[method]["color"])
-        third.annotate(f"{ratio:.2f}", (ratio, place), (8, -3), textcoords="offset points", fontsize=8)
-    third.set(xlabel="time of a step over the shared net's (ratio)", xscale="log")
-    third.margins(x=0.15)
-    low, high = third.get_xlim()
-    # The labels that matplotlib gives less than a decade overlap.
-    third.minorticks_off()
-    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
-    third.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    third.set_yticks(range(len(times)), [LABELS[method] for method in times])
-    third.set_title("cost", fontsize=10)
+    _plot_trained(first, metrics, axis)
+    _plot_new_tasks(second, metrics, axis)
+    _plot_cost(third, metrics)
     for axes in (first, third):
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
-
-    for method, kept in study["order"].items():
-        curve(fourth, method, LABELS[method], range(1, 1 + len(kept["earlier"][0])), kept["earlier"])
-    fourth.set(xlabel="tasks learned before the latest (number)", ylabel=f"these: {axis}", yscale=scale)
-    fourth.locator_params(axis="x", integer=True)
-    fourth.set_title("forgetting: tasks one after another", fontsize=10)
+    _plot_forgetting(fourth, metrics, axis)
     for axes in (second, fourth):
         if axes.lines:
-            values = [float(value) for line in axes.lines for value in cast(Any, line.get_ydata())]
-            low, high = min(values), max(values)
-            # A band on few seeds can be wider than all there is to see.
-            axes.set_ylim(*((low / 5, high * 5) if scale == "log" else (low - 0.1 * (high - low), high + 0.1 * (high - low))))
+            axis.set_limits(axes)
             axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         else:
             axes.set_axis_off()
@@ -195,5 +157,56 @@ def figure(metrics: Metrics) -> Any:
     return made
 
 
-def _cell(values: Sequence[float]) -> str:
-    return cell(summarized(values))
+def _plot_trained(axes: Axes, metrics: Metrics, axis: _ScoreAxis) -> None:
+    """Question 1: a point and an interval for each method."""
+    study = metrics["study"]
+    for place, method in enumerate(study["methods"]):
+        low, middle, high = axis.interval(study["trained"][method])
+        color = STYLES[method]["color"]
+        axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", capsize=3, color=color)
+    axes.set(xlabel=axis.label, xscale=axis.scale)
+    axes.set_yticks(range(len(study["methods"])), [LABELS[method] for method in study["methods"]])
+    axes.set_title("trained tasks, in random order", fontsize=10)
+
+
+def _plot_new_tasks(axes: Axes, metrics: Metrics, axis: _ScoreAxis) -> None:
+    """Question 2: a curve for each way to learn a new task."""
+    study = metrics["study"]
+    new, samples = study["new"], study["samples"]
+    for way in WAYS:
+        if way in new["masked"]:
+            axis.curve(axes, way, f"masked: {way}", samples, new["masked"][way])
+    for method in ("shared", "independent", "maml"):
+        for way in WAYS:
+            if way in new.get(method, ()) and (method, way) != ("maml", "everything"):
+                style = "independent" if way == FROM_SCRATCH else method
+                axis.curve(axes, style, f"{LABELS[method]}: {way}", samples, new[method][way])
+    axes.set(xlabel="samples of a new task (number)", ylabel=axis.label, xscale="log", yscale=axis.scale)
+    axes.set_title("new tasks", fontsize=10)
+
+
+def _plot_cost(axes: Axes, metrics: Metrics) -> None:
+    """Question 4: the time of a step of each method."""
+    times = metrics["study"]["cost"]["milliseconds"]
+    for place, method in enumerate(times):
+        ratio = cost_ratio(metrics, method)
+        axes.plot(ratio, place, "o", color=STYLES[method]["color"])
+        axes.annotate(f"{ratio:.2f}", (ratio, place), (8, -3), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="time of a step over the shared net's (ratio)", xscale="log")
+    axes.margins(x=0.15)
+    low, high = axes.get_xlim()
+    # The labels that matplotlib gives less than a decade overlap.
+    axes.minorticks_off()
+    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks(range(len(times)), [LABELS[method] for method in times])
+    axes.set_title("cost", fontsize=10)
+
+
+def _plot_forgetting(axes: Axes, metrics: Metrics, axis: _ScoreAxis) -> None:
+    """Question 3: the score of earlier tasks over the number of tasks learned."""
+    for method, kept in metrics["study"]["order"].items():
+        axis.curve(axes, method, LABELS[method], range(1, 1 + len(kept["earlier"][0])), kept["earlier"])
+    axes.set(xlabel="tasks learned before the latest (number)", ylabel=f"these: {axis.label}", yscale=axis.scale)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_title("forgetting: tasks one after another", fontsize=10)

@@ -1,4 +1,4 @@
-"""The engine of the experiments, on one that takes no time: settings, jobs over processes, killed runs, tracking, the report."""
+"""The engine of the experiments on one that takes no time: settings, jobs over processes, killed runs, tracking, the report."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,10 @@ from typer.testing import CliRunner
 from metamask_ext.cli import app
 from metamask_ext.continual import CheckpointError, OutputError
 from metamask_ext.experiments import report, suite
-from metamask_ext.experiments.catalogue import EXPERIMENTS, Entry, OptionError, PieceError, run, settings_of
-from metamask_ext.experiments.engine.run_folder import half_width, shown_time
-from metamask_ext.experiments.engine.settings import read_toml, resolve, to_toml
+from metamask_ext.experiments.catalogue import EXPERIMENTS, Entry, JobError, OptionError, run, settings_of
+from metamask_ext.experiments.engine.settings import as_json, of_run, read_toml, resolve, to_toml
+from metamask_ext.experiments.engine.statistics import half_width
+from metamask_ext.experiments.engine.tables import estimate_text
 
 TOY = Entry("support.toy_experiment", "for tests")
 
@@ -40,23 +42,64 @@ def _metamask(*arguments: str):
     return CliRunner().invoke(app.app, list(arguments))
 
 
-def _settings(*changes, **given):
-    return resolve(
-        "toy", {"seeds": 5, "study": {"lr": 0.1, "rates": [1, 0.5]}, "on": True, "name": "a", "grid": [{"a": 1}]}, *changes
-    )
+@dataclass(frozen=True)
+class Study:
+    lr: float = 0.1
+    rates: tuple[float, ...] = (1, 0.5)
+
+
+@dataclass(frozen=True)
+class Config:
+    a: int = 1
+
+
+@dataclass(frozen=True)
+class Pair:
+    x: int
+    y: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    seeds: int = 5
+    study: Study = Study()
+    on: bool = True
+    name: str = "a"
+    grid: tuple[Config, ...] = (Config(),)
+    pairs: tuple[Pair, ...] = (Pair(1, 2.0),)
+
+
+def _settings(*changes):
+    return resolve("toy", Settings(), *changes)
 
 
 def test_settings_are_merged():
     merged = _settings({"study": {"lr": 1}}, {"study": {"rates": [2, 3]}, "seeds": 2}, {"on": False, "grid": [{"a": 2}, {"a": 3}]})
-    assert merged == {
+    assert merged == Settings(2, Study(1.0, (2.0, 3.0)), False, "a", (Config(2), Config(3)))
+    # An int that became a float is one: 1 and 1.0 are the same run.
+    assert isinstance(merged.study.lr, float) and all(isinstance(rate, float) for rate in merged.study.rates)
+    assert as_json(merged) == {
         "seeds": 2,
         "study": {"lr": 1.0, "rates": [2.0, 3.0]},
         "on": False,
         "name": "a",
         "grid": [{"a": 2}, {"a": 3}],
+        "pairs": [{"x": 1, "y": 2.0}],
     }
-    # An int that became a float is one: 1 and 1.0 are the same run.
-    assert isinstance(merged["study"]["lr"], float) and all(isinstance(rate, float) for rate in merged["study"]["rates"])
+
+
+def test_settings_of_a_run():
+    """A run's metrics give its settings back; one that they lack is not made up."""
+    settings = _settings({"study": {"rates": [3, 4]}, "pairs": [{"x": 2, "y": 3}]})
+    metrics = json.loads(json.dumps({"experiment": "toy", "settings": as_json(settings)}))
+    assert of_run(Settings(), metrics) == settings
+    del metrics["settings"]["study"]["lr"]
+    with pytest.raises(KeyError, match=r"study\.lr"):
+        of_run(Settings(), metrics)
+
+
+def test_emptied_list_takes_items_again():
+    assert _settings({"study": {"rates": []}}, {"study": {"rates": [2.0]}}).study.rates == (2.0,)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +118,8 @@ def test_settings_are_merged():
         ({"study": {"rates": 0.1}}, "'study.rates' must be a list, got a float: 0.1"),
         ({"name": None}, "'name' must be a string, got a NoneType: None"),
         ({"grid": [{"b": 1}]}, r"unknown setting 'grid\[0\].b', known are: a"),
+        ({"grid": [3]}, r"'grid\[0\]' must be a table, got an integer: 3"),
+        ({"pairs": [{"x": 1}]}, r"'pairs\[0\]' must have 'y', got \{'x': 1\}"),
     ],
 )
 def test_refused_settings(changes, message):
@@ -85,16 +130,16 @@ def test_refused_settings(changes, message):
 def test_order_of_settings(tmp_path):
     """The module's, then --quick, then the file, then options."""
     (tmp_path / "file.toml").write_text("tasks = 7\nseeds = 4\n[study]\nlr = 3\n")
-    assert settings_of("toy", quick=True)["study"] == {"lr": 0.2, "rates": [0.1, 1.0]}
+    assert settings_of("toy", quick=True).study == toy_experiment.StudySettings(0.2, (0.1, 1.0))
     settings = settings_of("toy", quick=True, config=tmp_path / "file.toml", changes={"tasks": 9})
-    assert (settings["seeds"], settings["tasks"], settings["study"]["lr"], settings["steps"]) == (4, 9, 3.0, 4)
+    assert (settings.seeds, settings.tasks, settings.study.lr, settings.steps) == (4, 9, 3.0, 4)
 
 
 def test_printed_config_is_the_same_run(tmp_path):
     printed = _metamask("run", "toy", "--quick", "--steps", "3", "--print-config")
     assert printed.exit_code == 0
     (tmp_path / "file.toml").write_text(printed.stdout)
-    assert read_toml(tmp_path / "file.toml") == settings_of("toy", True, changes={"steps": 3})
+    assert read_toml(tmp_path / "file.toml") == as_json(settings_of("toy", True, changes={"steps": 3}))
     first = run("toy", tmp_path / "out", quick=True, workers=1, steps=3)
     # In the same folder: what is finished there is this run.
     assert run("toy", tmp_path / "out", config=tmp_path / "file.toml", workers=1) == first
@@ -149,7 +194,7 @@ def once(tmp_path_factory) -> Path:
     return folder
 
 
-def _pieces(folder: Path) -> dict[str, bytes]:
+def _jobs(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("seed-*/*.json")}
 
 
@@ -157,11 +202,11 @@ def test_results_do_not_depend_on_the_workers(once, tmp_path, capsys):
     metrics = run("toy", tmp_path, workers=2)
     one = json.loads((once / "metrics.json").read_text())
     assert metrics["results"] == one["results"] and metrics["workers"] == 2 and one["workers"] == 1
-    assert len(_pieces(once)) == 9 and _pieces(tmp_path) == _pieces(once)
+    assert len(_jobs(once)) == 9 and _jobs(tmp_path) == _jobs(once)
     shown = capsys.readouterr().out
-    lines = [line for line in shown.splitlines() if " pieces" in line]
-    assert [line.split(",")[0] for line in lines] == [f"{number} of 9 pieces" for number in range(1, 10)]
-    assert all(line.endswith("left") for line in lines[:-1]) and lines[-1] == "9 of 9 pieces"
+    lines = [line for line in shown.splitlines() if " jobs" in line]
+    assert [line.split(",")[0] for line in lines] == [f"{number} of 9 jobs" for number in range(1, 10)]
+    assert all(line.endswith("left") for line in lines[:-1]) and lines[-1] == "9 of 9 jobs"
 
 
 def test_metrics(once):
@@ -180,15 +225,15 @@ def test_interval_is_students():
 
 
 def test_times_are_readable():
-    assert [shown_time(s) for s in (0.2, 40, 400, 8000)] == ["about 1 s", "about 40 s", "about 7 min", "about 2.2 h"]
+    assert [estimate_text(s) for s in (0.2, 40, 400, 8000)] == ["about 1 s", "about 40 s", "about 7 min", "about 2.2 h"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_piece_that_raises(tmp_path, workers):
-    with pytest.raises(PieceError, match="piece 'shared' of seed 1 failed: FloatingPointError: the loss is nan"):
+def test_job_that_raises(tmp_path, workers):
+    with pytest.raises(JobError, match="job 'shared' of seed 1 failed: FloatingPointError: the loss is nan"):
         run("toy", tmp_path, workers=workers, fault="shared:raises")
     assert not (tmp_path / "metrics.json").exists()
-    assert "seed-1/shared.json" not in _pieces(tmp_path)
+    assert "seed-1/shared.json" not in _jobs(tmp_path)
     result = _metamask("run", "toy", "--out", str(tmp_path), "--workers", "1")
     assert result.exit_code == 1 and "settings.fault was 'shared:raises', now ''" in result.stderr
 
@@ -196,16 +241,16 @@ def test_piece_that_raises(tmp_path, workers):
 @pytest.mark.parametrize(
     ("fault", "message"), [("killed", "its process was killed by SIGKILL"), ("exits", "its process ended with exit code 3")]
 )
-def test_piece_whose_process_dies(tmp_path, fault, message):
-    with pytest.raises(PieceError, match=f"piece 'last one' of seed 1 failed: {message}"):
+def test_job_whose_process_dies(tmp_path, fault, message):
+    with pytest.raises(JobError, match=f"job 'last one' of seed 1 failed: {message}"):
         run("toy", tmp_path, workers=2, fault=f"last one:{fault}")
     # What was done before is kept.
-    assert len([path for path in _pieces(tmp_path) if "last" not in path]) == 6
+    assert len([path for path in _jobs(tmp_path) if "last" not in path]) == 6
 
 
-def test_piece_that_cannot_be_sent(tmp_path, monkeypatch):
+def test_job_that_cannot_be_sent(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_experiment, "partial", lambda function, *arguments: lambda: function(*arguments))
-    with pytest.raises(PieceError, match="piece 'masked' of seed 0 cannot be sent to another process"):
+    with pytest.raises(JobError, match="job 'masked' of seed 0 cannot be sent to another process"):
         run("toy", tmp_path, workers=2)
 
 
@@ -238,7 +283,7 @@ def _command(kill_after: int, *arguments: str) -> list[str]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_run_continues(once, tmp_path, capsys, workers):
-    """SIGKILL to the command after four pieces, then the same again: the same pieces, those that were there as they were."""
+    """SIGKILL to the command after four jobs, then the same again: the same results, those that were there as they were."""
     out = ["--out", str(tmp_path / "out"), "--workers", str(workers)]
     killed = subprocess.run(_command(4, *out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=100)
     assert killed.returncode == -signal.SIGKILL, killed.stdout
@@ -248,7 +293,7 @@ def test_killed_run_continues(once, tmp_path, capsys, workers):
     metrics = run("toy", tmp_path / "out", workers=workers)
     assert metrics["resumed"] and metrics["duration_s"] > elapsed > 0
     assert "resuming the run" in capsys.readouterr().out
-    assert _pieces(tmp_path / "out") == _pieces(once)
+    assert _jobs(tmp_path / "out") == _jobs(once)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -271,10 +316,10 @@ def test_interrupted_run_leaves_no_process(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
-        # All pieces of the first call but the one that waits
-        while len(_pieces(tmp_path / "out")) < 5 and time.monotonic() < deadline:
+        # All jobs of the first call but the one that waits
+        while len(_jobs(tmp_path / "out")) < 5 and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert len(_pieces(tmp_path / "out")) == 5
+        assert len(_jobs(tmp_path / "out")) == 5
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=20)
         assert process.returncode != 0
@@ -343,7 +388,7 @@ def test_unknown_experiment(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def _of_piece(folder: Path) -> list[float]:
+def _of_job(folder: Path) -> list[float]:
     return json.loads((folder / "seed-1" / "masked.json").read_text())["curve"]
 
 
@@ -351,7 +396,7 @@ def test_tracking_csv(once):
     with open(once / "seed-1" / "masked.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     values = [float(row["value"]) for row in rows if row["name"] == "value"]
-    assert values == _of_piece(once) and [row["step"] for row in rows] == ["0", "0", "1", "1", "2", "2", "3", "3"]
+    assert values == _of_job(once) and [row["step"] for row in rows] == ["0", "0", "1", "1", "2", "2", "3", "3"]
     assert {row["name"] for row in rows} == {"value", "twice"}
 
 
@@ -361,8 +406,8 @@ def test_tracking_tensorboard(once, tmp_path):
     run("toy", tmp_path, workers=2, tracking="tensorboard")
     events = EventAccumulator(str(tmp_path / "tensorboard" / "seed-1" / "masked"))
     events.Reload()
-    assert [event.value for event in events.Scalars("value")] == pytest.approx(_of_piece(once), rel=1e-6)
-    assert _pieces(tmp_path) == _pieces(once)
+    assert [event.value for event in events.Scalars("value")] == pytest.approx(_of_job(once), rel=1e-6)
+    assert _jobs(tmp_path) == _jobs(once)
 
 
 def test_run_all_and_report(tmp_path, monkeypatch, capsys):
@@ -370,7 +415,7 @@ def test_run_all_and_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(EXPERIMENTS, "second", TOY)
     monkeypatch.setitem(report.SECTIONS, "toy", "3.1 Proof of concept")
     monkeypatch.setattr(toy_experiment, "ROTATED", {"tasks": 2}, raising=False)
-    monkeypatch.setitem(toy_experiment.SETTINGS, "rotated", False)
+    monkeypatch.setattr(toy_experiment, "Settings", toy_experiment.RotatedSettings)
     suite.run_all(tmp_path / "runs", quick=True, workers=1)
     shown = capsys.readouterr().out
     assert list(suite.runs()) == ["toy", "toy-rotated", "second", "second-rotated"]
@@ -380,7 +425,7 @@ def test_run_all_and_report(tmp_path, monkeypatch, capsys):
     kept = (tmp_path / "runs" / "toy" / "metrics.json").stat().st_mtime_ns
     result = _metamask("report", str(tmp_path / "runs"), "--out", str(tmp_path / "docs"))
     assert result.exit_code == 0 and "missing: `second` is not finished" in result.stdout
-    page = (tmp_path / "docs" / "results.md").read_text()
+    page = (tmp_path / "docs" / "README.md").read_text()
     metrics = json.loads((tmp_path / "runs" / "toy" / "metrics.json").read_text())
     masked, shared = (metrics[kind][name]["score (%)"]["mean"] for kind, name in (("results", "masked"), ("baselines", "shared")))
     assert (
@@ -389,11 +434,11 @@ def test_run_all_and_report(tmp_path, monkeypatch, capsys):
     assert "3.1 Proof of concept" in page and "`second` is not finished" in page and "3 of 6 claims hold" in page
     assert "`metamask run toy --seed 0 --quick --rotated --out DIR`" in page and "**a quick run**" in page
     for part in ("toy/metrics.json", "toy/toy.png", "toy-rotated/toy.png"):
-        assert f"(results/{part})" in page and (tmp_path / "docs" / "results" / part).stat().st_size > 1000
-    assert json.loads((tmp_path / "docs" / "results" / "toy" / "metrics.json").read_text()) == metrics
+        assert f"({part})" in page and (tmp_path / "docs" / part).stat().st_size > 1000
+    assert json.loads((tmp_path / "docs" / "toy" / "metrics.json").read_text()) == metrics
     # Once more from what was written: the same page.
-    report.report(tmp_path / "docs" / "results", tmp_path / "docs")
-    assert (tmp_path / "docs" / "results.md").read_text() == page.replace("is not finished", "was not run")
+    report.report(tmp_path / "docs", tmp_path / "docs")
+    assert (tmp_path / "docs" / "README.md").read_text() == page.replace("is not finished", "was not run")
 
     suite.run_all(tmp_path / "runs", quick=True, workers=1)
     assert (tmp_path / "runs" / "toy" / "metrics.json").stat().st_mtime_ns == kept

@@ -12,7 +12,9 @@ from support.experiments import check_claims, check_resumes, check_written, quic
 
 from metamask_ext.data.fourier import fourier_features, fourier_tasks, grid
 from metamask_ext.experiments.papers.feature_weights import experiment
-from metamask_ext.experiments.papers.feature_weights.report import answers, members_of
+from metamask_ext.experiments.papers.feature_weights.answers import answers
+from metamask_ext.experiments.papers.feature_weights.findings import members_of
+from metamask_ext.experiments.papers.feature_weights.settings import Settings
 from metamask_ext.experiments.papers.feature_weights.theory import aliased_error, aliased_gradient, min_norm
 
 # The quick run is made once, so by one worker.
@@ -36,7 +38,7 @@ def test_features_are_orthonormal():
 
 
 def test_aliases():
-    settings = {"features": 501, "true_features": 11, "support_points": 32}
+    settings = Settings(features=501, true_features=11, support_points=32)
     features = fourier_features(grid(32), 501)
     true = features[:, :11]
     groups = {group: members_of(group, settings) for group in ("true", "aliases", "others")}
@@ -103,7 +105,7 @@ def test_logistic_in_a_basis_of_the_rows():
     generator = torch.Generator().manual_seed(0)
     features, test = (torch.randn(rows, 30, generator=generator, dtype=torch.float64) for rows in (12, 50))
     y = torch.stack([features[:, 0].sign(), torch.ones(12).double()])
-    c = experiment.SETTINGS["logistic_C"]
+    c = Settings().logistic_C
     made = experiment._logistic(features, y, test, c)
     whole = LogisticRegression(C=c, fit_intercept=False, max_iter=1000).fit(features.numpy(), y[0].numpy())
     assert float((made[0].sign() == torch.from_numpy(whole.decision_function(test.numpy())).sign()).double().mean()) > 0.95

@@ -14,14 +14,14 @@ from support.experiments import check_claims, check_resumes, check_written, quic
 
 from metamask_ext.data.navigation import HORIZON, NavigationEnv, NavigationVectorEnv
 from metamask_ext.experiments.catalogue import run
-from metamask_ext.experiments.papers.navigation_2d import experiment
 from metamask_ext.experiments.papers.navigation_2d.policy_gradient import Episodes, GaussianPolicy, adaptation, rollout, surrogate
+from metamask_ext.experiments.papers.navigation_2d.settings import AdvantageSettings
 from metamask_ext.meta import MAML
 
 # The quick run is made once, so by one worker.
 pytestmark = pytest.mark.xdist_group("navigation-2d")
 
-ADVANTAGES = experiment.SETTINGS["advantages"]
+ADVANTAGES = AdvantageSettings()
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def _episodes(tasks: int = 2, episodes: int = 3) -> Episodes:
     goals = torch.tensor([[0.3, 0.2], [0.1, 0.0]])[:tasks]
     # Towards the goal with noise: some episodes end early.
     return rollout(
-        lambda x: torch.cat([3 * (goals[:, None] - x), torch.full_like(x, -3.0)], -1), goals, episodes, generator, **ADVANTAGES
+        lambda x: torch.cat([3 * (goals[:, None] - x), torch.full_like(x, -3.0)], -1), goals, episodes, generator, ADVANTAGES
     )
 
 
@@ -143,8 +143,8 @@ def test_advantages_are_those_of_a_loop(monkeypatch):
             length = int(made.alive[task, episode].sum())
             value = [*values[task, episode, :length].tolist(), 0.0]
             reward = made.rewards[task, episode].tolist()
-            error = [reward[t] + made.discount * value[t + 1] - value[t] for t in range(length)]
-            decay = made.discount * made.gae_lambda
+            error = [reward[t] + ADVANTAGES.discount * value[t + 1] - value[t] for t in range(length)]
+            decay = ADVANTAGES.discount * ADVANTAGES.gae_lambda
             for t in range(length):
                 raw[episode, t] = sum(decay ** (later - t) * error[later] for later in range(t, length))
         mean = sum(raw.values()) / len(raw)
@@ -177,7 +177,7 @@ def test_updates_of_a_task_depend_on_it_alone(masked):
     policy = GaussianPolicy(8, masked)
     maml = MAML(policy, 0.1, 1, "masks" if masked else "weights")
     goals = torch.tensor([[0.4, 0.4]]).repeat(3, 1)
-    made = adaptation(maml, goals, 5, 1, torch.Generator().manual_seed(0), **ADVANTAGES)
+    made = adaptation(maml, goals, 5, 1, torch.Generator().manual_seed(0), ADVANTAGES)
     parameters = maml.adapt(surrogate, made[0].samples())
     for task in range(3):
         x, target = made[0].samples()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.experiments import check_claims, check_resumes, check_written, quick_run
 
-from metamask_ext.experiments.papers.universality import experiment, one_step_learner
+from metamask_ext.experiments.papers.universality import learners, one_step_learner
 from metamask_ext.experiments.papers.universality.one_step_learner import OneStepLearner
 from metamask_ext.meta import MAML
 
@@ -153,15 +153,15 @@ def test_depth(metrics):
 
 
 def test_diverged_tasks_are_counted():
-    tasks = experiment.sine_tasks(4, torch.Generator().manual_seed(0))
+    tasks = learners.sine_tasks(4, torch.Generator().manual_seed(0))
     bad = [float("nan"), float("inf"), 1e6, 0.0]
 
     def learner(tasks, support, x):
         return [torch.zeros_like(x) + torch.tensor(bad)[:, None, None]]
 
-    (errors,) = experiment._errors(tasks, learner, torch.Generator(), 5)
-    relative = errors / experiment._power(tasks)
-    torch.testing.assert_close(relative[:3], torch.full((3,), experiment.DIVERGED).double())
+    (errors,) = learners._errors(tasks, learner, torch.Generator(), 5)
+    relative = errors / learners._power(tasks)
+    torch.testing.assert_close(relative[:3], torch.full((3,), learners.DIVERGED).double())
     assert 0.5 < float(relative[3]) < 1.5
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from metamask_ext.data import ColoredImages, sinusoid_tasks
 from metamask_ext.experiments.catalogue import OptionError, module_of, run, settings_of
 from metamask_ext.experiments.proposal import colored_mnist, saturation, sine_cosine, sine_of_linear, sinusoid
 from metamask_ext.experiments.study.networks import Nets
+from metamask_ext.experiments.study.settings import NewTaskSettings
 
-# A piece of each that a killed run computes once more
+# A job of each that a killed run computes once more
 LOST = {
     "saturation": "no-L2-temperature-1-spread-1.json",
     "sine-of-linear": "masks-random-at-first-L2-0-on-M.json",
@@ -31,8 +33,8 @@ LOST = {
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in LOST])
 def test_quick_run(tmp_path, name, capsys):
     metrics = quick_run(name, tmp_path)
-    counted = [tuple(map(int, found)) for found in re.findall(r"^(\d+) of (\d+) pieces", capsys.readouterr().out, re.MULTILINE)]
-    assert counted == [(number, len(counted)) for number in range(1, len(counted) + 1)], "the remaining time counts every piece"
+    counted = [tuple(map(int, found)) for found in re.findall(r"^(\d+) of (\d+) jobs", capsys.readouterr().out, re.MULTILINE)]
+    assert counted == [(number, len(counted)) for number in range(1, len(counted) + 1)], "the remaining time counts every job"
     figures = [f"{name}-{key}.png" if key else f"{name}.png" for key in module_of(name).figures(metrics)]
     check_written(tmp_path / name, metrics, figures)
     check_claims(metrics)
@@ -83,7 +85,7 @@ def test_refused_settings(tmp_path, name, config, message):
 
 def test_saturation_without_learning():
     """With rates of 0 the gates stay as they are drawn, and what is counted is theirs."""
-    settings = {**settings_of("saturation", quick=True), "tasks": 30, "steps": 40, "points": 2, "lr": 0.0, "mask_lr": 0.0}
+    settings = replace(settings_of("saturation", quick=True), tasks=30, steps=40, points=2, lr=0.0, mask_lr=0.0)
     found = saturation.measure(3, settings, ("", 0.0), (1.0, 1.0), 6.0)
     numbers = found["numbers"]
     assert found["steps"] == [0, 20, 40] and len(found["gates"]) == 2 and found["gates"][0] == found["gates"][1]
@@ -103,12 +105,12 @@ def test_saturation_penalties():
     settings = settings_of("saturation")
     names = [saturation.condition_name(each, (1.0, 0.1), 6.0) for each in saturation.penalties(settings)]
     assert names[0] == "no L2, temperature 1 to 0.1, spread 6" and "L2 0.01 on M, temperature 1 to 0.1, spread 6" in names
-    assert len(set(names)) == 1 + len(settings["weight_decay"]) + len(settings["mask_weight_decay"])
+    assert len(set(names)) == 1 + len(settings.weight_decay) + len(settings.mask_weight_decay)
 
 
 def test_saturation_penalties_act_where_they_say():
     """Without data to speak of, L2 on W shrinks W only, and on M the logits only."""
-    settings = {**settings_of("saturation", quick=True), "steps": 400, "points": 1}
+    settings = replace(settings_of("saturation", quick=True), steps=400, points=1)
     free, weights, masks = (
         saturation.measure(0, settings, penalty, (1.0, 1.0), 6.0)["numbers"] for penalty in (("", 0.0), ("W", 1.0), ("M", 1.0))
     )
@@ -120,7 +122,7 @@ def test_saturation_penalties_act_where_they_say():
 
 
 def test_swapped_masks_one_pair_after_the_other():
-    settings = {**settings_of("sine-of-linear", quick=True), "tasks": 4, "test_samples": 7, "hidden": 3}
+    settings = replace(settings_of("sine-of-linear", quick=True), tasks=4, test_samples=7, hidden=3)
     made, weight, support = sine_of_linear._problem(1, settings)
     support[2] = support[0]
     assert weight.shape == (4, 5) and support.shape == (4, 6)
@@ -158,8 +160,9 @@ def test_differences_of_gates_by_hand():
 
 
 def test_split_of_samples():
-    settings = {**settings_of("sinusoid", quick=True), "tasks": 3, "new_tasks": 2, "train_samples": 20, "test_samples": 30}
-    settings["study"] = {**settings["study"], "new": {"samples": [2, 40]}}
+    quick = settings_of("sinusoid", quick=True)
+    study = replace(quick.study, new=NewTaskSettings(samples=(2, 40)))
+    settings = replace(quick, tasks=3, new_tasks=2, train_samples=20, test_samples=30, study=study)
     made = sinusoid.problem(0, settings)
     assert [tuple(data.x.shape) for data in (made.train, made.test, made.new_train, made.new_test)] == [
         (3, 20, 5),
@@ -176,10 +179,10 @@ def test_split_of_samples():
 @pytest.mark.parametrize("related", [True, False])
 def test_the_unit_can_be_right(related):
     """With the true parameters the net of sine-cosine is without error."""
-    settings = {**settings_of("sine-cosine", quick=True), "tasks": 6, "test_samples": 20}
+    settings = replace(settings_of("sine-cosine", quick=True), tasks=6, test_samples=20)
     made = sine_cosine._problem(related, 0, settings)
-    count = settings["tasks"] + settings["new_tasks"]
-    options = {"magnitudes": settings["magnitudes"], "cosine": settings["cosine"]}
+    count = settings.tasks + settings.new_tasks
+    options = {"magnitudes": settings.magnitudes, "cosine": settings.cosine}
     drawn = sinusoid_tasks(count, torch.Generator().manual_seed(0), related=related, **options)
     phase = drawn.phase + math.pi / 2 * drawn.cosine
     parameters = {"0.weight": drawn.weight[:, None], "0.bias": phase[:, None]}
@@ -190,7 +193,7 @@ def test_the_unit_can_be_right(related):
 
 
 def test_both_kinds_of_task_are_needed():
-    settings = {**settings_of("sine-cosine", quick=True), "cosine": 0.0}
+    settings = replace(settings_of("sine-cosine", quick=True), cosine=0.0)
     with pytest.raises(OptionError, match="tasks=8: of seed 3 0 have a cosine, take more tasks"):
         sine_cosine.problem(3, settings)
 
@@ -209,8 +212,9 @@ def test_phase_is_an_angle():
 
 
 def test_colored_digits(tmp_path):
-    settings = {**settings_of("colored-mnist", quick=True), "tasks": 3, "new_tasks": 2, "train_samples": 10, "test_samples": 8}
-    settings["study"] = {**settings["study"], "new": {"samples": [1, 6]}}
+    quick = settings_of("colored-mnist", quick=True)
+    study = replace(quick.study, new=NewTaskSettings(samples=(1, 6)))
+    settings = replace(quick, tasks=3, new_tasks=2, train_samples=10, test_samples=8, study=study)
     with no_downloads(tmp_path):
         made = colored_mnist.problem(5, settings)
     colors = ColoredImages(5, seed=5).colors

@@ -1,4 +1,4 @@
-"""Runs of the common study: its pieces, what it chooses, its tables, what ends it."""
+"""Runs of the common study: its jobs, what it chooses, its tables, what ends it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from metamask_ext.experiments.catalogue import OptionError, PieceError, run
-from metamask_ext.experiments.study import comparison
+from metamask_ext.experiments.catalogue import JobError, OptionError, run
+from metamask_ext.experiments.study import findings, report
 from metamask_ext.experiments.study.methods import METHODS
 from metamask_ext.experiments.study.report import LABELS
 
@@ -74,37 +74,37 @@ def test_choices(tiny):
 
 def test_tables_and_numbers(tiny):
     _, metrics = tiny
-    (_, by_method), (_, new) = comparison.tables(metrics)
+    (_, by_method), (_, new) = report.tables(metrics)
     assert [row[0] for row in by_method[1:]] == list(LABELS.values())
     assert len(new) == 17 and ["masks on frozen W", "everything"] not in [row[:2] for row in new]
     assert {len(row) for row in by_method} == {6} and {len(row) for row in new} == {5}
     assert by_method[0][4] == "support recovered (%)" and [row[4] == "-" for row in by_method[1:]] == [False] * 2 + [True] * 5
     masked = metrics["study"]["order"]["masked"]
-    assert comparison.after_learning(metrics, "masked") == pytest.approx(sum(map(sum, masked["after"])) / 4)
-    assert comparison.at_the_end(metrics, "masked") == pytest.approx(sum(map(sum, masked["end"])) / 4)
+    assert findings.after_learning(metrics, "masked") == pytest.approx(sum(map(sum, masked["after"])) / 4)
+    assert findings.at_the_end(metrics, "masked") == pytest.approx(sum(map(sum, masked["end"])) / 4)
     for seed in range(2):
         assert len(masked["earlier"][seed]) == 1 and masked["after"][seed][1] == masked["end"][seed][1]
-    assert comparison.trained(metrics, "hard") == metrics["results"]["hard"]["test MSE"]["mean"]
+    assert findings.trained(metrics, "hard") == metrics["results"]["hard"]["test MSE"]["mean"]
     ways = metrics["study"]["new"]
     first = [seed[0] for seed in ways["maml"]["everything"]]
-    assert comparison.new_tasks(metrics, "maml", "everything", 1) == pytest.approx(sum(first) / 2)
-    assert comparison.needed(metrics, "independent", "from scratch") in (1, 20)
-    assert comparison.cost_ratio(metrics, "shared") == 1 and comparison.cost_ratio(metrics, "maml") > 1
+    assert findings.new_tasks(metrics, "maml", "everything", 1) == pytest.approx(sum(first) / 2)
+    assert findings.needed(metrics, "independent", "from scratch") in (1, 20)
+    assert findings.cost_ratio(metrics, "shared") == 1 and findings.cost_ratio(metrics, "maml") > 1
 
 
 def test_samples_needed(tiny):
     _, metrics = tiny
     found = {**metrics, "study": {**metrics["study"], "samples": [1, 10, 100]}}
     found["study"]["new"] = {"independent": {"from scratch": [[3.0, 2.0, 1.0]]}, "masked": {"mask only": [[3.0, 1.005, 0.5]]}}
-    assert comparison.needed(found, "masked", "mask only") == 10
+    assert findings.needed(found, "masked", "mask only") == 10
     found["study"]["new"]["masked"]["mask only"] = [[3.0, 1.02, 1.02]]
-    assert comparison.needed(found, "masked", "mask only") == math.inf
+    assert findings.needed(found, "masked", "mask only") == math.inf
 
 
 def test_one_method_that_diverges_ends_the_run(tmp_path):
     config = tmp_path / "config.toml"
     config.write_text(TINY.replace("tuning = true", "tuning = false").replace("seeds = 2", "seeds = 1"))
-    with pytest.raises(PieceError, match="piece 'shared' of seed 0 failed: FloatingPointError: the mean loss of round"):
+    with pytest.raises(JobError, match="job 'shared' of seed 0 failed: FloatingPointError: the mean loss of round"):
         run("linear", tmp_path / "out", 0, quick=True, config=config, workers=1)
 
 

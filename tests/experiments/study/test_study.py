@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,11 +15,20 @@ from metamask_ext import using_task
 from metamask_ext.experiments.catalogue import OptionError
 from metamask_ext.experiments.engine.training import seeded
 from metamask_ext.experiments.proposal import linear
-from metamask_ext.experiments.study import comparison
 from metamask_ext.experiments.study.methods import METHODS, Independent, Loop, Meta, fresh, method
 from metamask_ext.experiments.study.networks import Nets, gates, shared_parameters
 from metamask_ext.experiments.study.new_tasks import Masks, Way, _fit, _inner_steps, _look_up, new_task_scores
 from metamask_ext.experiments.study.problem import Problem, Score, TaskData
+from metamask_ext.experiments.study.settings import (
+    FrozenConfig,
+    MaskedConfig,
+    MetaConfig,
+    NewTaskSettings,
+    PlainConfig,
+    StudySettings,
+    even_grid,
+    grid,
+)
 
 TASKS, NEW = 3, 2
 
@@ -53,20 +63,27 @@ def small_problem(network=small_net, tasks=TASKS) -> Problem:
 
 
 CONFIG = {
-    "masked": {"lr": 0.05, "mask_lr": 0.1},
-    "hard": {"lr": 0.05, "mask_lr": 0.1},
-    "lottery": {"mask_lr": 0.1, "scale": 2.0},
-    "shared": {"lr": 0.05},
-    "independent": {"lr": 0.05},
-    "maml": {"lr": 0.05, "inner_lr": 0.1},
-    "sequence": {"lr": 0.05},
+    "masked": MaskedConfig(0.05, 0.1),
+    "hard": MaskedConfig(0.05, 0.1),
+    "lottery": FrozenConfig(0.1, 2.0),
+    "shared": PlainConfig(0.05),
+    "independent": PlainConfig(0.05),
+    "maml": MetaConfig(0.05, 0.1),
+    "sequence": PlainConfig(0.05),
 }
 
 
+@dataclass(frozen=True)
+class Settings:
+    tasks: int
+    steps: int
+    study: StudySettings
+
+
 def small_settings(**changes):
-    grid = {name: [config] for name, config in CONFIG.items()}
-    new = {"samples": [1, 5, 12], "steps": 4, "batch": 3}
-    return {"tasks": TASKS, "steps": 60, "study": comparison.settings(grid, round_steps=5, batch=4, new=new, **changes)}
+    new = NewTaskSettings(samples=(1, 5, 12), steps=4, batch=3)
+    grid = {name: (config,) for name, config in CONFIG.items()}
+    return Settings(TASKS, 60, StudySettings(grid=grid, round_steps=5, batch=4, new=new, **changes))
 
 
 def trained(name, problem=None, **changes):
@@ -110,7 +127,7 @@ def test_methods_train_what_they_say():
     frozen = shared_parameters(trained("lottery").model)
     drawn = shared_parameters(method("lottery", problem, small_settings(), CONFIG["lottery"], 0).model)
     assert all(torch.equal(frozen[name], drawn[name]) for name in start)
-    plainly = method("lottery", problem, small_settings(), {"mask_lr": 0.1, "scale": 1.0}, 0).model
+    plainly = method("lottery", problem, small_settings(), FrozenConfig(0.1, 1.0), 0).model
     assert all(torch.equal(frozen[name], 2 * tensor) for name, tensor in shared_parameters(plainly).items())
     assert all(set(gate.unique().tolist()) <= {0.0, 1.0} for gate in gates(trained("hard").model, problem.names).values())
     soft = gates(trained("masked").model, problem.names)
@@ -150,7 +167,7 @@ def test_independent_nets_do_not_meet():
 
 
 def test_few_steps_are_refused():
-    settings = small_settings() | {"steps": 10}
+    settings = replace(small_settings(), steps=10)
     with pytest.raises(OptionError, match="steps must be at least 15 for 3 tasks, got 10"):
         method("masked", small_problem(), settings, CONFIG["masked"], 0).train()
 
@@ -159,7 +176,7 @@ def test_few_steps_are_refused():
 def test_fit_is_adam_with_each_rate(masked):
     """Rows of several rates and numbers of samples are what Adam gives for each alone."""
     problem, settings = small_problem(), small_settings()
-    new, counts, rates = settings["study"]["new"], [1, 5, 12], [[0.1, 0.03, 0.01], [0.3, 0.1, 0.02]]
+    new, counts, rates = settings.study.new, [1, 5, 12], [[0.1, 0.03, 0.01], [0.3, 0.1, 0.02]]
     if masked:
         masks = Masks(trained("masked", problem).model, problem.names)
         way = masks.ways()["everything"]
@@ -173,10 +190,10 @@ def test_fit_is_adam_with_each_rate(masked):
                 learned = {key: stack[task if len(stack) > 1 else 0].clone()[None] for key, stack in way.start.items()}
                 leaves = {key: tensor.requires_grad_() for key, tensor in learned.items()}
                 optimizer = torch.optim.Adam(leaves.values(), rate, eps=1e-8 / rate)
-                schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, new["steps"])
+                schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, new.steps)
                 x, y = problem.new_train.x[task], problem.new_train.y[task]
-                for step in range(new["steps"]):
-                    chosen = [(new["batch"] * step + place) % count for place in range(new["batch"])]
+                for step in range(new.steps):
+                    chosen = [(new.batch * step + place) % count for place in range(new.batch)]
                     theta = {key: stack[0] for key, stack in way.theta(leaves).items()}
                     optimizer.zero_grad()
                     F.mse_loss(functional_call(problem.plain(), theta, (x[chosen],)), y[chosen]).backward()
@@ -256,7 +273,7 @@ def test_ways_of_each_method(name, network):
     problem = small_problem(network)
     made = trained(name, problem)
     assert isinstance(made, {"independent": Independent, "maml": Meta}.get(name, Loop))
-    found = new_task_scores(name, problem, made, small_settings()["study"])
+    found = new_task_scores(name, problem, made, small_settings().study.new)
     masks = ["look-up", "superposition", "mask only"]
     expected = {
         "masked": [*masks, "everything"],
@@ -272,7 +289,7 @@ def test_ways_of_each_method(name, network):
 
 def test_one_task_has_a_net_from_scratch():
     problem = small_problem(tasks=1)
-    found = new_task_scores("shared", problem, trained("shared", problem), small_settings()["study"])
+    found = new_task_scores("shared", problem, trained("shared", problem), small_settings().study.new)
     assert sorted(found) == ["everything", "from scratch"]
 
 
@@ -290,23 +307,19 @@ def test_scores_must_be_finite():
 
 
 def test_grid():
-    assert comparison.grid(lr=[1.0, 2.0], scale=[3.0, 4.0]) == [
-        {"lr": 1.0, "scale": 3.0},
-        {"lr": 1.0, "scale": 4.0},
-        {"lr": 2.0, "scale": 3.0},
-        {"lr": 2.0, "scale": 4.0},
-    ]
+    made = grid(FrozenConfig, mask_lr=[1.0, 2.0], scale=[3.0, 4.0])
+    assert made == (FrozenConfig(1.0, 3.0), FrozenConfig(1.0, 4.0), FrozenConfig(2.0, 3.0), FrozenConfig(2.0, 4.0))
     with pytest.raises(ValueError, match=r"as many configurations for each method, got \{'masked': 1, 'shared': 2\}"):
-        comparison.settings({"masked": [{"lr": 1.0}], "shared": [{"lr": 1.0}, {"lr": 2.0}]})
+        even_grid(masked=grid(PlainConfig, lr=[1.0]), shared=grid(PlainConfig, lr=[1.0, 2.0]))
 
 
 def test_gates_that_agree_with_the_truth():
-    """``linear`` calls known masks recovered where they are."""
-    settings = linear.SETTINGS | {"tasks": 3, "new_tasks": 1, "test_samples": 5}
+    """``linear`` counts recovered entries rightly on masks that are known."""
+    settings = linear.Settings(tasks=3, new_tasks=1, test_samples=5)
     problem = linear.problem(0, settings)
     support = linear.tasks_of(0, settings).support
     for name, wrong in (("masked", 0), ("hard", 2)):
-        made = Loop(name, problem, settings | {"steps": 30}, {"lr": 0.0, "mask_lr": 0.0}, 0)
+        made = Loop(name, problem, replace(settings, steps=30), MaskedConfig(0.0, 0.0), 0)
         made.loop.run(60)
         with torch.no_grad():
             for task, key in enumerate(problem.names):

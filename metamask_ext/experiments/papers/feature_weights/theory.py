@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...engine.jobs import Json
 
 RATE, ITERATIONS = 0.01, 500_000
 STARTS = ((1.0, 1.0), (0.5, 1.5), (1.5, 0.5), (0.6, -1.2))
@@ -40,7 +41,7 @@ def aliased_gradient(c0: float, c1: float) -> tuple[float, float]:
     return -factor * c1, factor * c0
 
 
-def aliased_pair() -> dict[str, Any]:
+def aliased_pair() -> Json:
     """The checks of parts a to c, as largest differences, and the gradient descent of part d from several starts."""
     generator = torch.Generator().manual_seed(0)
     features, y = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((8, 20), (8, 3)))
@@ -63,7 +64,7 @@ def aliased_pair() -> dict[str, Any]:
     }
 
 
-def _descend(c0: float, c1: float) -> dict[str, Any]:
+def _descend(c0: float, c1: float) -> Json:
     """Gradient descent on ``aliased_error`` (part d); the path at iterations on a log scale."""
     norm = math.hypot(c0, c1)
     shown = {round(10 ** (k / 10)) for k in range(1 + round(10 * math.log10(ITERATIONS)))} | {0, ITERATIONS}

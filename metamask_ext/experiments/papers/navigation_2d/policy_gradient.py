@@ -14,6 +14,8 @@ from metamask_ext.data.navigation import HORIZON, LONGEST_STEP, NavigationVector
 from metamask_ext.meta import MAML
 from metamask_ext.nn import MaskedLinear
 
+from .settings import AdvantageSettings
+
 
 class GaussianPolicy(nn.Module):
     """Two hidden layers with tanh. ``[n, 2]`` positions to ``[n, 4]``: means and logarithms of standard deviations of the action,
@@ -37,15 +39,14 @@ class Episodes:
         positions, actions: ``[T, E, HORIZON, 2]``; actions in units of the longest step, before they are cut.
         rewards: ``[T, E, HORIZON]``.
         alive: the same, 1 until the goal is reached and 0 after.
-        discount, gae_lambda: of the advantages: what a later reward, and a later error of the baseline, count less for each step.
+        settings: of the advantages.
     """
 
     positions: Tensor
     actions: Tensor
     rewards: Tensor
     alive: Tensor
-    discount: float
-    gae_lambda: float
+    settings: AdvantageSettings
 
     @property
     def returns(self) -> Tensor:
@@ -62,15 +63,15 @@ class Episodes:
         returns = torch.zeros_like(self.rewards)
         running = torch.zeros_like(self.rewards[..., 0])
         for step in reversed(range(HORIZON)):
-            running = self.rewards[..., step] + self.discount * running
+            running = self.rewards[..., step] + self.settings.discount * running
             returns[..., step] = running
         values = self._baseline(returns)
         following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
-        errors = (self.rewards + self.discount * following - values) * self.alive
+        errors = (self.rewards + self.settings.discount * following - values) * self.alive
         advantages = torch.zeros_like(errors)
         running = torch.zeros_like(errors[..., 0])
         for step in reversed(range(HORIZON)):
-            running = errors[..., step] + self.discount * self.gae_lambda * running
+            running = errors[..., step] + self.settings.discount * self.settings.gae_lambda * running
             advantages[..., step] = running
         count = self.alive.sum((1, 2), keepdim=True)
         centred = (advantages - (advantages * self.alive).sum((1, 2), keepdim=True) / count) * self.alive
@@ -101,16 +102,14 @@ def rollout(
     goals: Tensor,
     episodes: int,
     generator: torch.Generator,
-    *,
-    discount: float,
-    gae_lambda: float,
+    advantages: AdvantageSettings,
 ) -> Episodes:
     """Run ``episodes`` of each task at once.
 
     Args:
         policy: predictions ``[T, E, 4]`` for positions ``[T, E, 2]``.
         goals: ``[T, 2]``.
-        discount, gae_lambda: of the :class:`Episodes`.
+        advantages: of the :class:`Episodes`.
     """
     tasks = len(goals)
     env = NavigationVectorEnv(tasks * episodes)
@@ -125,20 +124,19 @@ def rollout(
         steps.append((position, action, torch.from_numpy(reward).reshape(tasks, episodes), alive))
         alive = 1.0 - torch.from_numpy(ended).reshape(tasks, episodes).float()
     positions, actions, rewards, alives = (torch.stack(tensors, 2) for tensors in zip(*steps))
-    return Episodes(positions, actions, rewards, alives, discount, gae_lambda)
+    return Episodes(positions, actions, rewards, alives, advantages)
 
 
 @torch.no_grad()
 def adaptation(
-    maml: MAML, goals: Tensor, episodes: int, updates: int, generator: torch.Generator, **advantages: float
+    maml: MAML, goals: Tensor, episodes: int, updates: int, generator: torch.Generator, advantages: AdvantageSettings
 ) -> list[Episodes]:
-    """The episodes of each task before its policy is adapted, and after each of the updates on those before it;
-    ``advantages`` as for :func:`rollout`."""
+    """The episodes of each task before its policy is adapted, and after each of the updates on those before it."""
     tasks = len(goals)
     nothing = torch.zeros(tasks, 1, 2)
     parameters = maml.adapt(surrogate, (nothing, (nothing, nothing[..., 0])), steps=0)
-    made = [rollout(partial(maml.predict, parameters), goals, episodes, generator, **advantages)]
+    made = [rollout(partial(maml.predict, parameters), goals, episodes, generator, advantages)]
     for _ in range(updates):
         parameters = maml.adapt(surrogate, made[-1].samples(), steps=1, parameters=parameters)
-        made.append(rollout(partial(maml.predict, parameters), goals, episodes, generator, **advantages))
+        made.append(rollout(partial(maml.predict, parameters), goals, episodes, generator, advantages))
     return made

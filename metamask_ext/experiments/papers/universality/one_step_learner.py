@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metamask_ext.meta import MAML
+
+from ...engine.jobs import Json
+from .settings import ConstructionSettings
+
 EPSILON = 1.0
-"""What keeps the matrices of the construction invertible. The paper has it small; here nothing is approximated, so any will do."""
+"""Keeps the matrices of the construction invertible. The paper has it small; here nothing is approximated, so any will do."""
 
 
 class OneStepLearner(nn.Module):
@@ -111,3 +119,33 @@ def _head(table: Tensor, values: Tensor, inner_lr: float) -> tuple[nn.Linear, nn
         hidden.bias.copy_(-starts.repeat(pairs))
         output.weight.copy_(changes.reshape(1, -1))
     return hidden, output
+
+
+@torch.no_grad()
+def construct(seed: int, settings: ConstructionSettings) -> Json:
+    """Build :class:`OneStepLearner` for learners ``f(x, y, x*)``, take the step for every ``(x, y)`` with
+    :class:`metamask_ext.meta.MAML` and compare the output at every ``x*`` with ``f``."""
+    bins, lr = settings.bins, settings.inner_lr
+    values = torch.tensor(settings.values, dtype=torch.float64)
+    centres = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
+    x, y, x_star = torch.meshgrid(centres, values, centres, indexing="ij")
+    generator = torch.Generator().manual_seed(seed)
+    learners = {
+        "a random table": torch.randn(x.shape, generator=generator, dtype=torch.float64),
+        "y cos(2 pi (x - x*))": y * torch.cos(2 * math.pi * (x - x_star)),
+        "y where x* is in the bin of x, else 0": y * (x == x_star),
+    }
+    made: Json = {}
+    for name, chosen in learners.items():
+        model = OneStepLearner(chosen.movedim(1, 2), values, lr)
+        maml = MAML(model, lr, 1, adapt="weights")
+        # A task for each (x, y), its queries all x*.
+        parameters = maml.adapt(F.mse_loss, (x[:, :, 0].reshape(-1, 1, 1), y[:, :, 0].reshape(-1, 1, 1)))
+        prediction = maml.predict(parameters, x_star.reshape(-1, bins, 1)).reshape(x.shape)
+        made[name] = {
+            "largest error": float((prediction - chosen).abs().max()),
+            "largest value": float(chosen.abs().max()),
+            "largest output before the step": float(model(centres[:, None]).abs().max()),
+            "at the largest y": prediction[:, -1].tolist(),
+        }
+    return made

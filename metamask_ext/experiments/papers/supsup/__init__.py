@@ -1,0 +1,1 @@
+"""Supermasks in superposition: Wortsman et al., arXiv:2006.14769."""
