@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from ..torch_private import foreach_add_, foreach_copy_
 from .names import DEFAULT_TASK
@@ -51,7 +50,7 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         per_task_affine: bool = True,
@@ -88,8 +87,9 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
         """``[T, C]``, a row for each task of the batch."""
         tensors = self._own().get(name)
         if tensors is None:
-            shared: Any = self._parameters.get(name)
+            shared: Tensor | None = self._parameters.get(name)
             shared = self._buffers.get(name) if shared is None else shared
+            assert shared is not None
             return shared.expand(len(batch.keys), -1)
         if not batch.keys:
             return tensors[next(iter(tensors))].new_empty(0, self.num_features)
@@ -117,7 +117,7 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
             [self._one(name, key) for key in batch.keys] for name in ("num_batches_tracked", "running_mean", "running_var")
         )
         foreach_add_(counts, 1)
-        weight: Any = self.momentum
+        weight: float | Tensor | None = self.momentum
         if weight is None:  # a cumulative average
             weight = 1.0 / torch.stack(counts).to(mean.dtype)[:, None]
         for running, new in ((means, mean), (variances, variance)):

@@ -1,7 +1,7 @@
 """Tracks the active task, batch of tasks or mixture per thread and coroutine, in a context variable.
 
 Activation checkpointing recomputes a forward during the backward, when the context may have closed or another may be open. A
-non-reentrant checkpoint is told at the forward which tasks were active, and recomputes under those. Any other forward that runs
+non-reentrant checkpoint is told at the forward which tasks were active, and recomputes under those. A different forward that runs
 inside a backward may only use a context opened in that same backward; elsewhere it is refused, since the alternative is silently
 wrong gradients.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ from ..weight.functional import theta
 from . import reference
 from .autograd import MaskedConv2d, conv2d_product
 
-_apply_conv2d = bare_apply(MaskedConv2d)
+_apply_conv2d: Callable[..., Tensor] = bare_apply(MaskedConv2d)
 
 
 def masked_conv2d(

@@ -7,9 +7,11 @@ among its arguments, not in lists: the masks and the bias masks come last, one b
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from metamask_ext.torch_private import is_legacy_batched
@@ -76,7 +78,7 @@ class TaskMaskedLinearBackward(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         needs = ctx.needs_input_grad
-        grads: Any = [None] * (len(needs) - 2)
+        grads: Sequence[Tensor | None] = [None] * (len(needs) - 2)
         if any(cotangent is not None for cotangent in cotangents):
             of_weight, of_bias = needs[7 : 7 + ctx.call.masks], needs[7 + ctx.call.masks :]
             wanted = needs[2], needs[3], needs[5], any(of_weight), needs[6], any(of_bias)

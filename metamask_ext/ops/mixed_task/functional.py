@@ -6,7 +6,7 @@ sample of a batch names its task is ours. All functions can be differentiated an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from . import raw, reference
 from .autograd import Call, TaskMaskedLinear
 
 Masks = Tensor | Sequence[Tensor]
+_apply: Callable[..., Tensor] = TaskMaskedLinear.apply
 
 
 def task_masked_linear(
@@ -129,7 +130,7 @@ def task_masked_conv2d(
         stacked = is_stacked(given, weight)
         flat = [mask.flatten(2 if stacked else 1) for mask in given]
         y = _linear(columns, slots, weight.flatten(1), flat, bias, given_bias, gate_id, gate_param, groups)
-        y = y.transpose(1, 2).contiguous().unflatten(2, size)
+        y = torch.unflatten(y.transpose(1, 2).contiguous(), 2, size)
     return y if input.dim() == 4 else y[0]
 
 
@@ -180,7 +181,7 @@ def _one_convolution(
     elif bias is not None:
         bias = bias.repeat(samples)
     y = F.conv2d(batch.flatten(0, 1)[None], theta, bias, *geometry, samples * groups)
-    return y[0].unflatten(0, (samples, -1))
+    return torch.unflatten(y[0], 0, (samples, -1))
 
 
 def _each_task(weight: Tensor, masks: list[Tensor], tasks: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -217,7 +218,7 @@ def _linear(
             or any(mask.requires_grad for mask in every)
         ):
             call = Call(gate_id, gate_param, groups, len(masks))
-            return TaskMaskedLinear.apply(call, dtype, input, slots, weight, bias, *every)
+            return _apply(call, dtype, input, slots, weight, bias, *every)
         return raw.task_masked_linear(input, slots, weight, masks, bias, bias_masks or [], gate_id, gate_param, groups, dtype)
     except Exception as error:
         raise worded(error, _check, input, slots, weight, masks, bias, bias_masks, groups) from None
