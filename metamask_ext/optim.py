@@ -54,8 +54,7 @@ class FusedMaskedSGD(torch.optim.SGD):
     Two things cannot be seen from here: hooks on autograd's own nodes (``AccumulateGrad``), and functions of other packages whose
     backward runs a backward of its own over the same parameters. Keep such a parameter out by a hook on its gradient.
 
-    What must see whole gradients between backward and step, cannot: clip or scale gradients with ``loss.backward()`` and
-    ``step()``. That includes ``torch.amp.GradScaler``; bfloat16 needs none.
+    To clip or scale gradients, use ``loss.backward()`` and ``step()``. ``torch.amp.GradScaler`` scales them; bfloat16 needs none.
 
     Args:
         model: has at least one masked layer.
@@ -164,7 +163,7 @@ class FusedMaskedSGD(torch.optim.SGD):
         self._remember()
 
     def _remember(self) -> None:
-        """What :meth:`_find_new_tasks` compares with, and each parameter's group."""
+        """Keep the parameters that :meth:`_find_new_tasks` compares with, and each parameter's group."""
         self._group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
         self._of_model = set(self.model.parameters())
         self._masks = [module for module in self.model.modules() if isinstance(module, TaskDict)]
@@ -258,7 +257,7 @@ def _find_new_tasks(optimizer: FusedMaskedSGD, *_: object) -> None:
 
 
 def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """What all tasks share, and the masks, by name; the masks task after task, so that a new task's come last."""
+    """The parameters that all tasks share, and the masks, by name; the masks task after task, so that a new task's come last."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     of_tasks = [module for module in model.modules() if isinstance(module, TaskDict)]
     found = {task: [tensors._parameters.get(escape(task)) for tensors in of_tasks] for task in tasks(model)}

@@ -1,4 +1,4 @@
-"""What a meta-learner adapts, and how the model runs with it: as one mixed batch, by torch.func, or for one task."""
+"""The tensors that a meta-learner adapts, and the model with them: as one mixed-task batch, by torch.func, or for one task."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class AdaptedModel:
         return start
 
     def _choose(self, adapt: Adapt) -> None:
-        """Find what ``adapt`` means."""
+        """Find the tensors that ``adapt`` selects."""
         kinds = {"masks": (True, False), "weights": (False, True), "all": (True, True)}
         if not callable(adapt) and adapt not in kinds:
             raise ValueError(f"adapt must be 'masks', 'weights', 'all' or a function of a parameter's name, got {adapt!r}")

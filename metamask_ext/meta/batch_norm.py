@@ -71,7 +71,9 @@ def prepare(model: nn.Module, policy: str) -> dict[nn.Module, str]:
 
 
 class Normalisation:
-    """What the batch norms of a model do in one forward. Source: Ioffe and Szegedy, arXiv:1502.03167, algorithm 1, for each task.
+    """Normalises in the place of the batch norms of a model, in one forward.
+
+    Source: Ioffe and Szegedy, arXiv:1502.03167, algorithm 1, for each task.
 
     Args:
         policy: ``"frozen"`` takes the running statistics; the others those that are given, or of the input.

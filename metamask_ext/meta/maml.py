@@ -21,7 +21,7 @@ torch_private.load_vmap_decompositions()  # of operators without a rule of their
 
 
 class TaskParameters(dict[str, Tensor]):
-    """What :meth:`MAML.adapt` gives: by name the adapted tensors ``[T, ...]``, one for each task.
+    """The result of :meth:`MAML.adapt`: by name the adapted tensors ``[T, ...]``, one for each task.
 
     Attributes:
         statistics: with ``batch_norm="per task"`` mean and variance ``[T, C]`` of each batch norm, by name; else empty.

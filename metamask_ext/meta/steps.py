@@ -141,7 +141,7 @@ class _Reverse:
         self.cotangents = [torch.zeros_like(tensor) if of is None else of for of, tensor in zip(taken, state)]
         taken.clear()
         self.owned = False
-        """Whether ``cotangents`` are nobody else's."""
+        """True once ``cotangents`` are tensors of this object, which it may change."""
         self.others = others
         self.of_others: list[Tensor | None] = [None] * len(others)
         learned = [rate for rate in rates if isinstance(rate, Tensor)]

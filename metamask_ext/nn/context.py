@@ -190,7 +190,7 @@ def _raise_removed(layer: Owner) -> None:
 
 
 def is_active(layers: Iterable[nn.Module], task: str) -> bool:
-    """Whether ``task`` is the active task, or one of several, of any of ``layers`` in this thread."""
+    """True if ``task`` is the active task, or one of several, of any of ``layers`` in this thread."""
     context = _current.get()
     if context is None:
         return False
@@ -200,7 +200,7 @@ def is_active(layers: Iterable[nn.Module], task: str) -> bool:
 
 
 def _recomputations(frames: Iterable[CheckpointFrame]) -> Iterator[_Recomputation]:
-    """What these checkpoints will call in the backward, made to run under the context of now."""
+    """The functions that these checkpoints will call in the backward, made to run under the context of now."""
     for frame in frames:
         if not isinstance(frame.recompute_fn, _Recomputation):
             frame.recompute_fn = _Recomputation(frame.recompute_fn)

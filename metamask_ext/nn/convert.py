@@ -57,7 +57,7 @@ def convert(
     The layers keep their identity, parameters (so ties and optimisers hold), hooks, device, dtype and mode. A layer that is masked
     stays as it is.
 
-    Where the code around a layer reads ``layer.weight`` itself instead of calling the layer (``MultiheadAttention``'s ``out_proj``,
+    If the code around a layer reads ``layer.weight`` itself instead of calling the layer (``MultiheadAttention``'s ``out_proj``,
     ``TransformerEncoderLayer``'s fast path), that attribute becomes the masked weight. This is seen in the bytecode of ``forward``
     of the modules around it, and of the methods and neighbouring functions that it uses; where the owner of a ``weight`` has no
     name there (``for layer in self.layers: layer.weight``), all layers below that module count as read. Not seen are
@@ -242,13 +242,13 @@ def _tensor_names(module: nn.Module) -> list[str]:
 
 
 _CALLED = ("forward", "_conv_forward", "weight", "bias", "__call__", "_call_impl", "__getattr__")
-"""What decides the output of a layer."""
+"""The attributes that decide the output of a layer."""
 
 _ADDED = ("gate", "temperature", "threshold", "mask_init", "plain_type", "masks", "bias_masks", "mask_logits", "bias_mask_logits")
 
 
 def _is_read(model: nn.Module, name: str) -> bool:
-    """Whether a module around the layer ``name`` reads its weight or bias itself, as in ``F.linear(x, self.fc.weight)``."""
+    """True if a module around the layer ``name`` reads its weight or bias itself, as in ``F.linear(x, self.fc.weight)``."""
     *outer, own = name.split(".")
     around = [model] if name else []
     for part in outer:

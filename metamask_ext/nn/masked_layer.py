@@ -33,8 +33,8 @@ class Gate(TypedDict):
 
 
 LARGEST_COMBINED = 4.0
-"""How far from 0, in units of the temperature, a sigmoid gate's logits begin at most that come from a combination of masks (of
-bits, say): sigmoid(4) = 0.982, near on and with a gradient still, as where convert begins."""
+"""The bound, in units of the temperature, of a sigmoid gate's logits that a combination of masks gives (of bits, say):
+sigmoid(4) = 0.982, near on and with a gradient still, as where convert begins."""
 
 
 class TaskMasks(TaskDict):
@@ -42,7 +42,7 @@ class TaskMasks(TaskDict):
 
 
 class MaskedLayer(TaskLayer):
-    """What masked layers have in common: a mask for each task, in ``masks`` and, with a bias, in ``bias_masks``.
+    """The base of masked layers: a mask for each task, in ``masks`` and, with a bias, in ``bias_masks``.
 
     Both are ParameterDicts by task name, one tensor per task: a task's gradient and optimiser state exist only when it was used.
     While a layer has one task, that one is active; with several, :func:`metamask_ext.using_task` says which. A finished task may

@@ -28,7 +28,7 @@ _TYPES: dict[type[nn.Module], type[PerTask]] = {}
 class PerTask(TaskLayer):
     """A torch module of which ``per_task`` holds some parameters and buffers by their name there, a tensor for each task.
 
-    ``module.weight`` is then the active task's ``weight``. In a mixed batch the samples of each task run through the module by
+    ``module.weight`` is then the active task's ``weight``. In a mixed-task batch the samples of each task run through the module by
     themselves, one task after another.
 
     A new task begins as ``reset_parameters`` of the plain module leaves it, or, where there is no such method, as the oldest task.

@@ -53,7 +53,7 @@ class TaskLayer(nn.Module):
         return next(iter(self._dicts().values()))
 
     def _new_tensors(self, init: Init | None = None) -> list[tuple[TaskDict, Tensor]]:
-        """What one more task needs, and where it belongs: made first for all layers of a model, in case one fails."""
+        """The tensors of one more task with their TaskDicts; all layers of a model make theirs before any is changed."""
         raise NotImplementedError
 
     def _combine(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], out: Tensor) -> None:
@@ -144,7 +144,7 @@ class TaskLayer(nn.Module):
         load(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _saved_tasks(self, state_dict: StateDict, prefix: str) -> tuple[bool, list[str]]:
-        """Whether the state has an entry of a task, and the tasks in it; their keys become those of this torch."""
+        """Tells if the state has an entry of a task, and lists its tasks; their keys become those of this torch."""
         given, names = False, dict[str, None]()
         for start in (f"{prefix}{kind}." for kind in self._kinds()):
             for key in [key for key in state_dict if key.startswith(start)]:

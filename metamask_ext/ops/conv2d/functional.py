@@ -89,9 +89,9 @@ def _product_geometry(
 ) -> Geometry | None:
     """The geometry of a convolution that is to be a product; None: torch's must run.
 
-    Where places are few for the channels, theta is what a convolution waits for: written, read, brought into oneDNN's order, and
+    With few places for the channels a convolution waits for theta: it is written, read, brought into oneDNN's order, and
     its gradient likewise. In the product they exist in cache only. Patches, as long as theta's rows, are written and read instead,
-    which pays while they are few (measured: docs/cpu.md).
+    which pays while they are few (measured: docs/internals/performance.md).
     """
     if weight.dtype not in (torch.float32, torch.float64) or weight.device.type != "cpu" or input.dim() != 4:
         return None

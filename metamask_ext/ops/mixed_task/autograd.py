@@ -21,7 +21,7 @@ from . import raw, reference
 
 
 class Call(NamedTuple):
-    """What is no tensor in a call of task_masked_linear; ``masks`` is how many tensors the masks are (those of the bias follow)."""
+    """The arguments of task_masked_linear that are no tensors; ``masks`` counts the weight's masks (the bias's follow them)."""
 
     gate_id: int
     gate_param: float

@@ -46,7 +46,7 @@ def task_masked_linear(
     temperature: float = 1.0,
     threshold: float = 0.0,
 ) -> Tensor:
-    """``y_b = x_b @ (W * g(M_t)).T + b * g(M_b,t)`` with ``t = slots[b]``: a linear layer for a batch that mixes tasks.
+    """``y_b = x_b @ (W * g(M_t)).T + b * g(M_b,t)`` with ``t = slots[b]``: a linear layer for a mixed-task batch.
 
     Nothing of the size ``T x out x in`` or ``B x out x in`` is made, forward or backward, but the gradients of the masks.
 
@@ -89,7 +89,7 @@ def task_masked_conv2d(
     temperature: float = 1.0,
     threshold: float = 0.0,
 ) -> Tensor:
-    """``y_b = conv2d(x_b, W * g(M_t)) + b * g(M_b,t)`` with ``t = slots[b]``: a convolution for a batch that mixes tasks.
+    """``y_b = conv2d(x_b, W * g(M_t)) + b * g(M_b,t)`` with ``t = slots[b]``: a convolution for a mixed-task batch.
 
     It is :func:`task_masked_linear` over the patches of the input (``im2col``), which take ``kH * kW`` times its memory. On a GPU,
     where the weights of all samples take no more memory than the patches (with ``groups=1``: where the output has at least as many
@@ -139,7 +139,7 @@ ONE_CONVOLUTION_ON = ("cuda",)
 
 
 def _takes_one_convolution(batch: Tensor, weight: Tensor, masks: list[Tensor], size: list[int]) -> bool:
-    """Whether theta of a sample has no more elements than its patches, which are written and read as often (not measured)."""
+    """True if theta of a sample has no more elements than its patches, which are written and read as often (not measured)."""
     places, values = size[0] * size[1], batch.shape[1] * weight.shape[2] * weight.shape[3]
     return (
         weight.device.type in ONE_CONVOLUTION_ON
