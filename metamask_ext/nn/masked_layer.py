@@ -136,11 +136,12 @@ class MaskedLayer(TaskLayer):
 
     _copied_alone = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedLayer:
+    def __deepcopy__(self, memo: dict[int, object]) -> MaskedLayer:
         alone = not memo
         made = type(self).__new__(type(self))
         memo[id(self)] = made
-        made.__setstate__(copy.deepcopy(self.__dict__, memo))
+        set_state: Callable[[dict[str, object]], None] = made.__setstate__
+        set_state(copy.deepcopy(self.__dict__, memo))
         if alone:
             made._copied_alone = True
         return made

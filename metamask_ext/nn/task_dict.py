@@ -29,7 +29,7 @@ class TaskDict(nn.ParameterDict):
         """By slot."""
         self._only_buffers = buffers
         self._contested = False
-        """Whether a task was removed while a block was open somewhere, which may name it."""
+        """True once a task was removed while a block was open somewhere, which may name it."""
         self._fetch: Callable[[str], Tensor] | None = None
         self._waiting: dict[str, None] = {}
         """The names of tasks that are still to be fetched."""
@@ -73,7 +73,7 @@ class TaskDict(nn.ParameterDict):
         self._count()
 
     _single = False
-    """Whether there is one task, whatever block is open. torch.compile guards on it: it flips once while tasks are added."""
+    """True if there is one task, whatever block is open. torch.compile guards on it: it flips once while tasks are added."""
 
     def _count(self) -> None:
         self._single = len(self._slots) == 1 and not self._contested
