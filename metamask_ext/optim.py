@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction
+from torch.optim.optimizer import StateDict
 
-from .nn.layers import MaskedLayer
+from .nn.masked_layer import MaskedLayer
 from .nn.names import escape
 from .nn.task_dict import TaskDict
 from .nn.tasks import tasks
@@ -52,8 +54,7 @@ class FusedMaskedSGD(torch.optim.SGD):
     Two things cannot be seen from here: hooks on autograd's own nodes (``AccumulateGrad``), and functions of other packages whose
     backward runs a backward of its own over the same parameters. Keep such a parameter out by a hook on its gradient.
 
-    What must see whole gradients between backward and step, cannot: clip or scale gradients with ``loss.backward()`` and
-    ``step()``. That includes ``torch.amp.GradScaler``; bfloat16 needs none.
+    To clip or scale gradients, use ``loss.backward()`` and ``step()``. ``torch.amp.GradScaler`` scales them; bfloat16 needs none.
 
     Args:
         model: has at least one masked layer.
@@ -101,11 +102,12 @@ class FusedMaskedSGD(torch.optim.SGD):
         # Not by a step of our own around torch's: each of the two would call the hooks of users.
         self.register_step_pre_hook(_find_new_tasks)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {**super().__getstate__(), "model": self.model}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def __setstate__(self, state: StateDict) -> None:
+        set_state: Callable[[StateDict], None] = super().__setstate__
+        set_state(state)
         if "model" in state:  # a copy; torch also calls this when it loads a state dict
             self._begin()
 
@@ -131,7 +133,7 @@ class FusedMaskedSGD(torch.optim.SGD):
         try:
             for node, steps in nodes:
                 node.steps = steps
-            loss.backward(gradient)
+            torch.autograd.backward(loss, gradient)
         finally:
             for node, _ in nodes:
                 del node.steps
@@ -144,11 +146,11 @@ class FusedMaskedSGD(torch.optim.SGD):
         self._find_new_tasks()
         super().zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         self._find_new_tasks()
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """As torch's, but a state of parameters with other names, or in another order, is refused."""
         self._find_new_tasks()
         for index, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
@@ -161,7 +163,7 @@ class FusedMaskedSGD(torch.optim.SGD):
         self._remember()
 
     def _remember(self) -> None:
-        """What :meth:`_find_new_tasks` compares with, and each parameter's group."""
+        """Keep the parameters that :meth:`_find_new_tasks` compares with, and each parameter's group."""
         self._group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
         self._of_model = set(self.model.parameters())
         self._masks = [module for module in self.model.modules() if isinstance(module, TaskDict)]
@@ -178,7 +180,7 @@ class FusedMaskedSGD(torch.optim.SGD):
     def _update_groups(self) -> None:
         """Take up parameters that the model has got since, and let go of those it has lost."""
         shared, masks = _parameters(self.model)
-        names: dict[Any, str] = {parameter: name for found in (shared, masks) for name, parameter in found.items()}
+        names: dict[Tensor, str] = {parameter: name for found in (shared, masks) for name, parameter in found.items()}
         for group in self.param_groups:
             # A group that the user added may hold parameters of no module here.
             kept = [
@@ -187,7 +189,7 @@ class FusedMaskedSGD(torch.optim.SGD):
                 if parameter in names or parameter not in self._of_model
             ]
             group["params"], group["param_names"] = [parameter for parameter, _ in kept], [name for _, name in kept]
-        known: set[Any] = {parameter for group in self.param_groups for parameter in group["params"]}
+        known: set[Tensor] = {parameter for group in self.param_groups for parameter in group["params"]}
         for group, found in zip(self.param_groups, (shared, masks)):
             for name, parameter in found.items():
                 if parameter not in known:
@@ -198,7 +200,7 @@ class FusedMaskedSGD(torch.optim.SGD):
             del self.state[gone]
         self._remember()
 
-    def _fused_nodes(self, root: Any) -> list[tuple[Any, Steps]]:
+    def _fused_nodes(self, root: Node) -> list[tuple[Node, Steps]]:
         """The masked layers' nodes of the graph that can update parameters, with the steps they are to take."""
         uses, nodes = _walk(root)
         # Not for an input that requires a gradient: looking through the model costs as much as a small step.
@@ -215,7 +217,7 @@ class FusedMaskedSGD(torch.optim.SGD):
                 steps = Steps(
                     tuple(taken),
                     tuple(
-                        None if variable is None or group is None else self._velocity(variable, group)
+                        None if variable is None or group is None else self._momentum_buffer(variable, group)
                         for variable, group in zip(variables, groups)
                     ),
                     tuple(_NO_STEP if group is None else _settings(group) for group in groups),
@@ -223,7 +225,7 @@ class FusedMaskedSGD(torch.optim.SGD):
                 found.append((node, steps))
         return found
 
-    def _can_update(self, node: Any, variable: Tensor | None, uses: dict[Tensor, int]) -> bool:
+    def _can_update(self, node: Node, variable: Tensor | None, uses: dict[Tensor, int]) -> bool:
         if variable is None or uses[variable] != 1 or not _dense(variable) or not getattr(node, "same_order", True):
             return False
         group = self._group_of.get(variable)
@@ -231,30 +233,31 @@ class FusedMaskedSGD(torch.optim.SGD):
             group is None or variable.grad is not None or has_gradient_hooks(variable) or any(group[option] for option in _PLAIN)
         )
 
-    def _velocity(self, parameter: Tensor, group: dict[str, Any]) -> Tensor | None:
+    def _momentum_buffer(self, parameter: Tensor, group: StateDict) -> Tensor | None:
         if not group["momentum"]:
             return None
         state = self.state[parameter]
         # From zeros, the first step's v is the gradient, as torch begins.
         if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-        return state["momentum_buffer"]
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
 
 
 def _dense(p: Tensor) -> bool:
     return p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
 
 
-def _settings(group: dict[str, Any]) -> tuple[float, float, float]:
+def _settings(group: StateDict) -> tuple[float, float, float]:
     return float(group["lr"]), float(group["weight_decay"]), float(group["momentum"])
 
 
-def _find_new_tasks(optimizer: FusedMaskedSGD, *_: Any) -> None:
+def _find_new_tasks(optimizer: FusedMaskedSGD, *_: object) -> None:
     optimizer._find_new_tasks()
 
 
 def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """What all tasks share, and the masks, by name; the masks task after task, so that a new task's come last."""
+    """The parameters that all tasks share, and the masks, by name; the masks task after task, so that a new task's come last."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     of_tasks = [module for module in model.modules() if isinstance(module, TaskDict)]
     found = {task: [tensors._parameters.get(escape(task)) for tensors in of_tasks] for task in tasks(model)}

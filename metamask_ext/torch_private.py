@@ -30,7 +30,7 @@ current_graph_task = torch._C._current_graph_task_id
 """The id of the backward that runs in this thread, -1 outside. Without it a recomputation could not be told from a forward."""
 
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-"""Whether autocast is on for any device: one call in place of four, where a small layer takes microseconds."""
+"""True if autocast is on for any device: one call in place of four, where a small layer takes microseconds."""
 
 _functorch_level = _functorch.maybe_current_level
 
@@ -40,7 +40,7 @@ without_torch_function = torch._C.DisableTorchFunctionSubclass
 
 
 def in_transform() -> bool:
-    """Whether a torch.func transform or a forward-mode AD level is active.
+    """True if a torch.func transform or a forward-mode AD level is active.
 
     A Function of the form ``forward(ctx, ...)`` fails inside the first and has no jvp for the second: plain torch must run.
     """
@@ -88,7 +88,7 @@ tree_unflatten = _pytree.tree_unflatten
 
 
 def is_batched(*tensors: Tensor | None) -> bool:
-    """Whether a vmap runs over one of them: torch.func's, or that of autograd's ``is_grads_batched``."""
+    """True if a vmap runs over one of them: torch.func's, or that of autograd's ``is_grads_batched``."""
     return any(
         tensor is not None and (_functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor))
         for tensor in tensors
@@ -96,7 +96,7 @@ def is_batched(*tensors: Tensor | None) -> bool:
 
 
 def is_legacy_batched(*tensors: Tensor | None) -> bool:
-    """Whether autograd runs this backward for a batch of gradients at once (``is_grads_batched``): only plain torch can."""
+    """True if autograd runs this backward for a batch of gradients at once (``is_grads_batched``): only plain torch can."""
     return any(tensor is not None and _functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
@@ -124,11 +124,11 @@ def vmap(function: Callable[..., R], arguments: list[Tensor]) -> R | Tensor:
 
 
 load_vmap_decompositions = lazy_load_decompositions
-"""What ``torch.vmap`` does before its first call, once a process: ops without a batching rule are then decomposed."""
+"""The step of ``torch.vmap`` before its first call, once a process: ops without a batching rule are then decomposed."""
 
 
 def has_gradient_hooks(tensor: Tensor) -> bool:
-    """Whether a hook waits for the gradient of this leaf: an update inside the backward would pass it by."""
+    """True if a hook waits for the gradient of this leaf: an update inside the backward would pass it by."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 

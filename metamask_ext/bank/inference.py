@@ -78,7 +78,8 @@ class _Probe:
     def _mixed(self, layer: nn.Module, what: str) -> Tensor | None:
         if not isinstance(layer, MaskedLayer):
             assert isinstance(layer, TaskLayer)
-            return layer._mixed(self.selection, what).detach()
+            mixed = layer._mixed(self.selection, what)
+            return None if mixed is None else mixed.detach()
         shared, masks = layer._group(what)
         if shared is None or masks is None:
             return shared

@@ -1,9 +1,9 @@
-"""What a meta-learner adapts, and how the model runs with it: as one mixed batch, by torch.func, or for one task."""
+"""The tensors that a meta-learner adapts, and the model with them: as one mixed-task batch, by torch.func, or for one task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,27 @@ from .batch_norm import Normalisation, Statistics
 
 Start = str | Mapping[str, "float | Tensor"]
 Adapt = str | Callable[[str], bool]
+Output = Any
+"""A model's output: torch leaves its type open."""
+
+R = TypeVar("R")
+
+
+class _Stored(NamedTuple):
+    """A tensor of the model from which adaptation starts."""
+
+    module: nn.Module
+    key: str
+
+
+class _Combined(NamedTuple):
+    """A layer's mask from which adaptation starts, combined of several tasks' ones; ``kind`` is weight's or bias's."""
+
+    layer: MaskedLayer
+    kind: str
+
+
+Place = Callable[[str, bool, object, "_Stored | _Combined"], "int | None"]
 
 
 class AdaptedModel:
@@ -38,8 +59,8 @@ class AdaptedModel:
         self.layers = [layer for layer in model.modules() if isinstance(layer, TaskLayer)]
         self.start = self._checked_start(start)
         self.names: list[str] = []
-        self._sources: list[tuple[Any, ...]] = []
-        """Where the adapted tensors start: a module and the key of its parameter; or what a layer's masks are combined of."""
+        self._sources: list[_Stored | _Combined] = []
+        """The tensors from which adaptation starts."""
         self._masks: dict[MaskedLayer, list[int | None]] = {}
         """For each layer with an adapted mask the positions of the weight's and of the bias's among the adapted tensors."""
         self._others: dict[str, int] = {}
@@ -51,7 +72,7 @@ class AdaptedModel:
         # without a copy. Task by task: the rows of a task are one matrix of linear layers.
         self._by_sample = bool(self.norms) or any(isinstance(layer, MaskedConv2d) for layer in self._masks)
         self._active = list(dict.fromkeys([*self.layers, *self.norms]))
-        self._slots: tuple[Any, Tensor] | None = None
+        self._slots: tuple[tuple[int, int, torch.device], Tensor] | None = None
 
     def _checked_start(self, start: Start | None) -> str | Superposition:
         if not self.layers:
@@ -68,13 +89,13 @@ class AdaptedModel:
         return start
 
     def _choose(self, adapt: Adapt) -> None:
-        """Find what ``adapt`` means."""
+        """Find the tensors that ``adapt`` selects."""
         kinds = {"masks": (True, False), "weights": (False, True), "all": (True, True)}
         if not callable(adapt) and adapt not in kinds:
             raise ValueError(f"adapt must be 'masks', 'weights', 'all' or a function of a parameter's name, got {adapt!r}")
         places: dict[int, int] = {}
 
-        def place(name: str, is_mask: bool, same: Any, *source: Any) -> int | None:
+        def place(name: str, is_mask: bool, same: object, source: _Stored | _Combined) -> int | None:
             """The position of a tensor; None if it is not to be adapted. Layers may share one: ``same`` is what they share."""
             if id(same) not in places and (adapt(name) if callable(adapt) else kinds[adapt][not is_mask]):
                 places[id(same)] = len(self.names)
@@ -94,7 +115,7 @@ class AdaptedModel:
                 if parameter is None or (isinstance(module, TaskDict) and key not in self._keys()):
                     continue
                 before = len(self.names)
-                place(_joined(path, key), False, parameter, module, key)
+                place(_joined(path, key), False, parameter, _Stored(module, key))
                 if len(self.names) > before:
                     self._others[self.names[before]] = before
                     if isinstance(module, TaskDict) and not isinstance(self.start, str):
@@ -102,13 +123,13 @@ class AdaptedModel:
         if not self.names:
             raise ValueError(f"adapt selects no parameter of {type(self.model).__name__}, got {adapt!r}")
 
-    def _place_mask(self, place: Callable[..., int | None], path: str, layer: MaskedLayer, kind: str) -> int | None:
+    def _place_mask(self, place: Place, path: str, layer: MaskedLayer, kind: str) -> int | None:
         tensors = layer._dicts()[kind]
         name = _joined(path, kind)
         if not isinstance(self.start, str):
-            return place(name, True, tensors, layer, kind, None)
+            return place(name, True, tensors, _Combined(layer, kind))
         key = layer._task_key(self.start)
-        position = place(f"{name}.{key}", True, tensors._tensor(key), tensors, key)
+        position = place(f"{name}.{key}", True, tensors._tensor(key), _Stored(tensors, key))
         if position is not None and tensors._is_bits(key):
             raise ValueError(
                 f"the masks of task {self.start!r} are packed, and bits cannot be adapted: use start={{{self.start!r}: 1.0}}"
@@ -120,7 +141,14 @@ class AdaptedModel:
 
     def first(self) -> list[Tensor]:
         """The tensors from which adaptation starts, differentiable for the model's and for the coefficients."""
-        return [source[0]._parameters[source[1]] if len(source) == 2 else self._combined(*source[:2]) for source in self._sources]
+        return [self._first(source) for source in self._sources]
+
+    def _first(self, source: _Stored | _Combined) -> Tensor:
+        if isinstance(source, _Combined):
+            return self._combined(source.layer, source.kind)
+        tensor = source.module._parameters[source.key]
+        assert tensor is not None
+        return tensor
 
     def _combined(self, layer: MaskedLayer, kind: str) -> Tensor:
         assert isinstance(self.start, Superposition)
@@ -135,17 +163,20 @@ class AdaptedModel:
         weights: Tensor | None = None,
         statistics: Mapping[str, Statistics] | None = None,
         keep: bool = False,
-    ) -> tuple[Any, dict[str, Statistics]]:
+    ) -> tuple[Output, dict[str, Statistics]]:
         """The model's output ``[T, K, ...]`` for ``x`` ``[T, K, ...]`` with parameters ``[T, ...]``; if wanted, its statistics."""
         if not self.mixed:
-            given = {"weights": weights, "statistics": statistics}
+            # None has no dimension to map over: a list without an entry stands for it.
+            weight_list = [] if weights is None else [weights]
+            statistics_list = [] if statistics is None else [statistics]
 
-            def one(parameters: list[Tensor], x: Tensor, given: dict[str, Any]) -> Any:
-                return self.run_one(parameters, x, given.get("weights"), given.get("statistics"), keep)
+            def one(
+                parameters: list[Tensor], x: Tensor, weights: list[Tensor], statistics: list[Mapping[str, Statistics]]
+            ) -> tuple[Output, dict[str, Statistics]]:
+                return self.run_one(parameters, x, weights[0] if weights else None, statistics[0] if statistics else None, keep)
 
-            # None has no dimension to map over.
-            present = {key: value for key, value in given.items() if value is not None}
-            return torch.vmap(one, randomness="different")(list(parameters), x, present)
+            run_each: Callable[..., tuple[Output, dict[str, Statistics]]] = torch.vmap(one, randomness="different")
+            return run_each(list(parameters), x, weight_list, statistics_list)
         count, samples = x.shape[:2]
         normalise = Normalisation(self.policy, count, weights, statistics, self.norms, keep)
         x = x.transpose(0, 1) if self._by_sample else x
@@ -153,7 +184,9 @@ class AdaptedModel:
         if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != count * samples:
             got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise RuntimeError(f"the model must give a tensor with an entry for each of its {count * samples} samples, got {got}")
-        y = y.unflatten(0, (samples, count)).transpose(0, 1) if self._by_sample else y.unflatten(0, (count, samples))
+        sizes = (samples, count) if self._by_sample else (count, samples)
+        y = torch.unflatten(y, 0, sizes)
+        y = y.transpose(0, 1) if self._by_sample else y
         return y, normalise.kept or {}
 
     def run_one(
@@ -163,7 +196,7 @@ class AdaptedModel:
         weights: Tensor | None = None,
         statistics: Mapping[str, Statistics] | None = None,
         keep: bool = False,
-    ) -> tuple[Any, dict[str, Statistics]]:
+    ) -> tuple[Output, dict[str, Statistics]]:
         """The same for one task: its output ``[K, ...]`` for ``x`` ``[K, ...]`` with parameters without the first dimension."""
         normalise = Normalisation(self.policy, None, weights, statistics, self.norms, keep)
         others = {name: parameters[place] for name, place in self._others.items()}
@@ -174,18 +207,24 @@ class AdaptedModel:
         return y, normalise.kept or {}
 
     def _call(
-        self, parameters: Sequence[Tensor], slots: Tensor | None, normalise: Normalisation, function: Any, *arguments: Any
-    ) -> Any:
+        self,
+        parameters: Sequence[Tensor],
+        slots: Tensor | None,
+        normalise: Normalisation,
+        function: Callable[..., R],
+        *arguments: object,
+    ) -> R:
         if not self._active:
             return function(*arguments)
         masks: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         for layer, (of_weight, of_bias) in self._masks.items():
             mask = self._fixed(layer, "masks", parameters) if of_weight is None else parameters[of_weight]
+            assert mask is not None
             bias_mask = self._fixed(layer, "bias_masks", parameters) if of_bias is None else parameters[of_bias]
             masks[layer] = mask, bias_mask
         return run_selected(self._active, GivenMasks(self.start, masks, slots, normalise), function, *arguments)
 
-    def _fixed(self, layer: MaskedLayer, kind: str, parameters: Sequence[Tensor]) -> Any:
+    def _fixed(self, layer: MaskedLayer, kind: str, parameters: Sequence[Tensor]) -> Tensor | None:
         """A mask that is not adapted, of a layer whose other one is."""
         tensors = layer._dicts().get(kind)
         if tensors is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +71,9 @@ def prepare(model: nn.Module, policy: str) -> dict[nn.Module, str]:
 
 
 class Normalisation:
-    """What the batch norms of a model do in one forward. Source: Ioffe and Szegedy, arXiv:1502.03167, algorithm 1, for each task.
+    """Normalises in the place of the batch norms of a model, in one forward.
+
+    Source: Ioffe and Szegedy, arXiv:1502.03167, algorithm 1, for each task.
 
     Args:
         policy: ``"frozen"`` takes the running statistics; the others those that are given, or of the input.
@@ -96,14 +97,15 @@ class Normalisation:
         self.policy, self.tasks, self.weights, self.given, self.names = policy, tasks, weights, given, names
         self.kept: dict[str, Statistics] | None = {} if keep else None
 
-    def __call__(self, layer: Any, input: Tensor) -> Tensor:
-        layer._check_input_dim(input)
+    def __call__(self, layer: BatchNorm, input: Tensor) -> Tensor:
+        check_dimensions: Callable[[Tensor], None] = layer._check_input_dim
+        check_dimensions(input)
         if self.policy == "frozen":
             return F.batch_norm(input, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0.0, layer.eps)
         if self.given is None and self.weights is None and self.kept is None:
             return self._native(layer, input)
         lead = 0 if self.tasks is None else 1
-        x = input if self.tasks is None else input.unflatten(0, (-1, self.tasks)).transpose(0, 1)
+        x = input if self.tasks is None else torch.unflatten(input, 0, (-1, self.tasks)).transpose(0, 1)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         mean, variance = self._statistics(x, lead) if self.given is None else self.given[self.names[layer]]
         if self.kept is not None:
@@ -115,11 +117,11 @@ class Normalisation:
         y = torch.addcmul(shift[over], x, scale[over]).to(input.dtype)
         return y if self.tasks is None else y.transpose(0, 1).reshape(input.shape)
 
-    def _native(self, layer: Any, input: Tensor) -> Tensor:
+    def _native(self, layer: BatchNorm, input: Tensor) -> Tensor:
         """With the statistics of each task's samples, as more channels of torch's function."""
         if self.tasks is None or self.tasks == 1:
             return F.batch_norm(input, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)
-        x = input.unflatten(0, (-1, self.tasks)).flatten(1, 2)
+        x = torch.unflatten(input, 0, (-1, self.tasks)).flatten(1, 2)
         weight, bias = (None if tensor is None else tensor.repeat(self.tasks) for tensor in (layer.weight, layer.bias))
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, layer.eps).view(input.shape)
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import torch_private
 from ..nn.names import describe
-from .adapted import Adapt, AdaptedModel, Start
+from ..torch_private import PyTree
+from .adapted import Adapt, AdaptedModel, Output, Start
 from .batch_norm import Statistics
 from .steps import Rates, recomputed_steps, updated
 
-LossFunction = Callable[[Any, Any], Tensor]
-Samples = tuple[Tensor, Any] | tuple[Tensor, Any, Tensor]
+LossFunction = Callable[[Output, PyTree], Tensor]
+Samples = tuple[Tensor, PyTree] | tuple[Tensor, PyTree, Tensor]
 
 torch_private.load_vmap_decompositions()  # of operators without a rule of their own under vmap
 
 
 class TaskParameters(dict[str, Tensor]):
-    """What :meth:`MAML.adapt` gives: by name the adapted tensors ``[T, ...]``, one for each task.
+    """The result of :meth:`MAML.adapt`: by name the adapted tensors ``[T, ...]``, one for each task.
 
     Attributes:
         statistics: with ``batch_norm="per task"`` mean and variance ``[T, C]`` of each batch norm, by name; else empty.
@@ -72,7 +72,7 @@ class MAML(nn.Module):
             the policy does not fit.
     """
 
-    inner_lr: Any
+    inner_lr: nn.Parameter | float
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class MAML(nn.Module):
             statistics = self._adapted.run(state, x, weights, keep=True)[1]
         return TaskParameters(dict(zip(self._adapted.names, state)), statistics)
 
-    def predict(self, parameters: TaskParameters, x: Tensor) -> Any:
+    def predict(self, parameters: TaskParameters, x: Tensor) -> Output:
         """The model's outputs ``[T, K, ...]`` for ``x`` ``[T, K, ...]``, each task with its parameters.
 
         Raises:
@@ -202,7 +202,7 @@ class MAML(nn.Module):
             raise TypeError(f"parameters must be what adapt gave, got {type(parameters).__name__}")
         return list(parameters.values())
 
-    def _others(self, *given: Any) -> list[Tensor]:
+    def _others(self, *given: PyTree) -> list[Tensor]:
         """Every tensor that requires grad and that an inner step reads, beside the adapted ones."""
         leaves = [leaf for leaf in torch_private.tree_leaves(given) if isinstance(leaf, Tensor)]
         return [tensor for tensor in dict.fromkeys([*self.parameters(), *leaves]) if tensor.requires_grad]
@@ -229,7 +229,7 @@ class Learner:
         self._maml = maml
         self.parameters = {name: _alias(tensor) for name, tensor in zip(maml._adapted.names, maml._adapted.first())}
 
-    def __call__(self, x: Tensor) -> Any:
+    def __call__(self, x: Tensor) -> Output:
         """The model's output for one task's samples ``[K, ...]``."""
         return self._maml._adapted.run_one(list(self.parameters.values()), x)[0]
 
@@ -258,12 +258,12 @@ def _graded(state: list[Tensor]) -> list[Tensor]:
     return [tensor.detach().requires_grad_() for tensor in state]
 
 
-def _losses(loss_fn: LossFunction, prediction: Any, y: Any, weights: Tensor | None) -> Tensor:
+def _losses(loss_fn: LossFunction, prediction: Output, y: PyTree, weights: Tensor | None) -> Tensor:
     """The loss of each task, ``[T]``."""
     if weights is None:
         return _mapped(loss_fn, prediction, y)
 
-    def alone(prediction: Any, y: Any) -> Tensor:
+    def alone(prediction: Output, y: PyTree) -> Tensor:
         return loss_fn(*torch_private.tree_map(lambda tensor: tensor[None], (prediction, y)))
 
     each = torch.vmap(torch.vmap(alone, randomness="different"), randomness="different")(prediction, y)
@@ -271,7 +271,7 @@ def _losses(loss_fn: LossFunction, prediction: Any, y: Any, weights: Tensor | No
     return (each * weights).sum(1) / weights.sum(1)
 
 
-def _mapped(loss_fn: LossFunction, prediction: Any, y: Any) -> Tensor:
+def _mapped(loss_fn: LossFunction, prediction: Output, y: PyTree) -> Tensor:
     """``torch.vmap(loss_fn, randomness="different")``, less the 28 us that its wrapper takes (tests compare the two)."""
     leaves, tree = torch_private.tree_flatten((prediction, y))
     losses = torch_private.vmap(lambda *tensors: loss_fn(*torch_private.tree_unflatten(tensors, tree)), leaves)
@@ -279,7 +279,7 @@ def _mapped(loss_fn: LossFunction, prediction: Any, y: Any) -> Tensor:
     return losses
 
 
-def _check_scalar(losses: Any, tasks: int) -> None:
+def _check_scalar(losses: object, tasks: int) -> None:
     if not isinstance(losses, Tensor) or losses.shape != (tasks,):
         got = f"shape {list(losses.shape[1:])}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"loss_fn must give a scalar for one task, got {got}")
@@ -290,7 +290,7 @@ def _check_steps(name: str, steps: int) -> None:
         raise ValueError(f"{name} must be an integer of at least 0, got {steps!r}")
 
 
-def _checked(name: str, samples: Any) -> tuple[Tensor, Any, Tensor | None]:
+def _checked(name: str, samples: Samples) -> tuple[Tensor, PyTree, Tensor | None]:
     """``x``, ``y`` and the weights of a set of samples."""
     if not isinstance(samples, (tuple, list)) or len(samples) not in (2, 3):
         raise TypeError(f"{name} must be (x, y) or (x, y, weights), got {type(samples).__name__}")

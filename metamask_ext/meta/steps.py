@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
+from torch.autograd.function import Function, FunctionCtx
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -41,7 +41,8 @@ def recomputed_steps(
         parameters: what the steps change.
         others: every other tensor that requires grad and that ``gradients`` reads.
     """
-    learned = torch.stack(list(rates)) if isinstance(rates[0], Tensor) else None  # type: ignore[arg-type]
+    tensors = [rate for rate in rates if isinstance(rate, Tensor)]
+    learned = torch.stack(tensors) if tensors else None
     taken: list[Tensor | None] = []
 
     def take(cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -49,7 +50,8 @@ def recomputed_steps(
         taken.extend(cotangents)
         return tuple(None if of is None else of.new_zeros(()).expand(of.shape) for of in cotangents)
 
-    made = list(_Steps.apply(gradients, rates, steps, len(parameters), taken, learned, *parameters, *others))
+    apply: Callable[..., tuple[Tensor, ...]] = _Steps.apply
+    made = list(apply(gradients, rates, steps, len(parameters), taken, learned, *parameters, *others))
     if made[0].grad_fn is not None:
         made[0].grad_fn.register_prehook(take)
     return made
@@ -63,9 +65,33 @@ def updated(parameters: Sequence[Tensor], grads: Sequence[Tensor], rates: Rates)
     ]
 
 
+if TYPE_CHECKING:
+
+    class _Context(FunctionCtx):
+        """The node of :class:`_Steps`."""
+
+        saved_tensors: tuple[Tensor, ...]
+        gradients: Gradients
+        rates: Rates
+        steps: int
+        count: int
+        taken: list[Tensor | None]
+        autocast: tuple[str, torch.dtype, bool]
+        random: _Random
+
+
 class _Steps(Function):
     @staticmethod
-    def forward(ctx, gradients, rates, steps, count, taken, learned, *tensors):
+    def forward(
+        ctx: _Context,
+        gradients: Gradients,
+        rates: Rates,
+        steps: int,
+        count: int,
+        taken: list[Tensor | None],
+        learned: Tensor | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         ctx.count, ctx.steps, ctx.taken = count, steps, taken
         # Not the tensors of the graph outside, which would be kept by it
@@ -79,13 +105,13 @@ class _Steps(Function):
         return tuple(state)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: _Context, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a meta-gradient whose inner steps are computed again (checkpoint=True) cannot be differentiated again"
             )
         state, others = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        reverse = _Reverse(ctx, state, others)
+        reverse = _Reverse(ctx.gradients, ctx.rates, ctx.taken, state, others)
         with torch.autocast(ctx.autocast[0], ctx.autocast[1], enabled=ctx.autocast[2]):
             reverse(0, ctx.steps, list(state), ctx.random, KEPT - 1)
         return (
@@ -103,16 +129,23 @@ class _Steps(Function):
 class _Reverse:
     """Pulls the cotangents back through the steps, and adds up what rates and other tensors get."""
 
-    def __init__(self, ctx: Any, state: Sequence[Tensor], others: Sequence[Tensor]):
-        self.gradients, self.rates = ctx.gradients, ctx.rates
-        self.cotangents = [torch.zeros_like(tensor) if of is None else of for of, tensor in zip(ctx.taken, state)]
-        ctx.taken.clear()
+    def __init__(
+        self,
+        gradients: Gradients,
+        rates: Rates,
+        taken: list[Tensor | None],
+        state: Sequence[Tensor],
+        others: Sequence[Tensor],
+    ):
+        self.gradients, self.rates = gradients, rates
+        self.cotangents = [torch.zeros_like(tensor) if of is None else of for of, tensor in zip(taken, state)]
+        taken.clear()
         self.owned = False
-        """Whether ``cotangents`` are nobody else's."""
+        """True once ``cotangents`` are tensors of this object, which it may change."""
         self.others = others
         self.of_others: list[Tensor | None] = [None] * len(others)
-        learned = isinstance(self.rates[0], Tensor)
-        self.of_rates = torch.zeros_like(torch.stack(self.rates)) if learned else None
+        learned = [rate for rate in rates if isinstance(rate, Tensor)]
+        self.of_rates = torch.zeros_like(torch.stack(learned)) if learned else None
 
     def __call__(self, first: int, last: int, state: Sequence[Tensor], random: _Random, spare: int) -> None:
         """From after step ``last - 1`` to before step ``first``, where the parameters are ``state``; ``spare`` more may be kept.
@@ -135,9 +168,9 @@ class _Reverse:
         with torch.enable_grad(), _replayed(random):
             grads = self.gradients(leaves, True)
         factor, cotangents = 1.0, self.cotangents
-        if self.of_rates is None:
+        if not isinstance(self.rates[0], Tensor):
             factor = -self.rates[0]
-        else:
+        if self.of_rates is not None:
             cotangents = [-rate * cotangent for rate, cotangent in zip(self.rates, cotangents)]
             self.of_rates -= torch.stack([(cotangent * grad).sum() for cotangent, grad in zip(self.cotangents, grads)])
         # Of the gradients only their graph is needed from here on.

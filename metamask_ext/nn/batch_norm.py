@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from ..torch_private import foreach_add_, foreach_copy_
 from .names import DEFAULT_TASK
@@ -23,10 +22,11 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
     ``y = (x - mean_t) / sqrt(var_t + eps) * weight_t + bias_t``. The active task's are used; the layer begins with one task,
     ``"default"``, and follows :func:`metamask_ext.add_task` and :func:`metamask_ext.remove_task`. A new task begins with mean 0,
     variance 1, weight 1 and bias 0, or as ``init`` of ``add_task`` says. Statistics that several tasks share are those of the last
-    one trained, and earlier tasks fall to chance (supsup's issue 11).
+    one trained, and earlier tasks fall to chance.
 
-    In a mixed batch every sample is normalised with its task's statistics; in training mode with those of its task's samples in
-    the batch, which then go into that task's running ones. Source: Ioffe and Szegedy, arXiv:1502.03167, algorithm 1, for each task.
+    In a mixed-task batch every sample is normalised with its task's statistics; in training mode with those of its task's samples
+    in the batch, which then go into that task's running ones. Source: Ioffe and Szegedy, arXiv:1502.03167, algorithm 1, for
+    each task.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as for :class:`torch.nn.BatchNorm2d`.
@@ -51,7 +51,7 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         per_task_affine: bool = True,
@@ -88,8 +88,9 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
         """``[T, C]``, a row for each task of the batch."""
         tensors = self._own().get(name)
         if tensors is None:
-            shared: Any = self._parameters.get(name)
+            shared: Tensor | None = self._parameters.get(name)
             shared = self._buffers.get(name) if shared is None else shared
+            assert shared is not None
             return shared.expand(len(batch.keys), -1)
         if not batch.keys:
             return tensors[next(iter(tensors))].new_empty(0, self.num_features)
@@ -117,7 +118,7 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
             [self._one(name, key) for key in batch.keys] for name in ("num_batches_tracked", "running_mean", "running_var")
         )
         foreach_add_(counts, 1)
-        weight: Any = self.momentum
+        weight: float | Tensor | None = self.momentum
         if weight is None:  # a cumulative average
             weight = 1.0 / torch.stack(counts).to(mean.dtype)[:, None]
         for running, new in ((means, mean), (variances, variance)):

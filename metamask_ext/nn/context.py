@@ -1,7 +1,7 @@
 """Tracks the active task, batch of tasks or mixture per thread and coroutine, in a context variable.
 
 Activation checkpointing recomputes a forward during the backward, when the context may have closed or another may be open. A
-non-reentrant checkpoint is told at the forward which tasks were active, and recomputes under those. Any other forward that runs
+non-reentrant checkpoint is told at the forward which tasks were active, and recomputes under those. A different forward that runs
 inside a backward may only use a context opened in that same backward; elsewhere it is refused, since the alternative is silently
 wrong gradients.
 """
@@ -190,7 +190,7 @@ def _raise_removed(layer: Owner) -> None:
 
 
 def is_active(layers: Iterable[nn.Module], task: str) -> bool:
-    """Whether ``task`` is the active task, or one of several, of any of ``layers`` in this thread."""
+    """True if ``task`` is the active task, or one of several, of any of ``layers`` in this thread."""
     context = _current.get()
     if context is None:
         return False
@@ -200,7 +200,7 @@ def is_active(layers: Iterable[nn.Module], task: str) -> bool:
 
 
 def _recomputations(frames: Iterable[CheckpointFrame]) -> Iterator[_Recomputation]:
-    """What these checkpoints will call in the backward, made to run under the context of now."""
+    """The functions that these checkpoints will call in the backward, made to run under the context of now."""
     for frame in frames:
         if not isinstance(frame.recompute_fn, _Recomputation):
             frame.recompute_fn = _Recomputation(frame.recompute_fn)

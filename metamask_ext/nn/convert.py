@@ -8,24 +8,36 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
-from types import CodeType
-from typing import Any, TypeVar
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
 from torch import nn
 
 from ..ops.checks import DTYPES
 from .layers import MaskedConv2d, MaskedLinear
-from .masked_layer import MaskedLayer
+from .masked_layer import MaskedLayer, MaskInit
 from .names import DEFAULT_TASK
-from .per_task import keep_per_task, plain_copy
+from .per_task import PerTask, keep_per_task, plain_copy
 from .read_through import ReadThroughConv2d, ReadThroughLinear
 from .task_layer import TaskLayer, task_layers
 from .tasks import slots
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class GateOptions(TypedDict, total=False):
+    """The options of :func:`convert` that describe the gate of the new layers."""
+
+    gate: str
+    temperature: float
+    threshold: float
+
 
 CONVERTED_MASK_INIT = 4.0
 """sigmoid(4) = 0.982: a converted model begins near the original, with a gate that still has a gradient."""
@@ -36,16 +48,16 @@ def convert(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     *,
-    mask_init: Any = CONVERTED_MASK_INIT,
+    mask_init: MaskInit = CONVERTED_MASK_INIT,
     batch_norm: str = "shared",
-    **options: Any,
+    **options: Unpack[GateOptions],
 ) -> Model:
     """Make the Linear and Conv2d layers of ``model`` masked, in place, and return it.
 
     The layers keep their identity, parameters (so ties and optimisers hold), hooks, device, dtype and mode. A layer that is masked
     stays as it is.
 
-    Where the code around a layer reads ``layer.weight`` itself instead of calling the layer (``MultiheadAttention``'s ``out_proj``,
+    If the code around a layer reads ``layer.weight`` itself instead of calling the layer (``MultiheadAttention``'s ``out_proj``,
     ``TransformerEncoderLayer``'s fast path), that attribute becomes the masked weight. This is seen in the bytecode of ``forward``
     of the modules around it, and of the methods and neighbouring functions that it uses; where the owner of a ``weight`` has no
     name there (``for layer in self.layers: layer.weight``), all layers below that module count as read. Not seen are
@@ -70,13 +82,12 @@ def convert(
             torch's own (a subclass with its own forward, a parametrized or lazy layer): exclude it. Nothing is changed then.
         TypeError: an unknown option, a model that is no module.
     """
-    settings = {"gate": "sigmoid", "temperature": 1.0, "threshold": 0.0, "mask_init": mask_init}
-    if unknown := sorted(options.keys() - settings.keys()):
-        raise TypeError(f"convert takes the options {', '.join(sorted(settings))}, got {', '.join(unknown)}")
+    gate: GateOptions = {"gate": "sigmoid", "temperature": 1.0, "threshold": 0.0}
+    if unknown := sorted(options.keys() - gate.keys()):
+        raise TypeError(f"convert takes the options gate, mask_init, temperature, threshold, got {', '.join(unknown)}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    settings.update(options)
-
+    gate.update(options)
     if batch_norm not in ("shared", "task"):
         raise ValueError(f"batch_norm must be 'shared' or 'task', got {batch_norm!r}")
     kinds = (nn.Linear, nn.Conv2d, nn.BatchNorm2d) if batch_norm == "task" else (nn.Linear, nn.Conv2d)
@@ -99,19 +110,11 @@ def convert(
     task_names = [name for name in by_slot if name is not None]
     made: list[tuple[nn.Module, MaskedLayer]] = []
     for module in chosen:
-        read = any(_is_read(model, name) for name in names[module])
-        if isinstance(module, nn.Linear):
-            kind: type[MaskedLayer] = ReadThroughLinear if read else MaskedLinear
-        else:
-            kind = ReadThroughConv2d if read else MaskedConv2d
         # A stand-in with the layer's parameters: what can fail fails on it.
-        masked = kind.__new__(kind)
-        masked.__dict__.update(module.__dict__, _modules=dict(module._modules))
-        masked._init_masked(**settings, tasks=task_names)
+        masked = _stand_in(module, any(_is_read(model, name) for name in names[module]))
+        masked._init_masked(**gate, mask_init=mask_init, tasks=task_names)
         for tensors in masked._dicts().values():
             tensors._renumber(by_slot)
-        if type(module) is not kind.plain_type:
-            masked.plain_type = type(module)
         made.append((module, masked))
 
     for module, masked in made:
@@ -122,6 +125,19 @@ def convert(
     for module in normalising:
         keep_per_task(module, _tensor_names(module), by_slot)
     return model
+
+
+def _stand_in(module: nn.Module, read: bool) -> MaskedLayer:
+    """A masked layer over the parameters of ``module``, without masks yet. ``read``: other code reads its weight."""
+    if isinstance(module, nn.Linear):
+        kind: type[MaskedLayer] = ReadThroughLinear if read else MaskedLinear
+    else:
+        kind = ReadThroughConv2d if read else MaskedConv2d
+    masked = kind.__new__(kind)
+    masked.__dict__.update(module.__dict__, _modules=dict(module._modules))
+    if type(module) is not kind.plain_type:
+        masked.plain_type = type(module)
+    return masked
 
 
 def merge(model: Model, task: str) -> Model:
@@ -136,22 +152,27 @@ def merge(model: Model, task: str) -> Model:
     Raises:
         ValueError: the task is unknown, or ``model`` has no masked layer.
     """
-    memo: dict[int, Any] = {}
-    layers: list[Any] = [layer for _, layer in task_layers(model)]
+    layers = [layer for _, layer in task_layers(model)]
     for layer in layers:
         layer._task_key(task)
-    for layer in layers:
-        memo[id(layer)] = layer.plain_type.__new__(layer.plain_type)
-    baked: dict[Any, nn.Parameter] = {}
-    for layer in layers:
+    plains = [layer.plain_type.__new__(layer.plain_type) for layer in layers]
+    memo: dict[int, object] = {id(layer): plain for layer, plain in zip(layers, plains)}
+    baked: dict[tuple[object, ...], nn.Parameter] = {}
+    for layer, plain in zip(layers, plains):
         if isinstance(layer, MaskedLayer):
-            _fill_plain(memo[id(layer)], layer, task, memo, baked)
-        else:
-            plain_copy(layer, task, memo[id(layer)], memo)
+            _fill_plain(plain, layer, task, memo, baked)
+        elif isinstance(layer, PerTask):
+            plain_copy(layer, task, plain, memo)
     return copy.deepcopy(model, memo)
 
 
-def _fill_plain(plain: nn.Module, layer: MaskedLayer, task: str, memo: dict[int, Any], baked: dict[Any, nn.Parameter]) -> None:
+def _fill_plain(
+    plain: nn.Module,
+    layer: MaskedLayer,
+    task: str,
+    memo: dict[int, object],
+    baked: dict[tuple[object, ...], nn.Parameter],
+) -> None:
     ours = {"gate", "temperature", "threshold", "mask_init", "plain_type", "bias_masks", "_parameters", "_modules"}
     state = {key: value for key, value in layer.__dict__.items() if key not in ours}
     others = {key: value for key, value in layer._parameters.items() if key not in ("weight", "bias")}
@@ -165,6 +186,7 @@ def _fill_plain(plain: nn.Module, layer: MaskedLayer, task: str, memo: dict[int,
         if key not in baked:
             with torch.no_grad():
                 theta = layer._theta(name, layer._task_key(task))
+            assert theta is not None
             baked[key] = nn.Parameter(theta, requires_grad=shared.requires_grad)
         plain._parameters[name] = baked[key]
 
@@ -220,13 +242,13 @@ def _tensor_names(module: nn.Module) -> list[str]:
 
 
 _CALLED = ("forward", "_conv_forward", "weight", "bias", "__call__", "_call_impl", "__getattr__")
-"""What decides the output of a layer."""
+"""The attributes that decide the output of a layer."""
 
 _ADDED = ("gate", "temperature", "threshold", "mask_init", "plain_type", "masks", "bias_masks", "mask_logits", "bias_mask_logits")
 
 
 def _is_read(model: nn.Module, name: str) -> bool:
-    """Whether a module around the layer ``name`` reads its weight or bias itself, as in ``F.linear(x, self.fc.weight)``."""
+    """True if a module around the layer ``name`` reads its weight or bias itself, as in ``F.linear(x, self.fc.weight)``."""
     *outer, own = name.split(".")
     around = [model] if name else []
     for part in outer:
@@ -239,16 +261,16 @@ def _layers_read(module: nn.Module) -> set[str | None]:
 
     Of other methods (``training_step``, a loss), only names that are known, and none where a method sets up or saves the module.
     """
-    kind: Any = type(module)
+    bases = type(module).__mro__
     function = inspect.unwrap(module.forward)
-    found = set(_owners_read(getattr(function, "__func__", function), kind))
-    for base in kind.__mro__:
+    found = set(_owners_read(getattr(function, "__func__", function), bases))
+    for base in bases:
         if base.__module__.partition(".")[0] == "torch":
             continue  # torch's own modules compute in forward
         for name in vars(base):
             if not _SETS_UP.match(name):
-                for method in _methods(base, name):
-                    found |= _owners_read(method, kind) - {None}
+                for method in _methods(base.__mro__, name):
+                    found |= _owners_read(method, bases) - {None}
     return found
 
 
@@ -259,16 +281,16 @@ _SETS_UP = re.compile(
 
 
 @functools.cache
-def _owners_read(forward: Callable[..., Any], kind: type[nn.Module]) -> set[str | None]:
+def _owners_read(forward: object, bases: tuple[type, ...]) -> set[str | None]:
     found: set[str | None] = set()
-    seen: set[Any] = set()
+    seen: set[CodeType] = set()
     # A function, and whether its first argument is the module, whose own weight is not a layer's.
-    todo: list[tuple[Any, bool]] = [(forward, True)]
+    todo: list[tuple[object, bool]] = [(forward, True)]
     while todo:
         function, is_method = todo.pop()
-        code = getattr(function, "__code__", None)
-        if code is None or code in seen:
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
             continue
+        code = function.__code__
         seen.add(code)
         module_itself = code.co_varnames[0] if is_method and code.co_argcount else None
         for owner, instruction in _instruction_pairs(code):
@@ -278,7 +300,7 @@ def _owners_read(forward: Callable[..., Any], kind: type[nn.Module]) -> set[str 
                 if inspect.isfunction(called) and _package(called) == _package(function):
                     todo.append((inspect.unwrap(called), False))
             elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                todo += [(called, True) for called in _methods(kind, name)]
+                todo += [(called, True) for called in _methods(bases, name)]
                 if name not in ("weight", "bias"):
                     continue
                 if owner.opname == "LOAD_ATTR":
@@ -299,10 +321,10 @@ def _instruction_pairs(code: CodeType) -> Iterator[tuple[dis.Instruction, dis.In
             yield from _instruction_pairs(constant)
 
 
-def _methods(kind: type[nn.Module], name: str) -> list[Any]:
+def _methods(bases: tuple[type, ...], name: str) -> list[object]:
     """The functions behind ``self.<name>`` and ``super().<name>``."""
-    found = []
-    for base in kind.__mro__:
+    found: list[object] = []
+    for base in bases:
         member = None if base in (nn.Module, object) else base.__dict__.get(name)
         if isinstance(member, property):
             member = member.fget
@@ -313,10 +335,10 @@ def _methods(kind: type[nn.Module], name: str) -> list[Any]:
     return found
 
 
-def _package(function: Any) -> str:
+def _package(function: FunctionType) -> str:
     return (function.__module__ or "").partition(".")[0]
 
 
-def _last(argument: Any) -> Any:
+def _last(argument: object) -> object:
     """Of an instruction that loads two variables, the one that ends on top."""
     return argument[-1] if isinstance(argument, tuple) else argument

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 
 from ..ops.conv2d.functional import masked_conv2d
 from ..ops.linear.functional import masked_linear
@@ -14,6 +15,9 @@ from ..ops.mixed_task.functional import task_masked_conv2d, task_masked_linear
 from ..ops.packed.functional import packed_masked_conv2d, packed_masked_linear
 from ..ops.weight.functional import masked_weight
 from .masked_layer import MaskedLayer, MaskInit
+
+ConvArguments = tuple[tuple[int, int], str | int | tuple[int, int], tuple[int, int], int]
+"""``stride, padding, dilation, groups``."""
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
@@ -52,7 +56,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         temperature: float = 1.0,
         threshold: float = 0.0,
         mask_init: MaskInit = "normal",
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -80,7 +84,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     def _plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
 
-    def _by_task(self, input: Tensor, slots: Tensor, masks: list[Tensor], bias_masks: list[Tensor] | None) -> Tensor:
+    def _mixed_task(self, input: Tensor, slots: Tensor, masks: list[Tensor], bias_masks: list[Tensor] | None) -> Tensor:
         weight, bias = self._shared()
         return task_masked_linear(input, slots, weight, masks, bias, bias_masks, **self._gate())
 
@@ -103,6 +107,10 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     plain_type = nn.Conv2d
     sample_dim = 3
+    if TYPE_CHECKING:
+        stride: tuple[int, int]  # torch's class says tuple[int, ...], for convolutions of any dimension
+        padding: str | tuple[int, int]
+        dilation: tuple[int, int]
 
     def __init__(
         self,
@@ -120,7 +128,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         temperature: float = 1.0,
         threshold: float = 0.0,
         mask_init: MaskInit = "normal",
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(
@@ -134,9 +142,9 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             return self._masked(input, *active)
         return self._forward_selected(input, active)
 
-    def _padded(self, input: Tensor) -> tuple[Tensor, Any]:
-        """The input, padded where conv2d does not do it, and what follows the parameters in the arguments of conv2d."""
-        padding: Any = self.padding
+    def _padded(self, input: Tensor) -> tuple[Tensor, ConvArguments]:
+        """The input, padded where conv2d does not do it, and the arguments of conv2d that follow the parameters."""
+        padding: str | int | tuple[int, int] = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -158,17 +166,17 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         )
 
     def _plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input, geometry = self._padded(input)
-        return F.conv2d(input, weight, bias, *geometry)
+        input, (stride, padding, dilation, groups) = self._padded(input)
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
-    def _by_task(self, input: Tensor, slots: Tensor, masks: list[Tensor], bias_masks: list[Tensor] | None) -> Tensor:
+    def _mixed_task(self, input: Tensor, slots: Tensor, masks: list[Tensor], bias_masks: list[Tensor] | None) -> Tensor:
         weight, bias = self._shared()
         input, geometry = self._padded(input)
         return task_masked_conv2d(input, slots, weight, masks, bias, bias_masks, *geometry, **self._gate())
 
-    def _of_tasks(self, input: Tensor, slots: Tensor, masks: Tensor, bias_masks: Tensor | None) -> Tensor:
+    def _stacked_tasks(self, input: Tensor, slots: Tensor, masks: Tensor, bias_masks: Tensor | None) -> Tensor:
         # The tasks of a sample lie beside each other: they are groups of channels of one image. The masks are there for each task
-        # anyhow, so theta may be too; patches, which _by_task takes, are larger and slower.
+        # anyhow, so theta may be too; patches, which _mixed_task takes, are larger and slower.
         weight, bias = self._shared()
         input, (stride, padding, dilation, groups) = self._padded(input)
         tasks, channels = len(masks), input.shape[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,22 @@ from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .names import DEFAULT_TASK, escape
 from .selection import GivenMasks, ObservedSuperposition, Superposition, TaskBatch
 from .task_dict import TaskDict
-from .task_layer import Init, TaskLayer
+from .task_layer import Init, StateDict, TaskLayer
 
 MaskInit = str | float | Callable[[Tensor], object]
 
+
+class Gate(TypedDict):
+    """A gate as the ops' functions take it."""
+
+    gate: str
+    temperature: float
+    threshold: float
+
+
 LARGEST_COMBINED = 4.0
-"""How far from 0, in units of the temperature, a sigmoid gate's logits begin at most that come from a combination of masks (of
-bits, say): sigmoid(4) = 0.982, near on and with a gradient still, as where convert begins."""
+"""The bound, in units of the temperature, of a sigmoid gate's logits that a combination of masks gives (of bits, say):
+sigmoid(4) = 0.982, near on and with a gradient still, as where convert begins."""
 
 
 class TaskMasks(TaskDict):
@@ -33,7 +42,7 @@ class TaskMasks(TaskDict):
 
 
 class MaskedLayer(TaskLayer):
-    """What masked layers have in common: a mask for each task, in ``masks`` and, with a bias, in ``bias_masks``.
+    """The base of masked layers: a mask for each task, in ``masks`` and, with a bias, in ``bias_masks``.
 
     Both are ParameterDicts by task name, one tensor per task: a task's gradient and optimiser state exist only when it was used.
     While a layer has one task, that one is active; with several, :func:`metamask_ext.using_task` says which. A finished task may
@@ -43,10 +52,9 @@ class MaskedLayer(TaskLayer):
     State dicts are loaded as :class:`TaskLayer` says; a uint8 mask makes the task a packed one, another makes it one with logits.
     """
 
-    plain_type: type[nn.Module]
-    """What :func:`metamask_ext.merge` makes of the layer."""
-    weight: Any  # what torch's layers declare differs from what they hold
-    bias: Any
+    if TYPE_CHECKING:
+        weight: Tensor
+        bias: Any  # torch's layers declare it in different ways
     masks: TaskMasks
     bias_masks: TaskMasks | None
 
@@ -84,7 +92,8 @@ class MaskedLayer(TaskLayer):
         return "masks", "bias_masks"
 
     def _task_dict(self) -> TaskDict:
-        return self._modules["masks"]  # type: ignore[return-value]
+        masks: TaskDict = self._modules["masks"]
+        return masks
 
     def _new_tensors(self, init: Init | None = None) -> list[tuple[TaskDict, Tensor]]:
         new: list[tuple[TaskDict, Tensor]] = []
@@ -103,7 +112,7 @@ class MaskedLayer(TaskLayer):
 
     def _combined(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], like: Tensor) -> Tensor:
         """Logits of the shape of ``like`` whose gate is this combination of the tasks' gates, differentiable for all of it."""
-        total: Any = 0.0
+        total: Tensor | float = 0.0
         for task, amount in amounts.items():
             mask = tensors[task]
             if mask.dtype == torch.uint8:
@@ -111,6 +120,7 @@ class MaskedLayer(TaskLayer):
             else:
                 gate = gate_values(mask, *self._resolved())[0]
             total = total + amount * gate
+        assert isinstance(total, Tensor)  # a combination has at least one task
         if self.gate == "hard":
             return total - 0.5 + self.threshold
         bound = torch.tensor(LARGEST_COMBINED, dtype=like.dtype).sigmoid().item()
@@ -126,11 +136,12 @@ class MaskedLayer(TaskLayer):
 
     _copied_alone = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedLayer:
+    def __deepcopy__(self, memo: dict[int, object]) -> MaskedLayer:
         alone = not memo
         made = type(self).__new__(type(self))
         memo[id(self)] = made
-        made.__setstate__(copy.deepcopy(self.__dict__, memo))
+        set_state: Callable[[dict[str, object]], None] = made.__setstate__
+        set_state(copy.deepcopy(self.__dict__, memo))
         if alone:
             made._copied_alone = True
         return made
@@ -161,7 +172,7 @@ class MaskedLayer(TaskLayer):
 
     def reset_parameters(self) -> None:
         """Draw weight and bias as torch's layer does, and every task's mask by ``mask_init``."""
-        super().reset_parameters()  # type: ignore[misc]
+        super().reset_parameters()
         if "masks" in self._modules:  # torch's constructor calls this before there are any
             self._reset_masks()
 
@@ -176,8 +187,8 @@ class MaskedLayer(TaskLayer):
 
         None: under torch.compile, which must leave those to eager mode.
         """
-        masks: Any = self._modules["masks"]
-        key: Any
+        masks: TaskMasks = self._modules["masks"]
+        key: Key
         if torch.compiler.is_dynamo_compiling():
             # What is read here becomes a guard: first what changes least.
             if not masks._single or LIVE.selections:
@@ -192,8 +203,8 @@ class MaskedLayer(TaskLayer):
         if isinstance(key, str):
             logits = masks._parameters.get(key)
             if logits is not None:
-                bias_masks = self._modules.get("bias_masks")
-                return logits, None if bias_masks is None else bias_masks._parameters[key]  # type: ignore[return-value]
+                bias_masks: TaskMasks | None = self._modules.get("bias_masks")
+                return logits, None if bias_masks is None else bias_masks._parameters[key]
         return key
 
     def _active_logits(self) -> tuple[Tensor, Tensor | None]:
@@ -215,7 +226,9 @@ class MaskedLayer(TaskLayer):
             return self._forward_batch(input, active)
         if isinstance(active, GivenMasks):
             return self._forward_given(input, active)
-        output = self._plain(input, self._read("weight", active), self._read("bias", active))
+        weight = self._read("weight", active)
+        assert weight is not None
+        output = self._plain(input, weight, self._read("bias", active))
         return active.observe(self, input, output) if isinstance(active, ObservedSuperposition) else output
 
     def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Tensor:
@@ -229,14 +242,14 @@ class MaskedLayer(TaskLayer):
         device = weight.device
         packed = tuple(self._task_dict()._is_bits(key) for key in keys)
         if not any(packed) or all(packed):
-            run = self._packed if packed[0] else self._by_task
+            run = self._packed if packed[0] else self._mixed_task
             return run(input, batch.positions(device), *self._masks_of(keys))
         rows, slots, other_rows, other_slots, back = batch.split(packed, device)
         bits = [key for key, is_packed in zip(keys, packed) if is_packed]
         logits = [key for key, is_packed in zip(keys, packed) if not is_packed]
         parts = [
             self._packed(input.index_select(0, rows), slots, *self._masks_of(bits)),
-            self._by_task(input.index_select(0, other_rows), other_slots, *self._masks_of(logits)),
+            self._mixed_task(input.index_select(0, other_rows), other_slots, *self._masks_of(logits)),
         ]
         return torch.cat(parts).index_select(0, back)
 
@@ -252,7 +265,7 @@ class MaskedLayer(TaskLayer):
         if given.slots is None:
             return self._masked(input, *masks)
         given.check_size(self, self._samples(input))
-        return self._of_tasks(input, given.slots, *masks)
+        return self._stacked_tasks(input, given.slots, *masks)
 
     def _one_task(self, input: Tensor, key: str) -> Tensor:
         masks, bias_masks = self._task_dict(), self.bias_masks
@@ -281,13 +294,13 @@ class MaskedLayer(TaskLayer):
         """The output of torch's layer with these parameters."""
         raise NotImplementedError
 
-    def _by_task(self, input: Tensor, slots: Tensor, masks: list[Tensor], bias_masks: list[Tensor] | None) -> Tensor:
+    def _mixed_task(self, input: Tensor, slots: Tensor, masks: list[Tensor], bias_masks: list[Tensor] | None) -> Tensor:
         """The output with the logits ``masks[slots[b]]`` for sample ``b``."""
         raise NotImplementedError
 
-    def _of_tasks(self, input: Tensor, slots: Tensor, masks: Tensor, bias_masks: Tensor | None) -> Tensor:
+    def _stacked_tasks(self, input: Tensor, slots: Tensor, masks: Tensor, bias_masks: Tensor | None) -> Tensor:
         """The same with logits ``[T, *shape]`` where every task has as many samples, in the order of a meta-learner."""
-        return self._by_task(input, slots, [masks], None if bias_masks is None else [bias_masks])
+        return self._mixed_task(input, slots, [masks], None if bias_masks is None else [bias_masks])
 
     def _packed(self, input: Tensor, slots: Tensor, masks: list[Tensor], bias_masks: list[Tensor] | None) -> Tensor:
         """The output with the bits ``masks[slots[b]]`` for sample ``b``."""
@@ -300,7 +313,7 @@ class MaskedLayer(TaskLayer):
         found = [masks for masks in self._dicts().values() if not masks._is_bits(key)]
         return [(masks, pack_mask(masks._tensor(key).detach(), threshold=threshold)) for masks in found]
 
-    def _theta(self, what: str, key: str) -> Any:
+    def _theta(self, what: str, key: str) -> Tensor | None:
         """The masked ``weight`` or ``bias`` of one task."""
         shared, masks = self._group(what)
         if masks is not None and masks._is_bits(key):
@@ -308,12 +321,12 @@ class MaskedLayer(TaskLayer):
             return shared * unpack_mask(masks._tensor(key), shared.shape)
         return self._with_mask(what, None if masks is None else masks._tensor(key))
 
-    def _with_mask(self, what: str, mask: Tensor | None) -> Any:
+    def _with_mask(self, what: str, mask: Tensor | None) -> Tensor | None:
         """The masked ``weight`` or ``bias`` with these logits."""
         shared, _ = self._group(what)
         return shared if shared is None or mask is None else masked_weight(shared, mask, **self._gate())
 
-    def _read_given(self, what: str, given: GivenMasks) -> Any:
+    def _read_given(self, what: str, given: GivenMasks) -> Tensor | None:
         masks = given.masks.get(self)
         if masks is None:
             return super()._read_given(what, given)
@@ -323,10 +336,11 @@ class MaskedLayer(TaskLayer):
             )
         return self._with_mask(what, masks[what == "bias"])
 
-    def _mixed(self, superposition: Superposition, what: str) -> Any:
+    def _mixed(self, superposition: Superposition, what: str) -> Tensor | None:
         if self._group(what)[0] is None:
             return None
-        return superposition.mix(self._theta(what, key) for key in superposition.keys)
+        each = (self._theta(what, key) for key in superposition.keys)
+        return superposition.mix(theta for theta in each if theta is not None)
 
     def _group(self, what: str) -> tuple[Tensor | None, TaskDict | None]:
         weight, bias = self._shared()
@@ -342,7 +356,7 @@ class MaskedLayer(TaskLayer):
         """The active task's logits of the bias, ``M_b``; None without a bias."""
         return self._active_logits()[1]
 
-    def _gate(self) -> dict[str, Any]:
+    def _gate(self) -> Gate:
         return {"gate": self.gate, "temperature": self.temperature, "threshold": self.threshold}
 
     def _resolved(self) -> tuple[int, float]:
@@ -355,7 +369,7 @@ class MaskedLayer(TaskLayer):
         parameter = f"temperature={self.temperature}" if self.gate == "sigmoid" else f"threshold={self.threshold}"
         return f"gate={self.gate}, {parameter}, tasks={len(self.masks)}"
 
-    def _fit_forms(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+    def _fit_forms(self, state_dict: StateDict, prefix: str) -> str | None:
         for shared, (kind, masks) in zip(self._shared(), self._dicts().items()):
             assert shared is not None
             for task in masks:
@@ -383,7 +397,8 @@ def _active_in_eager(layer: MaskedLayer) -> tuple[Tensor, Tensor | None] | None:
 @disable_dynamo
 def _forward_in_eager(layer: MaskedLayer, input: Tensor) -> Tensor:
     """For torch.compile, where a layer's masks are many, or bits that may have to be fetched."""
-    return layer.forward(input)
+    output: Tensor = layer.forward(input)
+    return output
 
 
 def _check_mask_init(mask_init: MaskInit) -> None:

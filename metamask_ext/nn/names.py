@@ -33,7 +33,7 @@ def escape(name: str) -> str:
     return _escaped(check_name(name))
 
 
-# A mixed batch, or the inference of tasks, escapes the names of all its tasks in every call.
+# A mixed-task batch, or the inference of tasks, escapes the names of all its tasks in every call.
 @lru_cache(maxsize=1 << 16)
 def _escaped(name: str) -> str:
     if name.isascii() and name.replace("_", "").replace("-", "").isalnum():

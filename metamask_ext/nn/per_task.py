@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,11 @@ from .guarded import AmbiguousTensor
 from .names import DEFAULT_TASK
 from .selection import GivenMasks, Selection, Superposition, TaskBatch
 from .task_dict import TaskDict
-from .task_layer import Init, TaskLayer
+from .task_layer import Init, StateDict, TaskLayer
 from .using_task import using_task
+
+Output = Any
+"""A module's output: torch leaves its type open."""
 
 _TYPES: dict[type[nn.Module], type[PerTask]] = {}
 """By the class of a plain module the class that keeps tensors of it per task; subclasses enter themselves."""
@@ -25,14 +28,13 @@ _TYPES: dict[type[nn.Module], type[PerTask]] = {}
 class PerTask(TaskLayer):
     """A torch module of which ``per_task`` holds some parameters and buffers by their name there, a tensor for each task.
 
-    ``module.weight`` is then the active task's ``weight``. In a mixed batch the samples of each task run through the module by
+    ``module.weight`` is then the active task's ``weight``. In a mixed-task batch the samples of each task run through the module by
     themselves, one task after another.
 
     A new task begins as ``reset_parameters`` of the plain module leaves it, or, where there is no such method, as the oldest task.
     The state dict of the plain module gives its values to every task.
     """
 
-    plain_type: Any
     per_task: nn.ModuleDict
 
     def __init_subclass__(cls) -> None:
@@ -44,7 +46,8 @@ class PerTask(TaskLayer):
         return {f"per_task.{name}": tensors for name, tensors in self._own().items()}
 
     def _own(self) -> dict[str, TaskDict]:
-        return self._modules["per_task"]._modules  # type: ignore[union-attr, return-value]
+        own: dict[str, TaskDict] = self._modules["per_task"]._modules
+        return own
 
     def _kinds(self) -> Iterable[str]:
         return self._dicts()
@@ -53,19 +56,23 @@ class PerTask(TaskLayer):
         """Let tensors of this module, by name, be those of the first task, and copies of them the other tasks'."""
         own = nn.ModuleDict().train(self.training)
         for name in names:
-            kept: Any = self._parameters if name in self._parameters else self._buffers
-            tensors = own[name] = TaskDict(buffers=kept is self._buffers).train(self.training)
-            value = kept[name]
+            is_parameter = name in self._parameters
+            tensors = own[name] = TaskDict(buffers=not is_parameter).train(self.training)
+            value = self._parameters[name] if is_parameter else self._buffers[name]
             for task in tasks:
                 if task is not None:
                     tensors[task] = value
-                    value = value.detach().clone() if tensors._only_buffers else nn.Parameter(value.detach().clone())
+                    copied = tensors[task].detach().clone()
+                    value = nn.Parameter(copied) if is_parameter else copied
             tensors._renumber(tasks)
-            kept[name] = None
+            if is_parameter:
+                self._parameters[name] = None
+            else:
+                self._buffers[name] = None
         self._modules["per_task"] = own
 
     def __getattr__(self, name: str) -> Any:
-        own: Any = self.__dict__.get("_modules", {}).get("per_task")
+        own: nn.ModuleDict | None = self.__dict__.get("_modules", {}).get("per_task")
         if own is None or name not in own._modules:
             return super().__getattr__(name)
         if torch.compiler.is_dynamo_compiling():
@@ -73,13 +80,13 @@ class PerTask(TaskLayer):
         try:
             return self._read(name, self._selected())
         except AmbiguousTaskError as error:
-            return AmbiguousTensor.of(_first(own[name]).detach(), str(error))
+            return AmbiguousTensor.of(_first(self._own()[name]).detach(), str(error))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         # The class is made at run time.
         return _new, (self.plain_type,), self.__dict__
 
-    def forward(self, *inputs: Any, **options: Any) -> Any:
+    def forward(self, *inputs: object, **options: object) -> Output:
         if torch.compiler.is_dynamo_compiling():
             return _forward_in_eager(self, *inputs, **options)
         selected = self._selected()
@@ -89,23 +96,23 @@ class PerTask(TaskLayer):
             raise RuntimeError(f"{type(self).__name__} must be called with one tensor where several tasks are active")
         return self._forward_selected(inputs[0], selected)
 
-    def _forward_selected(self, input: Tensor, active: Selection) -> Any:
+    def _forward_selected(self, input: Tensor, active: Selection) -> Output:
         if isinstance(active, TaskBatch):
             active.check_size(self, len(input))
             return self._forward_batch(input, active)
         if isinstance(active, GivenMasks) and isinstance(self, BatchNorm):
             return active.normalise(self, input)
-        if isinstance(active, Superposition) and self.training and self._has_buffers_of_tasks():
+        if isinstance(active, Superposition) and self.training and self._has_buffers():
             raise RuntimeError(
                 f"{type(self).__name__} has statistics of tasks, and a superposition has none to update: call the "
                 "model in eval mode"
             )
         return self._plain_forward(input)
 
-    def _plain_forward(self, *inputs: Any, **options: Any) -> Any:
-        return super().forward(*inputs, **options)  # type: ignore[misc]
+    def _plain_forward(self, *inputs: object, **options: object) -> Output:
+        return super().forward(*inputs, **options)
 
-    def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Any:
+    def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Output:
         # Of no sample: any task gives the shape.
         names = batch.names or [next(iter(self._task_dict()))]
         if len(names) == 1:
@@ -118,23 +125,23 @@ class PerTask(TaskLayer):
                 parts.append(self._plain_forward(input.index_select(0, rows)))
         return torch.cat(parts).index_select(0, back)
 
-    def _theta(self, what: str, key: str) -> Any:
+    def _theta(self, what: str, key: str) -> Tensor:
         return self._own()[what]._tensor(key)
 
-    def _mixed(self, superposition: Superposition, what: str) -> Any:
+    def _mixed(self, superposition: Superposition, what: str) -> Tensor:
         return superposition.mix(self._own()[what]._tensor(key) for key in superposition.keys)
 
-    def _has_buffers_of_tasks(self) -> bool:
+    def _has_buffers(self) -> bool:
         return any(tensors._only_buffers for tensors in self._own().values())
 
     def reset_parameters(self) -> None:
         """Reset every task's."""
         if "per_task" not in self._modules:  # torch's constructor calls this before there are any
-            super().reset_parameters()  # type: ignore[misc]
+            super().reset_parameters()
             return
         for task in self._task_dict():
             with using_task(self, task):
-                super().reset_parameters()  # type: ignore[misc]
+                super().reset_parameters()
 
     def _new_tensors(self, init: Init | None = None) -> list[tuple[TaskDict, Tensor]]:
         own = self._own()
@@ -149,12 +156,12 @@ class PerTask(TaskLayer):
 
     def _fresh(self) -> dict[str, Tensor]:
         values = {name: _first(tensors).detach().clone() for name, tensors in self._own().items()}
-        if hasattr(self.plain_type, "reset_parameters"):
-            plain = self._as_plain({name: tensor.detach().clone() for name, tensor in self._tensors(self._parameters)}, values)
-            plain.reset_parameters()
+        reset: Callable[[nn.Module], None] | None = getattr(self.plain_type, "reset_parameters", None)
+        if reset is not None:
+            reset(self._as_plain({name: tensor.detach().clone() for name, tensor in self._tensors(self._parameters)}, values))
         return values
 
-    def _as_plain(self, parameters: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Any:
+    def _as_plain(self, parameters: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> nn.Module:
         """A module of the plain type with these tensors, ``own`` in the place of the tasks'."""
         plain = self.plain_type.__new__(self.plain_type)
         plain.__dict__.update(self.__dict__)
@@ -165,7 +172,7 @@ class PerTask(TaskLayer):
         return plain
 
     @staticmethod
-    def _tensors(kept: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    def _tensors(kept: Mapping[str, Tensor | None]) -> list[tuple[str, Tensor]]:
         return [(name, tensor) for name, tensor in kept.items() if tensor is not None]
 
     def _combine(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], out: Tensor) -> None:
@@ -174,7 +181,7 @@ class PerTask(TaskLayer):
             for task, amount in amounts.items():
                 out += amount * tensors[task]
 
-    def _load_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _load_plain(self, state_dict: StateDict, prefix: str) -> None:
         for name, tensors in self._own().items():
             plain = state_dict.pop(f"{prefix}{name}", None)
             if plain is not None:
@@ -197,7 +204,7 @@ def per_task_type(kind: type[nn.Module]) -> type[PerTask]:
     return _TYPES[kind]
 
 
-def _new(kind: Any) -> Any:
+def _new(kind: type[nn.Module]) -> PerTask:
     made = per_task_type(kind)
     return made.__new__(made)
 
@@ -207,13 +214,12 @@ def keep_per_task(module: nn.Module, names: Iterable[str], tasks: list[str | Non
 
     The tensors that are there become those of the first task; the others begin with copies.
     """
-    plain: Any = type(module)
-    kind = per_task_type(plain)
-    module.__class__ = kind
-    PerTask._keep_per_task(module, names, [DEFAULT_TASK] if tasks is None else tasks)  # type: ignore[arg-type]
+    module.__class__ = per_task_type(type(module))
+    assert isinstance(module, PerTask)
+    module._keep_per_task(names, [DEFAULT_TASK] if tasks is None else tasks)
 
 
-def plain_copy(module: PerTask, task: str, plain: Any, memo: dict[int, Any]) -> None:
+def plain_copy(module: PerTask, task: str, plain: nn.Module, memo: dict[int, object]) -> None:
     """Fill ``plain``, of the plain type, with a copy of ``module`` as it is for one task."""
     own = {name: tensors[task] for name, tensors in module._own().items()}
     state = {key: value for key, value in module.__dict__.items() if key not in ("_parameters", "_buffers", "_modules")}
@@ -226,11 +232,11 @@ def plain_copy(module: PerTask, task: str, plain: Any, memo: dict[int, Any]) -> 
 
 
 @disable_dynamo
-def _forward_in_eager(module: PerTask, *inputs: Any, **options: Any) -> Any:
+def _forward_in_eager(module: PerTask, *inputs: object, **options: object) -> Output:
     """For torch.compile, which cannot read a context variable."""
     return module.forward(*inputs, **options)
 
 
 @disable_dynamo
-def _read_in_eager(module: PerTask, name: str) -> Any:
+def _read_in_eager(module: PerTask, name: str) -> object:
     return getattr(module, name)

@@ -24,9 +24,9 @@ class _ReadThrough(MaskedLayer):
     mixed-task batch what is read has a shape, a dtype and a device, and no values.
     """
 
-    plain_type: Any
+    plain_type: Any  # its methods run on what _as_plain gives
 
-    def _as_plain(self) -> Any:
+    def _as_plain(self) -> SimpleNamespace:
         return SimpleNamespace(**{**self.__dict__, **self._parameters})
 
     def extra_repr(self) -> str:
@@ -49,11 +49,11 @@ class _ReadThrough(MaskedLayer):
         return cast(Tensor, self._parameters["weight"]), self._parameters["bias"]
 
     @property
-    def weight(self) -> Any:
-        return _guarded(self, "weight")
+    def weight(self) -> Tensor:  # type: ignore[override]  # computed, not assigned
+        return cast(Tensor, _guarded(self, "weight"))
 
     @property
-    def bias(self) -> Any:
+    def bias(self) -> Tensor | None:
         return _guarded(self, "bias")
 
 
@@ -74,7 +74,7 @@ def _guarded(layer: MaskedLayer, what: str) -> Tensor | None:
     )
 
 
-def _read(layer: MaskedLayer, what: str) -> Any:
+def _read(layer: MaskedLayer, what: str) -> Tensor | None:
     active = layer._active()
     if active is None:
         return _read_in_eager(layer, what)
@@ -85,11 +85,11 @@ def _read(layer: MaskedLayer, what: str) -> Any:
 
 
 @disable_dynamo
-def _read_in_eager(layer: MaskedLayer, what: str) -> Any:
+def _read_in_eager(layer: MaskedLayer, what: str) -> Tensor | None:
     return _read(layer, what)
 
 
-class ReadThroughLinear(_ReadThrough, MaskedLinear):  # type: ignore[override]  # computed, not assigned
+class ReadThroughLinear(_ReadThrough, MaskedLinear):  # type: ignore[misc, override]  # computed, not assigned
     """A MaskedLinear inside a module that reads its ``weight`` (``MultiheadAttention``'s ``out_proj``)."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..torch_private import BatchNorm
 from .names import escape
 
 
@@ -62,7 +63,7 @@ class TaskBatch(Selection):
         found = self._groups.get(device)
         if found is None:
             order = self._positions.argsort(stable=True)
-            rows = order.split(torch.bincount(self._positions, minlength=len(self.names)).tolist())
+            rows = torch.split(order, torch.bincount(self._positions, minlength=len(self.names)).tolist())
             found = self._groups[device] = [part.to(device) for part in rows], order.argsort().to(device)
         return found
 
@@ -129,7 +130,7 @@ class GivenMasks(Selection):
         start: str | Superposition,
         masks: Mapping[nn.Module, tuple[Tensor, Tensor | None]],
         slots: Tensor | None,
-        normalise: Callable[[nn.Module, Tensor], Tensor],
+        normalise: Callable[[BatchNorm, Tensor], Tensor],
     ):
         super().__init__((start,) if isinstance(start, str) else start.names)
         self.masks, self.slots, self.normalise = masks, slots, normalise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ class TaskDict(nn.ParameterDict):
         """By slot."""
         self._only_buffers = buffers
         self._contested = False
-        """Whether a task was removed while a block was open somewhere, which may name it."""
+        """True once a task was removed while a block was open somewhere, which may name it."""
         self._fetch: Callable[[str], Tensor] | None = None
         self._waiting: dict[str, None] = {}
         """The names of tasks that are still to be fetched."""
@@ -40,18 +39,16 @@ class TaskDict(nn.ParameterDict):
     def _key_to_attr(self, key: str) -> str:
         return escape(key)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         key = escape(name)
         if not isinstance(value, Tensor):
             raise TypeError(f"what belongs to task {name!r} must be a tensor, got {type(value).__name__}")
-        buffer = self._only_buffers or value.dtype == torch.uint8
-        if not buffer and not isinstance(value, nn.Parameter):
-            value = nn.Parameter(value)
-        kept: Any
-        other: Any
-        kept, other = (self._buffers, self._parameters) if buffer else (self._parameters, self._buffers)
-        kept[key] = value
-        other.pop(key, None)
+        if self._only_buffers or value.dtype == torch.uint8:
+            self._buffers[key] = value
+            self._parameters.pop(key, None)
+        else:
+            self._parameters[key] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+            self._buffers.pop(key, None)
         self._waiting.pop(name, None)
         self._fetched.pop(name, None)
         if name not in self._keys:
@@ -60,7 +57,7 @@ class TaskDict(nn.ParameterDict):
             self._names.append(name)
             self._count()
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Tensor:
         if name not in self._keys:
             raise KeyError(name)
         return self._tensor(escape(name))
@@ -76,7 +73,7 @@ class TaskDict(nn.ParameterDict):
         self._count()
 
     _single = False
-    """Whether there is one task, whatever block is open. torch.compile guards on it: it flips once while tasks are added."""
+    """True if there is one task, whatever block is open. torch.compile guards on it: it flips once while tasks are added."""
 
     def _count(self) -> None:
         self._single = len(self._slots) == 1 and not self._contested
@@ -89,9 +86,14 @@ class TaskDict(nn.ParameterDict):
         return self._fetch_now(key) if tensor is None else tensor
 
     def _bits_of(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Of the tasks with these keys those that have bits, and their bits."""
+        """The bits of those among the tasks with these keys that have bits."""
         parameters, buffers = self._parameters, self._buffers
-        return {key: buffers[key] if key in buffers else self._tensor(key) for key in keys if key not in parameters}  # type: ignore[misc]
+        found = {}
+        for key in keys:
+            if key not in parameters:
+                bits = buffers.get(key)
+                found[key] = self._fetch_now(key) if bits is None else bits
+        return found
 
     def _logits(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The tasks that have a parameter here, with it."""
@@ -121,24 +123,27 @@ class TaskDict(nn.ParameterDict):
         tensor = self._fetch(name)
         if self._only_buffers or tensor.dtype == torch.uint8:
             # Two threads may come here at once: both go on with what the first one left.
-            tensor = self._buffers.setdefault(key, tensor)  # type: ignore[assignment]
+            kept = self._buffers.setdefault(key, tensor)
         else:
-            tensor = self._parameters.setdefault(key, nn.Parameter(tensor))  # type: ignore[assignment]
-        if tensor.dtype == torch.uint8:
-            self._fetched[name] = tensor
+            kept = self._parameters.setdefault(key, nn.Parameter(tensor))
+        assert kept is not None
+        if kept.dtype == torch.uint8:
+            self._fetched[name] = kept
         self._waiting.pop(name, None)
-        return tensor
+        return kept
 
     def _fetch_all(self) -> None:
         for name in list(self._waiting):
             self._fetch_now(escape(name))
 
-    def _apply(self, function: Any, recurse: bool = True) -> Any:
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> TaskDict:
         # What is still to be fetched would come on the device and in the dtype of before.
         self._fetch_all()
-        return super()._apply(function, recurse)
+        apply: Callable[..., object] = super()._apply
+        apply(function, recurse)
+        return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
         self._fetch_all()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -15,7 +15,10 @@ from .task_dict import TaskDict
 SLOTS = "task_slots"
 """The entry of a layer's metadata in a state dict: its tasks by slot, None where one was removed."""
 
-Init = Callable[["TaskLayer", TaskDict, Tensor], Any]
+StateDict = dict[str, Any]
+"""torch's state dicts and their metadata: tensors, and whatever modules save beside them."""
+
+Init = Callable[["TaskLayer", TaskDict, Tensor], object]
 
 
 class TaskLayer(nn.Module):
@@ -28,6 +31,14 @@ class TaskLayer(nn.Module):
     dictionary made of the tensors does not. A state with slots and every task of the layer brings them along; else the layer's
     stay, and new tasks get new ones in the order of the keys.
     """
+
+    plain_type: type[nn.Module]
+    """The class of the torch layer that :func:`metamask_ext.merge` makes of this one."""
+
+    if TYPE_CHECKING:
+        _modules: dict[str, Any]  # the children are known by their names
+
+        def reset_parameters(self) -> None: ...  # of the torch layer beside this class
 
     def _dicts(self) -> dict[str, TaskDict]:
         """The layer's TaskDicts by path."""
@@ -42,22 +53,22 @@ class TaskLayer(nn.Module):
         return next(iter(self._dicts().values()))
 
     def _new_tensors(self, init: Init | None = None) -> list[tuple[TaskDict, Tensor]]:
-        """What one more task needs, and where it belongs: made first for all layers of a model, in case one fails."""
+        """The tensors of one more task with their TaskDicts; all layers of a model make theirs before any is changed."""
         raise NotImplementedError
 
     def _combine(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], out: Tensor) -> None:
         """Fill ``out`` for a new task that begins as this linear combination of tasks."""
         raise NotImplementedError
 
-    def _theta(self, what: str, key: str) -> Any:
+    def _theta(self, what: str, key: str) -> Tensor | None:
         """The tensor ``what`` that forward uses for one task."""
         raise NotImplementedError
 
-    def _mixed(self, superposition: Superposition, what: str) -> Any:
+    def _mixed(self, superposition: Superposition, what: str) -> Tensor | None:
         """The tensor ``what`` that forward uses under a superposition."""
         raise NotImplementedError
 
-    def _read(self, what: str, active: Key) -> Any:
+    def _read(self, what: str, active: Key) -> Tensor | None:
         """The tensor ``what`` that forward uses under this task or selection; AmbiguousTaskError where there are several."""
         if isinstance(active, str):
             return self._theta(what, active)
@@ -72,7 +83,7 @@ class TaskLayer(nn.Module):
             "each task in a block of their own"
         )
 
-    def _read_given(self, what: str, given: GivenMasks) -> Any:
+    def _read_given(self, what: str, given: GivenMasks) -> Tensor | None:
         return self._read(what, given.selected)
 
     def _new_task(self, task: str) -> None:
@@ -99,12 +110,21 @@ class TaskLayer(nn.Module):
             return only_key(self, next(iter(slots)))
         return active_key(self)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: StateDict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
             destination._metadata.setdefault(prefix[:-1], {})[SLOTS] = list(self._task_dict()._names)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: StateDict,
+        prefix: str,
+        local_metadata: StateDict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         for tensors in self._dicts().values():
             tensors._fetch_all()
         given, saved = self._saved_tasks(state_dict, prefix)
@@ -123,8 +143,8 @@ class TaskLayer(nn.Module):
         load = nn.Module._load_from_state_dict
         load(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
-    def _saved_tasks(self, state_dict: dict[str, Any], prefix: str) -> tuple[bool, list[str]]:
-        """Whether the state has an entry of a task, and the tasks in it; their keys become those of this torch."""
+    def _saved_tasks(self, state_dict: StateDict, prefix: str) -> tuple[bool, list[str]]:
+        """Tells if the state has an entry of a task, and lists its tasks; their keys become those of this torch."""
         given, names = False, dict[str, None]()
         for start in (f"{prefix}{kind}." for kind in self._kinds()):
             for key in [key for key in state_dict if key.startswith(start)]:
@@ -138,18 +158,18 @@ class TaskLayer(nn.Module):
                         state_dict[now] = state_dict.pop(key)
         return given, list(names)
 
-    def _load_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _load_plain(self, state_dict: StateDict, prefix: str) -> None:
         # Children are loaded next, from the same dictionary: they find what they have.
         for kind, tensors in self._dicts().items():
             for key, tensor in _entries(tensors):
                 state_dict[f"{prefix}{kind}.{key}"] = tensor
 
-    def _fit_forms(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+    def _fit_forms(self, state_dict: StateDict, prefix: str) -> str | None:
         """Make room for what the state holds in another form, bits for logits; the error message if it cannot be."""
         return None
 
 
-def _entries(tensors: TaskDict) -> Iterator[tuple[str, Any]]:
+def _entries(tensors: TaskDict) -> Iterator[tuple[str, Tensor | None]]:
     yield from tensors._parameters.items()
     yield from tensors._buffers.items()
 

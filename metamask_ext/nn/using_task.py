@@ -22,9 +22,9 @@ F = TypeVar("F", bound=Callable[..., object])
 class using_task(ContextDecorator):
     """Make ``task`` the active task of every masked layer of ``model``, for this thread, until the block ends.
 
-    A sequence names a task for each sample of a mixed batch: sample ``b``, entry ``b`` of the first dimension of every layer's
+    A sequence names a task for each sample of a mixed-task batch: sample ``b``, entry ``b`` of the first dimension of every layer's
     input, uses the masks of ``task[b]``. Tasks may come in any order and repeat. Inside such a block a layer's ``mask_logits``, and
-    the masked ``weight`` of layers that other code reads past forward, cannot be read: there is more than one.
+    the masked ``weight`` of layers that other code reads past forward, cannot be read: it is ambiguous.
 
     Blocks nest; the inner one wins for the layers of its model. ``model`` may be any module that holds the layers: the model, a
     wrapper around it (``DistributedDataParallel``, ``torch.compile``) or one block. Threads do not inherit the block they are

@@ -19,7 +19,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_pair(weight: Tensor, mask_logits: Tensor, weight_name: str = "weight", mask_name: str = "mask_logits") -> None:
-    """Refuse a weight and its logits that do not belong together .
+    """Refuse a weight and its logits that do not belong together.
 
     Raises:
         TypeError: not tensors, not floating point of 16 bits or more, or of two dtypes.
@@ -131,7 +131,7 @@ def as_list(name: str, masks: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def is_stacked(masks: Sequence[Tensor], weight: Tensor) -> bool:
-    """Whether ``masks`` is one tensor for all tasks."""
+    """True if ``masks`` is one tensor for all tasks."""
     return len(masks) == 1 and isinstance(masks[0], Tensor) and masks[0].dim() == weight.dim() + 1
 
 
@@ -161,7 +161,7 @@ def check_masks(masks: Sequence[Tensor], weight: Tensor, name: str = "masks", we
 
 
 def check_slots(slots: Tensor, input: Tensor, weight: Tensor) -> None:
-    """Refuse slots that are not int64 ``[B]`` on the device of ``weight`` .
+    """Refuse slots that are not int64 ``[B]`` on the device of ``weight``.
 
     Their values: :func:`check_slot_values`.
     """
@@ -178,7 +178,7 @@ def check_slots(slots: Tensor, input: Tensor, weight: Tensor) -> None:
 def check_slot_values(slots: Tensor, tasks: int) -> None:
     """Refuse a slot outside ``[0, tasks)``: the first one, by its position.
 
-    Where the values cannot be seen (while compiling, under a vmap over them, on a GPU), each is checked where it is used.
+    Values that cannot be seen (while compiling, under a vmap over them, on a GPU) are checked by the op that uses them.
     """
     if torch.compiler.is_compiling() or slots.device.type != "cpu":
         return
@@ -341,7 +341,7 @@ def check_packed_linear(
     packed_bias: Sequence[Tensor] | None,
     groups: int,
 ) -> int:
-    """What :func:`packed_masked_linear` asks of its arguments, all but the values of ``slots``; the number of tasks."""
+    """Refuse arguments of :func:`packed_masked_linear` that do not fit, all but the values of ``slots``; the number of tasks."""
     tasks = check_packed_weight(weight, packed, groups)
     check_packed_input(input, weight, groups)
     check_slots(slots, input, weight)

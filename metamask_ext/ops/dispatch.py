@@ -16,7 +16,7 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def use_reference() -> bool:
-    """Whether plain torch must run instead of a Function.
+    """True if plain torch must run instead of a Function.
 
     A Function inside a compiled ``func.grad``, or in a compiled step that calls ``autograd.grad``, returns wrong numbers with no
     warning; under torch.func and forward-mode AD a Function of the form ``forward(ctx, ...)`` does not work at all.
@@ -35,7 +35,7 @@ def autocast_dtype(weight: Tensor) -> torch.dtype | None:
 
 
 def is_autocast_enabled(kind: str) -> bool:
-    """Whether autocast is on for a type of device; torch raises for one that has no autocast."""
+    """True if autocast is on for a type of device; torch raises for one that has no autocast."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 

@@ -31,7 +31,7 @@ def pair(name: str, value: int | Pair, least: int) -> Pair:
 
 
 class Geometry(NamedTuple):
-    """How a convolution moves over an image: stride, zero padding and dilation, rows first."""
+    """The steps of a convolution over an image: stride, zero padding and dilation, rows first."""
 
     stride: Pair
     padding: Pair

@@ -31,7 +31,7 @@ def test_tasks_as_groups_of_channels(options):
     bias_masks = None if layer.bias is None else torch.randn(TASKS, 6, dtype=torch.float64, requires_grad=True)
     x = torch.randn(SAMPLES * TASKS, 4, 7, 8, dtype=torch.float64, requires_grad=True)
     slots = torch.arange(TASKS).repeat(SAMPLES)
-    got = layer._of_tasks(x, slots, masks, bias_masks)
+    got = layer._stacked_tasks(x, slots, masks, bias_masks)
     wanted = torch.stack(
         [
             layer._masked(sample[None], masks[slot], None if bias_masks is None else bias_masks[slot])[0]

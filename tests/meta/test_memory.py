@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,7 +108,7 @@ def test_how_often_a_step_is_computed_again(steps):
 
     turns: list[int] = []
     start = [torch.tensor(0.0)]
-    reverse = Counted(SimpleNamespace(gradients=gradients, rates=[1.0], taken=[None]), start, [])
+    reverse = Counted(gradients, [1.0], [None], start, [])
     reverse(0, steps, start, _random_states(start), KEPT - 1)
     assert turns == list(reversed(range(steps)))
     again = next(r for r in range(steps) if math.comb(KEPT + r, r) >= steps)

@@ -170,7 +170,7 @@ def _inner_steps(problem: Problem, trained: Meta, nets: Nets, counts: list[int],
     for factors in rates:
         found.append([])
         for count, factor in zip(counts, factors):
-            own = MAML(maml.model, maml.inner_lr * factor, maml.inner_steps, "weights")
+            own = MAML(maml.model, float(maml.inner_lr) * factor, maml.inner_steps, "weights")
             with torch.no_grad():
                 adapted = own.adapt(problem.loss, (train.x[:, :count], train.y[:, :count]))
                 found[-1] += _means(problem, nets, adapted, 1, 1)[0]

@@ -5,7 +5,7 @@ Its form is that of :mod:`metamask_ext.ops.weight.autograd`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,21 +14,31 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from metamask_ext.torch_private import set_node_default
 
-from ..geometry import output_size
+from ..geometry import Geometry, Pair, output_size
 from ..linear import raw as linear_raw
-from ..weight.autograd import MaskedWeight, MaskedWeightBackward, bias_gradients
+from ..linear.raw import Gradients
+from ..weight.autograd import Steps, bias_gradients, theta_of, weight_gradients
 from . import raw
 
 
 def conv2d_product(
-    input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, stride, padding, dilation
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> tuple[Tensor, Tensor]:
     """The convolution as masked_linear of the input's patches, and the patches. Not differentiable."""
     kernel = weight.shape[2:]
     patches = raw.im2col(input, kernel, stride, padding, dilation)
     y = linear_raw.masked_linear(patches, _rows(weight), _rows(mask_logits), bias, bias_mask_logits, gate_id, gate_param)
     size = output_size(input.shape, kernel, stride, padding, dilation)
-    return y.transpose(1, 2).unflatten(2, size).contiguous(), patches
+    return torch.unflatten(y.transpose(1, 2), 2, size).contiguous(), patches
 
 
 class MaskedConv2d(Function):
@@ -49,7 +59,9 @@ class MaskedConv2d(Function):
     def backward(ctx, grad):
         *tensors, patches = ctx.saved_tensors
         output_mask, steps = ctx.needs_input_grad[:5], ctx.steps
-        backward: Any = _backward if steps is not None or not torch.is_grad_enabled() else _differentiable_backward
+        backward: Callable[..., Gradients] = (
+            _backward if steps is not None or not torch.is_grad_enabled() else _differentiable_backward
+        )
         grads = backward(grad, patches, *tensors, ctx.gate_id, ctx.gate_param, ctx.geometry, output_mask, steps)
         return (
             *grads,
@@ -60,42 +72,63 @@ class MaskedConv2d(Function):
 
 
 set_node_default(MaskedConv2d, "steps", None)
+_input_gradient: Callable[..., Tensor] = conv2d_input
+_weight_gradient: Callable[..., Tensor] = conv2d_weight
 
 
 def _backward(
-    grad, patches, input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, geometry, output_mask, steps
-) -> tuple[Any, ...]:
-    arguments = (
-        *(grad.reshape(*grad.shape[:2], -1).transpose(1, 2), patches, _rows(weight), _rows(mask_logits)),
-        *(bias, bias_mask_logits, gate_id, gate_param, output_mask),
-    )
-    grads: Any
+    grad: Tensor,
+    patches: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+    geometry: Geometry,
+    output_mask: Sequence[bool],
+    steps: Steps | None,
+) -> Gradients:
+    rows = grad.reshape(*grad.shape[:2], -1).transpose(1, 2)
+    arguments = rows, patches, _rows(weight), _rows(mask_logits), bias, bias_mask_logits, gate_id, gate_param, output_mask
     if steps is None:
         grads = linear_raw.masked_linear_backward(*arguments)
     else:
         of_weight, of_mask, *of_bias = steps.momentum_buffers
-        momentum_buffers = _rows(of_weight), _rows(of_mask), *of_bias
+        momentum_buffers = [None if buffer is None else _rows(buffer) for buffer in (of_weight, of_mask)] + of_bias
         grads = linear_raw.masked_linear_backward_sgd_(*arguments, steps.updates, momentum_buffers, steps.settings)
-    dx, dw, dm, *rest = grads
+    dx, dw, dm, db, dbm = grads
     if dx is not None:
         dx = raw.col2im(dx, input.shape, weight.shape[2:], *geometry)
-    return dx, dw if dw is None else dw.view(weight.shape), dm if dm is None else dm.view(weight.shape), *rest
+    return dx, dw if dw is None else dw.view(weight.shape), dm if dm is None else dm.view(weight.shape), db, dbm
 
 
 def _differentiable_backward(
-    grad, patches, input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, geometry, output_mask, steps
-) -> tuple[Any, ...]:
-    grads: list[Any] = [None] * 5
+    grad: Tensor,
+    patches: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+    geometry: Geometry,
+    output_mask: Sequence[bool],
+    steps: Steps | None,
+) -> Gradients:
+    dx = dw = dm = None
     if output_mask[0]:
-        theta = MaskedWeight.apply(weight, mask_logits, gate_id, gate_param)
-        grads[0] = conv2d_input(input.shape, theta, grad, *geometry)
+        theta = theta_of(weight, mask_logits, gate_id, gate_param)
+        dx = _input_gradient(input.shape, theta, grad, *geometry)
     if output_mask[1] or output_mask[2]:
-        product = conv2d_weight(input, weight.shape, grad, *geometry)
-        grads[1:3] = MaskedWeightBackward.apply(product, weight, mask_logits, gate_id, gate_param, output_mask[1:3])
-    grads[3:5] = bias_gradients(grad.sum((0, 2, 3)), bias, bias_mask_logits, gate_id, gate_param, output_mask[3:5])
-    return tuple(grads)
+        product = _weight_gradient(input, weight.shape, grad, *geometry)
+        dw, dm = weight_gradients(product, weight, mask_logits, gate_id, gate_param, output_mask[1:3])
+    db, dbm = bias_gradients(grad.sum((0, 2, 3)), bias, bias_mask_logits, gate_id, gate_param, output_mask[3:5])
+    return dx, dw, dm, db, dbm
 
 
-def _rows(tensor: Tensor | None) -> Any:
+def _rows(tensor: Tensor) -> Tensor:
     """``[out, C, kH, kW]`` as ``[out, C * kH * kW]``: the same memory, which an update in place must reach."""
-    return None if tensor is None else tensor.view(len(tensor), -1)
+    return tensor.view(len(tensor), -1)

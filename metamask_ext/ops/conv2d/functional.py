@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ from ..weight.functional import theta
 from . import reference
 from .autograd import MaskedConv2d, conv2d_product
 
-_apply_conv2d = bare_apply(MaskedConv2d)
+_apply_conv2d: Callable[..., Tensor] = bare_apply(MaskedConv2d)
 
 
 def masked_conv2d(
@@ -87,9 +89,9 @@ def _product_geometry(
 ) -> Geometry | None:
     """The geometry of a convolution that is to be a product; None: torch's must run.
 
-    Where places are few for the channels, theta is what a convolution waits for: written, read, brought into oneDNN's order, and
+    With few places for the channels a convolution waits for theta: it is written, read, brought into oneDNN's order, and
     its gradient likewise. In the product they exist in cache only. Patches, as long as theta's rows, are written and read instead,
-    which pays while they are few (measured: docs/cpu.md).
+    which pays while they are few (measured: docs/internals/performance.md).
     """
     if weight.dtype not in (torch.float32, torch.float64) or weight.device.type != "cpu" or input.dim() != 4:
         return None

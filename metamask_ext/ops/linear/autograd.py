@@ -6,14 +6,15 @@ Functions of the weight.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from metamask_ext.torch_private import set_node_default
 
-from ..weight.autograd import MaskedWeight, MaskedWeightBackward, bias_gradients
+from ..weight.autograd import bias_gradients, theta_of, weight_gradients
 from . import raw
 
 
@@ -30,11 +31,13 @@ class MaskedLinear(Function):
     def backward(ctx, grad):
         output_mask, steps = ctx.needs_input_grad[:5], ctx.steps
         if steps is not None:
-            update: Any = raw.masked_linear_backward_sgd_
+            update: Callable[..., raw.Gradients] = raw.masked_linear_backward_sgd_
             settings = steps.updates, steps.momentum_buffers, steps.settings
             grads = update(grad, *ctx.saved_tensors, ctx.gate_id, ctx.gate_param, output_mask, *settings)
         else:
-            backward: Any = _differentiable_backward if torch.is_grad_enabled() else raw.masked_linear_backward
+            backward: Callable[..., raw.Gradients] = (
+                _differentiable_backward if torch.is_grad_enabled() else raw.masked_linear_backward
+            )
             grads = backward(grad, *ctx.saved_tensors, ctx.gate_id, ctx.gate_param, output_mask)
         return (
             *grads,
@@ -48,17 +51,24 @@ set_node_default(MaskedLinear, "steps", None)
 
 
 def _differentiable_backward(
-    grad, input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, output_mask
-) -> tuple[Any, ...]:
-    """What masked_linear_backward computes, of parts that have derivatives: ``dx = dy @ theta``, ``G = dy.T @ x``."""
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+    output_mask: Sequence[bool],
+) -> raw.Gradients:
+    """The gradients of masked_linear_backward, of parts that have derivatives: ``dx = dy @ theta``, ``G = dy.T @ x``."""
     rows = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
-    grads: list[Any] = [None] * 5
+    dx = dw = dm = None
     if output_mask[0]:
-        theta = MaskedWeight.apply(weight, mask_logits, gate_id, gate_param, grad.dtype)
-        grads[0] = (grad @ theta).to(input.dtype)
+        theta = theta_of(weight, mask_logits, gate_id, gate_param, grad.dtype)
+        dx = (grad @ theta).to(input.dtype)
     if output_mask[1] or output_mask[2]:
         inputs = input.flatten(0, -2) if input.dim() > 1 else input[None]
         product = rows.t() @ inputs.to(grad.dtype)
-        grads[1:3] = MaskedWeightBackward.apply(product, weight, mask_logits, gate_id, gate_param, output_mask[1:3])
-    grads[3:5] = bias_gradients(rows.sum(0), bias, bias_mask_logits, gate_id, gate_param, output_mask[3:5])
-    return tuple(grads)
+        dw, dm = weight_gradients(product, weight, mask_logits, gate_id, gate_param, output_mask[1:3])
+    return dx, dw, dm, *bias_gradients(rows.sum(0), bias, bias_mask_logits, gate_id, gate_param, output_mask[3:5])

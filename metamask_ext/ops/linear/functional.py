@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from ..gate import resolve_gate
 from . import raw, reference
 from .autograd import MaskedLinear
 
-_apply_linear = bare_apply(MaskedLinear)
+_apply_linear: Callable[..., Tensor] = bare_apply(MaskedLinear)
 
 
 def masked_linear(

@@ -66,12 +66,13 @@ def masked_linear_backward_sgd_(
 
     ``updates``, ``momentum_buffers`` and ``settings`` are those of weight, mask_logits, bias and bias_mask_logits.
     """
-    return torch.ops.metamask.masked_linear_backward_sgd_.default(
+    grads: Gradients = torch.ops.metamask.masked_linear_backward_sgd_.default(
         *(grad, input, weight, mask_logits, bias, bias_mask_logits),
         *momentum_buffers,
         *(gate_id, gate_param, output_mask, updates),
         [number for its in settings for number in its],
     )
+    return grads
 
 
 if BACKEND != "reference":

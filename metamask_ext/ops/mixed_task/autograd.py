@@ -7,9 +7,11 @@ among its arguments, not in lists: the masks and the bias masks come last, one b
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from metamask_ext.torch_private import is_legacy_batched
@@ -19,7 +21,7 @@ from . import raw, reference
 
 
 class Call(NamedTuple):
-    """What is no tensor in a call of task_masked_linear; ``masks`` is how many tensors the masks are (those of the bias follow)."""
+    """The arguments of task_masked_linear that are no tensors; ``masks`` counts the weight's masks (the bias's follow them)."""
 
     gate_id: int
     gate_param: float
@@ -76,7 +78,7 @@ class TaskMaskedLinearBackward(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         needs = ctx.needs_input_grad
-        grads: Any = [None] * (len(needs) - 2)
+        grads: Sequence[Tensor | None] = [None] * (len(needs) - 2)
         if any(cotangent is not None for cotangent in cotangents):
             of_weight, of_bias = needs[7 : 7 + ctx.call.masks], needs[7 + ctx.call.masks :]
             wanted = needs[2], needs[3], needs[5], any(of_weight), needs[6], any(of_bias)

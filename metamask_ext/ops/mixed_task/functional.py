@@ -6,7 +6,7 @@ sample of a batch names its task is ours. All functions can be differentiated an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from . import raw, reference
 from .autograd import Call, TaskMaskedLinear
 
 Masks = Tensor | Sequence[Tensor]
+_apply: Callable[..., Tensor] = TaskMaskedLinear.apply
 
 
 def task_masked_linear(
@@ -45,7 +46,7 @@ def task_masked_linear(
     temperature: float = 1.0,
     threshold: float = 0.0,
 ) -> Tensor:
-    """``y_b = x_b @ (W * g(M_t)).T + b * g(M_b,t)`` with ``t = slots[b]``: a linear layer for a batch that mixes tasks.
+    """``y_b = x_b @ (W * g(M_t)).T + b * g(M_b,t)`` with ``t = slots[b]``: a linear layer for a mixed-task batch.
 
     Nothing of the size ``T x out x in`` or ``B x out x in`` is made, forward or backward, but the gradients of the masks.
 
@@ -88,7 +89,7 @@ def task_masked_conv2d(
     temperature: float = 1.0,
     threshold: float = 0.0,
 ) -> Tensor:
-    """``y_b = conv2d(x_b, W * g(M_t)) + b * g(M_b,t)`` with ``t = slots[b]``: a convolution for a batch that mixes tasks.
+    """``y_b = conv2d(x_b, W * g(M_t)) + b * g(M_b,t)`` with ``t = slots[b]``: a convolution for a mixed-task batch.
 
     It is :func:`task_masked_linear` over the patches of the input (``im2col``), which take ``kH * kW`` times its memory. On a GPU,
     where the weights of all samples take no more memory than the patches (with ``groups=1``: where the output has at least as many
@@ -129,7 +130,7 @@ def task_masked_conv2d(
         stacked = is_stacked(given, weight)
         flat = [mask.flatten(2 if stacked else 1) for mask in given]
         y = _linear(columns, slots, weight.flatten(1), flat, bias, given_bias, gate_id, gate_param, groups)
-        y = y.transpose(1, 2).contiguous().unflatten(2, size)
+        y = torch.unflatten(y.transpose(1, 2).contiguous(), 2, size)
     return y if input.dim() == 4 else y[0]
 
 
@@ -138,7 +139,7 @@ ONE_CONVOLUTION_ON = ("cuda",)
 
 
 def _takes_one_convolution(batch: Tensor, weight: Tensor, masks: list[Tensor], size: list[int]) -> bool:
-    """Whether theta of a sample has no more elements than its patches, which are written and read as often (not measured)."""
+    """True if theta of a sample has no more elements than its patches, which are written and read as often (not measured)."""
     places, values = size[0] * size[1], batch.shape[1] * weight.shape[2] * weight.shape[3]
     return (
         weight.device.type in ONE_CONVOLUTION_ON
@@ -180,7 +181,7 @@ def _one_convolution(
     elif bias is not None:
         bias = bias.repeat(samples)
     y = F.conv2d(batch.flatten(0, 1)[None], theta, bias, *geometry, samples * groups)
-    return y[0].unflatten(0, (samples, -1))
+    return torch.unflatten(y[0], 0, (samples, -1))
 
 
 def _each_task(weight: Tensor, masks: list[Tensor], tasks: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -217,7 +218,7 @@ def _linear(
             or any(mask.requires_grad for mask in every)
         ):
             call = Call(gate_id, gate_param, groups, len(masks))
-            return TaskMaskedLinear.apply(call, dtype, input, slots, weight, bias, *every)
+            return _apply(call, dtype, input, slots, weight, bias, *every)
         return raw.task_masked_linear(input, slots, weight, masks, bias, bias_masks or [], gate_id, gate_param, groups, dtype)
     except Exception as error:
         raise worded(error, _check, input, slots, weight, masks, bias, bias_masks, groups) from None

@@ -18,7 +18,6 @@ A bias is one more column of W, whose x is 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def task_masked_linear(
     """
     theta = _gated(weight, masks, slots, gate_id, gate_param)
     x = input.reshape(input.shape[0], input.shape[1:-1].numel(), groups, weight.shape[1])
-    theta = theta.unflatten(1, (groups, weight.shape[0] // groups))
+    theta = torch.unflatten(theta, 1, (groups, weight.shape[0] // groups))
     y = torch.einsum("blgi,bgoi->blgo", x, theta).reshape(*input.shape[:-1], weight.shape[0])
     if bias is None:
         return y
@@ -77,7 +76,7 @@ def task_masked_linear_backward(
     gate_param: float,
     groups: int = 1,
     output_mask: Sequence[bool] = (True,) * 5,
-) -> tuple[Any, Any, list[Tensor], Any, list[Tensor]]:
+) -> tuple[Tensor | None, Tensor | None, list[Tensor], Tensor | None, list[Tensor]]:
     """The gradients of :func:`task_masked_linear` for input, weight, masks, bias and bias_masks; None or [] where not needed."""
 
     def forward(input, weight, masks, bias, bias_masks):
@@ -110,7 +109,7 @@ def task_masked_linear_double_backward(
     gate_param: float,
     groups: int = 1,
     output_mask: Sequence[bool] = (True,) * 6,
-) -> tuple[Any, Any, Any, list[Tensor], Any, list[Tensor]]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor], Tensor | None, list[Tensor]]:
     """The gradients of :func:`task_masked_linear_backward` for grad, input, weight, masks, bias and bias_masks, as there.
 
     A cotangent that is None, or a list of them that is empty, is zero.

@@ -7,27 +7,40 @@ two: forward, input gradient and weight gradient are each other's derivatives, a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd.function import Function, FunctionCtx
 
 from metamask_ext.torch_private import is_batched
 
 from . import raw, reference
 
+if TYPE_CHECKING:
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
+    class _Context(FunctionCtx):
+        """A node of one of these Functions."""
+
+        saved_tensors: tuple[Tensor, ...]
+        tensors: int
+        tasks: int
+        masks_bias: bool
+
+
+def _saved(ctx: _Context) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor] | None]:
     """The tensors, then the masks as lists. Masks are saved like tensors: autograd then sees a change in place."""
     tensors, first = ctx.saved_tensors, ctx.tensors
     packed = list(tensors[first : first + ctx.tasks])
     packed_bias = list(tensors[first + ctx.tasks :]) if ctx.masks_bias else None
-    return (*tensors[:first], packed, packed_bias)
+    return tensors[:first], packed, packed_bias
 
 
-def _save(ctx: Any, tensors: tuple[Tensor | None, ...], packed: list[Tensor], packed_bias: list[Tensor] | None) -> None:
+def _save(ctx: _Context, tensors: tuple[Tensor | None, ...], packed: list[Tensor], packed_bias: list[Tensor] | None) -> None:
     ctx.tensors, ctx.tasks, ctx.masks_bias = len(tensors), len(packed), packed_bias is not None
-    ctx.save_for_backward(*tensors, *packed, *(packed_bias or []))
+    save: Callable[..., None] = ctx.save_for_backward  # torch's takes None too, its type does not
+    save(*tensors, *packed, *(packed_bias or []))
 
 
 class PackedMaskedLinear(Function):
@@ -41,7 +54,7 @@ class PackedMaskedLinear(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        input, slots, weight, bias, packed, packed_bias = _saved(ctx)
+        (input, slots, weight, bias), packed, packed_bias = _saved(ctx)
         output_mask = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
         grad_input, grad_weight, grad_bias = _backward(
             grad, input, slots, weight, packed, bias, packed_bias, ctx.groups, output_mask
@@ -70,10 +83,10 @@ class PackedMaskedLinearBackward(Function):
 
     @staticmethod
     def backward(ctx, for_input, for_weight, for_bias):
-        grad, input, slots, weight, packed, packed_bias = _saved(ctx)
-        to_grad: Any = None
-        to_input: Any = None
-        to_weight: Any = None
+        (grad, input, slots, weight), packed, packed_bias = _saved(ctx)
+        to_grad: Tensor | None = None
+        to_input: Tensor | None = None
+        to_weight: Tensor | None = None
         if ctx.needs_input_grad[0]:
             parts = []
             if for_input is not None:
@@ -84,7 +97,7 @@ class PackedMaskedLinearBackward(Function):
             elif for_bias is not None:
                 parts.append(reference.bias_rows(for_bias, slots, packed_bias, grad))
             if parts:
-                to_grad = sum(parts[1:], parts[0])
+                to_grad = sum(parts[1:], start=parts[0])
         if ctx.needs_input_grad[1] and for_weight is not None:
             to_input = _backward(grad, input, slots, for_weight, packed, None, None, ctx.groups, (True, False, False))[0]
         if ctx.needs_input_grad[3] and for_input is not None:
@@ -102,14 +115,35 @@ class PackedMaskedLinearBackward(Function):
         )
 
 
-def _forward(input, slots, weight, packed, bias, packed_bias, groups, dtype) -> Tensor:
+def _forward(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    packed: list[Tensor],
+    bias: Tensor | None,
+    packed_bias: list[Tensor] | None,
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
     if is_batched(input, weight, bias):
         # vmap over a backward (is_grads_batched): it has no way to call a raw op that takes a list
         return reference.packed_masked_linear(input, slots, weight, packed, bias, packed_bias, groups).to(dtype)
-    return PackedMaskedLinear.apply(input, slots, weight, bias, packed, packed_bias, groups, dtype)
+    apply: Callable[..., Tensor] = PackedMaskedLinear.apply
+    return apply(input, slots, weight, bias, packed, packed_bias, groups, dtype)
 
 
-def _backward(grad, input, slots, weight, packed, bias, packed_bias, groups, output_mask) -> tuple[Tensor | None, ...]:
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    packed: list[Tensor],
+    bias: Tensor | None,
+    packed_bias: list[Tensor] | None,
+    groups: int,
+    output_mask: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
     if is_batched(grad, input, weight):
         return reference.packed_masked_linear_backward(grad, input, slots, weight, packed, bias, packed_bias, groups, output_mask)
-    return PackedMaskedLinearBackward.apply(grad, input, slots, weight, bias, packed, packed_bias, groups, output_mask)
+    apply: Callable[..., tuple[Tensor | None, ...]] = PackedMaskedLinearBackward.apply
+    return apply(grad, input, slots, weight, bias, packed, packed_bias, groups, output_mask)

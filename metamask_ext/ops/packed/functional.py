@@ -6,7 +6,7 @@ where that paper's code stacks float masks. The bits are constants; gradients go
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
 from ..geometry import im2col, resolve_geometry
 from . import raw, reference
 from .autograd import PackedMaskedLinear
+
+_apply: Callable[..., Tensor] = PackedMaskedLinear.apply
 
 
 def pack_mask(mask_logits: Tensor, *, threshold: float = 0.0) -> Tensor:
@@ -191,7 +193,7 @@ def _linear(
             weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
         )
         if wanted:
-            return PackedMaskedLinear.apply(input, slots, weight, bias, masks, bias_masks, groups, dtype)
+            return _apply(input, slots, weight, bias, masks, bias_masks, groups, dtype)
         return raw.packed_masked_linear(*arguments, dtype)
     except Exception as error:
         raise worded(error, _check, *arguments) from None

@@ -22,7 +22,8 @@ def pack_mask(mask_logits: Tensor, threshold: float) -> Tensor:
     on = mask_logits.to(compute_dtype(mask_logits.dtype)) > threshold
     rows = on if on.dim() == 1 else on.reshape(on.shape[0], prod(on.shape[1:]))
     columns = rows.shape[-1]
-    places = F.pad(rows.to(torch.uint8), (0, 8 * packed_bytes(columns) - columns)).unflatten(-1, (packed_bytes(columns), 8))
+    padded = F.pad(rows.to(torch.uint8), (0, 8 * packed_bytes(columns) - columns))
+    places = torch.unflatten(padded, -1, (packed_bytes(columns), 8))
     return (places << torch.arange(8, dtype=torch.uint8, device=on.device)).sum(-1, dtype=torch.uint8)
 
 

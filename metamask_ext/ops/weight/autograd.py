@@ -12,7 +12,8 @@ backward.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.autograd import Function
@@ -125,13 +126,24 @@ class MaskedWeightDoubleBackward(Function):
         )
 
 
-def bias_gradients(grad, bias, bias_mask_logits, gate_id, gate_param, output_mask) -> tuple[Any, Any]:
+theta_of: Callable[..., Tensor] = MaskedWeight.apply
+weight_gradients: Callable[..., tuple[Tensor | None, Tensor | None]] = MaskedWeightBackward.apply
+
+
+def bias_gradients(
+    grad: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the bias and of its logits, differentiable, from that of the masked bias."""
     if bias is None or not any(output_mask):
         return None, None
     if bias_mask_logits is None:
         return grad.to(bias.dtype), None
-    return MaskedWeightBackward.apply(grad, bias, bias_mask_logits, gate_id, gate_param, output_mask)
+    return weight_gradients(grad, bias, bias_mask_logits, gate_id, gate_param, output_mask)
 
 
 class MaskedWeightList(Function):
@@ -148,7 +160,7 @@ class MaskedWeightList(Function):
     @staticmethod
     def backward(ctx, *grads):
         wanted = ctx.needs_input_grad[3:]
-        made: Any = [None] * len(wanted)
+        made: list[Tensor | None] = [None] * len(wanted)
         used = [index for index, grad in enumerate(grads) if grad is not None]
         if used:
             output_mask = tuple(any(column[index] for index in used) for column in _columns(wanted, 2))
@@ -179,7 +191,7 @@ class MaskedWeightListBackward(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         wanted = ctx.needs_input_grad[3:]
-        made: Any = [None] * len(wanted)
+        made: list[Tensor | None] = [None] * len(wanted)
         used = [index for index, pair in enumerate(zip(*_columns(cotangents, 2))) if any(one is not None for one in pair)]
         if used:
             output_mask = tuple(any(column[index] for index in used) for column in _columns(wanted, 3))

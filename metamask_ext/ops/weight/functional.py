@@ -7,7 +7,7 @@ computed in float32) and any strides, and can be differentiated by autograd and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
@@ -21,7 +21,8 @@ from ..gate import resolve_gate
 from . import raw, reference
 from .autograd import MaskedWeight, MaskedWeightList
 
-_apply_weight = bare_apply(MaskedWeight)
+_apply_weight: Callable[..., Tensor] = bare_apply(MaskedWeight)
+_apply_list: Callable[..., tuple[Tensor, ...]] = MaskedWeightList.apply
 
 
 @overload
@@ -99,5 +100,5 @@ def theta_list(
     if use_reference():
         return reference.masked_weight_list(weight, mask_logits, gate_id, gate_param, dtype)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensors in (weight, mask_logits) for tensor in tensors):
-        return list(MaskedWeightList.apply(gate_id, gate_param, dtype, *weight, *mask_logits))
+        return list(_apply_list(gate_id, gate_param, dtype, *weight, *mask_logits))
     return raw.masked_weight_list(weight, mask_logits, gate_id, gate_param, dtype)

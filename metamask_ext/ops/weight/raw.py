@@ -104,9 +104,10 @@ def masked_weight_backward_sgd_(
     ``v = momentum * v + grad + weight_decay * p``, ``p = p - lr * v``, with ``v`` the momentum buffer; without one, momentum must
     be 0. ``updates``, ``momentum_buffers`` and ``settings`` are those of weight and mask_logits.
     """
-    return torch.ops.metamask.masked_weight_backward_sgd_.default(
+    grads: tuple[Tensor | None, Tensor | None] = torch.ops.metamask.masked_weight_backward_sgd_.default(
         grad, weight, mask_logits, *momentum_buffers, gate_id, gate_param, output_mask, updates, settings[0], settings[1]
     )
+    return grads
 
 
 if BACKEND != "reference":

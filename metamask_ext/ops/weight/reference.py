@@ -6,7 +6,6 @@ With ``s, d, d2`` of :mod:`metamask_ext.ops.gate` and ``G = dL/dtheta``, element
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,5 +109,8 @@ def masked_weight_list_double_backward(
     return _by_output([masked_weight_double_backward(*one, gate_id, gate_param, output_mask) for one in arguments], output_mask)
 
 
-def _by_output(each: list[Any], output_mask: Sequence[bool]) -> tuple[list[Tensor], ...]:
-    return tuple([outputs[index] for outputs in each] if need else [] for index, need in enumerate(output_mask))
+def _by_output(each: Sequence[tuple[Tensor | None, ...]], output_mask: Sequence[bool]) -> tuple[list[Tensor], ...]:
+    return tuple(
+        [tensor for outputs in each if (tensor := outputs[index]) is not None] if need else []
+        for index, need in enumerate(output_mask)
+    )
