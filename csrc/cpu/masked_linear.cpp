@@ -1,5 +1,5 @@
 // masked_linear on the CPU, by panels: a few rows of theta at a time are built in a thread's cache and multiplied at once. theta
-// and its gradient never exist in memory; W and M are read once, forward and backward. docs/cpu.md explains the sizes.
+// and its gradient never exist in memory; W and M are read once, forward and backward. docs/internals/performance.md explains the sizes.
 #include "ops/masked_linear.h"
 
 #include "cpu/panels.h"
@@ -18,7 +18,7 @@ TileBytes forward_tile() { return {second_level_cache() / 8, 64 * 1024}; }
 
 // Backward has two tiles, theta's and its gradient's, and each panel passes once over dx: the larger that is, the more rows a tile
 // needs, at the price of shorter ones. With 1 MiB of cache: 8 rows of up to 16 KiB, or 16 of up to 8 KiB; measured at widths 1024
-// to 4096 (docs/cpu.md).
+// to 4096 (docs/internals/performance.md).
 TileBytes backward_tile(int64_t batch, int64_t row_bytes) {
   const int64_t cache = second_level_cache();
   const bool few = batch <= 8;

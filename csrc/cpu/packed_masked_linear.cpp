@@ -1,6 +1,6 @@
 // packed_masked_linear and its gradients on the CPU. A panel of W is read once for all samples. Samples whose task has many rows in
 // the batch are grouped: the task's theta is expanded, a tile at a time, and multiplied as a dense one. The others read W through
-// their bits. docs/cpu.md has the measurements.
+// their bits. docs/internals/performance.md has the measurements.
 #include <torch/library.h>
 
 #include <array>

@@ -11,7 +11,7 @@ namespace {
 // The size of a tile: all tiles of a pass (theta; theta and its gradient; four of them), with what streams by, take about a quarter
 // of the second-level cache.
 int64_t tile_bytes(int64_t tiles) { return second_level_cache() / (8 * tiles); }
-// Whole rows forward, many rows backward (docs/cpu.md).
+// Whole rows forward, many rows backward (docs/internals/performance.md).
 constexpr int64_t kForwardRow = 64 * 1024, kBackwardRow = 4 * 1024;
 
 template <class T>

@@ -2,7 +2,7 @@
 //
 // A tile of kRows x kColumns results is kept in registers while the sum runs: kRows + kColumns loads for kRows * kColumns
 // multiplications. BLAS libraries pack both operands first, which pays for large matrices only, and some choose a lesser
-// instruction set on some processors (docs/cpu.md has the measurements).
+// instruction set on some processors (docs/internals/performance.md has the measurements).
 #include "cpu/kernels/gemm.h"
 
 #include "cpu/kernels/vector.h"

@@ -19,7 +19,7 @@ struct LinearCase {
 };
 
 // Return whether there is a kernel for the types, and the batch is small enough that theta in registers beats theta in memory and a
-// GEMM. (The batch sizes come from counting operations, not from measurements: docs/cuda.md.)
+// GEMM. (The batch sizes come from counting operations, not from measurements: docs/internals/cuda.md.)
 bool fuses_masked_linear(const LinearCase& given);
 bool fuses_masked_linear_backward(const LinearCase& given);
 
