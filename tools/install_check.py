@@ -39,7 +39,7 @@ reveal_type(MaskBank(model).tasks)
 masked_linear("no tensor", model.weight, model.mask_logits)
 """
 TYPES = {5: 'Revealed type is "torch._tensor.Tensor"', 6: 'Revealed type is "list[str]"', 7: 'incompatible type "str"'}
-"""What mypy says, by line of :data:`TYPED`."""
+"""Give mypy's findings by line of :data:`TYPED`."""
 
 
 class Environment:
