@@ -31,11 +31,15 @@ TOY = Entry("support.toy_experiment", "for tests")
 
 
 @pytest.fixture(autouse=True)
-def toy(monkeypatch):
+def toy():
     """The toy is the only experiment there is."""
-    for name in [*EXPERIMENTS]:
-        monkeypatch.delitem(EXPERIMENTS, name)
-    monkeypatch.setitem(EXPERIMENTS, "toy", TOY)
+    kept = dict(EXPERIMENTS)
+    EXPERIMENTS.clear()
+    EXPERIMENTS["toy"] = TOY
+    yield
+    # As they were, in their order.
+    EXPERIMENTS.clear()
+    EXPERIMENTS.update(kept)
 
 
 def _metamask(*arguments: str):
