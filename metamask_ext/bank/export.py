@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import check_pair
+from ..ops.dispatch import fit_logits
 from ..ops.gate import resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import unpack_mask
@@ -44,8 +45,9 @@ def task_state(store: Store, name: str) -> dict[str, Tensor]:
             if bits is not None:
                 state[key] = weight * _unpack(bits, shape)
             elif logits is not None:
-                check_pair(weight, logits, key, LOGITS + key)
                 gate = resolve_gate(layer["gate"], layer["temperature"], layer["threshold"])
+                logits = fit_logits(weight, logits, *gate)
+                check_pair(weight, logits, key, LOGITS + key)
                 state[key] = weight_reference.masked_weight(weight, logits, *gate)
         except (KeyError, TypeError, ValueError) as error:
             raise BankError(f"{store.path(name)}: {key}: {error}") from error

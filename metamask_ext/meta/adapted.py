@@ -154,7 +154,8 @@ class AdaptedModel:
         assert isinstance(self.start, Superposition)
         shared = layer._shared()[kind == "bias_masks"]
         assert shared is not None
-        return layer._combined(layer._dicts()[kind], dict(zip(self.start.names, self.start.amounts)), shared)
+        like = shared.detach().to(layer._logits_dtype())
+        return layer._combined(layer._dicts()[kind], dict(zip(self.start.names, self.start.amounts)), like)
 
     def run(
         self,

@@ -65,6 +65,9 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self._keep_per_task(names, [DEFAULT_TASK])
 
+    def _sample_dim(self, input: Tensor) -> int:
+        return 3
+
     def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Tensor:
         self._check_input_dim(input)
         positions = batch.positions(input.device)

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..ops.checks import DTYPES
 from .layers import MaskedConv2d, MaskedLinear
-from .masked_layer import MaskedLayer, MaskInit
+from .masked_layer import MaskedLayer, MaskInit, check_mask_dtype
 from .names import DEFAULT_TASK
 from .per_task import PerTask, keep_per_task, plain_copy
 from .read_through import ReadThroughConv2d, ReadThroughLinear
@@ -49,6 +49,7 @@ def convert(
     exclude: str | Iterable[str] | None = None,
     *,
     mask_init: MaskInit = CONVERTED_MASK_INIT,
+    mask_dtype: torch.dtype | None = None,
     batch_norm: str = "shared",
     **options: Unpack[GateOptions],
 ) -> Model:
@@ -69,6 +70,8 @@ def convert(
         include: glob patterns of qualified names of layers (``"layer4.*"``); None: all.
         exclude: patterns of names to leave plain.
         mask_init: see :class:`metamask_ext.nn.MaskedLinear`; +4 unless given, which keeps the output near the original's.
+        mask_dtype: see :class:`metamask_ext.nn.MaskedLinear`. None: masks are float32 (float64 for float64 weights), also in a model
+            of 16 bits.
         batch_norm: ``"shared"`` leaves BatchNorm2d as it is: training a task moves the statistics that all tasks use, and earlier
             tasks lose accuracy down to chance, unless they are frozen by ``eval()``. ``"task"`` makes each chosen BatchNorm2d a
             :class:`metamask_ext.nn.TaskBatchNorm2d`, whose first task begins with what is there.
@@ -80,11 +83,11 @@ def convert(
     Raises:
         ValueError: a pattern that matches no Linear or Conv2d, an option out of range, a layer whose forward or weight is not
             torch's own (a subclass with its own forward, a parametrized or lazy layer): exclude it. Nothing is changed then.
-        TypeError: an unknown option, a model that is no module.
+        TypeError: an unknown option, a ``mask_dtype`` that a layer's weight cannot have beside it, a model that is no module.
     """
     gate: GateOptions = {"gate": "sigmoid", "temperature": 1.0, "threshold": 0.0}
     if unknown := sorted(options.keys() - gate.keys()):
-        raise TypeError(f"convert takes the options gate, mask_init, temperature, threshold, got {', '.join(unknown)}")
+        raise TypeError(f"convert takes the options gate, mask_dtype, mask_init, temperature, threshold, got {', '.join(unknown)}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     gate.update(options)
@@ -101,6 +104,8 @@ def convert(
     chosen = [module for module in selected if not isinstance(module, nn.BatchNorm2d)]
     for module in chosen:
         _check_convertible(names[module][0], module)
+        if (weight := module._parameters["weight"]) is not None:
+            check_mask_dtype(mask_dtype, weight.dtype, names[module][0])
     normalising = [module for module in selected if isinstance(module, nn.BatchNorm2d)]
     for module in normalising:
         _check_batch_norm(names[module][0], module)
@@ -112,7 +117,7 @@ def convert(
     for module in chosen:
         # A stand-in with the layer's parameters: what can fail fails on it.
         masked = _stand_in(module, any(_is_read(model, name) for name in names[module]))
-        masked._init_masked(**gate, mask_init=mask_init, tasks=task_names)
+        masked._init_masked(**gate, mask_init=mask_init, mask_dtype=mask_dtype, tasks=task_names)
         for tensors in masked._dicts().values():
             tensors._renumber(by_slot)
         made.append((module, masked))
@@ -173,7 +178,7 @@ def _fill_plain(
     memo: dict[int, object],
     baked: dict[tuple[object, ...], nn.Parameter],
 ) -> None:
-    ours = {"gate", "temperature", "threshold", "mask_init", "plain_type", "bias_masks", "_parameters", "_modules"}
+    ours = {"gate", "temperature", "threshold", "mask_init", "mask_dtype", "plain_type", "bias_masks", "_parameters", "_modules"}
     state = {key: value for key, value in layer.__dict__.items() if key not in ours}
     others = {key: value for key, value in layer._parameters.items() if key not in ("weight", "bias")}
     children = {key: value for key, value in layer._modules.items() if key not in ("masks", "bias_masks", "parametrizations")}
@@ -244,7 +249,10 @@ def _tensor_names(module: nn.Module) -> list[str]:
 _CALLED = ("forward", "_conv_forward", "weight", "bias", "__call__", "_call_impl", "__getattr__")
 """The attributes that decide the output of a layer."""
 
-_ADDED = ("gate", "temperature", "threshold", "mask_init", "plain_type", "masks", "bias_masks", "mask_logits", "bias_mask_logits")
+_ADDED = (
+    *("gate", "temperature", "threshold", "mask_init", "mask_dtype", "plain_type"),
+    *("masks", "bias_masks", "mask_logits", "bias_mask_logits"),
+)
 
 
 def _is_read(model: nn.Module, name: str) -> bool:

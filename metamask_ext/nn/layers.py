@@ -33,6 +33,9 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         threshold: of the hard gate, in logits; an attribute likewise.
         mask_init: how a new task's logits begin: ``"normal"`` (mean 0, standard deviation 1; the proposal's "randomly
             initialize"), a number for all of them, or a function that fills a tensor in place.
+        mask_dtype: of the masks. None: float64 for a float64 weight, else float32, also where the weight has 16 bits and after
+            ``.bfloat16()`` and ``.to(dtype)``: a logit of 4 in bfloat16 cannot move by less than 0.016, and an optimiser's steps
+            would be lost. The dtype of a 16-bit weight: masks of 16 bits, as long as the weight has them.
 
     Shapes: input ``[..., in_features]``, output ``[..., out_features]``, ``weight`` and each of ``masks``
     ``[out_features, in_features]``, ``bias`` and each of ``bias_masks`` ``[out_features]``. The layer begins with one task,
@@ -40,6 +43,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     Raises:
         ValueError: an unknown gate, a temperature that is not positive, an unknown ``mask_init``.
+        TypeError: a ``mask_dtype`` that the weight cannot have beside it.
         RuntimeError: called with several tasks and none active.
     """
 
@@ -56,11 +60,12 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         temperature: float = 1.0,
         threshold: float = 0.0,
         mask_init: MaskInit = "normal",
+        mask_dtype: torch.dtype | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._init_masked(gate, temperature, threshold, mask_init)
+        self._init_masked(gate, temperature, threshold, mask_init, mask_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         active = self._active()
@@ -99,7 +104,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as for
             :class:`torch.nn.Conv2d`.
-        gate, temperature, threshold, mask_init: as for :class:`MaskedLinear`.
+        gate, temperature, threshold, mask_init, mask_dtype: as for :class:`MaskedLinear`.
 
     Shapes: input ``[N, C_in, H, W]`` or ``[C_in, H, W]``; ``weight`` and each of ``masks`` ``[C_out, C_in / groups, kH, kW]``,
     ``bias`` and each of ``bias_masks`` ``[C_out]``.
@@ -128,13 +133,14 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         temperature: float = 1.0,
         threshold: float = 0.0,
         mask_init: MaskInit = "normal",
+        mask_dtype: torch.dtype | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        self._init_masked(gate, temperature, threshold, mask_init)
+        self._init_masked(gate, temperature, threshold, mask_init, mask_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         active = self._active()

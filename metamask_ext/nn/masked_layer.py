@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.checks import DTYPES
-from ..ops.gate import gate_values, resolve_gate
+from ..ops.gate import SIXTEEN_BITS, gate_values, resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import pack_mask, unpack_mask
 from ..ops.weight.functional import masked_weight
@@ -38,7 +38,53 @@ sigmoid(4) = 0.982, near on and with a gradient still, as where convert begins."
 
 
 class TaskMasks(TaskDict):
-    """The masks of a layer's weight, or of its bias: logits, parameters; or bits, uint8 buffers."""
+    """The masks of a layer's weight, or of its bias: logits, parameters; or bits, uint8 buffers.
+
+    A conversion of the module to 16 bits leaves logits in float32 unless the layer wants 16 bits, and bits as they are.
+    """
+
+    _wanted: torch.dtype | None = None
+    """The layer's ``mask_dtype``."""
+
+    def __init__(self, mask_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self._wanted = mask_dtype
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> TaskMasks:
+        def apply(mask: Tensor) -> Tensor:
+            result = function(mask)
+            dtype = self._dtype_after(mask.dtype, result.dtype)
+            if dtype == result.dtype:
+                return result
+            # What remains of the conversion: the device, and the order in memory.
+            if dtype == mask.dtype and (mask.device, mask.stride()) == (result.device, result.stride()):
+                return mask
+            return torch.empty_like(result, dtype=dtype).copy_(mask)
+
+        return super()._apply(apply, recurse)  # type: ignore[no-any-return]  # torch declares no result
+
+    def _dtype_after(self, before: torch.dtype, after: torch.dtype) -> torch.dtype:
+        """The dtype of a mask where a conversion gives ``after``."""
+        if not before.is_floating_point:
+            return before
+        narrowed = after != before and after.is_floating_point and after not in (torch.float32, torch.float64)
+        return torch.float32 if narrowed and self._wanted not in SIXTEEN_BITS else after
+
+
+def logits_dtype(weight: torch.dtype, mask_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the logits beside a weight: float64 for float64, else float32, or the weight's 16 bits where they are wanted."""
+    if weight == torch.float64:
+        return weight
+    return weight if weight in SIXTEEN_BITS and mask_dtype in SIXTEEN_BITS else torch.float32
+
+
+def check_mask_dtype(mask_dtype: torch.dtype | None, weight: torch.dtype, name: str = "") -> None:
+    """TypeError unless masks of ``mask_dtype`` can stand beside a weight of this dtype; ``name``: the layer's, for the message."""
+    if mask_dtype is not None and mask_dtype not in (weight, logits_dtype(weight, None)):
+        wanted = "torch.float64" if weight == torch.float64 else "torch.float32"
+        wanted += f" or {weight}" if weight in SIXTEEN_BITS else ""
+        of = f"the {weight} weight of {name!r}" if name else f"a {weight} weight"
+        raise TypeError(f"mask_dtype must be None or {wanted} beside {of}, got {mask_dtype!r}")
 
 
 class MaskedLayer(TaskLayer):
@@ -57,19 +103,28 @@ class MaskedLayer(TaskLayer):
         bias: Any  # torch's layers declare it in different ways
     masks: TaskMasks
     bias_masks: TaskMasks | None
+    mask_dtype: torch.dtype | None = None
 
     def _init_masked(
-        self, gate: str, temperature: float, threshold: float, mask_init: MaskInit, tasks: list[str] | None = None
+        self,
+        gate: str,
+        temperature: float,
+        threshold: float,
+        mask_init: MaskInit,
+        mask_dtype: torch.dtype | None = None,
+        tasks: list[str] | None = None,
     ) -> None:
         """Make a torch layer into a masked one: its attributes and the masks of ``tasks``."""
         resolve_gate(gate, temperature, threshold)
         weight, bias = self._shared()
         if weight.dtype not in DTYPES:
             raise TypeError(f"weight must be float64, float32, bfloat16 or float16, got {weight.dtype}")
+        check_mask_dtype(mask_dtype, weight.dtype)
         self.gate, self.temperature, self.threshold, self.mask_init = gate, temperature, threshold, mask_init
+        self.mask_dtype = mask_dtype
         _check_mask_init(mask_init)
-        self.masks = TaskMasks().train(self.training)
-        self.bias_masks = None if bias is None else TaskMasks().train(self.training)
+        self.masks = TaskMasks(mask_dtype).train(self.training)
+        self.bias_masks = None if bias is None else TaskMasks(mask_dtype).train(self.training)
         for task in [DEFAULT_TASK] if tasks is None else tasks:
             self._new_task(task)
 
@@ -98,7 +153,7 @@ class MaskedLayer(TaskLayer):
     def _new_tensors(self, init: Init | None = None) -> list[tuple[TaskDict, Tensor]]:
         new: list[tuple[TaskDict, Tensor]] = []
         for parameter, masks in self._groups():
-            logits = torch.empty_like(parameter, requires_grad=False)
+            logits = self._empty_logits(parameter)
             with torch.no_grad():
                 if init is None:
                     self._init_logits(logits)
@@ -106,6 +161,14 @@ class MaskedLayer(TaskLayer):
                     init(self, masks, logits)
             new.append((masks, logits))
         return new
+
+    def _logits_dtype(self) -> torch.dtype:
+        """The dtype of a new task's logits."""
+        return logits_dtype(self._shared()[0].dtype, self.mask_dtype)
+
+    def _empty_logits(self, parameter: Tensor) -> Tensor:
+        """New logits for the weight or the bias, in its order in memory."""
+        return torch.empty_like(parameter, dtype=self._logits_dtype(), requires_grad=False)
 
     def _combine(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], out: Tensor) -> None:
         out.copy_(self._combined(tensors, amounts, out))
@@ -232,14 +295,22 @@ class MaskedLayer(TaskLayer):
         return active.observe(self, input, output) if isinstance(active, ObservedSuperposition) else output
 
     def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Tensor:
-        batch.check_size(self, self._samples(input))
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+        batch.check_input(self, input, self.sample_dim)
         keys = batch.keys
         if len(keys) == 1:
             return self._one_task(input, keys[0])
         weight, bias = self._shared()
         if not keys:
             return self._plain(input, weight, bias)  # of no sample
-        device = weight.device
+        if batch.dim == 1:
+            return self._forward_tasks(input.transpose(0, 1), batch).transpose(0, 1).contiguous()
+        return self._forward_tasks(input, batch)
+
+    def _forward_tasks(self, input: Tensor, batch: TaskBatch) -> Tensor:
+        """The output for an input whose first dimension is that of samples of several tasks."""
+        keys, device = batch.keys, self._shared()[0].device
         packed = tuple(self._task_dict()._is_bits(key) for key in keys)
         if not any(packed) or all(packed):
             run = self._packed if packed[0] else self._mixed_task
@@ -380,7 +451,7 @@ class MaskedLayer(TaskLayer):
                 if saved.dtype == torch.uint8:
                     masks[task] = torch.empty(packed_shape(shared.shape), dtype=torch.uint8, device=shared.device)
                 else:
-                    masks[task] = torch.empty_like(shared, requires_grad=False)
+                    masks[task] = self._empty_logits(shared)
         forms = [{key for key in masks._slots if masks._is_bits(key)} for masks in self._dicts().values()]
         if any(form != forms[0] for form in forms):
             return f"{prefix}masks and {prefix}bias_masks must both be bits (uint8) for a task or both logits"

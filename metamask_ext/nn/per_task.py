@@ -98,7 +98,8 @@ class PerTask(TaskLayer):
 
     def _forward_selected(self, input: Tensor, active: Selection) -> Output:
         if isinstance(active, TaskBatch):
-            active.check_size(self, len(input))
+            sample_dim = self._sample_dim(input)
+            active.check_input(self, input, sample_dim if active.dim else min(sample_dim, max(0, input.dim() - 1)))
             return self._forward_batch(input, active)
         if isinstance(active, GivenMasks) and isinstance(self, BatchNorm):
             return active.normalise(self, input)
@@ -118,12 +119,18 @@ class PerTask(TaskLayer):
         if len(names) == 1:
             with using_task(self, names[0]):
                 return self._plain_forward(input)
+        # The samples stay along their dimension: the module may have a batch_first of its own.
+        dim = batch.dim
         groups, back = batch.groups(input.device)
         parts = []
         for name, rows in zip(names, groups, strict=True):
             with using_task(self, name):
-                parts.append(self._plain_forward(input.index_select(0, rows)))
-        return torch.cat(parts).index_select(0, back)
+                parts.append(self._plain_forward(input.index_select(dim, rows)))
+        return torch.cat(parts, dim).index_select(dim, back)
+
+    def _sample_dim(self, input: Tensor) -> int:
+        """The number of dimensions of one sample, at least: one of features, none where they are integers (tokens)."""
+        return 1 if input.is_floating_point() else 0
 
     def _theta(self, what: str, key: str) -> Tensor:
         return self._own()[what]._tensor(key)

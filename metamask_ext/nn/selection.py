@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -25,7 +26,15 @@ class TaskBatch(Selection):
 
     Layers share what they need of it, computed once: the distinct tasks, in the order of their first samples, and each sample's
     position among them.
+
+    Attributes:
+        dim: the dimension of a layer's input along which the samples lie, 0 or 1.
+        guessed: whether ``dim`` is 0 for want of a better guess: some of the model's modules take the batch as dimension 1. An
+            input that may be either is refused.
     """
+
+    dim = 0
+    guessed = False
 
     def __init__(self, names: Sequence[str]):
         index: dict[str, int] = {}
@@ -36,6 +45,12 @@ class TaskBatch(Selection):
         self._on_device: dict[torch.device, Tensor] = {}
         self._groups: dict[torch.device, tuple[list[Tensor], Tensor]] = {}
         self._splits: dict[tuple[torch.device, tuple[bool, ...]], list[Tensor]] = {}
+
+    def along(self, dim: int, guessed: bool = False) -> TaskBatch:
+        """The same batch for layers that have it as dimension ``dim``; both share what is computed of it."""
+        view = copy.copy(self)
+        view.dim, view.guessed = dim, guessed
+        return view
 
     def positions(self, device: torch.device) -> Tensor:
         """int64 ``[B]``: for each sample the position of its task in ``names``."""
@@ -67,13 +82,29 @@ class TaskBatch(Selection):
             found = self._groups[device] = [part.to(device) for part in rows], order.argsort().to(device)
         return found
 
-    def check_size(self, layer: nn.Module, samples: int) -> None:
-        """RuntimeError unless ``layer`` is called with a sample for each entry."""
+    def check_input(self, layer: nn.Module, input: Tensor, sample_dim: int) -> None:
+        """RuntimeError unless ``input`` has a sample, of ``sample_dim`` dimensions, for each entry."""
+        dim, which = self.dim, ("first", "second")[self.dim]
+        batched = input.dim() > sample_dim + dim
+        if dim and not batched:
+            raise RuntimeError(
+                f"{type(layer).__name__} was called with an input of shape {list(input.shape)} inside a using_task block whose batch "
+                f"is the second dimension there: it has too few. {_ADVICE}"
+            )
+        samples = input.shape[dim] if batched else 1
         if samples != self.size:
             raise RuntimeError(
                 f"{type(layer).__name__} was called with {samples} samples inside a using_task block that names a task for each of "
-                f"{self.size}: the first dimension of its input must be the batch's"
+                f"{self.size}: the {which} dimension of its input must be the batch's, got shape {list(input.shape)}. {_ADVICE}"
             )
+        if self.guessed and len(self.keys) > 1 and input.dim() > sample_dim + 1 and input.shape[1] == samples:
+            raise RuntimeError(
+                f"{type(layer).__name__} was called with an input of shape {list(input.shape)}: the first or the second dimension may "
+                f"be the batch's, since other modules of the model have batch_first=False. {_ADVICE}"
+            )
+
+
+_ADVICE = "Another dimension: using_task(..., batch_dim=0) or batch_dim=1, for the model or in a block of its own around one module"
 
 
 class Superposition(Selection):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .context import Key, close_block, open_block
 from .names import describe
 from .selection import Selection, TaskBatch
+from .sequence_first import batch_views
 from .task_layer import task_layers
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -22,9 +23,10 @@ F = TypeVar("F", bound=Callable[..., object])
 class using_task(ContextDecorator):
     """Make ``task`` the active task of every masked layer of ``model``, for this thread, until the block ends.
 
-    A sequence names a task for each sample of a mixed-task batch: sample ``b``, entry ``b`` of the first dimension of every layer's
-    input, uses the masks of ``task[b]``. Tasks may come in any order and repeat. Inside such a block a layer's ``mask_logits``, and
-    the masked ``weight`` of layers that other code reads past forward, cannot be read: it is ambiguous.
+    A sequence names a task for each sample of a mixed-task batch: sample ``b``, entry ``b`` of the batch dimension of every layer's
+    input (the first one, see ``batch_dim``), uses the masks of ``task[b]``. Tasks may come in any order and repeat. Inside such a
+    block a layer's ``mask_logits``, and the masked ``weight`` of layers that other code reads past forward, cannot be read: it is
+    ambiguous.
 
     Blocks nest; the inner one wins for the layers of its model. ``model`` may be any module that holds the layers: the model, a
     wrapper around it (``DistributedDataParallel``, ``torch.compile``) or one block. Threads do not inherit the block they are
@@ -38,17 +40,35 @@ class using_task(ContextDecorator):
         model: a module with masked layers.
         task: the name of one of its tasks; or for each sample a name, or a slot (:func:`metamask_ext.slots`): a sequence of
             strings or integers, or an int64 tensor ``[B]``.
+        batch_dim: of a mixed-task batch, the dimension of samples in the inputs of the layers. 0: ``[B, ..., in]``. 1:
+            ``[L, B, ..., in]``, a sequence first. None: 1 for layers below modules that have ``batch_first=False`` (nearest one
+            counts; ``torch.nn``'s transformers, ``MultiheadAttention``, recurrent and custom modules) and 0 for all others. In a
+            model that has both, an input of another layer that may be either, because both dimensions have the batch's size, is
+            refused when it comes. For a part of a model with another dimension, open a block of its own inside:
+            ``using_task(model.encoder, task, batch_dim=1)``.
 
     Raises:
         TypeError: ``task``, or an entry, is neither name nor slot, or a tensor is not int64.
         ValueError: ``model`` has no masked layer, a task is unknown to one of them, a slot is out of range or of a removed task,
-            or a tensor is not one-dimensional.
-        RuntimeError: from a layer whose input has another number of samples than ``task``.
+            or a tensor is not one-dimensional; ``batch_dim`` is not None, 0 or 1; it is None, and a layer is used both below a
+            module with ``batch_first=False`` and elsewhere.
+        RuntimeError: from a layer whose input has another number of samples than ``task``, or too few dimensions.
     """
 
-    def __init__(self, model: nn.Module, task: str | Sequence[str | int] | Tensor | Selection):
+    def __init__(
+        self, model: nn.Module, task: str | Sequence[str | int] | Tensor | Selection, batch_dim: int | None = None
+    ):
+        if batch_dim is not None and (isinstance(batch_dim, bool) or batch_dim not in (0, 1)):
+            raise ValueError(f"batch_dim must be None, 0 or 1, got {batch_dim!r}")
         self._model = model
         self._task: str | Selection = task if isinstance(task, (str, Selection)) else batch_of(model, task)
+        self._views: dict[nn.Module, TaskBatch] = {}
+        """For layers whose samples do not simply lie along the first dimension, the batch as they see it."""
+        if isinstance(self._task, TaskBatch):
+            if batch_dim is None:
+                self._views = batch_views(model, self._task)
+            else:
+                self._task = self._task.along(batch_dim)
         self._keys()
 
     def _keys(self) -> dict[nn.Module, Key]:
@@ -60,7 +80,8 @@ class using_task(ContextDecorator):
             if not layer._task_dict()._slots.keys() >= task.key_set:
                 for name in task.names:
                     layer._task_key(name)
-        return {layer: task for _, layer in layers}
+        views = self._views
+        return {layer: views.get(layer, task) for _, layer in layers}
 
     def __call__(self, function: F) -> F:
         # ContextDecorator would close the block before such a function's body runs: under another block, a wrong task.

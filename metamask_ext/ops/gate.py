@@ -53,6 +53,10 @@ def resolve_gate(gate: str, temperature: float, threshold: float) -> tuple[int, 
     raise ValueError(f"gate must be one of {sorted(GATES)}, got {gate!r}")
 
 
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+"""The dtypes whose arithmetic is float32's."""
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 computes in float64; float32, bfloat16 and float16 compute in float32 and round once, at the end."""
     return torch.float64 if dtype == torch.float64 else torch.float32

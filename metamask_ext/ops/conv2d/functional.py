@@ -11,7 +11,7 @@ from torch import Tensor
 from metamask_ext.torch_private import bare_apply
 
 from ..checks import check_bias, check_conv2d, check_pair
-from ..dispatch import autocast_dtype, check_input_dtype, use_reference
+from ..dispatch import autocast_dtype, check_input_dtype, fit_parameters, use_reference
 from ..gate import resolve_gate
 from ..geometry import Geometry, output_size
 from ..weight.functional import theta
@@ -43,7 +43,7 @@ def masked_conv2d(
     Args:
         input: ``x``, ``[N, C_in, H, W]`` or ``[C_in, H, W]``.
         weight: ``W``, ``[C_out, C_in / groups, kH, kW]``.
-        mask_logits: ``M``, of the shape of ``weight``.
+        mask_logits: ``M``, of the shape of ``weight``; in its dtype, or float32 (see :func:`masked_weight`).
         bias: ``b``, ``[C_out]``, or None.
         bias_mask_logits: ``M_b``, ``[C_out]``; None leaves the bias unmasked.
         stride, padding, dilation, groups: as in ``conv2d``; padding may be ``"valid"`` or ``"same"``.
@@ -56,15 +56,14 @@ def masked_conv2d(
         TypeError, ValueError: as :func:`masked_weight`; also when ``input`` does not fit ``weight``.
     """
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
+    parameters = fit_parameters(weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param)
+    _, mask_logits, _, bias_mask_logits = parameters
     check_pair(weight, mask_logits)
     check_conv2d(input, weight, groups)
     check_input_dtype(input, weight)
     check_bias(weight, bias, bias_mask_logits)
     if use_reference():
-        return reference.masked_conv2d(
-            input, weight, mask_logits, bias, bias_mask_logits, stride, padding, dilation, groups, gate_id, gate_param
-        )
-    parameters = (weight, mask_logits, bias, bias_mask_logits)
+        return reference.masked_conv2d(input, *parameters, stride, padding, dilation, groups, gate_id, gate_param)
     if groups == 1 and (geometry := _product_geometry(input, weight, mask_logits, stride, padding, dilation)) is not None:
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (input, *parameters)):
             return _apply_conv2d(input, *parameters, gate_id, gate_param, geometry)

@@ -23,8 +23,8 @@ from ..checks import (
     count_tasks,
     is_stacked,
 )
-from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
-from ..gate import resolve_gate
+from ..dispatch import autocast_dtype, check_input_dtype, fit_each, use_reference, worded
+from ..gate import SIXTEEN_BITS, resolve_gate
 from ..geometry import Geometry, im2col, resolve_geometry
 from ..weight.functional import theta_list
 from . import raw, reference
@@ -54,8 +54,9 @@ def task_masked_linear(
         input: ``x``, ``[B, ..., in]``.
         slots: the task of each sample, an index into ``masks``: int64 ``[B]``, in any order; tasks may repeat or be absent.
         weight: ``W``, ``[out, in]``.
-        masks: logits ``M``, of the dtype and device of ``weight``: one tensor ``[T, out, in]``, or a sequence of ``T`` tensors
-            ``[out, in]``. Of a sequence, only these tensors get gradients (zero where the batch does not have the task).
+        masks: logits ``M``, on the device of ``weight`` and of its dtype, or float32 (see :func:`metamask_ext.masked_weight`): one
+            tensor ``[T, out, in]``, or a sequence of ``T`` tensors ``[out, in]``. Of a sequence, only these tensors get gradients
+            (zero where the batch does not have the task).
         bias: ``b``, ``[out]``, or None.
         bias_masks: logits ``M_b``, ``[T, out]`` or a sequence of ``T`` tensors ``[out]``; None leaves the bias unmasked.
         gate, temperature, threshold: see :func:`metamask_ext.masked_weight`.
@@ -69,7 +70,7 @@ def task_masked_linear(
             positive. Under torch.compile and a vmap over the slots, one out of range is torch's own error of an index.
     """
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
-    given, given_bias = as_list("masks", masks), None if bias_masks is None else as_list("bias_masks", bias_masks)
+    given, given_bias = _fitting(weight, masks, bias_masks, gate_id, gate_param)
     return _linear(input, slots, weight, given, bias, given_bias, gate_id, gate_param, 1)
 
 
@@ -112,7 +113,7 @@ def task_masked_conv2d(
         TypeError, ValueError: as :func:`task_masked_linear`.
     """
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
-    given, given_bias = as_list("masks", masks), None if bias_masks is None else as_list("bias_masks", bias_masks)
+    given, given_bias = _fitting(weight, masks, bias_masks, gate_id, gate_param)
     check_masks(given, weight)
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the rows of weight, {weight.shape[0]}, got {groups}")
@@ -132,6 +133,17 @@ def task_masked_conv2d(
         y = _linear(columns, slots, weight.flatten(1), flat, bias, given_bias, gate_id, gate_param, groups)
         y = torch.unflatten(y.transpose(1, 2).contiguous(), 2, size)
     return y if input.dim() == 4 else y[0]
+
+
+def _fitting(
+    weight: Tensor, masks: Masks, bias_masks: Masks | None, gate_id: int, gate_param: float
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """The masks as the ops take them: lists, in the dtype of ``weight`` where they may be of another."""
+    given, of_bias = as_list("masks", masks), None if bias_masks is None else as_list("bias_masks", bias_masks)
+    if getattr(weight, "dtype", None) in SIXTEEN_BITS:
+        given = fit_each(weight, given, gate_id, gate_param)
+        of_bias = None if of_bias is None else fit_each(weight, of_bias, gate_id, gate_param)
+    return given, of_bias
 
 
 ONE_CONVOLUTION_ON = ("cuda",)
