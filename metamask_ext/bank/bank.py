@@ -158,7 +158,7 @@ class MaskBank:
         """Load the bank in a folder into ``model``: its shared weights are overwritten, its tasks replaced by the bank's.
 
         Packed tasks are mapped, and checked, when they are first used: the time does not depend on their number. Those with logits
-        become parameters. Temperature, threshold and the tensors kept per task are the bank's.
+        become parameters, in the dtype of the model's masks. Temperature, threshold and the tensors kept per task are the bank's.
 
         Args:
             directory: as given to :meth:`save`.

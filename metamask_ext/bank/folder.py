@@ -89,7 +89,7 @@ def load(store: Store, model: nn.Module) -> None:
         each.tensors._wait_for(names, _Fetch(source, each))
         for name, tensors in trained.items():
             # Not the mapped file's memory: it will be trained.
-            each.tensors[name] = tensors[each.key(name, LOGITS)].to(each.device, copy=True)
+            each.tensors[name] = tensors[each.key(name, LOGITS)].to(each.device, each.dtypes[0], copy=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,8 @@ class _Kept:
     tensors: TaskDict
     is_mask: bool
     shape: torch.Size
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
+    """Those that it may have in a file, but for bits; logits become the first one here."""
     device: torch.device
 
     def is_bits(self, task: str) -> bool:
@@ -117,12 +118,14 @@ class _Kept:
     def check(self, store: Store, task: str, mask: str, given: Mapping[str, Tensor]) -> Tensor:
         """Return the tensor of ``task`` among those of its file; BankError if it is not there, or does not fit."""
         bits = self.is_mask and mask == BITS
-        wanted = (torch.uint8, list(packed_shape(self.shape))) if bits else (self.dtype, list(self.shape))
+        dtypes = (torch.uint8,) if bits else self.dtypes
+        shape = list(packed_shape(self.shape) if bits else self.shape)
         key = self.key(task, mask)
         tensor = given.get(key)
-        if tensor is None or (tensor.dtype, list(tensor.shape)) != wanted:
+        if tensor is None or tensor.dtype not in dtypes or list(tensor.shape) != shape:
             got = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            raise BankError(f"{store.path(task)}: {key} of task {task!r} must be {wanted[0]} {wanted[1]}, got {got}")
+            wanted = " or ".join(map(str, dtypes))
+            raise BankError(f"{store.path(task)}: {key} of task {task!r} must be {wanted} {shape}, got {got}")
         return tensor
 
 
@@ -130,13 +133,13 @@ def _kept(model: nn.Module, per_task: dict[str, list[str]] | None = None) -> lis
     """List what belongs to tasks in ``model``; ``per_task``: also what is to do so, without a TaskDict as yet."""
     found = []
 
-    def add(name: str, tensors: TaskDict, is_mask: bool, like: Tensor) -> None:
-        found.append(_Kept(name, tensors, is_mask, like.shape, like.dtype, like.device))
+    def add(name: str, tensors: TaskDict, is_mask: bool, like: Tensor, *dtypes: torch.dtype) -> None:
+        found.append(_Kept(name, tensors, is_mask, like.shape, dtypes or (like.dtype,), like.device))
 
     for path, layer in task_layers(model):
         if isinstance(layer, MaskedLayer):
             for part, (shared, masks) in zip(("weight", "bias"), layer._groups()):
-                add(full_name(path, part), masks, True, shared)
+                add(full_name(path, part), masks, True, shared, *layer._dtypes_of_logits())
         elif isinstance(layer, PerTask):
             for name, tensors in layer._own().items():
                 add(full_name(path, name), tensors, False, tensors[next(iter(tensors))])

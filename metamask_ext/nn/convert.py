@@ -70,8 +70,8 @@ def convert(
         include: glob patterns of qualified names of layers (``"layer4.*"``); None: all.
         exclude: patterns of names to leave plain.
         mask_init: see :class:`metamask_ext.nn.MaskedLinear`; +4 unless given, which keeps the output near the original's.
-        mask_dtype: see :class:`metamask_ext.nn.MaskedLinear`. None: masks are float32 (float64 for float64 weights), also in a model
-            of 16 bits.
+        mask_dtype: see :class:`metamask_ext.nn.MaskedLinear`. None: masks are float32 (float64 for float64 weights), in a model of
+            16 bits too.
         batch_norm: ``"shared"`` leaves BatchNorm2d as it is: training a task moves the statistics that all tasks use, and earlier
             tasks lose accuracy down to chance, unless they are frozen by ``eval()``. ``"task"`` makes each chosen BatchNorm2d a
             :class:`metamask_ext.nn.TaskBatchNorm2d`, whose first task begins with what is there.

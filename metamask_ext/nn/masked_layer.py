@@ -50,7 +50,7 @@ class TaskMasks(TaskDict):
         super().__init__()
         self._wanted = mask_dtype
 
-    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> TaskMasks:
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> TaskDict:
         def apply(mask: Tensor) -> Tensor:
             result = function(mask)
             dtype = self._dtype_after(mask.dtype, result.dtype)
@@ -61,7 +61,7 @@ class TaskMasks(TaskDict):
                 return mask
             return torch.empty_like(result, dtype=dtype).copy_(mask)
 
-        return super()._apply(apply, recurse)  # type: ignore[no-any-return]  # torch declares no result
+        return super()._apply(apply, recurse)
 
     def _dtype_after(self, before: torch.dtype, after: torch.dtype) -> torch.dtype:
         """The dtype of a mask where a conversion gives ``after``."""
@@ -165,6 +165,11 @@ class MaskedLayer(TaskLayer):
     def _logits_dtype(self) -> torch.dtype:
         """The dtype of a new task's logits."""
         return logits_dtype(self._shared()[0].dtype, self.mask_dtype)
+
+    def _dtypes_of_logits(self) -> tuple[torch.dtype, ...]:
+        """Those that fit the weight, that of a new task first."""
+        own = self._logits_dtype()
+        return tuple(dict.fromkeys((own, logits_dtype(self._shared()[0].dtype, None), self._shared()[0].dtype)))
 
     def _empty_logits(self, parameter: Tensor) -> Tensor:
         """New logits for the weight or the bias, in its order in memory."""

@@ -88,8 +88,8 @@ class TaskBatch(Selection):
         batched = input.dim() > sample_dim + dim
         if dim and not batched:
             raise RuntimeError(
-                f"{type(layer).__name__} was called with an input of shape {list(input.shape)} inside a using_task block whose batch "
-                f"is the second dimension there: it has too few. {_ADVICE}"
+                f"{type(layer).__name__} was called with an input of shape {list(input.shape)} inside a using_task block whose "
+                f"batch is the second dimension there: it has too few. {_ADVICE}"
             )
         samples = input.shape[dim] if batched else 1
         if samples != self.size:
@@ -99,8 +99,8 @@ class TaskBatch(Selection):
             )
         if self.guessed and len(self.keys) > 1 and input.dim() > sample_dim + 1 and input.shape[1] == samples:
             raise RuntimeError(
-                f"{type(layer).__name__} was called with an input of shape {list(input.shape)}: the first or the second dimension may "
-                f"be the batch's, since other modules of the model have batch_first=False. {_ADVICE}"
+                f"{type(layer).__name__} was called with an input of shape {list(input.shape)}: the first or the second dimension "
+                f"may be the batch's, since other modules of the model have batch_first=False. {_ADVICE}"
             )
 
 

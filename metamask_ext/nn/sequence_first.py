@@ -39,7 +39,9 @@ def batch_views(model: nn.Module, batch: TaskBatch) -> dict[nn.Module, TaskBatch
     return {layer: first if True in seen else second for layer, seen in found.items()}
 
 
-def _below(module: nn.Module, name: str, is_first: bool, seen: set[tuple[nn.Module, bool]]) -> Iterator[tuple[str, TaskLayer, bool]]:
+def _below(
+    module: nn.Module, name: str, is_first: bool, seen: set[tuple[nn.Module, bool]]
+) -> Iterator[tuple[str, TaskLayer, bool]]:
     """The task layers of ``module``, and whether the batch comes first there: once, or twice where both is so in two places."""
     own = _batch_first(module)
     is_first = is_first if own is None else own

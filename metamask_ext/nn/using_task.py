@@ -55,9 +55,7 @@ class using_task(ContextDecorator):
         RuntimeError: from a layer whose input has another number of samples than ``task``, or too few dimensions.
     """
 
-    def __init__(
-        self, model: nn.Module, task: str | Sequence[str | int] | Tensor | Selection, batch_dim: int | None = None
-    ):
+    def __init__(self, model: nn.Module, task: str | Sequence[str | int] | Tensor | Selection, batch_dim: int | None = None):
         if batch_dim is not None and (isinstance(batch_dim, bool) or batch_dim not in (0, 1)):
             raise ValueError(f"batch_dim must be None, 0 or 1, got {batch_dim!r}")
         self._model = model

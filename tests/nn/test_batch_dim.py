@@ -253,7 +253,10 @@ class TestRefused:
     def test_too_few_dimensions(self, shape):
         model = _with_tasks(Recurrent())
         for options in ({}, {"batch_dim": 1}):
-            with mm.using_task(model, NAMES, **options), pytest.raises(RuntimeError, match="second dimension.*too few.*batch_dim=0"):
+            with (
+                mm.using_task(model, NAMES, **options),
+                pytest.raises(RuntimeError, match="second dimension.*too few.*batch_dim=0"),
+            ):
                 model.gates(torch.randn(shape, dtype=torch.float64))
 
     def test_another_size_there(self):

@@ -61,7 +61,8 @@ class TestKeeps:
         model[0].to(memory_format=torch.channels_last)
         convert(model)
         assert not any(module.training for module in model.modules())
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        dtypes = {name.rpartition(".")[2]: parameter.dtype for name, parameter in model.named_parameters()}
+        assert dtypes == {"weight": torch.bfloat16, "bias": torch.bfloat16, "default": torch.float32}
         assert not model[3].weight.requires_grad and model[3].masks["default"].requires_grad
         assert model[0].masks["default"].is_contiguous(memory_format=torch.channels_last)
         assert convert(nn.Linear(3, 2, device="meta")).masks["default"].device.type == "meta"

@@ -248,15 +248,22 @@ def test_wrong_options_are_refused_by_name(make, shape, options, error, words):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("make", "shape"), LAYERS)
 def test_dtype_argument_and_conversion_reach_every_parameter(make, shape, dtype):
-    for layer in (make(dtype=dtype), make().to(dtype)):
-        assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    wide = torch.promote_types(dtype, torch.float32)
+    for layer, mask_dtype in (
+        (make(dtype=dtype), wide),
+        (make().to(dtype), wide),
+        (make(dtype=dtype, mask_dtype=dtype), dtype),
+        (make(dtype=dtype, mask_dtype=dtype).to(dtype), dtype),
+    ):
+        assert {layer.weight.dtype, layer.bias.dtype} == {dtype}
         metamask_ext.add_task(layer, "b")
-        assert layer.masks["b"].dtype == layer.bias_masks["b"].dtype == dtype
+        assert {mask.dtype for masks in (layer.masks, layer.bias_masks) for mask in masks.values()} == {mask_dtype}
         input = torch.randn(shape, dtype=dtype)
         with metamask_ext.using_task(layer, "b"):
             output = layer(input)
             output.float().sum().backward()
-        assert output.dtype == layer.masks["b"].grad.dtype == dtype
+        assert output.dtype == layer.weight.grad.dtype == dtype
+        assert layer.masks["b"].grad.dtype == mask_dtype
         assert layer.masks["default"].grad is None
 
 

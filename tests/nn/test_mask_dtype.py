@@ -254,8 +254,7 @@ class TestBanks:
     @pytest.mark.parametrize("mask_dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
     def test_a_16_bit_model_is_saved_and_loaded_into_one_of_either_kind(self, tmp_path, mask_dtype):
         def make(mask_dtype):
-            model = mm.convert(nn.Sequential(nn.Linear(4, 3)).bfloat16(), mask_init="normal", mask_dtype=mask_dtype)
-            return model
+            return mm.convert(nn.Sequential(nn.Linear(4, 3)).bfloat16(), mask_init="normal", mask_dtype=mask_dtype)
 
         model = make(mask_dtype)
         bank = mm.MaskBank(model)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import metamask_ext as mm
-from metamask_ext.ops.linear import raw
 from metamask_ext.ops.gate import SIGMOID
+from metamask_ext.ops.linear import raw
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", SIXTEEN, ids=lambda dtype: str(dtype)[6:])
@@ -41,7 +41,11 @@ def _weight(dtype):
 
 def _list(dtype):
     w, m = _made((17, 33), (5,), dtype=dtype), _made((17, 33), (5,), seed=1)
-    return (*w, *m), (2, 3), lambda a, b, c, d, **gate: torch.cat([one.flatten() for one in mm.masked_weight([a, b], [c, d], **gate)])
+    return (
+        (*w, *m),
+        (2, 3),
+        lambda a, b, c, d, **gate: torch.cat([one.flatten() for one in mm.masked_weight([a, b], [c, d], **gate)]),
+    )
 
 
 def _tasks(function, shape, image):
@@ -97,7 +101,7 @@ def test_values_and_gradients_are_those_of_float32_to_16_bits_and_the_masks_grad
 @each_dtype
 @each_gate
 def test_plain_torch_gives_the_same_numbers_as_the_kernels_up_to_the_rounding_of_16_bits(name, dtype, gate):
-    arguments, masks, function = MAKERS[name](dtype)
+    arguments, _, function = MAKERS[name](dtype)
     grads = []
     for plain in (False, True):
         given = [tensor.clone().requires_grad_() for tensor in arguments]
@@ -224,7 +228,10 @@ def test_other_mixtures_are_refused_in_words_by_every_function(weight, dtype):
     )
     for name, call in calls:
         for context in (torch.no_grad, torch.autograd.forward_ad.dual_level):
-            with context(), pytest.raises(TypeError, match=f"{name} must have the dtype of (weight|bias).*{weight.dtype}, got {dtype}"):
+            with (
+                context(),
+                pytest.raises(TypeError, match=f"{name} must have the dtype of (weight|bias).*{weight.dtype}, got {dtype}"),
+            ):
                 call()
 
 
