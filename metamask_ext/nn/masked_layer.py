@@ -128,6 +128,23 @@ class MaskedLayer(TaskLayer):
         for task in [DEFAULT_TASK] if tasks is None else tasks:
             self._new_task(task)
 
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        return bool(self.__dict__.get("_is_fsdp_managed_module", False))
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, value: bool) -> None:
+        # fully_shard sets this mark on every module below it. Where dtypes differ, torch fails an assertion in the first forward.
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad and hasattr(parameter, "device_mesh")]
+        if value and len({parameter.dtype for parameter in trained}) > 1:
+            raise RuntimeError(
+                f"fully_shard trains parameters of one dtype, and this {type(self).__name__} has a weight of "
+                f"{self._shared()[0].dtype} and masks of {self._logits_dtype()}. Build the model anew (parts of this one are sharded): "
+                "in float32, with MixedPrecisionPolicy(param_dtype=torch.bfloat16) for the forward; or with frozen weights; or with "
+                "mask_dtype=torch.bfloat16"
+            )
+        self.__dict__["_is_fsdp_managed_module"] = value
+
     def _groups(self) -> list[tuple[Tensor, TaskMasks]]:
         """The weight and the bias with their masks."""
         weight, bias = self._shared()
