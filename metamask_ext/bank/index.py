@@ -81,6 +81,11 @@ class Index:
     tasks: Sequence[Task | None]
     data: bytes = field(repr=False)
 
+    @property
+    def state(self) -> str:
+        """Name this state of the folder: the SHA-256 of ``bank.json``."""
+        return hashlib.sha256(self.data).hexdigest()
+
     def paths(self) -> set[str]:
         """Collect the files that the index names."""
         return {self.shared.path, *(task.file.path for task in self.tasks if task is not None)}
