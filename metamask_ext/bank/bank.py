@@ -14,6 +14,7 @@ from ..nn.selection import Superposition
 from ..nn.task_layer import task_layers
 from ..nn.using_task import using_task
 from . import folder
+from .counts import Sums
 from .inference import infer
 from .per_task import keep_matching, per_task_names
 from .store import Store
@@ -66,6 +67,7 @@ class MaskBank:
         self._seen: frozenset[str] = frozenset()
         """The states of folders that were loaded into the model, or saved from it: a save may replace them."""
         self._saving = _Lock()
+        self._sums = Sums()
 
     @property
     def tasks(self) -> list[str]:
@@ -148,7 +150,7 @@ class MaskBank:
                 +inf (-inf is the probability 0); a task with NaN in its logits.
             RuntimeError: a layer got another number of samples than ``x`` has; a task was removed meanwhile.
         """
-        return infer(self.model, x, method, per_sample)
+        return infer(self.model, x, method, per_sample, self._sums)
 
     def bytes_per_task(self, task: str) -> int:
         """Count the bytes of memory that the task's own tensors take: masks and what else belongs to it.

@@ -6,6 +6,7 @@ Source: Wortsman et al., Supermasks in Superposition, arXiv:2006.14769, sections
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,51 +24,87 @@ from ..nn.using_task import using_task
 from ..ops.gate import compute_dtype, gate_values
 from ..ops.packed.functional import superposition_gradient
 from ..ops.weight.functional import masked_weight
-from .counts import count_bits
+from .counts import Sums, count_bits
 
 METHODS = ("one_shot", "binary")
 
 
-Masks = dict[str, Tensor]
-"""The masks of one TaskDict by key: bits, uint8, or logits."""
+@dataclass(frozen=True)
+class Masks:
+    """The masks of some tasks of one TaskDict, at one moment."""
+
+    keys: tuple[str, ...]
+    packed: list[int]
+    """The positions among ``keys`` of the tasks that are bits."""
+    bits: Tensor | None
+    """Their bits, ``[P, ...]``, a copy; None where there are none."""
+    logits: dict[int, Tensor]
+    """The logits of the other tasks, by position."""
+
+    def part(self, keys: tuple[str, ...]) -> Masks:
+        """Return those of some of the tasks, in this order."""
+        if keys == self.keys:
+            return self
+        places = {key: index for index, key in enumerate(self.keys)}
+        rows = {index: row for row, index in enumerate(self.packed)}
+        chosen = [places[key] for key in keys]
+        packed = [index for index, place in enumerate(chosen) if place in rows]
+        bits = None if self.bits is None or not packed else self.bits[[rows[chosen[index]] for index in packed]]
+        return Masks(keys, packed, bits, {index: self.logits[place] for index, place in enumerate(chosen) if place in self.logits})
 
 
 class Snapshot:
     """The masks of all tasks of a model at one moment, so that one inference sees the same ones from its beginning to its end.
 
-    Other threads may add, pack and remove tasks meanwhile. Nothing is kept for a later inference.
+    Other threads may add, pack and remove tasks meanwhile.
+
+    Args:
+        model: has masked layers.
+        sums: keeps sums of bits from one inference to the next.
 
     Raises:
         ValueError: a task's logits hold NaN.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, sums: Sums | None = None):
+        sums = Sums() if sums is None else sums
+        self._masks: dict[TaskDict, Masks] = {}
+        self._totals: dict[TaskDict, Tensor] = {}
         with structure():
             self.names = tasks(model)
             refuse_nan(model, self.names, "inferred")
-            self.keys = tuple(escape(name) for name in self.names)
-            dicts = [masks for _, layer in masked_layers(model) for masks in layer._dicts().values()]
-            self._masks = {masks: {key: masks._tensor(key) for key in self.keys} for masks in dicts}
+            keys = tuple(escape(name) for name in self.names)
+            groups = [group for _, layer in masked_layers(model) for group in layer._groups()]
+            found = {tensors: (_held(tensors, keys), like) for like, tensors in groups}
+        for tensors, (masks, like) in found.items():
+            packed = [index for index, mask in enumerate(masks) if mask.dtype == torch.uint8]
+            logits = {index: mask for index, mask in enumerate(masks) if mask.dtype != torch.uint8} if len(packed) < len(keys) else {}
+            summed = sums.of(tensors, [masks[index] for index in packed], like) if packed else None
+            self._masks[tensors] = Masks(keys, packed, None if summed is None else summed.bits, logits)
+            if summed is not None:
+                self._totals[tensors] = summed.total
 
-    def of(self, masks: TaskDict, keys: tuple[str, ...]) -> Masks:
-        """Return the masks of the tasks with these keys, in their order."""
-        found = self._masks[masks]
-        return found if keys == self.keys else {key: found[key] for key in keys}
+    def of(self, tensors: TaskDict, keys: tuple[str, ...]) -> Masks:
+        """Return the masks of the tasks with these keys."""
+        return self._masks[tensors].part(keys)
 
-
-def _bits(masks: Masks) -> Masks:
-    return {key: mask for key, mask in masks.items() if mask.dtype == torch.uint8}
-
-
-def _mean_gate(layer: MaskedLayer, masks: Masks, like: Tensor) -> Tensor:
-    """Return ``1/T sum_t g(M_t)`` of these tasks, for ``like`` what they mask; the sum is in float32 or float64."""
-    wide = compute_dtype(like.dtype)
-    bits = _bits(masks)
-    total = count_bits(list(bits.values()), like, wide) if bits else torch.zeros_like(like, dtype=wide, requires_grad=False)
-    for key, mask in masks.items():
-        if key not in bits:
+    def mean_gate(self, layer: MaskedLayer, tensors: TaskDict, keys: tuple[str, ...], like: Tensor) -> Tensor:
+        """Return ``1/T sum_t g(M_t)`` of these tasks, for ``like`` what they mask; the sum is in float32 or float64."""
+        masks, wide = self.of(tensors, keys), compute_dtype(like.dtype)
+        if masks.bits is None:
+            total = torch.zeros_like(like, dtype=wide, requires_grad=False)
+        elif masks is self._masks[tensors]:
+            total = self._totals[tensors].to(wide, copy=True)
+        else:
+            total = count_bits(masks.bits, like).to(wide)
+        for mask in masks.logits.values():
             total += gate_values(mask.detach().to(wide), *layer._resolved())[0]
-    return total / len(masks)
+        return total / len(keys)
+
+
+def _held(tensors: TaskDict, keys: tuple[str, ...]) -> list[Tensor]:
+    buffers = tensors._buffers
+    return [tensors._tensor(key) if mask is None else mask for key, mask in ((key, buffers.get(key)) for key in keys)]
 
 
 class _Probe:
@@ -87,7 +124,7 @@ class _Probe:
         shared, masks = layer._group(what)
         if shared is None or masks is None:
             return shared
-        mean = _mean_gate(layer, self.snapshot.of(masks, self.selection.keys), shared)
+        mean = self.snapshot.mean_gate(layer, masks, self.selection.keys, shared)
         return (shared.detach().to(mean.dtype) * mean).to(shared.dtype)
 
     def _observe(self, layer: nn.Module, input: Tensor, output: Tensor) -> Tensor:
@@ -98,7 +135,7 @@ class _Probe:
         return output.clone()  # what comes next may write in place, as ReLU(inplace=True) does
 
 
-def infer(model: nn.Module, x: Tensor, method: str, per_sample: bool) -> list[str] | str:
+def infer(model: nn.Module, x: Tensor, method: str, per_sample: bool, sums: Sums) -> list[str] | str:
     """See :meth:`metamask_ext.MaskBank.infer_task`."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
@@ -107,7 +144,7 @@ def infer(model: nn.Module, x: Tensor, method: str, per_sample: bool) -> list[st
     if x.dim() == 0 or len(x) == 0:
         raise ValueError(f"x must be [B, ...] with at least one sample, got shape {list(x.shape)}")
     with torch.inference_mode(False), torch.enable_grad():
-        snapshot = Snapshot(model)
+        snapshot = Snapshot(model, sums)
         names = snapshot.names
         if method == "one_shot":
             gradient = entropy_gradient(model, names, x, per_sample, snapshot)
@@ -199,29 +236,25 @@ def _layer_gradient(
     wide = gradient.dtype
     weight, bias = (None if shared is None else shared.to(wide) for shared in layer._shared())
     assert weight is not None
-    found = gradient.new_empty(len(input) if per_sample else 1, len(masks))
-    bits = _bits(masks)
-    if bits:
+    found = gradient.new_empty(len(input) if per_sample else 1, len(masks.keys))
+    if masks.bits is not None:
         rows, gradient_rows, groups = _rows(layer, input, gradient)
         if not per_sample:
             # The masks are gone through once, not once for each sample.
             rows, gradient_rows = rows.flatten(0, 1)[None], gradient_rows.flatten(0, 1)[None]
-        part = superposition_gradient(gradient_rows, rows, weight.flatten(1), list(bits.values()), groups)
-        if bias is not None and bias_masks is not None:
+        part = superposition_gradient(gradient_rows, rows, weight.flatten(1), masks.bits, groups)
+        if bias is not None and bias_masks is not None and bias_masks.bits is not None:
             # A layer of one row, whose weight is the bias and whose input the gradient.
             of_bias = gradient_rows.flatten(1, -2).sum(1)
-            rows_of_bits = torch.cat([bias_masks[key] for key in bits]).view(len(bits), 1, -1)
-            part = part + superposition_gradient(torch.ones_like(of_bias[:, :1]), of_bias, bias[None], rows_of_bits)
-        if len(bits) == len(masks):
+            part = part + superposition_gradient(torch.ones_like(of_bias[:, :1]), of_bias, bias[None], bias_masks.bits[:, None])
+        if not masks.logits:
             return part
-        found[:, [index for index, key in enumerate(masks) if key in bits]] = part
-    for index, (key, mask) in enumerate(masks.items()):
-        if key in bits:
-            continue
-        bias_mask = None if bias_masks is None else bias_masks[key]
+        found[:, masks.packed] = part
+    for index, mask in masks.logits.items():
         theta = masked_weight(weight, mask.to(wide), **layer._gate())
-        of_bias = bias if bias is None or bias_mask is None else masked_weight(bias, bias_mask.to(wide), **layer._gate())
-        change = (layer._plain(input, theta, of_bias) * gradient).flatten(1).sum(1)
+        bias_mask = None if bias_masks is None else bias_masks.logits[index]
+        own_bias = bias if bias is None or bias_mask is None else masked_weight(bias, bias_mask.to(wide), **layer._gate())
+        change = (layer._plain(input, theta, own_bias) * gradient).flatten(1).sum(1)
         found[:, index] = change if per_sample else change.sum()
     return found
 

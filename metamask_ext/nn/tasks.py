@@ -173,7 +173,9 @@ def refuse_nan(model: nn.Module, names: Iterable[str], done: str) -> None:
         ValueError: names the task, the layer and what cannot be ``done`` with it.
     """
     wanted, places, flags = {escape(name): name for name in names}, [], []
-    for path, layer in masked_layers(model):
+    for path, layer in task_layers(model):
+        if not isinstance(layer, MaskedLayer):
+            continue
         for kind, tensors in layer._dicts().items():
             for key, logits in list(tensors._parameters.items()):
                 if key in wanted and logits is not None and has_values(logits):
