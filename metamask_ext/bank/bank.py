@@ -197,8 +197,8 @@ class MaskBank:
         keeps parameters per task (heads), which are all read. Temperature, threshold and the tensors kept per task are the bank's.
 
         Optimisers made before hold what they held: the shared weights, and the logits and tensors per task of every task that the
-        model has under the same name, stay the same parameters and get other values, as with ``load_state_dict``. Replaced are bits;
-        logits of a task that is packed in the folder, or the other way round; and the tasks that the folder lacks, which go away.
+        model has under the same name, stay the same parameters and get other values, as with ``load_state_dict``. Replaced are
+        bits, logits of a task that is packed in the folder, and bits of one that is not; tasks that the folder lacks go away.
         New tasks have new parameters. Gradients and ``requires_grad`` stay as they are.
 
         Args:

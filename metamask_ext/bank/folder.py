@@ -53,10 +53,10 @@ def save(model: nn.Module, directory: str | os.PathLike[str], seen: Collection[s
 def _task(kept: Sequence[_Kept], name: str, anew: bool) -> TaskSource:
     """Return a reference to the task where it is in a file, as it is there, else its tensors; ``anew``: always its tensors."""
     source = kept[0].source
-    if source is not None and all(each.source is source and name in each.tensors._waiting for each in kept):
-        if source.names == {each.name for each in kept}:
-            store = source.store
-            return (store.task(name), store.info(name)) if anew and store.is_stale() else (store, name)
+    waits = all(each.source is source and name in each.tensors._waiting for each in kept)
+    if source is not None and waits and source.names == {each.name for each in kept}:
+        store = source.store
+        return (store.task(name), store.info(name)) if anew and store.is_stale() else (store, name)
     tensors = {each.key(name): each.tensors[name].detach() for each in kept}
     masks = [each.key(name) for each in kept if each.is_mask]
     return tensors, {"packed": all(key.startswith(BITS) for key in masks)}

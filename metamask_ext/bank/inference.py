@@ -78,7 +78,9 @@ class Snapshot:
             found = {tensors: (_held(tensors, keys), like) for like, tensors in groups}
         for tensors, (masks, like) in found.items():
             packed = [index for index, mask in enumerate(masks) if mask.dtype == torch.uint8]
-            logits = {index: mask for index, mask in enumerate(masks) if mask.dtype != torch.uint8} if len(packed) < len(keys) else {}
+            logits = (
+                {index: mask for index, mask in enumerate(masks) if mask.dtype != torch.uint8} if len(packed) < len(keys) else {}
+            )
             summed = sums.of(tensors, [masks[index] for index in packed], like) if packed else None
             self._masks[tensors] = Masks(keys, packed, None if summed is None else summed.bits, logits)
             if summed is not None:
@@ -201,12 +203,14 @@ def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_samp
             wide = torch.promote_types(compute_dtype(given.dtype), gradient.dtype)
             total += _layer_gradient(layer, given.to(wide), gradient.to(wide), masks, *bias_masks, per_sample=per_sample)
     if not bool(total.isfinite().all()):
-        raise ValueError(f"the derivative of the entropy must be finite to infer a task, got NaN or infinity{_where(total.isfinite())}")
+        raise ValueError(
+            f"the derivative of the entropy must be finite to infer a task, got NaN or infinity{_where(total.isfinite())}"
+        )
     return total
 
 
 def _entropy(output: object, samples: int, tasks: int) -> Tensor:
-    """Return the sum of the samples' entropies. A class of logit -inf has the probability 0, and 0 log 0 is 0, as its derivative."""
+    """Return the sum of the samples' entropies. A class of logit -inf has probability 0: 0 log 0 is 0, and so is its derivative."""
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != samples:
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"the model must give logits [B, classes] with B = {samples} to infer a task, got {got}")
@@ -215,7 +219,7 @@ def _entropy(output: object, samples: int, tasks: int) -> Tensor:
     log_p = torch.log_softmax(output.to(torch.promote_types(output.dtype, torch.float32)), 1)
     if bool(log_p.isnan().any()):
         raise ValueError(
-            f"the model's output must be logits without NaN and +inf, and a class above -inf, to infer a task{_where(~log_p.isnan())}"
+            f"the model's output must be logits without NaN or +inf, one of them above -inf, to infer a task{_where(~log_p.isnan())}"
         )
     # xlogy has no such derivative: that by p is infinite at 0.
     return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum()

@@ -97,8 +97,8 @@ def save(
 
     Raises:
         BankError: another process is writing, or the folder cannot be locked; it holds a state that is not in ``seen``; its
-            ``bank.json`` is damaged (delete it to start anew); a referenced file is damaged or missing; a reference into this folder is from a store opened before the last
-            save, which would be undone.
+            ``bank.json`` is damaged (delete it to start anew); a referenced file is damaged or missing; a reference into this
+            folder is from a store opened before the last save, which would be undone.
         TypeError, ValueError: a task's name, tensor, info or ``meta`` cannot be stored, or a name occurs twice.
         OSError: the files cannot be written (disk full). The old bank is whole, and what was written is removed.
     """
@@ -117,8 +117,8 @@ def save(
         before = _committed(folder)
         if before is not None and seen is not None and before.state not in seen:
             raise BankError(
-                f"{folder / INDEX}: holds commit {before.commit}, which this bank has not seen: another one was saved here. Open it "
-                "again to add to it, or replace it (overwrite)"
+                f"{folder / INDEX}: holds commit {before.commit}, which this bank has not seen: another was saved here. Load it, or "
+                "save with overwrite=True to replace it"
             )
         _sweep(folder, before)
         try:

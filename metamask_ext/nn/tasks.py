@@ -86,17 +86,7 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
     known = tasks(model)
     if check_name(name) in known:
         raise ValueError(f"task {name!r} exists; the model has {describe(known)}")
-    amounts, source = None, None
-    if isinstance(init, Mapping):
-        amounts = check_amounts(known, init, "init")
-    elif not isinstance(init, str):
-        raise TypeError(f"init must be a string, got {type(init).__name__}")
-    elif init.startswith("copy:"):
-        source = init[len("copy:") :]
-        if source not in known:
-            raise ValueError(f"init must copy one of {describe(known)}, got {init!r}")
-    elif init not in ("random", "mean"):
-        raise ValueError(f"init must be 'random', 'mean', 'copy:<task>' or a mapping of tasks, got {init!r}")
+    amounts, source = _resolve_init(known, init)
 
     def fill(layer: TaskLayer, tensors: TaskDict, out: Tensor) -> None:
         if amounts is not None:
@@ -123,6 +113,22 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
             raise ValueError(f"init gives NaN for task {name!r} in layer {checked[bad][0]!r}: it combines NaN, or +inf with -inf")
     for _, tensors, tensor in new:
         tensors[name] = tensor
+
+
+def _resolve_init(known: list[str], init: str | Mapping[str, float]) -> tuple[dict[str, float | Tensor] | None, str | None]:
+    """The coefficients of a combination, or the task to copy, of those that are known; TypeError or ValueError for no ``init``."""
+    if isinstance(init, Mapping):
+        return check_amounts(known, init, "init"), None
+    if not isinstance(init, str):
+        raise TypeError(f"init must be a string, got {type(init).__name__}")
+    if init.startswith("copy:"):
+        source = init[len("copy:") :]
+        if source not in known:
+            raise ValueError(f"init must copy one of {describe(known)}, got {init!r}")
+        return None, source
+    if init not in ("random", "mean"):
+        raise ValueError(f"init must be 'random', 'mean', 'copy:<task>' or a mapping of tasks, got {init!r}")
+    return None, None
 
 
 def _values(layer: TaskLayer, tensors: TaskDict, task: str) -> Tensor:

@@ -245,7 +245,7 @@ def check_mask_logits(mask_logits: Tensor, threshold: float) -> None:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a check may look at the numbers of ``tensor``: not under torch.compile, in transforms of torch.func or on ``meta``."""
+    """Whether a check may look at the numbers of ``tensor``: not under torch.compile, in torch.func's transforms or on ``meta``."""
     return not (torch.compiler.is_compiling() or torch_private.in_transform() or tensor.is_meta)
 
 

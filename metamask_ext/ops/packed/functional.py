@@ -46,8 +46,8 @@ def pack_mask(mask_logits: Tensor, *, threshold: float = 0.0) -> Tensor:
 
     Raises:
         TypeError: ``mask_logits`` is no tensor or not floating point, or ``threshold`` is no number.
-        ValueError: ``mask_logits`` is a scalar or holds NaN, for which there is no bit, or ``threshold`` is NaN. Where values cannot
-            be looked at (under torch.compile, in transforms of torch.func) NaN becomes 0.
+        ValueError: ``mask_logits`` is a scalar or holds NaN, for which there is no bit, or ``threshold`` is NaN. Where values
+            cannot be looked at (under torch.compile, in transforms of torch.func) NaN becomes 0.
     """
     check_mask_logits(mask_logits, threshold)
     if has_values(mask_logits) and bool(nan_flag(mask_logits)):
