@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.checks import check_pair
+from ..ops.checks import check_pair, nan_flag
 from ..ops.gate import resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import unpack_mask
@@ -45,6 +45,8 @@ def task_state(store: Store, name: str) -> dict[str, Tensor]:
                 state[key] = weight * _unpack(bits, shape)
             elif logits is not None:
                 check_pair(weight, logits, key, LOGITS + key)
+                if bool(nan_flag(logits)):
+                    raise ValueError(f"the logits of task {name!r} hold NaN")
                 gate = resolve_gate(layer["gate"], layer["temperature"], layer["threshold"])
                 state[key] = weight_reference.masked_weight(weight, logits, *gate)
         except (KeyError, TypeError, ValueError) as error:

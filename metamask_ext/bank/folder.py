@@ -46,7 +46,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], seen: Collection[s
     source = _Source(store, kept)
     with structure():
         for each in kept:
-            each.tensors._fetch = _Fetch(source, each)
+            each.tensors._fetch = _Fetch(source, each) if each.tensors._waiting else None
     return store
 
 

@@ -8,7 +8,7 @@ from threading import RLock
 _lock = RLock()
 
 
-def structure() -> RLock:  # type: ignore[valid-type]  # typeshed has a function of the name
+def structure() -> RLock:
     """Return the lock, one for all models: they may share layers.
 
     Whoever holds it sees every layer of a model with the same tasks. It is held for changes of the tasks and for lists of them, not

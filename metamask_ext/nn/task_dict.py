@@ -48,7 +48,7 @@ class TaskDict(nn.ParameterDict):
         else:
             self._parameters[key] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
             self._buffers.pop(key, None)
-        self._waiting.pop(name, None)
+        self._is_here(name)
         if name not in self._keys:
             self._keys[name] = None
             self._slots[key] = len(self._names)
@@ -65,7 +65,7 @@ class TaskDict(nn.ParameterDict):
         key = escape(name)
         self._parameters.pop(key, None)
         self._buffers.pop(key, None)
-        self._waiting.pop(name, None)
+        self._is_here(name)
         self._names[self._slots.pop(key)] = None
         self._count()
 
@@ -121,8 +121,13 @@ class TaskDict(nn.ParameterDict):
                     raise RuntimeError(f"a task was removed while it was used; there are {describe(self)}")
                 found = self._buffers[key] = fetched
             if name is not None:
-                self._waiting.pop(name, None)
+                self._is_here(name)
         return found
+
+    def _is_here(self, name: str) -> None:
+        self._waiting.pop(name, None)
+        if not self._waiting:
+            self._fetch = None  # a model that waits for no file can be pickled
 
     def _fetch_all(self) -> None:
         for name in list(self._waiting):

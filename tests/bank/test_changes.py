@@ -12,12 +12,11 @@ from collections import Counter
 
 import pytest
 import torch
-from support.bank_changes import CHANGES, INPUT, assert_same_values, net, new_bank, other, tensor_of, values
+from support.bank_changes import CHANGES, INPUT, assert_same_values, net, new_bank, tensor_of, values
 from support.paths import TESTS
 
-from metamask_ext import MaskBank, add_task, merge, pack_mask, tasks, using_task
+from metamask_ext import MaskBank, using_task
 from metamask_ext.bank import BankError, Store, save
-from metamask_ext.nn import MaskedLayer
 
 each_change = pytest.mark.parametrize("change", CHANGES)
 KEYS = {
@@ -104,7 +103,7 @@ class TestWhatChanged:
         bank.save(tmp_path)
         assert not load(tmp_path).is_packed("a")
         assert_same_values(load(tmp_path).model, bank.model)
-        bank.pack("a"), bank.pack("c"), bank.remove_task("b"), bank.add_task("b", init="copy:default" if "default" in bank.tasks else "random")
+        bank.pack("a"), bank.pack("c"), bank.remove_task("b"), bank.add_task("b")
         bank.save(tmp_path)
         again = load(tmp_path)
         assert again.slots == bank.slots and [again.is_packed(task) for task in again.tasks] == [True, True, False]
@@ -158,7 +157,7 @@ class TestUnseenSaves:
 
     def test_a_bank_that_was_never_there(self, tmp_path):
         new_bank().save(tmp_path)
-        stranger = new_bank("xyz")
+        stranger = new_bank("xyz", "x")
         with pytest.raises(BankError, match="overwrite=True"):
             stranger.save(tmp_path)
         assert load(tmp_path).tasks == ["a", "b", "c"]
@@ -222,7 +221,7 @@ class TestUnseenSaves:
         del bank.model.complex
         with pytest.raises(BankError, match="not seen"):
             bank.save(tmp_path)
-        assert load(tmp_path).tasks == ["x"] if False else Store.open(tmp_path).tasks[-1] == "x"
+        assert load(tmp_path).tasks == ["x"]
 
     def test_the_function_compares_under_the_lock_of_its_commit(self, tmp_path):
         store = save(tmp_path, {}, {}, [])
@@ -397,7 +396,9 @@ def test_a_bank_is_copied_and_pickled_with_what_it_has_seen(tmp_path):
     bank = new_bank()
     bank.save(tmp_path)
     bank.infer_task(torch.randn(2, *INPUT))
-    for twin in (copy.deepcopy(bank), pickle.loads(pickle.dumps(bank))):
+    loaded = load(tmp_path)
+    loaded.model.state_dict()  # no task waits any more
+    for twin in (pickle.loads(pickle.dumps(loaded)), copy.deepcopy(bank), pickle.loads(pickle.dumps(bank))):
         assert_same_values(twin.model, bank.model)
         x = torch.randn(2, *INPUT)
         assert twin.infer_task(x) == bank.infer_task(x)
