@@ -92,7 +92,7 @@ def load(store: Store, model: nn.Module) -> None:
             setattr(layer, setting, store.meta["layers"][path][setting])
     with torch.inference_mode(False), torch.no_grad():
         for full, tensor in targets.items():
-            tensor.copy_(shared[full])
+            _fill(tensor, shared[full])
         kept = _kept(model)
         source = _Source(store, kept)
         for each in kept:
@@ -108,7 +108,14 @@ def _filled(held: Tensor | None, given: Tensor, device: torch.device) -> Tensor:
     """Return the tensor that the model has, with other values, where it fits: optimisers hold it. Else a copy of ``given``."""
     if held is None or (held.dtype, held.shape) != (given.dtype, given.shape):
         return given.to(device, copy=True)  # not the mapped file's memory: it will be trained
-    return held.copy_(given)
+    _fill(held, given)
+    return held
+
+
+def _fill(tensor: Tensor, given: Tensor) -> None:
+    # What was made under inference_mode can be written to only there.
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(given)
 
 
 @dataclass(frozen=True, eq=False)
