@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metamask_ext import MaskBank, convert, packed_masked_linear, task_masked_linear, using_task
-from metamask_ext.bank.inference import Sums, entropy_gradient
+from metamask_ext.bank.counts import Sums
+from metamask_ext.bank.inference import Snapshot, entropy_gradient
 from metamask_ext.nn import MaskedLinear
 from metamask_ext.ops.gate import SIGMOID
 from metamask_ext.ops.packed import reference as packed_reference
@@ -204,7 +205,9 @@ def inference(batch: int, tasks: int, outputs: int) -> Problem:
         return torch.autograd.grad(entropy, [alpha])
 
     contenders = {
-        METAMASK: Contender(lambda: (entropy_gradient(model, names, x, True, sums),), slopes, ("derivative of the entropy",)),
+        METAMASK: Contender(
+            lambda: (entropy_gradient(model, names, x, True, Snapshot(model, sums)),), slopes, ("derivative of the entropy",)
+        ),
         "loop": Contender(loop, each_task, ("logits",)),
     }
     # By the norm: a ReLU whose input is near 0 falls on two sides in float32 and float64.

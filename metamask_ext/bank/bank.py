@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
@@ -13,9 +14,26 @@ from ..nn.selection import Superposition
 from ..nn.task_layer import task_layers
 from ..nn.using_task import using_task
 from . import folder
-from .inference import Sums, infer
+from .counts import Sums
+from .inference import infer
 from .per_task import keep_matching, per_task_names
 from .store import Store
+
+
+class _Lock:
+    """A lock that a copy of its owner does not share, and that pickles."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
+        return _Lock, ()
 
 
 class MaskBank:
@@ -45,8 +63,11 @@ class MaskBank:
         model_tasks.masked_layers(model)
         keep_matching(model, per_task)
         self.model = model
-        self._sums = Sums()
         self._store: Store | None = None
+        self._seen: frozenset[str] = frozenset()
+        """The states of folders that were loaded into the model, or saved from it: a save may replace them."""
+        self._saving = _Lock()
+        self._sums = Sums()
 
     @property
     def tasks(self) -> list[str]:
@@ -78,7 +99,7 @@ class MaskBank:
         away from 0 and 1 (anneal the temperature first): check the accuracy before and after. A packed task stays as it is.
 
         Raises:
-            ValueError: the task is unknown.
+            ValueError: the task is unknown, or a logit is NaN, as after a training that diverged. Nothing has changed.
         """
         model_tasks.pack_task(self.model, task)
 
@@ -98,10 +119,12 @@ class MaskBank:
             alphas: the coefficient of each task, a number or a floating-point tensor of one element.
 
         Raises:
-            TypeError, ValueError: no such mapping, or an unknown task. In the block: RuntimeError from layers with batch statistics
-                of tasks in training mode.
+            TypeError, ValueError: no such mapping, an unknown task, a coefficient that is not finite, or a task with NaN in its
+                logits. In the block: RuntimeError from layers with batch statistics of tasks in training mode.
         """
-        return using_task(self.model, Superposition(model_tasks.check_amounts(self.tasks, alphas, "alphas")))
+        amounts = model_tasks.check_amounts(self.tasks, alphas, "alphas")
+        model_tasks.refuse_nan(self.model, amounts, "superposed")
+        return using_task(self.model, Superposition(amounts))
 
     def infer_task(self, x: Tensor, method: str = "one_shot", per_sample: bool = True) -> list[str] | str:
         """Infer the task of each sample: the one whose share lowers the entropy of the output fastest.
@@ -123,10 +146,11 @@ class MaskBank:
             A name for each sample, which ``using_task`` takes; with ``per_sample=False`` one name.
 
         Raises:
-            TypeError, ValueError: ``x`` is no tensor or empty, an unknown method, an output that is no logits.
-            RuntimeError: a layer got another number of samples than ``x`` has.
+            TypeError, ValueError: ``x`` is no tensor or empty, an unknown method, an output that is no logits, or holds NaN or
+                +inf (-inf is the probability 0); a task with NaN in its logits.
+            RuntimeError: a layer got another number of samples than ``x`` has; a task was removed meanwhile.
         """
-        return infer(self.model, self.tasks, x, method, per_sample, self._sums)
+        return infer(self.model, x, method, per_sample, self._sums)
 
     def bytes_per_task(self, task: str) -> int:
         """Count the bytes of memory that the task's own tensors take: masks and what else belongs to it.
@@ -141,24 +165,42 @@ class MaskBank:
 
     # Files
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
+    def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Make the folder hold this bank; see :func:`metamask_ext.bank.save` for what that guarantees.
 
-        Packed tasks that came from the folder, or were saved into it before, are neither read nor written again, unless the shared
-        weights have changed.
+        Tasks that nobody has used since they were loaded are neither read nor written. All others are compared with the folder by
+        their contents, and written where they differ: however a mask was changed, it is saved. Other threads may add, remove, pack
+        and use tasks meanwhile, and the tasks of the moment when the save began are saved; do not train or load them meanwhile.
+
+        Args:
+            directory: the folder; made if it is not there.
+            overwrite: replace a bank that this one has not seen: it was neither loaded from there, nor saved there last.
 
         Raises:
-            BankError: another process is writing, or has written since this bank was loaded; the folder's ``bank.json`` is damaged.
+            BankError: another process is writing; the folder holds a bank, or a later save of this one, that was not seen and
+                ``overwrite`` is False; its ``bank.json`` is damaged. Nothing has changed.
             OSError: the files cannot be written. The old bank is whole.
         """
-        self._store = folder.save(self.model, directory, self._store)
+        with self._saving:
+            seen = self._seen if self._store is None else self._seen | {self._store.state}
+            self._remember(folder.save(self.model, directory, None if overwrite else seen))
+
+    def _remember(self, store: Store) -> None:
+        self._store = store
+        self._seen |= {store.state}
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], model: nn.Module) -> MaskBank:
         """Load the bank in a folder into ``model``: its shared weights are overwritten, its tasks replaced by the bank's.
 
-        Packed tasks are mapped, and checked, when they are first used: the time does not depend on their number. Those with logits
-        become parameters, in the dtype of the model's masks. Temperature, threshold and the tensors kept per task are the bank's.
+        Packed tasks are mapped, and checked, when they are first used: the time does not depend on their number, unless the bank
+        keeps parameters per task (heads), which are all read. Logits come
+        in the dtype of the model's masks. Temperature, threshold and the tensors kept per task are the bank's.
+
+        Optimisers made before hold what they held: the shared weights, and the logits and tensors per task of every task that the
+        model has under the same name, stay the same parameters and get other values, as with ``load_state_dict``. Replaced are
+        bits, logits of a task that is packed in the folder, and bits of one that is not; tasks that the folder lacks go away.
+        New tasks have new parameters. Gradients and ``requires_grad`` stay as they are.
 
         Args:
             directory: as given to :meth:`save`.
@@ -170,7 +212,7 @@ class MaskBank:
         store = Store.open(directory)
         folder.load(store, model)
         bank = cls(model)
-        bank._store = store
+        bank._remember(store)
         return bank
 
     def verify(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.checks import check_pair
+from ..ops.checks import check_pair, nan_flag
 from ..ops.dispatch import fit_logits
 from ..ops.gate import resolve_gate
 from ..ops.geometry import packed_shape
@@ -45,6 +45,8 @@ def task_state(store: Store, name: str) -> dict[str, Tensor]:
             if bits is not None:
                 state[key] = weight * _unpack(bits, shape)
             elif logits is not None:
+                if bool(nan_flag(logits)):
+                    raise ValueError(f"the logits of task {name!r} hold NaN")
                 gate = resolve_gate(layer["gate"], layer["temperature"], layer["threshold"])
                 logits = fit_logits(weight, logits, *gate)
                 check_pair(weight, logits, key, LOGITS + key)

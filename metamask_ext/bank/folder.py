@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..nn.masked_layer import MaskedLayer
 from ..nn.names import escape
 from ..nn.per_task import PerTask, keep_per_task
+from ..nn.structure import structure
 from ..nn.task_dict import TaskDict
 from ..nn.task_layer import TaskLayer, task_layers
 from ..nn.tasks import masked_layers, slots
@@ -30,29 +31,35 @@ SETTINGS = "temperature", "threshold"
 """The settings of a layer that a bank brings along; the rest of its description must be the model's."""
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str], before: Store | None) -> Store:
-    """Save the model's tasks. Those that ``before`` has as they are now, under the same shared weights, are only referred to."""
-    shared = {name: tensor.detach() for name, _, _, tensor in shared_tensors(model)}
-    if before is not None and not _same(before.shared(), shared):
-        before = None
-    kept = _kept(model)
-    tasks: list[tuple[str, TaskSource] | None] = []
-    for name in slots(model):
-        if name is None:
-            tasks.append(None)
-        elif before is not None and all(_is_stored(each, name) for each in kept):
-            tasks.append((name, (before, name)))
-        else:
-            tensors = {each.key(name): each.tensors[name].detach() for each in kept}
-            tasks.append((name, (tensors, {"packed": any(key.startswith(BITS) for key in tensors)})))
-    store = write_store(directory, {"layers": _layers(model), "per_task": _per_task(model)}, shared, tasks)
-    source = _Source(store)
-    for each in kept:
-        each.tensors._fetch = _Fetch(source, each)
-        for name in each.tensors:
-            if each.is_bits(name) and name not in each.tensors._waiting:
-                each.tensors._fetched[name] = each.tensors[name]
+def save(model: nn.Module, directory: str | os.PathLike[str], seen: Collection[str] | None) -> Store:
+    """Save the model's tasks; ``seen``: the states of the folder that may be replaced, None: any.
+
+    Tasks that nobody has used since they were loaded are referred to. All others are compared with the folder by their contents:
+    there are too many ways to write to a tensor for anything else to tell whether it has changed.
+    """
+    with structure():
+        kept = _kept(model)
+        shared = {name: tensor.detach() for name, _, _, tensor in shared_tensors(model)}
+        meta = {"layers": _layers(model), "per_task": _per_task(model)}
+        tasks = [None if name is None else (name, _task(kept, name, seen is None)) for name in slots(model)]
+    store = write_store(directory, meta, shared, tasks, seen=seen)
+    source = _Source(store, kept)
+    with structure():
+        for each in kept:
+            each.tensors._fetch = _Fetch(source, each) if each.tensors._waiting else None
     return store
+
+
+def _task(kept: Sequence[_Kept], name: str, anew: bool) -> TaskSource:
+    """Return a reference to the task where it is in a file, as it is there, else its tensors; ``anew``: always its tensors."""
+    source = kept[0].source
+    waits = all(each.source is source and name in each.tensors._waiting for each in kept)
+    if source is not None and waits and source.names == {each.name for each in kept}:
+        store = source.store
+        return (store.task(name), store.info(name)) if anew and store.is_stale() else (store, name)
+    tensors = {each.key(name): each.tensors[name].detach() for each in kept}
+    masks = [each.key(name) for each in kept if each.is_mask]
+    return tensors, {"packed": all(key.startswith(BITS) for key in masks)}
 
 
 def load(store: Store, model: nn.Module) -> None:
@@ -67,11 +74,13 @@ def load(store: Store, model: nn.Module) -> None:
     own = {full_name(path, name) for path, of_module in per_task.items() for name in of_module}
     targets = {full: tensor for full, _, _, tensor in shared_tensors(model) if full not in own}
     _check_shared(index, shared, targets)
-    trained = {name: store.task(name) for name in present if not store.entry(name).get("packed")}
     kept = _kept(model, per_task)
-    for name, tensors in trained.items():
+    # A parameter must be there before it is used: optimisers are made of those that are.
+    whole = any(each.has_parameters for each in kept)
+    read = {name: store.task(name) for name in present if whole or not store.info(name).get("packed")}
+    for name, tensors in read.items():
         for each in kept:
-            each.check(store, name, LOGITS, tensors)
+            each.check(store, name, tensors)
 
     # From here on nothing fails.
     for path, of_module in per_task.items():
@@ -81,15 +90,32 @@ def load(store: Store, model: nn.Module) -> None:
     for path, layer in masked_layers(model):
         for setting in SETTINGS:
             setattr(layer, setting, store.meta["layers"][path][setting])
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         for full, tensor in targets.items():
-            tensor.copy_(shared[full])
-    source = _Source(store)
-    for each in _kept(model):
-        each.tensors._wait_for(names, _Fetch(source, each))
-        for name, tensors in trained.items():
-            # Not the mapped file's memory: it will be trained.
-            each.tensors[name] = tensors[each.key(name, LOGITS)].to(each.device, each.dtypes[0], copy=True)
+            _fill(tensor, shared[full])
+        kept = _kept(model)
+        source = _Source(store, kept)
+        for each in kept:
+            held = {name: each.tensors._held(escape(name)) for name in each.tensors}
+            each.tensors._wait_for(names, _Fetch(source, each))
+            for name, tensors in read.items():
+                key = each.key_in(tensors)
+                if not key.startswith(BITS):
+                    each.tensors[name] = _filled(held.get(name), tensors[key], each.device, each.dtypes[0])
+
+
+def _filled(held: Tensor | None, given: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the tensor that the model has, with other values, where it fits: optimisers hold it. Else a copy of ``given``."""
+    if held is None or (held.dtype, held.shape) != (dtype, given.shape):
+        return given.to(device, dtype, copy=True)  # not the mapped file's memory: it will be trained
+    _fill(held, given)
+    return held
+
+
+def _fill(tensor: Tensor, given: Tensor) -> None:
+    # What was made under inference_mode can be written to only there.
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,22 +131,35 @@ class _Kept:
     """Those that it may have in a file, but for bits; logits become the first one here."""
     device: torch.device
 
-    def is_bits(self, task: str) -> bool:
-        """Return whether the task is packed."""
-        return self.is_mask and self.tensors._is_bits(escape(task))
+    @property
+    def has_parameters(self) -> bool:
+        """Whether a packed task has a parameter here: a head's, say."""
+        return not (self.is_mask or self.tensors._only_buffers)
 
-    def key(self, task: str, mask: str | None = None) -> str:
-        """Return the name of the task's tensor in its file; ``mask``: ``BITS`` or ``LOGITS``, by default what the task has here."""
+    @property
+    def source(self) -> _Source | None:
+        """The opened bank that has the tasks which wait here."""
+        fetch = self.tensors._fetch
+        return fetch.source if isinstance(fetch, _Fetch) and fetch.each.name == self.name else None
+
+    def key(self, task: str) -> str:
+        """Return the name that the task's tensor gets in a file."""
         if not self.is_mask:
             return STATE + self.name
-        return (mask or (BITS if self.is_bits(task) else LOGITS)) + self.name
+        return (BITS if self.tensors[task].dtype == torch.uint8 else LOGITS) + self.name
 
-    def check(self, store: Store, task: str, mask: str, given: Mapping[str, Tensor]) -> Tensor:
+    def key_in(self, given: Mapping[str, Tensor]) -> str:
+        """Return the name that the tensor has among those of a file."""
+        if not self.is_mask:
+            return STATE + self.name
+        return (BITS if BITS + self.name in given else LOGITS) + self.name
+
+    def check(self, store: Store, task: str, given: Mapping[str, Tensor]) -> Tensor:
         """Return the tensor of ``task`` among those of its file; BankError if it is not there, or does not fit."""
-        bits = self.is_mask and mask == BITS
+        key = self.key_in(given)
+        bits = key.startswith(BITS)
         dtypes = (torch.uint8,) if bits else self.dtypes
         shape = list(packed_shape(self.shape) if bits else self.shape)
-        key = self.key(task, mask)
         tensor = given.get(key)
         if tensor is None or tensor.dtype not in dtypes or list(tensor.shape) != shape:
             got = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
@@ -147,33 +186,31 @@ def _kept(model: nn.Module, per_task: dict[str, list[str]] | None = None) -> lis
         module = model.get_submodule(path)
         if not isinstance(module, PerTask):
             for name in names:
-                add(full_name(path, name), TaskDict(), False, getattr(module, name))
+                add(full_name(path, name), TaskDict(buffers=name in module._buffers), False, getattr(module, name))
     return found
-
-
-def _is_stored(each: _Kept, task: str) -> bool:
-    """Return whether the tensor is certainly what the store holds. One that can be trained is compared when it is saved."""
-    tensors = each.tensors
-    return task in tensors._waiting or (each.is_bits(task) and tensors._fetched.get(task) is tensors._buffers.get(escape(task)))
 
 
 class _Source:
     """An opened bank, from which layers fetch their part of a task: its file is opened once for all of them."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, kept: Sequence[_Kept]):
         self.store = store
+        self.names = {each.name for each in kept}
+        """What a task has in its file."""
         self._lock = threading.Lock()
         self._rest: dict[str, dict[str, Tensor]] = {}
 
     def take(self, task: str, each: _Kept) -> Tensor:
         """Return one tensor of a task; its file is forgotten when every layer has taken its part."""
-        mask = BITS if self.store.entry(task).get("packed") else LOGITS
-        key = each.key(task, mask)
         with self._lock:
             rest = self._rest.get(task)
-            if rest is None or key not in rest:
+            if rest is None or each.key_in(rest) not in rest:
                 rest = self._rest[task] = dict(self.store.task(task))
-            tensor = each.check(self.store, task, mask, rest)
+            tensor = each.check(self.store, task, rest)
+            key = each.key_in(rest)
+            if key.startswith(LOGITS):
+                path = self.store.path(task)
+                raise BankError(f"{path}: task {task!r} has got logits for {each.name} since the bank was opened. Open it again")
             del rest[key]
             if not rest:
                 del self._rest[task]
@@ -246,6 +283,7 @@ def _check_model(index: Path, meta: JsonObject, model: nn.Module) -> dict[str, l
 
 
 def _check_shared(index: Path, shared: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    tied: dict[Tensor, str] = {}
     if shared.keys() != targets.keys():
         differing = sorted(shared.keys() ^ targets.keys())
         raise BankError(f"{index}: the bank's shared weights are not the model's: {differing} are in one only")
@@ -255,9 +293,6 @@ def _check_shared(index: Path, shared: Mapping[str, Tensor], targets: Mapping[st
                 f"{index}: the bank's {name} is {shared[name].dtype} {list(shared[name].shape)}, the model's is {target.dtype} "
                 f"{list(target.shape)}"
             )
-
-
-def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name].to(a[name].device)) for name in a
-    )
+        other = tied.setdefault(target, name)
+        if other != name and not torch.equal(shared[name], shared[other]):
+            raise BankError(f"{index}: the bank has different values for {other} and {name}, which are one tensor in the model")

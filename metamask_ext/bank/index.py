@@ -19,6 +19,7 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -80,6 +81,11 @@ class Index:
     shared: File
     tasks: Sequence[Task | None]
     data: bytes = field(repr=False)
+
+    @cached_property
+    def state(self) -> str:
+        """Name this state of the folder: the SHA-256 of ``bank.json``."""
+        return hashlib.sha256(self.data).hexdigest()
 
     def paths(self) -> set[str]:
         """Collect the files that the index names."""

@@ -6,8 +6,7 @@ Source: Wortsman et al., Supermasks in Superposition, arXiv:2006.14769, sections
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,64 +14,108 @@ from torch import Tensor, nn
 
 from ..nn.layers import MaskedConv2d
 from ..nn.masked_layer import MaskedLayer
+from ..nn.names import describe, escape
 from ..nn.selection import ObservedSuperposition
+from ..nn.structure import structure
 from ..nn.task_dict import TaskDict
 from ..nn.task_layer import TaskLayer
+from ..nn.tasks import masked_layers, refuse_nan, tasks
 from ..nn.using_task import using_task
-from ..ops.gate import gate_values
-from ..ops.packed.functional import superposition_gradient, unpack_mask
+from ..ops.gate import compute_dtype, gate_values
+from ..ops.packed.functional import superposition_gradient
+from ..ops.weight.functional import masked_weight
+from .counts import Sums, count_bits
 
 METHODS = ("one_shot", "binary")
 
 
-@dataclass
-class _Sum:
-    """The sum of the bits of packed masks, kept between calls: adding up thousands of masks takes longer than the forward."""
+@dataclass(frozen=True)
+class Masks:
+    """The masks of some tasks of one TaskDict, at one moment."""
 
-    bits: dict[str, Tensor] = field(default_factory=dict)
-    total: Tensor | None = None
+    keys: tuple[str, ...]
+    packed: list[int]
+    """The positions among ``keys`` of the tasks that are bits."""
+    bits: Tensor | None
+    """Their bits, ``[P, ...]``, a copy; None where there are none."""
+    logits: dict[int, Tensor]
+    """The logits of the other tasks, by position."""
 
-    def of(self, bits: dict[str, Tensor], like: Tensor) -> Tensor:
-        """Return the sum of ``bits``, of the shape, dtype and device of ``like``."""
-        gone = [key for key, mask in self.bits.items() if bits.get(key) is not mask]
-        new = [key for key, mask in bits.items() if self.bits.get(key) is not mask]
-        total = self.total
-        if total is None or (total.dtype, total.device) != (like.dtype, like.device) or len(gone) + len(new) >= len(bits):
-            self.bits, gone, new = {}, [], list(bits)
-            total = torch.zeros_like(like, requires_grad=False)
-        for key in gone:
-            total -= unpack_mask(self.bits[key], like.shape).to(total.dtype)
-        for key in new:
-            total += unpack_mask(bits[key], like.shape)
-        self.bits, self.total = dict(bits), total
-        return total
+    def part(self, keys: tuple[str, ...]) -> Masks:
+        """Return those of some of the tasks, in this order."""
+        if keys == self.keys:
+            return self
+        places = {key: index for index, key in enumerate(self.keys)}
+        rows = {index: row for row, index in enumerate(self.packed)}
+        chosen = [places[key] for key in keys]
+        packed = [index for index, place in enumerate(chosen) if place in rows]
+        bits = None if self.bits is None or not packed else self.bits[[rows[chosen[index]] for index in packed]]
+        return Masks(keys, packed, bits, {index: self.logits[place] for index, place in enumerate(chosen) if place in self.logits})
 
 
-class Sums:
-    """Keeps for each TaskDict of masks the sum of all that are bits."""
+class Snapshot:
+    """The masks of all tasks of a model at one moment, so that one inference sees the same ones from its beginning to its end.
 
-    def __init__(self) -> None:
-        self._sums: WeakKeyDictionary[nn.Module, _Sum] = WeakKeyDictionary()
+    Other threads may add, pack and remove tasks meanwhile.
 
-    def mean_gate(self, layer: MaskedLayer, masks: TaskDict, keys: Sequence[str], like: Tensor) -> Tensor:
-        """Return ``1/T sum_t g(M_t)`` over the tasks with these keys."""
-        bits = masks._bits_of(keys)
-        # A part of the tasks does not take the place of the sum over all.
-        kept = self._sums.setdefault(masks, _Sum()) if len(keys) == len(masks) else _Sum()
-        total = kept.of(bits, like).clone() if bits else torch.zeros_like(like, requires_grad=False)
-        for key in keys:
-            if key not in bits:
-                total += gate_values(masks._tensor(key), *layer._resolved())[0]
+    Args:
+        model: has masked layers.
+        sums: keeps sums of bits from one inference to the next.
+
+    Raises:
+        ValueError: a task's logits hold NaN.
+    """
+
+    def __init__(self, model: nn.Module, sums: Sums | None = None):
+        sums = Sums() if sums is None else sums
+        self._masks: dict[TaskDict, Masks] = {}
+        self._totals: dict[TaskDict, Tensor] = {}
+        with structure():
+            self.names = tasks(model)
+            refuse_nan(model, self.names, "inferred")
+            keys = tuple(escape(name) for name in self.names)
+            groups = [group for _, layer in masked_layers(model) for group in layer._groups()]
+            found = {tensors: (_held(tensors, keys), like) for like, tensors in groups}
+        for tensors, (masks, like) in found.items():
+            packed = [index for index, mask in enumerate(masks) if mask.dtype == torch.uint8]
+            logits = (
+                {index: mask for index, mask in enumerate(masks) if mask.dtype != torch.uint8} if len(packed) < len(keys) else {}
+            )
+            summed = sums.of(tensors, [masks[index] for index in packed], like) if packed else None
+            self._masks[tensors] = Masks(keys, packed, None if summed is None else summed.bits, logits)
+            if summed is not None:
+                self._totals[tensors] = summed.total
+
+    def of(self, tensors: TaskDict, keys: tuple[str, ...]) -> Masks:
+        """Return the masks of the tasks with these keys."""
+        return self._masks[tensors].part(keys)
+
+    def mean_gate(self, layer: MaskedLayer, tensors: TaskDict, keys: tuple[str, ...], like: Tensor) -> Tensor:
+        """Return ``1/T sum_t g(M_t)`` of these tasks, for ``like`` what they mask; the sum is in float32 or float64."""
+        masks, wide = self.of(tensors, keys), compute_dtype(like.dtype)
+        if masks.bits is None:
+            total = torch.zeros_like(like, dtype=wide, requires_grad=False)
+        elif masks is self._masks[tensors]:
+            total = self._totals[tensors].to(wide, copy=True)
+        else:
+            total = count_bits(masks.bits, like).to(wide)
+        for mask in masks.logits.values():
+            total += gate_values(mask.detach().to(wide), *layer._resolved())[0]
         return total / len(keys)
+
+
+def _held(tensors: TaskDict, keys: tuple[str, ...]) -> list[Tensor]:
+    buffers = tensors._buffers
+    return [tensors._tensor(key) if mask is None else mask for key, mask in ((key, buffers.get(key)) for key in keys)]
 
 
 class _Probe:
     """The mean of some tasks, ``theta = W * 1/T sum_t g(M_t)``, that remembers what every masked layer got and gave."""
 
-    def __init__(self, names: Sequence[str], sums: Sums):
+    def __init__(self, names: Sequence[str], snapshot: Snapshot):
         amounts = dict.fromkeys(names, 1.0 / len(names))
         self.selection = ObservedSuperposition(amounts, self._mixed, self._observe)
-        self.sums = sums
+        self.snapshot = snapshot
         self.seen: list[tuple[MaskedLayer, Tensor, Tensor]] = []
 
     def _mixed(self, layer: nn.Module, what: str) -> Tensor | None:
@@ -83,7 +126,8 @@ class _Probe:
         shared, masks = layer._group(what)
         if shared is None or masks is None:
             return shared
-        return shared.detach() * self.sums.mean_gate(layer, masks, self.selection.keys, shared.detach())
+        mean = self.snapshot.mean_gate(layer, masks, self.selection.keys, shared)
+        return (shared.detach().to(mean.dtype) * mean).to(shared.dtype)
 
     def _observe(self, layer: nn.Module, input: Tensor, output: Tensor) -> Tensor:
         assert isinstance(layer, MaskedLayer)
@@ -93,7 +137,7 @@ class _Probe:
         return output.clone()  # what comes next may write in place, as ReLU(inplace=True) does
 
 
-def infer(model: nn.Module, names: list[str], x: Tensor, method: str, per_sample: bool, sums: Sums) -> list[str] | str:
+def infer(model: nn.Module, x: Tensor, method: str, per_sample: bool, sums: Sums) -> list[str] | str:
     """See :meth:`metamask_ext.MaskBank.infer_task`."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
@@ -102,15 +146,17 @@ def infer(model: nn.Module, names: list[str], x: Tensor, method: str, per_sample
     if x.dim() == 0 or len(x) == 0:
         raise ValueError(f"x must be [B, ...] with at least one sample, got shape {list(x.shape)}")
     with torch.inference_mode(False), torch.enable_grad():
+        snapshot = Snapshot(model, sums)
+        names = snapshot.names
         if method == "one_shot":
-            gradient = entropy_gradient(model, names, x, per_sample, sums)
+            gradient = entropy_gradient(model, names, x, per_sample, snapshot)
             found = [names[index] for index in gradient.argmin(1).tolist()]
         else:
-            found = _halve(model, names, x, per_sample, sums)
+            found = _halve(model, names, x, per_sample, snapshot)
     return found if per_sample else found[0]
 
 
-def _halve(model: nn.Module, names: list[str], x: Tensor, per_sample: bool, sums: Sums) -> list[str]:
+def _halve(model: nn.Module, names: list[str], x: Tensor, per_sample: bool, snapshot: Snapshot) -> list[str]:
     """Find each sample's task (or the batch's): half of the candidates stay at every step. Samples of one opinion go together."""
     found: dict[int, str] = {}
     groups: dict[tuple[str, ...], list[int]] = {tuple(names): list(range(len(x) if per_sample else 1))}
@@ -120,7 +166,7 @@ def _halve(model: nn.Module, names: list[str], x: Tensor, per_sample: bool, sums
             if len(candidates) == 1:
                 found.update(dict.fromkeys(rows, candidates[0]))
                 continue
-            gradient = entropy_gradient(model, candidates, x[rows] if per_sample else x, per_sample, sums)
+            gradient = entropy_gradient(model, candidates, x[rows] if per_sample else x, per_sample, snapshot)
             half = (len(candidates) + 1) // 2
             best = gradient.topk(half, 1, largest=False).indices.sort(1).values
             for row, kept in zip(rows, best.tolist(), strict=True):
@@ -129,24 +175,22 @@ def _halve(model: nn.Module, names: list[str], x: Tensor, per_sample: bool, sums
     return [found[row] for row in sorted(found)]
 
 
-def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_sample: bool, sums: Sums) -> Tensor:
+def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_sample: bool, snapshot: Snapshot) -> Tensor:
     """Return ``dH_b/dalpha_t`` at ``alpha = 1/T``, ``[B, T]`` (``[1, T]``: its sum over b), H the entropy of ``softmax(model(x))``.
 
     Section 3.3: ``theta = W * sum_t alpha_t g(M_t)``. With ``x_l, dy_l`` a masked layer's input and its output's gradient it is
     ``sum_l dy_l . (W_l * g(M_lt)) x_l``: one forward and one backward of the mean of the masks, whatever T is. What else belongs to
     tasks (heads, batch-norm statistics) is averaged and held fixed.
     """
-    probe = _Probe(names, sums)
+    probe = _Probe(names, snapshot)
     with using_task(model, probe.selection):
         output = model(x)
-    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(x):
-        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"the model must give logits [B, classes] with B = {len(x)} to infer a task, got {got}")
-    log_p = torch.log_softmax(output, 1)
-    entropy = -(log_p.exp() * log_p).sum()
+    if not probe.seen:
+        raise RuntimeError(f"no masked layer of {type(model).__name__} was called: nothing tells its tasks apart")
+    entropy = _entropy(output, len(x), len(names))
     gradients = torch.autograd.grad(entropy, [seen[2] for seen in probe.seen], allow_unused=True)
-    total = x.new_zeros(len(x) if per_sample else 1, len(names), dtype=output.dtype)
-    with torch.no_grad():
+    total = entropy.new_zeros(len(x) if per_sample else 1, len(names))
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         for (layer, given, _), gradient in zip(probe.seen, gradients, strict=True):
             if gradient is None:
                 continue
@@ -155,35 +199,66 @@ def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_samp
                     f"{type(layer).__name__} was called with {len(given)} samples, x has {len(x)}: only "
                     "per_sample=False is possible"
                 )
-            total += _layer_gradient(layer, given, gradient, probe.selection.keys, per_sample)
+            masks, *bias_masks = (snapshot.of(tensors, probe.selection.keys) for tensors in layer._dicts().values())
+            wide = torch.promote_types(compute_dtype(given.dtype), gradient.dtype)
+            total += _layer_gradient(layer, given.to(wide), gradient.to(wide), masks, *bias_masks, per_sample=per_sample)
+    if not bool(total.isfinite().all()):
+        raise ValueError(
+            f"the derivative of the entropy must be finite to infer a task, got NaN or infinity{_where(total.isfinite())}"
+        )
     return total
 
 
-def _layer_gradient(layer: MaskedLayer, input: Tensor, gradient: Tensor, keys: Sequence[str], per_sample: bool) -> Tensor:
-    """Return the derivative of the entropy by the amount of each task in this layer: ``[B, T]``, or ``[1, T]``, its sum over b."""
-    masks, bias_masks = layer._task_dict(), layer.bias_masks
-    weight, bias = layer._shared()
-    found = gradient.new_empty(len(input) if per_sample else 1, len(keys))
-    bits = masks._bits_of(keys)
-    if bits:
+def _entropy(output: object, samples: int, tasks: int) -> Tensor:
+    """Return the sum of the samples' entropies. A class of logit -inf has probability 0: 0 log 0 is 0, and so is its derivative."""
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != samples:
+        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"the model must give logits [B, classes] with B = {samples} to infer a task, got {got}")
+    if output.shape[1] < 2 and tasks > 1:
+        raise ValueError(f"the model must give logits of at least two classes to infer a task, got {list(output.shape)}")
+    log_p = torch.log_softmax(output.to(torch.promote_types(output.dtype, torch.float32)), 1)
+    if bool(log_p.isnan().any()):
+        raise ValueError(
+            f"the model's output must be logits without NaN or +inf, one of them above -inf, to infer a task{_where(~log_p.isnan())}"
+        )
+    # xlogy has no such derivative: that by p is infinite at 0.
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum()
+
+
+def _where(right: Tensor) -> str:
+    wrong = (~right.all(1)).nonzero().flatten().tolist()
+    return f" (samples {describe(wrong)})" if len(right) > 1 else ""
+
+
+def _layer_gradient(
+    layer: MaskedLayer, input: Tensor, gradient: Tensor, masks: Masks, bias_masks: Masks | None = None, *, per_sample: bool
+) -> Tensor:
+    """Return the derivative of the entropy by the amount of each task in this layer: ``[B, T]``, or ``[1, T]``, its sum over b.
+
+    Computed in the dtype of ``input`` and ``gradient``, float32 or float64.
+    """
+    wide = gradient.dtype
+    weight, bias = (None if shared is None else shared.to(wide) for shared in layer._shared())
+    assert weight is not None
+    found = gradient.new_empty(len(input) if per_sample else 1, len(masks.keys))
+    if masks.bits is not None:
         rows, gradient_rows, groups = _rows(layer, input, gradient)
         if not per_sample:
             # The masks are gone through once, not once for each sample.
             rows, gradient_rows = rows.flatten(0, 1)[None], gradient_rows.flatten(0, 1)[None]
-        part = superposition_gradient(gradient_rows, rows, weight.flatten(1), list(bits.values()), groups)
-        if bias is not None and bias_masks is not None:
+        part = superposition_gradient(gradient_rows, rows, weight.flatten(1), masks.bits, groups)
+        if bias is not None and bias_masks is not None and bias_masks.bits is not None:
             # A layer of one row, whose weight is the bias and whose input the gradient.
             of_bias = gradient_rows.flatten(1, -2).sum(1)
-            rows_of_bits = torch.cat([*bias_masks._bits_of(bits).values()]).view(len(bits), 1, -1)
-            part = part + superposition_gradient(torch.ones_like(of_bias[:, :1]), of_bias, bias[None], rows_of_bits)
-        if len(bits) == len(keys):
+            part = part + superposition_gradient(torch.ones_like(of_bias[:, :1]), of_bias, bias[None], bias_masks.bits[:, None])
+        if not masks.logits:
             return part
-        found[:, [index for index, key in enumerate(keys) if key in bits]] = part.to(found.dtype)
-    for index, key in enumerate(keys):
-        if key in bits:
-            continue
-        bias_mask = None if bias_masks is None else bias_masks._tensor(key)
-        change = (layer._masked(input, masks._tensor(key), bias_mask) * gradient).flatten(1).sum(1)
+        found[:, masks.packed] = part
+    for index, mask in masks.logits.items():
+        theta = masked_weight(weight, mask.to(wide), **layer._gate())
+        bias_mask = None if bias_masks is None else bias_masks.logits[index]
+        own_bias = bias if bias is None or bias_mask is None else masked_weight(bias, bias_mask.to(wide), **layer._gate())
+        change = (layer._plain(input, theta, own_bias) * gradient).flatten(1).sum(1)
         found[:, index] = change if per_sample else change.sum()
     return found
 

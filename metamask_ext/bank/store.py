@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .index import INDEX, BankError, File, Index, JsonObject, Task, read_index, regular_file
+from .index import INDEX, BankError, BankNotFoundError, File, Index, JsonObject, Task, read_index, regular_file
 
 _CHUNK = 1 << 20
 
@@ -59,6 +59,18 @@ class Store:
         """The SHA-256 of the shared weights' file: two banks with the same one have the same weights."""
         return self._opened.shared.sha256
 
+    @property
+    def state(self) -> str:
+        """Name the state of the folder that was opened: the SHA-256 of ``bank.json``. No two saves have the same one."""
+        return self._opened.state
+
+    def is_stale(self) -> bool:
+        """Return whether the folder has been saved into since, or holds no bank any more."""
+        try:
+            return read_index(self.directory).state != self.state
+        except BankNotFoundError:
+            return True
+
     def shared(self) -> dict[str, Tensor]:
         """Return the shared weights. BankError if their file is damaged or gone."""
         return self._current(lambda index: self._load(index.shared))
@@ -77,6 +89,10 @@ class Store:
         """Return what was saved as the task's ``info``, with ``file`` and ``bytes`` of its file."""
         task = self._task(self._index, self._slot(name))
         return {**task.info, "file": task.file.path, "bytes": task.file.bytes}
+
+    def info(self, name: str) -> JsonObject:
+        """Return what was saved as the task's ``info``."""
+        return dict(self._task(self._index, self._slot(name)).info)
 
     def bytes_per_task(self, name: str) -> int:
         """Return the size of the task's file."""

@@ -17,7 +17,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeAlias
@@ -73,6 +73,8 @@ def save(
     meta: Mapping[str, object],
     shared: Mapping[str, Tensor],
     tasks: Slots,
+    *,
+    seen: Collection[str] | None = None,
 ) -> Store:
     """Make the folder hold this bank, whatever it held before. Files whose contents are there already are not written again.
 
@@ -87,14 +89,16 @@ def save(
         tasks: by slot, None for a removed one: the name, and either tensors and info (a JSON object without the keys ``file`` and
             ``bytes``), or a reference ``(store, name)`` to an unchanged task of an opened bank. A reference into this folder costs
             no reading and no writing, unless ``shared`` has changed: a file says which shared weights it belongs to.
+        seen: the states of the folder (:attr:`Store.state`) that may be replaced, compared under the lock of the commit: no save of
+            others is undone unseen. None: any. A folder without a bank may always be written to.
 
     Returns:
         The bank, opened. Later references into this folder must be to this one: it knows the newest state.
 
     Raises:
-        BankError: another process is writing, or the folder cannot be locked; its ``bank.json`` is damaged (delete it to start
-            anew); a referenced file is damaged or missing; a reference into this folder is from a store opened before the last
-            save, which would be undone.
+        BankError: another process is writing, or the folder cannot be locked; it holds a state that is not in ``seen``; its
+            ``bank.json`` is damaged (delete it to start anew); a referenced file is damaged or missing; a reference into this
+            folder is from a store opened before the last save, which would be undone.
         TypeError, ValueError: a task's name, tensor, info or ``meta`` cannot be stored, or a name occurs twice.
         OSError: the files cannot be written (disk full). The old bank is whole, and what was written is removed.
     """
@@ -111,6 +115,11 @@ def save(
         if (folder / TASKS).is_symlink():
             raise BankError(f"{folder / TASKS}: a symbolic link; a bank's folder must hold its own files")
         before = _committed(folder)
+        if before is not None and seen is not None and before.state not in seen:
+            raise BankError(
+                f"{folder / INDEX}: holds commit {before.commit}, which this bank has not seen: another was saved here. Load it, or "
+                "save with overwrite=True to replace it"
+            )
         _sweep(folder, before)
         try:
             index = _Writer(folder, before).commit(meta, shared, tasks)
@@ -189,7 +198,7 @@ class _Writer:
         if isinstance(data[0], Store):
             store, source = data
             if store.directory == self.folder:
-                if self.before is None or store._opened.data != self.before.data:
+                if self.before is None or store.state != self.before.state:
                     raise BankError(f"{self.folder / INDEX}: was saved again since this bank was opened. Open it again")
                 if shared == store.shared_sha256:
                     kept = store._task(self.before, store._slot(source))

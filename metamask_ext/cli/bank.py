@@ -65,7 +65,7 @@ def rm(directory: Folder, names: Annotated[list[str], typer.Argument(metavar="NA
         store = Store.open(directory)
         _check_known(store, names)
         kept = [None if name in names else name for name in store.tasks]
-        save(directory, store.meta, store.shared(), _references(store, kept))
+        save(directory, store.meta, store.shared(), _references(store, kept), seen={store.state})
 
 
 @app.command()
@@ -87,7 +87,8 @@ def add(
             fail(f"{other.directory} has other settings than {store.directory}: {', '.join(differing)}")
         if present := [name for name in chosen if name in store.tasks]:
             fail(f"{store.directory} has a task {present[0]!r} already")
-        save(directory, store.meta, store.shared(), [*_references(store, store.tasks), *_references(other, chosen)])
+        tasks = [*_references(store, store.tasks), *_references(other, chosen)]
+        save(directory, store.meta, store.shared(), tasks, seen={store.state})
 
 
 @app.command()

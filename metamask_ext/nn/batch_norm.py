@@ -76,7 +76,7 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
         if self.training or not tracked:
             mean, variance = self._statistics(x, positions, batch)
         else:
-            mean, variance = (self._gather(name, batch) for name in ("running_mean", "running_var"))
+            mean, variance = (self._gather(name, batch).to(x.dtype) for name in ("running_mean", "running_var"))
         scale = torch.rsqrt(variance + self.eps)
         if self.affine:
             scale = scale * self._gather("weight", batch)
@@ -123,10 +123,12 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
         foreach_add_(counts, 1)
         weight: float | Tensor | None = self.momentum
         if weight is None:  # a cumulative average
-            weight = 1.0 / torch.stack(counts).to(mean.dtype)[:, None]
+            weight = 1.0 / torch.stack(counts)[:, None]
         for running, new in ((means, mean), (variances, variance)):
             before = torch.stack(running)
-            foreach_copy_(running, list(before.lerp(new.to(before.dtype), weight).unbind()))
+            wide = torch.promote_types(before.dtype, mean.dtype)  # not the 16 bits of the statistics
+            weight = weight.to(wide) if isinstance(weight, Tensor) else weight
+            foreach_copy_(running, list(before.to(wide).lerp(new.to(wide), weight).to(before.dtype).unbind()))
 
     def _one(self, name: str, key: str) -> Tensor:
         tensors: TaskDict = self._own()[name]

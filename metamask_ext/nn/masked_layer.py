@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.checks import DTYPES
-from ..ops.gate import SIXTEEN_BITS, gate_values, resolve_gate
+from ..ops.gate import SIXTEEN_BITS, compute_dtype, gate_values, resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import pack_mask, unpack_mask
 from ..ops.weight.functional import masked_weight
@@ -196,20 +196,24 @@ class MaskedLayer(TaskLayer):
         out.copy_(self._combined(tensors, amounts, out))
 
     def _combined(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], like: Tensor) -> Tensor:
-        """Logits of the shape of ``like`` whose gate is this combination of the tasks' gates, differentiable for all of it."""
+        """Logits of the shape of ``like`` whose gate is this combination of the tasks' gates, differentiable for all of it.
+
+        The sum over tasks is in float32 or float64, and its logits are rounded once to the dtype of ``like``.
+        """
         total: Tensor | float = 0.0
+        wide = compute_dtype(like.dtype)
         for task, amount in amounts.items():
             mask = tensors[task]
             if mask.dtype == torch.uint8:
-                gate = unpack_mask(mask, like.shape).to(like.dtype)
+                gate = unpack_mask(mask, like.shape).to(wide)
             else:
-                gate = gate_values(mask, *self._resolved())[0]
+                gate = gate_values(mask.to(wide), *self._resolved())[0]
             total = total + amount * gate
         assert isinstance(total, Tensor)  # a combination has at least one task
         if self.gate == "hard":
-            return total - 0.5 + self.threshold
-        bound = torch.tensor(LARGEST_COMBINED, dtype=like.dtype).sigmoid().item()
-        return torch.logit(total.clamp(1 - bound, bound)) * self.temperature
+            return (total - 0.5 + self.threshold).to(like.dtype)
+        bound = torch.tensor(LARGEST_COMBINED, dtype=wide).sigmoid().item()
+        return (torch.logit(total.clamp(1 - bound, bound)) * self.temperature).to(like.dtype)
 
     def _init_logits(self, logits: Tensor) -> None:
         if self.mask_init == "normal":
@@ -430,10 +434,19 @@ class MaskedLayer(TaskLayer):
         return self._with_mask(what, masks[what == "bias"])
 
     def _mixed(self, superposition: Superposition, what: str) -> Tensor | None:
-        if self._group(what)[0] is None:
-            return None
-        each = (self._theta(what, key) for key in superposition.keys)
-        return superposition.mix(theta for theta in each if theta is not None)
+        shared, masks = self._group(what)
+        if shared is None or masks is None:
+            return shared
+        # What each task gives is not rounded to 16 bits before the sum.
+        wide = shared.to(compute_dtype(shared.dtype))
+        thetas = (self._masked_by(wide, masks._tensor(key)) for key in superposition.keys)
+        return superposition.mix(thetas).to(shared.dtype)
+
+    def _masked_by(self, shared: Tensor, mask: Tensor) -> Tensor:
+        """Return ``shared`` masked by bits, or by the gate of logits in its dtype."""
+        if mask.dtype == torch.uint8:
+            return shared * unpack_mask(mask, shared.shape)
+        return masked_weight(shared, mask.to(shared.dtype), **self._gate())
 
     def _group(self, what: str) -> tuple[Tensor | None, TaskDict | None]:
         weight, bias = self._shared()

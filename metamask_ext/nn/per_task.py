@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from ..ops.gate import compute_dtype
 from ..torch_private import BatchNorm, disable_dynamo
 from .context import AmbiguousTaskError
 from .guarded import AmbiguousTensor
@@ -183,10 +184,13 @@ class PerTask(TaskLayer):
         return [(name, tensor) for name, tensor in kept.items() if tensor is not None]
 
     def _combine(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], out: Tensor) -> None:
-        out.zero_()
-        if out.is_floating_point():  # no count
+        if out.is_floating_point():
+            total = torch.zeros_like(out, dtype=compute_dtype(out.dtype))
             for task, amount in amounts.items():
-                out += amount * tensors[task]
+                total += amount * tensors[task].to(total.dtype)
+            out.copy_(total)
+        else:
+            out.zero_()  # a count
 
     def _load_plain(self, state_dict: StateDict, prefix: str) -> None:
         for name, tensors in self._own().items():

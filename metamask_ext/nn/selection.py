@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..ops.gate import compute_dtype
 from ..torch_private import BatchNorm
 from .names import escape
 
@@ -118,12 +119,17 @@ class Superposition(Selection):
         self.amounts = tuple(amounts.values())
 
     def mix(self, tensors: Iterable[Tensor]) -> Tensor:
-        """``sum_t alpha_t x_t``, for tensors in the order of the tasks."""
+        """``sum_t alpha_t x_t``, for tensors in the order of the tasks, in their dtype. The sum is in float32 or float64.
+
+        Counts are rounded to whole ones.
+        """
         total: float | Tensor = 0.0
+        dtype = torch.float32
         for amount, tensor in zip(self.amounts, tensors, strict=True):
-            total = total + amount * tensor
+            dtype = tensor.dtype
+            total = total + amount * tensor.to(compute_dtype(dtype) if dtype.is_floating_point else torch.float64)
         assert isinstance(total, Tensor)  # a superposition has at least one task
-        return total
+        return total.to(dtype) if dtype.is_floating_point else total.round().to(dtype)
 
 
 class ObservedSuperposition(Superposition):

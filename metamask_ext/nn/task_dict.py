@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .names import describe, escape
+from .structure import structure
 
 
 class TaskDict(nn.ParameterDict):
@@ -33,8 +34,6 @@ class TaskDict(nn.ParameterDict):
         self._fetch: Callable[[str], Tensor] | None = None
         self._waiting: dict[str, None] = {}
         """The names of tasks that are still to be fetched."""
-        self._fetched: dict[str, Tensor] = {}
-        """By name, the bits that are as they are in the file."""
 
     def _key_to_attr(self, key: str) -> str:
         return escape(key)
@@ -49,8 +48,7 @@ class TaskDict(nn.ParameterDict):
         else:
             self._parameters[key] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
             self._buffers.pop(key, None)
-        self._waiting.pop(name, None)
-        self._fetched.pop(name, None)
+        self._is_here(name)
         if name not in self._keys:
             self._keys[name] = None
             self._slots[key] = len(self._names)
@@ -67,8 +65,7 @@ class TaskDict(nn.ParameterDict):
         key = escape(name)
         self._parameters.pop(key, None)
         self._buffers.pop(key, None)
-        self._waiting.pop(name, None)
-        self._fetched.pop(name, None)
+        self._is_here(name)
         self._names[self._slots.pop(key)] = None
         self._count()
 
@@ -80,20 +77,13 @@ class TaskDict(nn.ParameterDict):
 
     def _tensor(self, key: str) -> Tensor:
         """The tensor of the task with this key."""
-        tensor: Tensor | None = self._parameters.get(key)
-        if tensor is None:
-            tensor = self._buffers.get(key)
+        tensor = self._held(key)
         return self._fetch_now(key) if tensor is None else tensor
 
-    def _bits_of(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """The bits of those among the tasks with these keys that have bits."""
-        parameters, buffers = self._parameters, self._buffers
-        found = {}
-        for key in keys:
-            if key not in parameters:
-                bits = buffers.get(key)
-                found[key] = self._fetch_now(key) if bits is None else bits
-        return found
+    def _held(self, key: str) -> Tensor | None:
+        """The tensor of the task with this key; None where it is still to be fetched, or there is no such task."""
+        tensor: Tensor | None = self._parameters.get(key)
+        return self._buffers.get(key) if tensor is None else tensor
 
     def _logits(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The tasks that have a parameter here, with it."""
@@ -106,10 +96,9 @@ class TaskDict(nn.ParameterDict):
     # Tasks in a file
 
     def _wait_for(self, names: Sequence[str | None], fetch: Callable[[str], Tensor]) -> None:
-        """Have these tasks and no other, by slot; ``fetch(name)`` gives the tensor of one when it is used."""
+        """Have these tasks and no other, by slot; ``fetch(name)`` gives the tensor of one, a buffer, when it is used."""
         self._parameters.clear()
         self._buffers.clear()
-        self._fetched.clear()
         self._names = list(names)
         self._slots = {escape(name): slot for slot, name in enumerate(names) if name is not None}
         self._keys = {name: None for name in names if name is not None}
@@ -118,19 +107,27 @@ class TaskDict(nn.ParameterDict):
         self._count()
 
     def _fetch_now(self, key: str) -> Tensor:
-        name = self._names[self._slots[key]]
-        assert name is not None and self._fetch is not None
-        tensor = self._fetch(name)
-        if self._only_buffers or tensor.dtype == torch.uint8:
-            # Two threads may come here at once: both go on with what the first one left.
-            kept = self._buffers.setdefault(key, tensor)
-        else:
-            kept = self._parameters.setdefault(key, nn.Parameter(tensor))
-        assert kept is not None
-        if kept.dtype == torch.uint8:
-            self._fetched[name] = kept
+        fetch, slot = self._fetch, self._slots.get(key)
+        name = None if slot is None else self._names[slot]
+        fetched: Tensor | None = None
+        if name in self._waiting and fetch is not None:
+            with torch.inference_mode(False):  # it stays, and may be saved for a backward one day
+                fetched = fetch(name)
+        with structure():
+            # Another thread may have been here meanwhile: both go on with what the first one left.
+            found = self._held(key)
+            if found is None:
+                if fetched is None or key not in self._slots:
+                    raise RuntimeError(f"a task was removed while it was used; there are {describe(self)}")
+                found = self._buffers[key] = fetched
+            if name is not None:
+                self._is_here(name)
+        return found
+
+    def _is_here(self, name: str) -> None:
         self._waiting.pop(name, None)
-        return kept
+        if not self._waiting:
+            self._fetch = None  # a model that waits for no file can be pickled
 
     def _fetch_all(self) -> None:
         for name in list(self._waiting):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import first_true, has_values, nan_flag
+from ..ops.gate import compute_dtype
 from .context import is_active
 from .masked_layer import MaskedLayer
-from .names import check_name, describe
+from .names import check_name, describe, escape
+from .structure import structure
 from .task_dict import TaskDict
 from .task_layer import TaskLayer, raise_no_layer, task_layers
 
@@ -27,18 +30,19 @@ def tasks(model: nn.Module) -> list[str]:
     Raises:
         ValueError: ``model`` has no masked layer, or its layers have different tasks.
     """
-    layers = task_layers(model)
-    first_name, first = layers[0]
-    names = list(first._task_dict())
-    known = set(names)
-    for name, layer in layers:
-        for tensors in layer._dicts().values():
-            if tensors.keys() != known:
-                raise ValueError(
-                    f"the masks of the model have different tasks: those of {first_name or 'the model'!r} {describe(names)}, "
-                    f"those of {name or 'the model'!r} {describe(tensors)}"
-                )
-    return names
+    with structure():
+        layers = task_layers(model)
+        first_name, first = layers[0]
+        names = list(first._task_dict())
+        known = set(names)
+        for name, layer in layers:
+            for tensors in layer._dicts().values():
+                if tensors.keys() != known:
+                    raise ValueError(
+                        f"the masks of the model have different tasks: those of {first_name or 'the model'!r} {describe(names)}, "
+                        f"those of {name or 'the model'!r} {describe(tensors)}"
+                    )
+        return names
 
 
 def slots(model: nn.Module) -> list[str | None]:
@@ -50,8 +54,9 @@ def slots(model: nn.Module) -> list[str | None]:
     Raises:
         ValueError: as :func:`tasks`.
     """
-    tasks(model)
-    return list(task_layers(model)[0][1]._task_dict()._names)
+    with structure():
+        tasks(model)
+        return list(task_layers(model)[0][1]._task_dict()._names)
 
 
 def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "random") -> None:
@@ -67,25 +72,21 @@ def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "ran
             mapping ``{task: alpha}``: logits whose gate is ``sum_t alpha_t g(M_t)``, a linear combination of known tasks from
             which an unseen one can be tuned (Blum and Law, section 2.1, "During test time"). For the sigmoid gate that sum is
             kept within sigmoid(-4) and sigmoid(4); the hard gate is on where it is above 1/2. Packed tasks may be combined too.
+            Sums over tasks are in float32, or in float64 for tensors of that dtype, and rounded once.
 
     Raises:
-        ValueError: the task exists, ``init`` is unknown or names an unknown task, logits are asked of a packed task, or ``model``
-            has no masked layer.
+        ValueError: the task exists, ``init`` is unknown or names an unknown task, logits are asked of a packed task, NaN would
+            come out of a mean or a combination, or ``model`` has no masked layer.
     """
+    with structure():
+        _add_task(model, name, init)
+
+
+def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> None:
     known = tasks(model)
     if check_name(name) in known:
         raise ValueError(f"task {name!r} exists; the model has {describe(known)}")
-    amounts, source = None, None
-    if isinstance(init, Mapping):
-        amounts = check_amounts(known, init, "init")
-    elif not isinstance(init, str):
-        raise TypeError(f"init must be a string, got {type(init).__name__}")
-    elif init.startswith("copy:"):
-        source = init[len("copy:") :]
-        if source not in known:
-            raise ValueError(f"init must copy one of {describe(known)}, got {init!r}")
-    elif init not in ("random", "mean"):
-        raise ValueError(f"init must be 'random', 'mean', 'copy:<task>' or a mapping of tasks, got {init!r}")
+    amounts, source = _resolve_init(known, init)
 
     def fill(layer: TaskLayer, tensors: TaskDict, out: Tensor) -> None:
         if amounts is not None:
@@ -93,15 +94,41 @@ def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "ran
         elif source is not None:
             out.copy_(_values(layer, tensors, source))
         elif out.is_floating_point():
-            out.zero_()
+            total = torch.zeros_like(out, dtype=compute_dtype(out.dtype))
             for task in tensors:
-                out += _values(layer, tensors, task) / len(tensors)
+                total += _values(layer, tensors, task)
+            out.copy_(total / len(tensors))
         else:
             out.zero_()  # a count
 
-    new = [entry for _, layer in task_layers(model) for entry in layer._new_tensors(None if init == "random" else fill)]
-    for tensors, tensor in new:
+    computed = amounts is not None or init == "mean"
+    if computed:
+        refuse_nan(model, known if amounts is None else amounts, "combined")
+    how = None if init == "random" else fill
+    new = [(path, *entry) for path, layer in task_layers(model) for entry in layer._new_tensors(how)]
+    if computed:
+        checked = [(path, tensor) for path, _, tensor in new if tensor.is_floating_point() and has_values(tensor)]
+        bad = first_true([nan_flag(tensor) for _, tensor in checked])
+        if bad is not None:
+            raise ValueError(f"init gives NaN for task {name!r} in layer {checked[bad][0]!r}: it combines NaN, or +inf with -inf")
+    for _, tensors, tensor in new:
         tensors[name] = tensor
+
+
+def _resolve_init(known: list[str], init: str | Mapping[str, float]) -> tuple[dict[str, float | Tensor] | None, str | None]:
+    """The coefficients of a combination, or the task to copy, of those that are known; TypeError or ValueError for no ``init``."""
+    if isinstance(init, Mapping):
+        return check_amounts(known, init, "init"), None
+    if not isinstance(init, str):
+        raise TypeError(f"init must be a string, got {type(init).__name__}")
+    if init.startswith("copy:"):
+        source = init[len("copy:") :]
+        if source not in known:
+            raise ValueError(f"init must copy one of {describe(known)}, got {init!r}")
+        return None, source
+    if init not in ("random", "mean"):
+        raise ValueError(f"init must be 'random', 'mean', 'copy:<task>' or a mapping of tasks, got {init!r}")
+    return None, None
 
 
 def _values(layer: TaskLayer, tensors: TaskDict, task: str) -> Tensor:
@@ -135,7 +162,35 @@ def check_amounts(known: list[str], amounts: Mapping[str, float | Tensor], argum
             if not finite:
                 raise ValueError(f"{argument}[{task!r}] must be finite, got {amount}")
             checked[task] = float(amount)
+    given = {task: amount for task, amount in checked.items() if isinstance(amount, Tensor) and has_values(amount)}
+    bad = first_true([amount.detach().isfinite().logical_not() for amount in given.values()])
+    if bad is not None:
+        task = list(given)[bad]
+        raise ValueError(f"{argument}[{task!r}] must be finite, got {float(given[task])}")
     return checked
+
+
+def refuse_nan(model: nn.Module, names: Iterable[str], done: str) -> None:
+    """Refuse masks that hold NaN, as those of a training that diverged: a comparison with NaN is false, so a bit would hide it.
+
+    Where values cannot be looked at, under torch.compile and in transforms of torch.func, nothing is refused.
+
+    Raises:
+        ValueError: names the task, the layer and what cannot be ``done`` with it.
+    """
+    wanted, places, flags = {escape(name): name for name in names}, [], []
+    for path, layer in task_layers(model):
+        if not isinstance(layer, MaskedLayer):
+            continue
+        for kind, tensors in layer._dicts().items():
+            for key, logits in list(tensors._parameters.items()):
+                if key in wanted and logits is not None and has_values(logits):
+                    places.append((wanted[key], kind, path))
+                    flags.append(nan_flag(logits))
+    bad = first_true(flags)
+    if bad is not None:
+        name, kind, path = places[bad]
+        raise ValueError(f"task {name!r} cannot be {done}: its {kind} in layer {path!r} hold NaN")
 
 
 def pack_task(model: nn.Module, name: str) -> None:
@@ -144,13 +199,15 @@ def pack_task(model: nn.Module, name: str) -> None:
     The parameters go away; what an optimiser keeps for them stays with it. A task that is packed stays as it is.
 
     Raises:
-        ValueError: the task is unknown, or ``model`` has no masked layer.
+        ValueError: the task is unknown, a logit of it is NaN, or ``model`` has no masked layer. Nothing has changed.
     """
-    known = tasks(model)
-    if name not in known:
-        raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
-    for masks, bits in [entry for _, layer in masked_layers(model) for entry in layer._bits(name)]:
-        masks[name] = bits
+    with structure():
+        known = tasks(model)
+        if name not in known:
+            raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
+        refuse_nan(model, [name], "packed")
+        for masks, bits in [entry for _, layer in masked_layers(model) for entry in layer._bits(name)]:
+            masks[name] = bits
 
 
 def remove_task(model: nn.Module, name: str) -> None:
@@ -160,13 +217,14 @@ def remove_task(model: nn.Module, name: str) -> None:
         ValueError: the task is unknown, or the last one.
         RuntimeError: the task is active in an open ``using_task`` block.
     """
-    known = tasks(model)
-    if name not in known:
-        raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
-    if len(known) == 1:
-        raise ValueError(f"task {name!r} is the model's last one: a masked layer needs a mask")
-    layers = [layer for _, layer in task_layers(model)]
-    if is_active(layers, name):
-        raise RuntimeError(f"task {name!r} is active: leave its using_task block before removing it")
-    for layer in layers:
-        layer._remove_task(name)
+    with structure():
+        known = tasks(model)
+        if name not in known:
+            raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
+        if len(known) == 1:
+            raise ValueError(f"task {name!r} is the model's last one: a masked layer needs a mask")
+        layers = [layer for _, layer in task_layers(model)]
+        if is_active(layers, name):
+            raise RuntimeError(f"task {name!r} is active: leave its using_task block before removing it")
+        for layer in layers:
+            layer._remove_task(name)

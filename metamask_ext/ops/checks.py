@@ -244,6 +244,30 @@ def check_mask_logits(mask_logits: Tensor, threshold: float) -> None:
         raise ValueError("threshold must be a number, got nan")
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a check may look at the numbers of ``tensor``: not under torch.compile, in torch.func's transforms or on ``meta``."""
+    return not (torch.compiler.is_compiling() or torch_private.in_transform() or tensor.is_meta)
+
+
+def nan_flag(tensor: Tensor) -> Tensor:
+    """Whether a number of ``tensor`` is NaN, as a tensor of one: a GPU is not waited for. NaN is the largest for ``amax``."""
+    if tensor.numel() == 0:
+        return torch.zeros((), dtype=torch.bool, device=tensor.device)
+    return tensor.detach().amax().isnan()
+
+
+def first_true(flags: Sequence[Tensor]) -> int | None:
+    """The position of the first flag that is set, None without one: one transfer from each device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, flag in enumerate(flags):
+        by_device.setdefault(flag.device, []).append(index)
+    found: list[int] = []
+    for indices in by_device.values():
+        values = torch.stack([flags[index] for index in indices]).tolist()
+        found += [index for index, value in zip(indices, values) if value]
+    return min(found, default=None)
+
+
 def check_shape(packed: Tensor, shape: Sequence[int]) -> None:
     """Refuse a packed mask that is not that of a mask of ``shape``."""
     if not isinstance(packed, Tensor):

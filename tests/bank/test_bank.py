@@ -220,13 +220,14 @@ class TestInference:
     @each_model
     @each_packed
     def test_the_gradient_is_autograds(self, name, packed):
-        from metamask_ext.bank.inference import Sums, entropy_gradient
+        from metamask_ext.bank.inference import Snapshot, entropy_gradient
 
         bank, x = make(name, packed)
-        for names in (["a", "b", "c"], ["c", "a"], ["b"]):
-            got = entropy_gradient(bank.model, names, x, True, Sums())
+        snapshot = Snapshot(bank.model)
+        for names in (["a", "b", "c"], ["c", "a"], ["b", "c", "a"], ["b"]):
+            got = entropy_gradient(bank.model, names, x, True, snapshot)
             torch.testing.assert_close(got, entropy_gradients(bank, x, names))
-            torch.testing.assert_close(entropy_gradient(bank.model, names, x, False, Sums())[0], got.sum(0))
+            torch.testing.assert_close(entropy_gradient(bank.model, names, x, False, snapshot)[0], got.sum(0))
         assert all(grad is None for grad in gradients(bank.model).values())
 
     @pytest.mark.parametrize("per_sample", [True, False])
@@ -282,9 +283,9 @@ class TestInference:
         twin = MaskBank(copy.deepcopy(bank.model))
         for index in (1, 3):
             bank.model[index], twin.model[index] = nn.ReLU(inplace=True), nn.ReLU()
-        from metamask_ext.bank.inference import Sums, entropy_gradient
+        from metamask_ext.bank.inference import Snapshot, entropy_gradient
 
-        got, wanted = (entropy_gradient(each.model, each.tasks, x, True, Sums()) for each in (bank, twin))
+        got, wanted = (entropy_gradient(each.model, each.tasks, x, True, Snapshot(each.model)) for each in (bank, twin))
         torch.testing.assert_close(got, wanted)
 
     def test_no_grad_and_inference_mode_around_do_not_matter(self):

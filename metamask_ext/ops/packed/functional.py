@@ -21,6 +21,8 @@ from ..checks import (
     check_packed_weight,
     check_shape,
     check_slot_values,
+    has_values,
+    nan_flag,
 )
 from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
 from ..geometry import im2col, resolve_geometry
@@ -44,9 +46,12 @@ def pack_mask(mask_logits: Tensor, *, threshold: float = 0.0) -> Tensor:
 
     Raises:
         TypeError: ``mask_logits`` is no tensor or not floating point, or ``threshold`` is no number.
-        ValueError: ``mask_logits`` is a scalar, or ``threshold`` is NaN.
+        ValueError: ``mask_logits`` is a scalar or holds NaN, for which there is no bit, or ``threshold`` is NaN. Where values
+            cannot be looked at (under torch.compile, in transforms of torch.func) NaN becomes 0.
     """
     check_mask_logits(mask_logits, threshold)
+    if has_values(mask_logits) and bool(nan_flag(mask_logits)):
+        raise ValueError(f"mask_logits must not hold NaN, got {int(mask_logits.isnan().sum())} of {mask_logits.numel()}")
     if use_reference():
         return reference.pack_mask(mask_logits, threshold)
     return raw.pack_mask(mask_logits.detach(), threshold)

@@ -71,10 +71,23 @@ def test_pack_and_unpack(shape, dtype):
 
 @pytest.mark.every_device
 def test_pack_by_hand():
-    logits = torch.tensor([[1.0, -1, 0, 2, -1, -1, -1, 3, 1], [-1.0] * 8 + [float("nan")]])
+    logits = torch.tensor([[1.0, -1, 0, 2, -1, -1, -1, 3, 1], [-1.0] * 8 + [-torch.inf]])
     assert mm.pack_mask(logits).tolist() == [[0b10001001, 1], [0, 0]]
     assert mm.pack_mask(logits.t()[:, 0]).tolist() == [0b10001001, 1]
     assert mm.pack_mask(logits.requires_grad_()).tolist() == [[137, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nan_is_not_packed(dtype):
+    logits = torch.zeros(5, 9, dtype=dtype)
+    for place in ((0, 0), (4, 8), (2, 3)):
+        bad = logits.index_put((torch.tensor(place[0]), torch.tensor(place[1])), torch.tensor(torch.nan, dtype=dtype))
+        for given in (bad, bad.requires_grad_(), bad.t(), bad[:, place[1]]):
+            with pytest.raises(ValueError, match=f"mask_logits must not hold NaN, got 1 of {given.numel()}"):
+                mm.pack_mask(given)
+        assert packed_raw.pack_mask(bad.detach(), 0.0).equal(packed_raw.pack_mask(logits, 0.0)), "the op leaves that to its callers"
+    infinite = torch.tensor([torch.inf, -torch.inf, 0.0], dtype=dtype)
+    assert mm.pack_mask(infinite).tolist() == [1] and mm.pack_mask(infinite[:0]).tolist() == []
 
 
 def spread(bits):
