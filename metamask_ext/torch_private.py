@@ -7,8 +7,9 @@ tests/test_torch_private.py pins each one: a torch upgrade that changes a symbol
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import FunctionType
+import sys
+from collections.abc import Callable, Iterable
+from types import FrameType, FunctionType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._compile import _disable_dynamo
 from torch._functorch.predispatch import lazy_load_decompositions
+from torch.amp.grad_scaler import GradScaler
 from torch.autograd import Function, forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -171,3 +173,51 @@ def _checkpoint_frame(pack_hook: object) -> CheckpointFrame | None:
                 frame: CheckpointFrame = cell.cell_contents
                 return frame
     return None
+
+
+def is_fsdp_managed(module: torch.nn.Module) -> bool:
+    """Whether fully_shard, or FullyShardedDataParallel, holds the parameters of this module.
+
+    Both mark every module below them for Dynamo. A module does not know otherwise: its parameters are DTensors or plain tensors by
+    turns. ``FSDPModule`` marks only the module that fully_shard was called on.
+    """
+    return bool(module.__dict__.get("_is_fsdp_managed_module", False)) or is_fsdp_root(module)
+
+
+def is_fsdp_root(module: torch.nn.Module) -> bool:
+    """Whether fully_shard was called on this module. torch.distributed.fsdp, slow to import, is not imported for it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def saved_factor(product: Any) -> Tensor | None:
+    """The second factor that a node of a product saved: the one way to see a loss scale. None if there is none any more."""
+    try:
+        factor = product._saved_other
+    except RuntimeError:  # freed by an earlier backward
+        return None
+    return factor if isinstance(factor, Tensor) else None
+
+
+def has_unpack_hook(product: Any) -> bool:
+    """Whether that factor lies behind a hook on saved tensors, which reading it would call."""
+    return product._raw_saved_other.unpack_hook is not None
+
+
+def members_of_caller(frame: FrameType | None, *walk: str) -> Callable[[torch.nn.Module], Iterable[tuple[str, object]]] | None:
+    """The function by which torch reads a module's parameters, or buffers, in the walk that ``frame`` serves; None: another walk.
+
+    ``walk`` names the functions between ``frame`` and torch's. ``Module.named_parameters`` and ``named_buffers`` share
+    ``_named_members``. Without it, no pairs are checked.
+    """
+    while frame is not None and frame.f_code is not torch.nn.Module._named_members.__code__:
+        if frame.f_code.co_name not in walk:
+            return None
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("get_members_fn")
+
+
+def loss_scale_of(scaler: GradScaler) -> Tensor | None:
+    """The tensor by which the scaler multiplies a loss; None before the first one."""
+    scale: Tensor | None = scaler._scale
+    return scale

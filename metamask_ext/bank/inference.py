@@ -219,7 +219,7 @@ def _entropy(output: object, samples: int, tasks: int) -> Tensor:
     log_p = torch.log_softmax(output.to(torch.promote_types(output.dtype, torch.float32)), 1)
     if bool(log_p.isnan().any()):
         raise ValueError(
-            f"the model's output must be logits without NaN or +inf, one of them above -inf, to infer a task{_where(~log_p.isnan())}"
+            f"the model must give logits without NaN or +inf, one of them above -inf, to infer a task{_where(~log_p.isnan())}"
         )
     # xlogy has no such derivative: that by p is infinite at 0.
     return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum()

@@ -117,7 +117,7 @@ def save(
         before = _committed(folder)
         if before is not None and seen is not None and before.state not in seen:
             raise BankError(
-                f"{folder / INDEX}: holds commit {before.commit}, which this bank has not seen: another was saved here. Load it, or "
+                f"{folder / INDEX}: holds commit {before.commit}, which this bank has not seen: another saved here. Load it, or "
                 "save with overwrite=True to replace it"
             )
         _sweep(folder, before)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..torch_private import tree_leaves, without_torch_function
 
@@ -88,3 +88,12 @@ class AmbiguousTensor(GuardedTensor):
             with without_torch_function():
                 return func(*args, **(kwargs or {}))
         raise RuntimeError(next(value._words for value in tree_leaves((args, kwargs or {})) if isinstance(value, cls)))
+
+
+def raise_folded(layer: nn.Module, name: str) -> NoReturn:
+    """Refuse another Parameter in the place of one that masks apply to."""
+    raise RuntimeError(
+        f"{name} of this copy of a {type(layer).__name__} is masked; another Parameter in its place would be masked too. For tools "
+        "that fold or fuse layers use metamask_ext.merge(model, task) first; to change its values write to them in place; to share "
+        "a Parameter, assign it in the original"
+    )

@@ -16,10 +16,12 @@ from ..ops.packed.functional import pack_mask, unpack_mask
 from ..ops.weight.functional import masked_weight
 from ..torch_private import disable_dynamo
 from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
+from .guarded import raise_folded
 from .names import DEFAULT_TASK, escape
 from .selection import GivenMasks, ObservedSuperposition, Superposition, TaskBatch
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
+from .wrappers import check_one_dtype
 
 MaskInit = str | float | Callable[[Tensor], object]
 
@@ -134,15 +136,8 @@ class MaskedLayer(TaskLayer):
 
     @_is_fsdp_managed_module.setter
     def _is_fsdp_managed_module(self, value: bool) -> None:
-        # fully_shard sets this mark on every module below it. Where dtypes differ, torch fails an assertion in the first forward.
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad and hasattr(parameter, "device_mesh")]
-        if value and len({parameter.dtype for parameter in trained}) > 1:
-            raise RuntimeError(
-                f"fully_shard trains parameters of one dtype, and this {type(self).__name__} has a weight of "
-                f"{self._shared()[0].dtype} and masks of {self._logits_dtype()}. Build the model anew (parts of this one are sharded): "
-                "in float32, with MixedPrecisionPolicy(param_dtype=torch.bfloat16) for the forward; or with frozen weights; or with "
-                "mask_dtype=torch.bfloat16"
-            )
+        if value:
+            check_one_dtype(self, self._shared()[0].dtype, self._logits_dtype())
         self.__dict__["_is_fsdp_managed_module"] = value
 
     def _groups(self) -> list[tuple[Tensor, TaskMasks]]:
@@ -253,11 +248,7 @@ class MaskedLayer(TaskLayer):
         """
         now = self._parameters.get(name)
         if now is not None and param is not now:
-            raise RuntimeError(
-                f"{name} of this copy of a {type(self).__name__} is masked; another Parameter in its place would be masked too. "
-                "For tools that fold or fuse layers use metamask_ext.merge(model, task) first; to change its values write to them "
-                "in place; to share a Parameter, assign it in the original"
-            )
+            raise_folded(self, name)
 
     def reset_parameters(self) -> None:
         """Draw weight and bias as torch's layer does, and every task's mask by ``mask_init``."""

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .names import describe, escape
+from .pairing import Memo, NamedModules, is_noted, noted_tensors
 from .structure import structure
+from .wrappers import check_entry, check_may_grow, check_not_sharded
+
+
+class Changes:
+    """Counts the changes of all TaskDicts: while the count stands still, no model has got or lost a parameter of a task."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self.count = 0
+
+    def note(self) -> None:
+        # Afterwards: whoever reads the new count sees the change. Two threads never set the same count.
+        self.count = next(self._numbers)
+
+
+CHANGES = Changes()
 
 
 class TaskDict(nn.ParameterDict):
@@ -42,7 +60,9 @@ class TaskDict(nn.ParameterDict):
         key = escape(name)
         if not isinstance(value, Tensor):
             raise TypeError(f"what belongs to task {name!r} must be a tensor, got {type(value).__name__}")
-        if self._only_buffers or value.dtype == torch.uint8:
+        buffer = self._only_buffers or value.dtype == torch.uint8
+        check_entry(self, None if buffer else value, f"task {name!r} cannot be {'changed' if name in self._keys else 'added'}")
+        if buffer:
             self._buffers[key] = value
             self._parameters.pop(key, None)
         else:
@@ -54,6 +74,7 @@ class TaskDict(nn.ParameterDict):
             self._slots[key] = len(self._names)
             self._names.append(name)
             self._count()
+        CHANGES.note()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._keys:
@@ -61,6 +82,7 @@ class TaskDict(nn.ParameterDict):
         return self._tensor(escape(name))
 
     def __delitem__(self, name: str) -> None:
+        check_not_sharded([self], f"task {name!r} cannot be removed")
         del self._keys[name]
         key = escape(name)
         self._parameters.pop(key, None)
@@ -68,6 +90,7 @@ class TaskDict(nn.ParameterDict):
         self._is_here(name)
         self._names[self._slots.pop(key)] = None
         self._count()
+        CHANGES.note()
 
     _single = False
     """True if there is one task, whatever block is open. torch.compile guards on it: it flips once while tasks are added."""
@@ -97,6 +120,7 @@ class TaskDict(nn.ParameterDict):
 
     def _wait_for(self, names: Sequence[str | None], fetch: Callable[[str], Tensor]) -> None:
         """Have these tasks and no other, by slot; ``fetch(name)`` gives the tensor of one, a buffer, when it is used."""
+        check_may_grow([self], "the tasks of a bank cannot be taken in")
         self._parameters.clear()
         self._buffers.clear()
         self._names = list(names)
@@ -105,6 +129,7 @@ class TaskDict(nn.ParameterDict):
         self._waiting = dict(self._keys)
         self._fetch = fetch
         self._count()
+        CHANGES.note()
 
     def _fetch_now(self, key: str) -> Tensor:
         fetch, slot = self._fetch, self._slots.get(key)
@@ -132,6 +157,11 @@ class TaskDict(nn.ParameterDict):
     def _fetch_all(self) -> None:
         for name in list(self._waiting):
             self._fetch_now(escape(name))
+
+    def named_modules(self, memo: Memo | None = None, prefix: str = "", remove_duplicate: bool = True) -> NamedModules:
+        memo = set() if memo is None else memo
+        modules: NamedModules = super().named_modules(memo, prefix, remove_duplicate)
+        return noted_tensors(self, memo, modules) if is_noted() else modules
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> TaskDict:
         # What is still to be fetched would come on the device and in the dtype of before.

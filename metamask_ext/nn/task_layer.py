@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .names import check_name, describe, escape, unescape
+from .pairing import Memo, NamedModules, is_noted, noted_layer
 from .selection import GivenMasks, ObservedSuperposition, Superposition
 from .task_dict import TaskDict
+from .wrappers import may_have_missed
 
 SLOTS = "task_slots"
 """The entry of a layer's metadata in a state dict: its tasks by slot, None where one was removed."""
@@ -86,6 +88,11 @@ class TaskLayer(nn.Module):
     def _read_given(self, what: str, given: GivenMasks) -> Tensor | None:
         return self._read(what, given.selected)
 
+    def named_modules(self, memo: Memo | None = None, prefix: str = "", remove_duplicate: bool = True) -> NamedModules:
+        memo = set() if memo is None else memo
+        modules: NamedModules = super().named_modules(memo, prefix, remove_duplicate)
+        return noted_layer(self, memo, modules) if is_noted() else modules
+
     def _new_task(self, task: str) -> None:
         check_name(task)
         for tensors, tensor in self._new_tensors():
@@ -109,6 +116,10 @@ class TaskLayer(nn.Module):
         if len(slots) == 1:
             return only_key(self, next(iter(slots)))
         return active_key(self)
+
+    def __setstate__(self, state: StateDict) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch declares no types for it
+        may_have_missed()  # the model, and a wrapper around it, may be copied or unpickled
 
     def _save_to_state_dict(self, destination: StateDict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

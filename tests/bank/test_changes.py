@@ -351,7 +351,10 @@ class TestThreads:
         for _ in range(5):
             bank = load(tmp_path)
             found = []
-            assert self.run(*[lambda: found.append([bank.model[4].masks[task] for task in bank.tasks])] * 6) == []
+            assert (
+                self.run(*[lambda found=found, bank=bank: found.append([bank.model[4].masks[task] for task in bank.tasks])] * 6)
+                == []
+            )
             assert all(one is first for each in found for one, first in zip(each, found[0], strict=True))
 
     def test_a_task_removed_while_it_is_fetched_leaves_nothing(self, tmp_path):
@@ -359,14 +362,14 @@ class TestThreads:
         for _ in range(5):
             bank = load(tmp_path)
 
-            def fetch():
+            def fetch(bank=bank):
                 for task in "abcdefg":
                     try:
                         bank.model[4].masks[task]
                     except (KeyError, RuntimeError) as error:
                         assert isinstance(error, KeyError) or "removed" in str(error)
 
-            assert self.run(fetch, fetch, lambda: [bank.remove_task(task) for task in "abcdefg"]) == []
+            assert self.run(fetch, fetch, lambda bank=bank: [bank.remove_task(task) for task in "abcdefg"]) == []
             assert bank.tasks == ["h"] and [name for name in bank.model.state_dict() if name.endswith(tuple(".abcdefg"))] == []
 
 

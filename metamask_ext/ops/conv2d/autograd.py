@@ -91,13 +91,14 @@ def _backward(
     steps: Steps | None,
 ) -> Gradients:
     rows = grad.reshape(*grad.shape[:2], -1).transpose(1, 2)
-    arguments = rows, patches, _rows(weight), _rows(mask_logits), bias, bias_mask_logits, gate_id, gate_param, output_mask
+    gate = gate_id, gate_param
     if steps is None:
-        grads = linear_raw.masked_linear_backward(*arguments)
+        backward: Callable[..., Gradients] = linear_raw.masked_linear_backward
+        grads = backward(rows, patches, _rows(weight), _rows(mask_logits), bias, bias_mask_logits, *gate, output_mask)
     else:
-        of_weight, of_mask, *of_bias = steps.momentum_buffers
-        momentum_buffers = [None if buffer is None else _rows(buffer) for buffer in (of_weight, of_mask)] + of_bias
-        grads = linear_raw.masked_linear_backward_sgd_(*arguments, steps.updates, momentum_buffers, steps.settings)
+        update: Callable[..., Gradients] = linear_raw.masked_linear_backward_sgd_
+        parameters, (updates, buffers, settings) = steps.on((weight, mask_logits, bias, bias_mask_logits))
+        grads = update(rows, patches, *_matrices(parameters), *gate, output_mask, updates, _matrices(buffers), settings)
     dx, dw, dm, db, dbm = grads
     if dx is not None:
         dx = raw.col2im(dx, input.shape, weight.shape[2:], *geometry)
@@ -127,6 +128,11 @@ def _differentiable_backward(
         dw, dm = weight_gradients(product, weight, mask_logits, gate_id, gate_param, output_mask[1:3])
     db, dbm = bias_gradients(grad.sum((0, 2, 3)), bias, bias_mask_logits, gate_id, gate_param, output_mask[3:5])
     return dx, dw, dm, db, dbm
+
+
+def _matrices(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The first two, those of the weight and of its mask, as rows."""
+    return [*(None if tensor is None else _rows(tensor) for tensor in tensors[:2]), *tensors[2:]]
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ backward.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,16 +24,46 @@ from metamask_ext.torch_private import is_legacy_batched, set_node_default
 from ..vjp import pull_back
 from . import raw, reference
 
+NO_STEP: raw.SgdSettings = (0.0, 0.0, 0.0)
+Arguments = tuple[Sequence[bool], Sequence[Tensor | None], Sequence[raw.SgdSettings]]
+
 
 class Steps(NamedTuple):
     """Steps of SGD that a node's backward takes instead of giving gradients, set by :class:`metamask_ext.optim.FusedMaskedSGD`.
 
-    For each parameter of the node, in its order: whether it takes a step, its momentum buffer, and ``lr, weight_decay, momentum``.
+    For each parameter of the node, in its order: whether it takes a step, its momentum buffer, ``lr, weight_decay, momentum``, and
+    the parameter itself.
     """
 
     updates: tuple[bool, ...]
     momentum_buffers: tuple[Tensor | None, ...]
-    settings: tuple[tuple[float, float, float], ...]
+    settings: tuple[raw.SgdSettings, ...]
+    parameters: tuple[Tensor | None, ...]
+
+    def on(self, saved: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Arguments]:
+        """The tensors to compute with, and the arguments ``updates, momentum_buffers, settings`` of an op that takes steps.
+
+        Only a parameter whose saved tensor is its own memory takes its step, on the parameter itself. Hooks on saved tensors
+        (off-loading, quantisation) may give back a copy: a step on that would be lost, so the parameter gets a gradient instead.
+        """
+        if all(map(operator.is_, saved, self.parameters)):
+            return list(saved), (self.updates, self.momentum_buffers, self.settings)
+        tensors, updates, buffers, settings = list(saved), list(self.updates), list(self.momentum_buffers), list(self.settings)
+        for index, tensor in enumerate(saved):
+            parameter = self.parameters[index]
+            if tensor is not parameter and updates[index]:
+                if _same_memory(tensor, parameter):
+                    tensors[index] = parameter
+                else:
+                    updates[index], buffers[index], settings[index] = False, None, NO_STEP
+        return tensors, (updates, buffers, settings)
+
+
+def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
+    """Two tensors over the same elements. The detached ones of a checkpoint count their versions on their own."""
+    if a is None or b is None:
+        return False
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
 
 
 class MaskedWeight(Function):
@@ -52,17 +83,8 @@ class MaskedWeight(Function):
         if steps is None:
             grads = MaskedWeightBackward.apply(grad, weight, mask_logits, ctx.gate_id, ctx.gate_param, output_mask)
         else:
-            grads = raw.masked_weight_backward_sgd_(
-                grad,
-                weight,
-                mask_logits,
-                ctx.gate_id,
-                ctx.gate_param,
-                output_mask,
-                steps.updates,
-                steps.momentum_buffers,
-                steps.settings,
-            )
+            (weight, mask_logits), arguments = steps.on((weight, mask_logits))
+            grads = raw.masked_weight_backward_sgd_(grad, weight, mask_logits, ctx.gate_id, ctx.gate_param, output_mask, *arguments)
         return (
             *grads,
             None,  # gate_id
