@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..nn.context import run_selected
 from ..nn.layers import MaskedConv2d
-from ..nn.masked_layer import MaskedLayer, TaskMasks
+from ..nn.masked_layer import MaskedLayer
 from ..nn.names import describe, escape
 from ..nn.read_through import ReadThroughConv2d, ReadThroughLinear
 from ..nn.selection import GivenMasks, Superposition
 from ..nn.task_dict import TaskDict
 from ..nn.task_layer import TaskLayer
+from ..nn.task_masks import TaskMasks
 from ..nn.tasks import check_amounts, tasks
 from . import batch_norm
 from .batch_norm import Normalisation, Statistics

@@ -18,11 +18,12 @@ from torch import nn
 
 from ..ops.checks import DTYPES
 from .layers import MaskedConv2d, MaskedLinear
-from .masked_layer import MaskedLayer, MaskInit, check_mask_dtype
+from .masked_layer import MaskedLayer, MaskInit
 from .names import DEFAULT_TASK
 from .per_task import PerTask, keep_per_task, plain_copy
 from .read_through import ReadThroughConv2d, ReadThroughLinear
 from .task_layer import TaskLayer, task_layers
+from .task_masks import check_mask_dtype
 from .tasks import slots
 
 if TYPE_CHECKING:

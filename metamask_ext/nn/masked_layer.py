@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.checks import DTYPES
-from ..ops.gate import SIXTEEN_BITS, compute_dtype, gate_values, resolve_gate
+from ..ops.gate import compute_dtype, gate_values, resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import pack_mask, unpack_mask
 from ..ops.weight.functional import masked_weight
@@ -20,6 +20,7 @@ from .names import DEFAULT_TASK, escape
 from .selection import GivenMasks, ObservedSuperposition, Superposition, TaskBatch
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
+from .task_masks import TaskMasks, check_mask_dtype, logits_dtype
 
 MaskInit = str | float | Callable[[Tensor], object]
 
@@ -35,56 +36,6 @@ class Gate(TypedDict):
 LARGEST_COMBINED = 4.0
 """The bound, in units of the temperature, of a sigmoid gate's logits that a combination of masks gives (of bits, say):
 sigmoid(4) = 0.982, near on and with a gradient still, as where convert begins."""
-
-
-class TaskMasks(TaskDict):
-    """The masks of a layer's weight, or of its bias: logits, parameters; or bits, uint8 buffers.
-
-    A conversion of the module to 16 bits leaves logits in float32 unless the layer wants 16 bits, and bits as they are.
-    """
-
-    _wanted: torch.dtype | None = None
-    """The layer's ``mask_dtype``."""
-
-    def __init__(self, mask_dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self._wanted = mask_dtype
-
-    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> TaskDict:
-        def apply(mask: Tensor) -> Tensor:
-            result = function(mask)
-            dtype = self._dtype_after(mask.dtype, result.dtype)
-            if dtype == result.dtype:
-                return result
-            # What remains of the conversion: the device, and the order in memory.
-            if dtype == mask.dtype and (mask.device, mask.stride()) == (result.device, result.stride()):
-                return mask
-            return torch.empty_like(result, dtype=dtype).copy_(mask)
-
-        return super()._apply(apply, recurse)
-
-    def _dtype_after(self, before: torch.dtype, after: torch.dtype) -> torch.dtype:
-        """The dtype of a mask where a conversion gives ``after``."""
-        if not before.is_floating_point:
-            return before
-        narrowed = after != before and after.is_floating_point and after not in (torch.float32, torch.float64)
-        return torch.float32 if narrowed and self._wanted not in SIXTEEN_BITS else after
-
-
-def logits_dtype(weight: torch.dtype, mask_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the logits beside a weight: float64 for float64, else float32, or the weight's 16 bits where they are wanted."""
-    if weight == torch.float64:
-        return weight
-    return weight if weight in SIXTEEN_BITS and mask_dtype in SIXTEEN_BITS else torch.float32
-
-
-def check_mask_dtype(mask_dtype: torch.dtype | None, weight: torch.dtype, name: str = "") -> None:
-    """TypeError unless masks of ``mask_dtype`` can stand beside a weight of this dtype; ``name``: the layer's, for the message."""
-    if mask_dtype is not None and mask_dtype not in (weight, logits_dtype(weight, None)):
-        wanted = "torch.float64" if weight == torch.float64 else "torch.float32"
-        wanted += f" or {weight}" if weight in SIXTEEN_BITS else ""
-        of = f"the {weight} weight of {name!r}" if name else f"a {weight} weight"
-        raise TypeError(f"mask_dtype must be None or {wanted} beside {of}, got {mask_dtype!r}")
 
 
 class MaskedLayer(TaskLayer):
@@ -139,9 +90,9 @@ class MaskedLayer(TaskLayer):
         if value and len({parameter.dtype for parameter in trained}) > 1:
             raise RuntimeError(
                 f"fully_shard trains parameters of one dtype, and this {type(self).__name__} has a weight of "
-                f"{self._shared()[0].dtype} and masks of {self._logits_dtype()}. Build the model anew (parts of this one are sharded): "
-                "in float32, with MixedPrecisionPolicy(param_dtype=torch.bfloat16) for the forward; or with frozen weights; or with "
-                "mask_dtype=torch.bfloat16"
+                f"{self._shared()[0].dtype} and masks of {self._logits_dtype()}. Build the model anew (parts of this one are "
+                "sharded): in float32, with MixedPrecisionPolicy(param_dtype=torch.bfloat16) for the forward; or with frozen "
+                "weights; or with mask_dtype=torch.bfloat16"
             )
         self.__dict__["_is_fsdp_managed_module"] = value
 

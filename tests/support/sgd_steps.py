@@ -8,7 +8,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
-from metamask_ext.nn.masked_layer import TaskMasks
+from metamask_ext.nn.task_masks import TaskMasks
 from metamask_ext.optim import FusedMaskedSGD
 
 SETTINGS = {"lr": 0.1, "weight_decay": 0.01, "mask_weight_decay": 0.02, "momentum": 0.9}
