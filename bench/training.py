@@ -43,7 +43,7 @@ def fused_step(batch: int, width: int, dtype: torch.dtype = torch.float32, devic
     x, gradient = normal(batch), normal(batch, 1 / batch)
 
     def masked() -> nn.Module:
-        layer = MaskedLinear(width, width, bias=False, device=device, dtype=dtype)
+        layer = MaskedLinear(width, width, bias=False, device=device, dtype=dtype, mask_dtype=dtype)
         with torch.no_grad():
             layer.weight.copy_(weight)
             layer.mask_logits.copy_(mask)

@@ -5,7 +5,7 @@ Source: Wortsman et al., Supermasks in Superposition, arXiv:2006.14769, sections
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from ..nn.layers import MaskedConv2d
 from ..nn.masked_layer import MaskedLayer
 from ..nn.names import describe, escape
 from ..nn.selection import ObservedSuperposition
+from ..nn.sequence_first import batch_first_layers
 from ..nn.structure import structure
 from ..nn.task_dict import TaskDict
 from ..nn.task_layer import TaskLayer
@@ -189,16 +190,14 @@ def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_samp
         raise RuntimeError(f"no masked layer of {type(model).__name__} was called: nothing tells its tasks apart")
     entropy = _entropy(output, len(x), len(names))
     gradients = torch.autograd.grad(entropy, [seen[2] for seen in probe.seen], allow_unused=True)
+    batch_first = batch_first_layers(model) if per_sample else {}
     total = entropy.new_zeros(len(x) if per_sample else 1, len(names))
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         for (layer, given, _), gradient in zip(probe.seen, gradients, strict=True):
             if gradient is None:
                 continue
-            if per_sample and len(given) != len(x):
-                raise RuntimeError(
-                    f"{type(layer).__name__} was called with {len(given)} samples, x has {len(x)}: only "
-                    "per_sample=False is possible"
-                )
+            if per_sample and _samples_dim(layer, given, len(x), batch_first) == 1:
+                given, gradient = given.transpose(0, 1), gradient.transpose(0, 1)
             masks, *bias_masks = (snapshot.of(tensors, probe.selection.keys) for tensors in layer._dicts().values())
             wide = torch.promote_types(compute_dtype(given.dtype), gradient.dtype)
             total += _layer_gradient(layer, given.to(wide), gradient.to(wide), masks, *bias_masks, per_sample=per_sample)
@@ -207,6 +206,25 @@ def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_samp
             f"the derivative of the entropy must be finite to infer a task, got NaN or infinity{_where(total.isfinite())}"
         )
     return total
+
+
+def _samples_dim(layer: MaskedLayer, input: Tensor, samples: int, batch_first: Mapping[nn.Module, bool | None]) -> int:
+    """Return the dimension of ``input`` along which the samples lie, as in a mixed-task batch. RuntimeError if it is not known."""
+    is_first = batch_first.get(layer, True)
+    dim = 1 if is_first is False else 0
+    has_second = input.dim() > layer.sample_dim + 1
+    either = has_second and layer in batch_first and is_first is not False and input.shape[1] == samples
+    if is_first is None or either:
+        raise RuntimeError(
+            f"{type(layer).__name__} was called with an input of shape {list(input.shape)}: the samples may lie along the first or "
+            "the second dimension, since modules of the model have batch_first=False: only per_sample=False is possible"
+        )
+    got = input.shape[dim] if dim == 0 or has_second else 1
+    if got != samples:
+        raise RuntimeError(
+            f"{type(layer).__name__} was called with {got} samples, x has {samples}: only per_sample=False is possible"
+        )
+    return dim
 
 
 def _entropy(output: object, samples: int, tasks: int) -> Tensor:

@@ -14,34 +14,38 @@ _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """They hand their ``batch_first`` to their attention and do not keep it."""
 
 
+def batch_first_layers(model: nn.Module) -> dict[nn.Module, bool | None]:
+    """The task layers of ``model``: False below a module with ``batch_first=False`` (the nearest with that attribute counts), True
+    elsewhere, None for a layer that is in both places. Empty if the model has no such module.
+    """
+    if not any(_batch_first(module) is False for module in model.modules()):
+        return {}
+    found: dict[nn.Module, bool | None] = {}
+    for layer, is_first in _below(model, True, set()):
+        found[layer] = is_first if found.get(layer, is_first) is is_first else None
+    return found
+
+
 def batch_views(model: nn.Module, batch: TaskBatch) -> dict[nn.Module, TaskBatch]:
     """The batch as the layers of ``model`` see it for which it does not simply lie along the first dimension.
 
-    Layers below a module with ``batch_first=False`` (the nearest with that attribute counts) have it as their second dimension. The
-    other layers of such a model have the first, unless an input could have either.
+    Layers below a module with ``batch_first=False`` have it as their second dimension. The other layers of such a model have the
+    first, unless an input could have either.
 
     Raises:
         ValueError: a layer is below such a module and elsewhere too.
     """
-    if not any(_batch_first(module) is False for module in model.modules()):
-        return {}
-    found: dict[nn.Module, set[bool]] = {}
-    names: dict[nn.Module, str] = {}
-    for name, layer, is_first in _below(model, "", True, set()):
-        found.setdefault(layer, set()).add(is_first)
-        names[layer] = name
-    both = [names[layer] for layer, seen in found.items() if len(seen) > 1]
-    if both and len(batch.keys) > 1:
+    layers = batch_first_layers(model)
+    if len(batch.keys) > 1 and None in layers.values():
+        both = [name for name, module in model.named_modules() if layers.get(module, True) is None]
         raise ValueError(
             f"layers of the model are used below a module with batch_first=False and elsewhere: {describe(both)}. Give batch_dim"
         )
     second, first = batch.along(1), batch.along(0, guessed=True)
-    return {layer: first if True in seen else second for layer, seen in found.items()}
+    return {layer: second if is_first is False else first for layer, is_first in layers.items()}
 
 
-def _below(
-    module: nn.Module, name: str, is_first: bool, seen: set[tuple[nn.Module, bool]]
-) -> Iterator[tuple[str, TaskLayer, bool]]:
+def _below(module: nn.Module, is_first: bool, seen: set[tuple[nn.Module, bool]]) -> Iterator[tuple[TaskLayer, bool]]:
     """The task layers of ``module``, and whether the batch comes first there: once, or twice where both is so in two places."""
     own = _batch_first(module)
     is_first = is_first if own is None else own
@@ -49,10 +53,9 @@ def _below(
         return
     seen.add((module, is_first))
     if isinstance(module, TaskLayer):
-        yield name, module, is_first
-    for key, child in module._modules.items():
-        if child is not None:
-            yield from _below(child, f"{name}.{key}" if name else key, is_first, seen)
+        yield module, is_first
+    for child in module.children():
+        yield from _below(child, is_first, seen)
 
 
 def _batch_first(module: nn.Module) -> bool | None:

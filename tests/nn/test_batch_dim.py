@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support.models import randomize_masks
+from support.sequence_models import Recurrent, Turned, with_tasks
 from torch import nn
 
 import metamask_ext as mm
@@ -15,26 +15,6 @@ from metamask_ext.nn import MaskedConv2d, MaskedLinear, TaskBatchNorm2d
 
 NAMES = ["b", "a", "c", "b"]
 each_length = pytest.mark.parametrize("length", [1, 3, 4, 6])  # 4: that of the batch
-
-
-def _with_tasks(model):
-    for task in "abc":
-        mm.add_task(model, task)
-    mm.remove_task(model, "default")
-    return randomize_masks(model.double())
-
-
-class Recurrent(nn.Module):
-    """Projects a whole sequence at once, as recurrent layers do, and mixes its steps."""
-
-    def __init__(self, batch_first=False):
-        super().__init__()
-        self.batch_first = batch_first
-        self.gates, self.out = MaskedLinear(4, 6), MaskedLinear(6, 4)
-
-    def forward(self, x):
-        gates = self.gates(x).tanh()
-        return self.out(gates.cumsum(1 if self.batch_first else 0))
 
 
 class PerStep(nn.Module):
@@ -48,17 +28,6 @@ class PerStep(nn.Module):
 
     def forward(self, x):
         return torch.stack([self.cell(step) for step in x])
-
-
-class Turned(nn.Module):
-    """Takes a batch first, turns it for a module that does not, and turns it back."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.before, self.inner, self.after = MaskedLinear(4, 4), inner, MaskedLinear(4, 2)
-
-    def forward(self, x):
-        return self.after(self.inner(self.before(x).transpose(0, 1)).transpose(0, 1).mean(1))
 
 
 def _encoder(batch_first=False, **options):
@@ -122,7 +91,7 @@ def _compare(model, x, names, dim, **options):
 @each_length
 @pytest.mark.parametrize("name", SEQUENCE_FIRST)
 def test_below_a_module_with_batch_first_false_the_second_dimension_is_the_batch(name, length):
-    model = _with_tasks(SEQUENCE_FIRST[name]())
+    model = with_tasks(SEQUENCE_FIRST[name]())
     x = torch.randn(length, 4, 4, dtype=torch.float64)
     _compare(model, x, NAMES, 1)
     _compare(model, x, ["c"] * 4, 1)
@@ -135,16 +104,16 @@ def test_below_a_module_with_batch_first_false_the_second_dimension_is_the_batch
 def test_batch_first_true_and_no_such_attribute_mean_the_first_dimension(length):
     x = torch.randn(4, length, 4, dtype=torch.float64)
     for model in (_encoder(batch_first=True), Recurrent(batch_first=True), nn.Sequential(MaskedLinear(4, 4), nn.Tanh())):
-        _compare(_with_tasks(model), x, NAMES, 0)
+        _compare(with_tasks(model), x, NAMES, 0)
         _compare(model, x, NAMES, 0, batch_dim=0)
 
 
 @each_length
 def test_one_batch_dim_for_all_layers(length):
-    model = _with_tasks(nn.Sequential(MaskedLinear(4, 4), nn.Tanh(), MaskedLinear(4, 2)))
+    model = with_tasks(nn.Sequential(MaskedLinear(4, 4), nn.Tanh(), MaskedLinear(4, 2)))
     _compare(model, torch.randn(length, 4, 4, dtype=torch.float64), NAMES, 1, batch_dim=1)
     _compare(model, torch.randn(length, 4, 2, 4, dtype=torch.float64), NAMES, 1, batch_dim=1)
-    _compare(_with_tasks(Recurrent(batch_first=True)), torch.randn(4, length, 4, dtype=torch.float64), NAMES, 0, batch_dim=0)
+    _compare(with_tasks(Recurrent(batch_first=True)), torch.randn(4, length, 4, dtype=torch.float64), NAMES, 0, batch_dim=0)
     slots = [mm.slots(model).index(name) for name in NAMES]
     _compare_slots(model, slots, torch.randn(length, 4, 4, dtype=torch.float64))
 
@@ -158,7 +127,7 @@ def _compare_slots(model, slots, x):
 
 class TestBothInOneModel:
     def _model(self):
-        return _with_tasks(Turned(Recurrent()))
+        return with_tasks(Turned(Recurrent()))
 
     @pytest.mark.parametrize("length", [1, 3, 6])
     def test_layers_elsewhere_have_the_batch_first(self, length):
@@ -178,7 +147,7 @@ class TestBothInOneModel:
             model(x)  # one task: it does not matter
 
     def test_a_sequence_first_layer_outside_is_refused_at_any_length_and_right_with_batch_dim(self):
-        model = _with_tasks(nn.Sequential(MaskedLinear(4, 4), _encoder(), MaskedLinear(4, 2)))
+        model = with_tasks(nn.Sequential(MaskedLinear(4, 4), _encoder(), MaskedLinear(4, 2)))
         for length in (1, 3, 4, 6):
             x = torch.randn(length, 4, 4, dtype=torch.float64)
             with mm.using_task(model, NAMES), pytest.raises(RuntimeError, match="batch_dim=1"):
@@ -194,7 +163,7 @@ class TestBothInOneModel:
             def forward(self, x):
                 return self.head(self.rnn(x)[0][-1])
 
-        model = _with_tasks(Last())
+        model = with_tasks(Last())
         _compare(model, torch.randn(4, 4, 4, dtype=torch.float64), NAMES, 1)
 
     def test_attention_marks_the_model_and_layers_beside_it_are_not_guessed(self):
@@ -206,7 +175,7 @@ class TestBothInOneModel:
             def forward(self, x):
                 return self.fc(self.attention(x, x, x)[0])
 
-        model = _with_tasks(Block())
+        model = with_tasks(Block())
         for length in (3, 4):
             x = torch.randn(length, 4, 4, dtype=torch.float64)
             with mm.using_task(model, NAMES), pytest.raises(RuntimeError, match="batch_dim"):
@@ -218,7 +187,7 @@ class TestBothInOneModel:
             batch_first = False
 
         inner = Recurrent(batch_first=True)
-        model = _with_tasks(Outer(inner))
+        model = with_tasks(Outer(inner))
         _compare(model, torch.randn(4, 3, 4, dtype=torch.float64), NAMES, 0)
         Outer.batch_first, inner.batch_first = True, False
         try:
@@ -230,8 +199,8 @@ class TestBothInOneModel:
         model = Turned(Recurrent())
         model.before = model.inner.gates = MaskedLinear(4, 4)
         model.inner.out = MaskedLinear(4, 4)
-        model = _with_tasks(model)
-        with pytest.raises(ValueError, match="'inner.gates'.*batch_dim"):
+        model = with_tasks(model)
+        with pytest.raises(ValueError, match="elsewhere: 'before'.*batch_dim"):
             mm.using_task(model, NAMES)
         mm.using_task(model, NAMES, batch_dim=1)
         mm.using_task(model, "a")
@@ -239,10 +208,10 @@ class TestBothInOneModel:
     def test_one_layer_under_two_names_below_such_modules(self):
         model = Recurrent()
         model.gates = model.out = MaskedLinear(4, 4)
-        _compare(_with_tasks(model), torch.randn(4, 4, 4, dtype=torch.float64), NAMES, 1)
+        _compare(with_tasks(model), torch.randn(4, 4, 4, dtype=torch.float64), NAMES, 1)
 
     def test_a_module_that_holds_its_parent(self):
-        model = _with_tasks(Recurrent())
+        model = with_tasks(Recurrent())
         model.gates.up = model
         with mm.using_task(model, NAMES):
             model(torch.randn(4, 4, 4, dtype=torch.float64))
@@ -251,7 +220,7 @@ class TestBothInOneModel:
 class TestRefused:
     @pytest.mark.parametrize("shape", [(4,), (4, 4), (3, 4)], ids=str)
     def test_too_few_dimensions(self, shape):
-        model = _with_tasks(Recurrent())
+        model = with_tasks(Recurrent())
         for options in ({}, {"batch_dim": 1}):
             with (
                 mm.using_task(model, NAMES, **options),
@@ -260,21 +229,21 @@ class TestRefused:
                 model.gates(torch.randn(shape, dtype=torch.float64))
 
     def test_another_size_there(self):
-        model = _with_tasks(Recurrent())
+        model = with_tasks(Recurrent())
         with mm.using_task(model, NAMES), pytest.raises(RuntimeError, match=r"5 samples .* each of 4: the second .*\[4, 5, 4\]"):
             model(torch.randn(4, 5, 4, dtype=torch.float64))
         with mm.using_task(model, NAMES, batch_dim=0), pytest.raises(RuntimeError, match="5 samples .* each of 4: the first"):
             model(torch.randn(5, 4, 4, dtype=torch.float64))
 
     def test_steps_of_a_cell_are_refused_and_right_with_batch_dim_0(self):
-        model = _with_tasks(PerStep())
+        model = with_tasks(PerStep())
         x = torch.randn(4, 4, 4, dtype=torch.float64)
         with mm.using_task(model, NAMES), pytest.raises(RuntimeError, match="batch_dim=0"):
             model(x)
         _compare(model, x, NAMES, 1, batch_dim=0)
 
     def test_images_have_the_batch_first(self):
-        model = _with_tasks(nn.Sequential(MaskedConv2d(4, 3, 1), TaskBatchNorm2d(3)))
+        model = with_tasks(nn.Sequential(MaskedConv2d(4, 3, 1), TaskBatchNorm2d(3)))
         x = torch.randn(4, 4, 2, 2, dtype=torch.float64)
         for layer, given in zip(model, (x, x[:, :3])):
             with mm.using_task(model, NAMES, batch_dim=1), pytest.raises(RuntimeError, match="too few"):
@@ -293,7 +262,7 @@ class TestRefused:
 class TestOtherThings:
     @each_length
     def test_packed_tasks_and_those_with_logits(self, length):
-        model = _with_tasks(Recurrent())
+        model = with_tasks(Recurrent())
         bank = mm.MaskBank(model)
         x = torch.randn(length, 4, 4, dtype=torch.float64)
         for task in "ba":
@@ -316,7 +285,7 @@ class TestOtherThings:
 
         model = Heads()
         mm.MaskBank(model, per_task=["norm.*", "head.*"])
-        model = _with_tasks(model)
+        model = with_tasks(model)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "per_task" in name:
@@ -337,7 +306,7 @@ class TestOtherThings:
 
         model = Last()
         mm.MaskBank(model, per_task="head.*")
-        _compare(_with_tasks(model), torch.randn(4, 4, 4, dtype=torch.float64), NAMES, 1)
+        _compare(with_tasks(model), torch.randn(4, 4, 4, dtype=torch.float64), NAMES, 1)
 
     def test_embeddings_for_each_task_of_tokens_sequence_first(self):
         class Tokens(nn.Module):
@@ -352,7 +321,7 @@ class TestOtherThings:
 
         model = Tokens()
         mm.MaskBank(model, per_task="embed.*")
-        model = _with_tasks(model)
+        model = with_tasks(model)
         for task in "abc":
             nn.init.normal_(model.embed.per_task["weight"][task])
         x = torch.randint(10, (4, 4))
@@ -363,7 +332,7 @@ class TestOtherThings:
                 torch.testing.assert_close(model(x[:, index : index + 1]), y[:, index : index + 1])
 
     def test_copies_and_blocks_that_are_entered_again(self):
-        model = _with_tasks(Recurrent())
+        model = with_tasks(Recurrent())
         twin = copy.deepcopy(model)
         x = torch.randn(4, 4, 4, dtype=torch.float64)
         block = mm.using_task(model, NAMES)
@@ -374,7 +343,7 @@ class TestOtherThings:
         _compare(twin, x, NAMES, 1)
 
     def test_checkpoints_recompute_along_the_same_dimension(self):
-        model = _with_tasks(Recurrent())
+        model = with_tasks(Recurrent())
         x = torch.randn(4, 4, 4, dtype=torch.float64, requires_grad=True)
         grads = []
         for run in (model, lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)):
@@ -388,7 +357,7 @@ class TestOtherThings:
             torch.testing.assert_close(ours, theirs)
 
     def test_an_empty_batch(self):
-        model = _with_tasks(Recurrent())
+        model = with_tasks(Recurrent())
         with mm.using_task(model, []):
             assert model(torch.randn(3, 0, 4, dtype=torch.float64)).shape == (3, 0, 4)
 
