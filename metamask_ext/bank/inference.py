@@ -149,11 +149,17 @@ def infer(model: nn.Module, x: Tensor, method: str, per_sample: bool, sums: Sums
     with torch.inference_mode(False), torch.enable_grad():
         snapshot = Snapshot(model, sums)
         names = snapshot.names
-        if method == "one_shot":
-            gradient = entropy_gradient(model, names, x, per_sample, snapshot)
-            found = [names[index] for index in gradient.argmin(1).tolist()]
-        else:
-            found = _halve(model, names, x, per_sample, snapshot)
+        try:
+            if method == "one_shot":
+                gradient = entropy_gradient(model, names, x, per_sample, snapshot)
+                found = [names[index] for index in gradient.argmin(1).tolist()]
+            else:
+                found = _halve(model, names, x, per_sample, snapshot)
+        except (RuntimeError, ValueError) as error:
+            gone = set(names) - set(tasks(model))
+            if gone:
+                raise RuntimeError(f"tasks were removed while they were inferred, {describe(sorted(gone))}: call again") from error
+            raise
     return found if per_sample else found[0]
 
 

@@ -17,7 +17,7 @@ from ..nn.selection import GivenMasks, Superposition
 from ..nn.task_dict import TaskDict
 from ..nn.task_layer import TaskLayer
 from ..nn.task_masks import TaskMasks
-from ..nn.tasks import check_amounts, tasks
+from ..nn.tasks import check_amounts, refuse_nan, tasks
 from . import batch_norm
 from .batch_norm import Normalisation, Statistics
 
@@ -84,7 +84,9 @@ class AdaptedModel:
         if start is None and len(known) == 1:
             return known[0]
         if isinstance(start, Mapping):
-            return Superposition(check_amounts(known, start, "start"))
+            amounts = check_amounts(known, start, "start")
+            refuse_nan(self.model, amounts, "combined")
+            return Superposition(amounts)
         if start not in known:
             raise ValueError(f"start must be one of the tasks {describe(known)}, or several with coefficients, got {start!r}")
         return start
@@ -237,10 +239,13 @@ class AdaptedModel:
     def _slots_of(self, count: int, samples: int, device: torch.device) -> Tensor:
         """``K`` samples of each of ``T`` tasks; kept for the next call, which mostly asks for the same."""
         wanted = count, samples, device
-        if self._slots is None or self._slots[0] != wanted:
-            tasks = torch.arange(count, device=device)
-            self._slots = wanted, tasks.repeat(samples) if self._by_sample else tasks.repeat_interleave(samples)
-        return self._slots[1]
+        found = self._slots
+        if found is None or found[0] != wanted:
+            with torch.inference_mode(False):
+                tasks = torch.arange(count, device=device)
+                found = wanted, tasks.repeat(samples) if self._by_sample else tasks.repeat_interleave(samples)
+            self._slots = found  # whole: another thread may ask for other sizes
+        return found[1]
 
 
 def _joined(path: str, name: str) -> str:

@@ -24,7 +24,7 @@ from .per_task import PerTask, keep_per_task, plain_copy
 from .read_through import ReadThroughConv2d, ReadThroughLinear
 from .task_layer import TaskLayer, task_layers
 from .task_masks import check_mask_dtype
-from .tasks import slots
+from .tasks import refuse_nan, slots
 from .wrappers import check_may_grow
 
 if TYPE_CHECKING:
@@ -160,11 +160,12 @@ def merge(model: Model, task: str) -> Model:
         task: the task to keep.
 
     Raises:
-        ValueError: the task is unknown, or ``model`` has no masked layer.
+        ValueError: the task is unknown, its logits hold NaN, or ``model`` has no masked layer.
     """
     layers = [layer for _, layer in task_layers(model)]
     for layer in layers:
         layer._task_key(task)
+    refuse_nan(model, [task], "merged")
     plains = [layer.plain_type.__new__(layer.plain_type) for layer in layers]
     memo: dict[int, object] = {id(layer): plain for layer, plain in zip(layers, plains)}
     baked: dict[tuple[object, ...], nn.Parameter] = {}

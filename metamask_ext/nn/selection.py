@@ -64,13 +64,14 @@ class TaskBatch(Selection):
         """The rows of the tasks that ``first`` marks with positions among those, the same of the others, and the way back."""
         found = self._splits.get((device, first))
         if found is None:
-            marked = torch.tensor(first)
-            within = torch.where(marked, marked.cumsum(0), (~marked).cumsum(0)) - 1
-            mine = marked[self._positions]
-            parts = [rows.nonzero().flatten() for rows in (mine, ~mine)]
-            slots = [within[self._positions[rows]] for rows in parts]
-            back = torch.cat(parts).argsort()
-            found = [tensor.to(device) for tensor in (parts[0], slots[0], parts[1], slots[1], back)]
+            with torch.inference_mode(False):
+                marked = torch.tensor(first)
+                within = torch.where(marked, marked.cumsum(0), (~marked).cumsum(0)) - 1
+                mine = marked[self._positions]
+                parts = [rows.nonzero().flatten() for rows in (mine, ~mine)]
+                slots = [within[self._positions[rows]] for rows in parts]
+                back = torch.cat(parts).argsort()
+                found = [tensor.to(device) for tensor in (parts[0], slots[0], parts[1], slots[1], back)]
             self._splits[device, first] = found
         return found
 
@@ -78,9 +79,10 @@ class TaskBatch(Selection):
         """For each of ``names`` its rows; and the way back from those rows one after another."""
         found = self._groups.get(device)
         if found is None:
-            order = self._positions.argsort(stable=True)
-            rows = torch.split(order, torch.bincount(self._positions, minlength=len(self.names)).tolist())
-            found = self._groups[device] = [part.to(device) for part in rows], order.argsort().to(device)
+            with torch.inference_mode(False):
+                order = self._positions.argsort(stable=True)
+                rows = torch.split(order, torch.bincount(self._positions, minlength=len(self.names)).tolist())
+                found = self._groups[device] = [part.to(device) for part in rows], order.argsort().to(device)
         return found
 
     def check_input(self, layer: nn.Module, input: Tensor, sample_dim: int) -> None:

@@ -172,7 +172,7 @@ def check_amounts(known: list[str], amounts: Mapping[str, float | Tensor], argum
     bad = first_true([amount.detach().isfinite().logical_not() for amount in given.values()])
     if bad is not None:
         task = list(given)[bad]
-        raise ValueError(f"{argument}[{task!r}] must be finite, got {float(given[task])}")
+        raise ValueError(f"{argument}[{task!r}] must be finite, got {float(given[task].detach())}")
     return checked
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from support.bank_numbers import entropy_gradients
 from support.mixed_task_models import MIXED, alone, cnn
 from support.models import assert_same_gradients, gradients, mlp, randomize_masks
 from torch import nn
@@ -28,22 +29,6 @@ def make(name, packed="", samples=5):
     for task in packed:
         bank.pack(task)
     return bank, torch.randn(samples, *SHAPES[name], dtype=torch.float64)
-
-
-def entropy(logits):
-    log_p = torch.log_softmax(logits, -1)
-    return -(log_p.exp() * log_p).sum(-1)
-
-
-def entropy_gradients(bank, x, names):
-    """``dH_b/dalpha_t`` sample by sample, by autograd through the superposition."""
-    rows = []
-    for sample in x:
-        alphas = torch.full((len(names),), 1 / len(names), dtype=torch.float64, requires_grad=True)
-        with bank.superpose(dict(zip(names, alphas.unbind()))):
-            value = entropy(bank.model(sample[None])).sum()
-        rows.append(torch.autograd.grad(value, alphas)[0])
-    return torch.stack(rows)
 
 
 def theta(layer, task, kind):
