@@ -18,7 +18,7 @@ from .nn.task_dict import TaskDict
 from .nn.tasks import tasks
 from .ops.conv2d.autograd import MaskedConv2d
 from .ops.linear.autograd import MaskedLinear
-from .ops.weight.autograd import MaskedWeight, Steps
+from .ops.weight.autograd import NO_STEP, MaskedWeight, Steps
 from .torch_private import function_of, has_gradient_hooks
 
 # Where a node's parameters are among its inputs.
@@ -30,7 +30,6 @@ _PARAMETERS: dict[type[Function] | None, tuple[int, ...]] = {
 _PLAIN = ("nesterov", "dampening", "maximize", "differentiable")
 Node = Any
 """A node of autograd's graph. Its attributes depend on its function: ``variable`` of a leaf's, ``steps`` of a masked layer's."""
-_NO_STEP = (0.0, 0.0, 0.0)
 
 
 class FusedMaskedSGD(torch.optim.SGD):
@@ -220,7 +219,8 @@ class FusedMaskedSGD(torch.optim.SGD):
                         None if variable is None or group is None else self._momentum_buffer(variable, group)
                         for variable, group in zip(variables, groups)
                     ),
-                    tuple(_NO_STEP if group is None else _settings(group) for group in groups),
+                    tuple(NO_STEP if group is None else _settings(group) for group in groups),
+                    tuple(variables),
                 )
                 found.append((node, steps))
         return found

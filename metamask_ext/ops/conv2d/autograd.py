@@ -91,13 +91,15 @@ def _backward(
     steps: Steps | None,
 ) -> Gradients:
     rows = grad.reshape(*grad.shape[:2], -1).transpose(1, 2)
-    arguments = rows, patches, _rows(weight), _rows(mask_logits), bias, bias_mask_logits, gate_id, gate_param, output_mask
+    gate = gate_id, gate_param
     if steps is None:
-        grads = linear_raw.masked_linear_backward(*arguments)
+        backward: Callable[..., Gradients] = linear_raw.masked_linear_backward
+        grads = backward(rows, patches, _rows(weight), _rows(mask_logits), bias, bias_mask_logits, *gate, output_mask)
     else:
-        of_weight, of_mask, *of_bias = steps.momentum_buffers
-        momentum_buffers = [None if buffer is None else _rows(buffer) for buffer in (of_weight, of_mask)] + of_bias
-        grads = linear_raw.masked_linear_backward_sgd_(*arguments, steps.updates, momentum_buffers, steps.settings)
+        update: Callable[..., Gradients] = linear_raw.masked_linear_backward_sgd_
+        (w, m, *of_bias), (updates, (w_buffer, m_buffer, *buffers), settings) = steps.on((weight, mask_logits, bias, bias_mask_logits))
+        momentum_buffers = [None if buffer is None else _rows(buffer) for buffer in (w_buffer, m_buffer)] + buffers
+        grads = update(rows, patches, _rows(w), _rows(m), *of_bias, *gate, output_mask, updates, momentum_buffers, settings)
     dx, dw, dm, db, dbm = grads
     if dx is not None:
         dx = raw.col2im(dx, input.shape, weight.shape[2:], *geometry)

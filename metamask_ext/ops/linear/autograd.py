@@ -32,8 +32,9 @@ class MaskedLinear(Function):
         output_mask, steps = ctx.needs_input_grad[:5], ctx.steps
         if steps is not None:
             update: Callable[..., raw.Gradients] = raw.masked_linear_backward_sgd_
-            settings = steps.updates, steps.momentum_buffers, steps.settings
-            grads = update(grad, *ctx.saved_tensors, ctx.gate_id, ctx.gate_param, output_mask, *settings)
+            input, *saved = ctx.saved_tensors
+            parameters, arguments = steps.on(saved)
+            grads = update(grad, input, *parameters, ctx.gate_id, ctx.gate_param, output_mask, *arguments)
         else:
             backward: Callable[..., raw.Gradients] = (
                 _differentiable_backward if torch.is_grad_enabled() else raw.masked_linear_backward

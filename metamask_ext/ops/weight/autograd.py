@@ -24,15 +24,43 @@ from ..vjp import pull_back
 from . import raw, reference
 
 
+NO_STEP: raw.SgdSettings = (0.0, 0.0, 0.0)
+Arguments = tuple[list[bool], list[Tensor | None], list[raw.SgdSettings]]
+
+
 class Steps(NamedTuple):
     """Steps of SGD that a node's backward takes instead of giving gradients, set by :class:`metamask_ext.optim.FusedMaskedSGD`.
 
-    For each parameter of the node, in its order: whether it takes a step, its momentum buffer, and ``lr, weight_decay, momentum``.
+    For each parameter of the node, in its order: whether it takes a step, its momentum buffer, ``lr, weight_decay, momentum``, and
+    the parameter itself.
     """
 
     updates: tuple[bool, ...]
     momentum_buffers: tuple[Tensor | None, ...]
-    settings: tuple[tuple[float, float, float], ...]
+    settings: tuple[raw.SgdSettings, ...]
+    parameters: tuple[Tensor | None, ...]
+
+    def on(self, saved: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Arguments]:
+        """The tensors to compute with, and the arguments ``updates, momentum_buffers, settings`` of an op that takes steps.
+
+        Only a parameter whose saved tensor is its own memory takes its step, on the parameter itself. Hooks on saved tensors
+        (off-loading, quantisation) may give back a copy: a step on that would be lost, so the parameter gets a gradient instead.
+        """
+        tensors, updates, buffers, settings = list(saved), list(self.updates), list(self.momentum_buffers), list(self.settings)
+        for index, (tensor, parameter) in enumerate(zip(saved, self.parameters)):
+            if updates[index] and tensor is not parameter:
+                if _same_memory(tensor, parameter):
+                    tensors[index] = parameter
+                else:
+                    updates[index], buffers[index], settings[index] = False, None, NO_STEP
+        return tensors, (updates, buffers, settings)
+
+
+def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
+    """Two tensors over the same elements. The detached ones of a checkpoint count their versions on their own."""
+    if a is None or b is None:
+        return False
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
 
 
 class MaskedWeight(Function):
@@ -52,16 +80,9 @@ class MaskedWeight(Function):
         if steps is None:
             grads = MaskedWeightBackward.apply(grad, weight, mask_logits, ctx.gate_id, ctx.gate_param, output_mask)
         else:
+            (weight, mask_logits), arguments = steps.on((weight, mask_logits))
             grads = raw.masked_weight_backward_sgd_(
-                grad,
-                weight,
-                mask_logits,
-                ctx.gate_id,
-                ctx.gate_param,
-                output_mask,
-                steps.updates,
-                steps.momentum_buffers,
-                steps.settings,
+                grad, weight, mask_logits, ctx.gate_id, ctx.gate_param, output_mask, *arguments
             )
         return (
             *grads,
