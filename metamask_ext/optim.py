@@ -12,10 +12,12 @@ from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction
 from torch.optim.optimizer import StateDict
 
+from .loss_scale import is_scaled
 from .nn.masked_layer import MaskedLayer
 from .nn.names import escape
-from .nn.task_dict import TaskDict
+from .nn.task_dict import CHANGES, TaskDict
 from .nn.tasks import tasks
+from .nn.wrappers import averaged_parameters, is_sharded, place_shards
 from .ops.conv2d.autograd import MaskedConv2d
 from .ops.linear.autograd import MaskedLinear
 from .ops.weight.autograd import NO_STEP, MaskedWeight, Steps
@@ -80,12 +82,16 @@ class FusedMaskedSGD(torch.optim.SGD):
         if not any(isinstance(module, MaskedLayer) for module in model.modules()):
             raise ValueError(f"model must have a masked layer, got a {type(model).__name__} without one")
         if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-            raise ValueError("model must not be a DistributedDataParallel: it sums gradients, which are not stored here")
+            raise ValueError(
+                "model must not hold a DistributedDataParallel: give the module that it wraps. Where a wrapper averages gradients, "
+                "they are stored, and the step is an ordinary one"
+            )
         numbers = {"lr": lr, "weight_decay": weight_decay, "mask_weight_decay": mask_weight_decay, "momentum": momentum}
         for name, number in numbers.items():
             if not number >= 0.0:
                 raise ValueError(f"{name} must be at least 0, got {number!r}")
         self.model = model
+        place_shards(model)
         shared, masks = _parameters(model)
         if not masks:
             raise ValueError("model must have a task, got one without masks")
@@ -97,6 +103,7 @@ class FusedMaskedSGD(torch.optim.SGD):
         self._begin()
 
     def _begin(self) -> None:
+        self._is_sharded = is_sharded(self.model.modules())
         self._remember()
         # Not by a step of our own around torch's: each of the two would call the hooks of users.
         self.register_step_pre_hook(_find_new_tasks)
@@ -118,9 +125,9 @@ class FusedMaskedSGD(torch.optim.SGD):
             gradient: of what comes after ``loss``, as in :meth:`torch.Tensor.backward`.
 
         Raises:
-            TypeError, ValueError: ``loss`` is no tensor, has no graph, or is no scalar while ``gradient`` is None; nothing has
-                changed.
-            RuntimeError: from inside the backward: layers that come later in the model may have taken their step already.
+            TypeError, ValueError: ``loss`` is no tensor, has no graph, is no scalar while ``gradient`` is None, or is scaled by a
+                ``torch.amp.GradScaler``; nothing has changed.
+            RuntimeError: the model was sharded after the optimiser was made; nothing has changed. Or from inside the backward: layers that come later in the model may have taken their step already.
         """
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
@@ -128,6 +135,11 @@ class FusedMaskedSGD(torch.optim.SGD):
             raise ValueError("loss must depend on a parameter, got a tensor without a graph")
         if gradient is None and loss.numel() != 1:
             raise ValueError(f"loss must be a scalar where no gradient is given, got shape {list(loss.shape)}")
+        if is_scaled(loss.grad_fn):
+            raise ValueError(
+                "loss is scaled by a GradScaler, whose factor the step would not take out again. Give the unscaled loss (bfloat16 "
+                "needs no scaling); or call scaler.scale(loss).backward() and scaler.step(optimizer)"
+            )
         nodes = self._fused_nodes(loss.grad_fn)
         try:
             for node, steps in nodes:
@@ -140,6 +152,23 @@ class FusedMaskedSGD(torch.optim.SGD):
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+
+    @property
+    def param_groups(self) -> list[StateDict]:
+        """The parameter groups, with the parameters that the model has now: so for whoever reads them before a step, as
+        ``GradScaler.unscale_`` and the clipping of gradients do."""
+        if self.__dict__.get("_changes", CHANGES.count) != CHANGES.count:
+            self._find_new_tasks()
+        return self._groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[StateDict]) -> None:
+        self.__dict__["param_groups"] = groups  # where torch's __setstate__ puts them too
+
+    @property
+    def _groups(self) -> list[StateDict]:
+        groups: list[StateDict] = self.__dict__["param_groups"]
+        return groups
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._find_new_tasks()
@@ -163,24 +192,31 @@ class FusedMaskedSGD(torch.optim.SGD):
 
     def _remember(self) -> None:
         """Keep the parameters that :meth:`_find_new_tasks` compares with, and each parameter's group."""
-        self._group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        changes = CHANGES.count
+        self._group_of = {parameter: group for group in self._groups for parameter in group["params"]}
         self._of_model = set(self.model.parameters())
         self._masks = [module for module in self.model.modules() if isinstance(module, TaskDict)]
         self._seen = self._fingerprint()
+        self._changes = changes
 
     def _fingerprint(self) -> list[tuple[int, int]]:
         # A task that is added becomes the last one. Parameters that were seen are alive in param_groups: no id is used twice.
         return [(len(masks._parameters), id(next(reversed(masks._parameters.values()), None))) for masks in self._masks]
 
     def _find_new_tasks(self) -> None:
-        if self._fingerprint() != self._seen:
+        changes = CHANGES.count
+        # The registered parameters of a sharded model are by turns sharded and gathered ones, and it gets no new tasks.
+        if not self._is_sharded and self._fingerprint() != self._seen:
             self._update_groups()
+        self._changes = changes
 
     def _update_groups(self) -> None:
         """Take up parameters that the model has got since, and let go of those it has lost."""
+        if is_sharded(self.model.modules()):
+            raise RuntimeError("the model was sharded after its optimiser was made: make the optimiser after fully_shard")
         shared, masks = _parameters(self.model)
         names: dict[Tensor, str] = {parameter: name for found in (shared, masks) for name, parameter in found.items()}
-        for group in self.param_groups:
+        for group in self._groups:
             # A group that the user added may hold parameters of no module here.
             kept = [
                 (parameter, name)
@@ -188,26 +224,32 @@ class FusedMaskedSGD(torch.optim.SGD):
                 if parameter in names or parameter not in self._of_model
             ]
             group["params"], group["param_names"] = [parameter for parameter, _ in kept], [name for _, name in kept]
-        known: set[Tensor] = {parameter for group in self.param_groups for parameter in group["params"]}
-        for group, found in zip(self.param_groups, (shared, masks)):
+        known: set[Tensor] = {parameter for group in self._groups for parameter in group["params"]}
+        for group, found in zip(self._groups, (shared, masks)):
             for name, parameter in found.items():
                 if parameter not in known:
                     group["params"].append(parameter)
                     group["param_names"].append(name)
-        known = {parameter for group in self.param_groups for parameter in group["params"]}
+        known = {parameter for group in self._groups for parameter in group["params"]}
         for gone in [parameter for parameter in self.state if parameter not in known]:
             del self.state[gone]
         self._remember()
 
     def _fused_nodes(self, root: Node) -> list[tuple[Node, Steps]]:
         """The masked layers' nodes of the graph that can update parameters, with the steps they are to take."""
+        if self._is_sharded:
+            return []
         uses, nodes = _walk(root)
         # Not for an input that requires a gradient: looking through the model costs as much as a small step.
         if any(isinstance(variable, nn.Parameter) and variable not in self._group_of for variable in uses):
             self._update_groups()
         # Two parameters over one memory: an update of one changes what the other's backward reads, and no version counter shows it.
-        memory = Counter(variable.data_ptr() for variable in uses)
-        uses = {variable: max(count, memory[variable.data_ptr()]) for variable, count in uses.items()}
+        # A tensor of another class (DTensor) has its memory elsewhere.
+        memory = Counter(variable.data_ptr() for variable in uses if _is_plain(variable))
+        uses = {variable: max(count, memory[variable.data_ptr()]) for variable, count in uses.items() if _is_plain(variable)}
+        # A wrapper takes the gradient from where autograd stores it, and gives back the mean.
+        for averaged in averaged_parameters():
+            uses = {variable: count for variable, count in uses.items() if variable not in averaged}
         found = []
         for node, variables in nodes:
             taken = [self._can_update(node, variable, uses) for variable in variables]
@@ -226,7 +268,7 @@ class FusedMaskedSGD(torch.optim.SGD):
         return found
 
     def _can_update(self, node: Node, variable: Tensor | None, uses: dict[Tensor, int]) -> bool:
-        if variable is None or uses[variable] != 1 or not _dense(variable) or not getattr(node, "same_order", True):
+        if variable is None or uses.get(variable) != 1 or not _dense(variable) or not getattr(node, "same_order", True):
             return False
         group = self._group_of.get(variable)
         return not (
@@ -242,6 +284,10 @@ class FusedMaskedSGD(torch.optim.SGD):
             state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
+
+
+def _is_plain(variable: Tensor) -> bool:
+    return type(variable) is nn.Parameter or type(variable) is Tensor
 
 
 def _dense(p: Tensor) -> bool:

@@ -7,6 +7,7 @@ tests/test_torch_private.py pins each one: a torch upgrade that changes a symbol
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, Protocol, TypeVar
@@ -171,3 +172,32 @@ def _checkpoint_frame(pack_hook: object) -> CheckpointFrame | None:
                 frame: CheckpointFrame = cell.cell_contents
                 return frame
     return None
+
+
+def is_fsdp_managed(module: torch.nn.Module) -> bool:
+    """Whether fully_shard, or FullyShardedDataParallel, holds the parameters of this module.
+
+    Both mark every module below them for Dynamo. A module does not know otherwise: its parameters are DTensors or plain tensors by
+    turns. ``FSDPModule`` marks only the module that fully_shard was called on.
+    """
+    return bool(module.__dict__.get("_is_fsdp_managed_module", False)) or is_fsdp_root(module)
+
+
+def is_fsdp_root(module: torch.nn.Module) -> bool:
+    """Whether fully_shard was called on this module. torch.distributed.fsdp, slow to import, is not imported for it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def saved_factor(product: Any) -> Tensor | None:
+    """The second factor that a node of a product saved: the one way to see a loss scale. None if there is none any more."""
+    try:
+        factor = product._saved_other
+    except RuntimeError:  # freed by an earlier backward
+        return None
+    return factor if isinstance(factor, Tensor) else None
+
+
+def has_unpack_hook(product: Any) -> bool:
+    """Whether that factor lies behind a hook on saved tensors, which reading it would call."""
+    return product._raw_saved_other.unpack_hook is not None

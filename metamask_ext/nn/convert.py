@@ -24,6 +24,7 @@ from .per_task import PerTask, keep_per_task, plain_copy
 from .read_through import ReadThroughConv2d, ReadThroughLinear
 from .task_layer import TaskLayer, task_layers
 from .tasks import slots
+from .wrappers import check_may_grow
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,6 +85,7 @@ def convert(
         ValueError: a pattern that matches no Linear or Conv2d, an option out of range, a layer whose forward or weight is not
             torch's own (a subclass with its own forward, a parametrized or lazy layer): exclude it. Nothing is changed then.
         TypeError: an unknown option, a ``mask_dtype`` that a layer's weight cannot have beside it, a model that is no module.
+        RuntimeError: a ``DistributedDataParallel`` or ``fully_shard`` holds a chosen layer; it would not synchronise the masks.
     """
     gate: GateOptions = {"gate": "sigmoid", "temperature": 1.0, "threshold": 0.0}
     if unknown := sorted(options.keys() - gate.keys()):
@@ -109,6 +111,8 @@ def convert(
     normalising = [module for module in selected if isinstance(module, nn.BatchNorm2d)]
     for module in normalising:
         _check_batch_norm(names[module][0], module)
+
+    check_may_grow(selected, f"{type(model).__name__} cannot be converted")
 
     present = any(isinstance(module, TaskLayer) for module in model.modules())
     by_slot: list[str | None] = slots(model) if present else [DEFAULT_TASK]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -9,6 +10,22 @@ from torch import Tensor, nn
 
 from .names import describe, escape
 from .structure import structure
+from .wrappers import check_entry, check_not_sharded
+
+
+class Changes:
+    """Counts the changes of all TaskDicts: while the count stands still, no model has got or lost a parameter of a task."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self.count = 0
+
+    def note(self) -> None:
+        # Afterwards: whoever reads the new count sees the change. Two threads never set the same count.
+        self.count = next(self._numbers)
+
+
+CHANGES = Changes()
 
 
 class TaskDict(nn.ParameterDict):
@@ -42,7 +59,9 @@ class TaskDict(nn.ParameterDict):
         key = escape(name)
         if not isinstance(value, Tensor):
             raise TypeError(f"what belongs to task {name!r} must be a tensor, got {type(value).__name__}")
-        if self._only_buffers or value.dtype == torch.uint8:
+        buffer = self._only_buffers or value.dtype == torch.uint8
+        check_entry(self, None if buffer else value, f"task {name!r} cannot be {'changed' if name in self._keys else 'added'}")
+        if buffer:
             self._buffers[key] = value
             self._parameters.pop(key, None)
         else:
@@ -54,6 +73,7 @@ class TaskDict(nn.ParameterDict):
             self._slots[key] = len(self._names)
             self._names.append(name)
             self._count()
+        CHANGES.note()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._keys:
@@ -61,6 +81,7 @@ class TaskDict(nn.ParameterDict):
         return self._tensor(escape(name))
 
     def __delitem__(self, name: str) -> None:
+        check_not_sharded([self], f"task {name!r} cannot be removed")
         del self._keys[name]
         key = escape(name)
         self._parameters.pop(key, None)
@@ -68,6 +89,7 @@ class TaskDict(nn.ParameterDict):
         self._is_here(name)
         self._names[self._slots.pop(key)] = None
         self._count()
+        CHANGES.note()
 
     _single = False
     """True if there is one task, whatever block is open. torch.compile guards on it: it flips once while tasks are added."""
@@ -97,6 +119,7 @@ class TaskDict(nn.ParameterDict):
 
     def _wait_for(self, names: Sequence[str | None], fetch: Callable[[str], Tensor]) -> None:
         """Have these tasks and no other, by slot; ``fetch(name)`` gives the tensor of one, a buffer, when it is used."""
+        check_not_sharded([self], "the tasks of a bank cannot be taken in")
         self._parameters.clear()
         self._buffers.clear()
         self._names = list(names)
@@ -105,6 +128,7 @@ class TaskDict(nn.ParameterDict):
         self._waiting = dict(self._keys)
         self._fetch = fetch
         self._count()
+        CHANGES.note()
 
     def _fetch_now(self, key: str) -> Tensor:
         fetch, slot = self._fetch, self._slots.get(key)

@@ -11,6 +11,7 @@ from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .names import check_name, describe, escape, unescape
 from .selection import GivenMasks, ObservedSuperposition, Superposition
 from .task_dict import TaskDict
+from .wrappers import may_have_missed
 
 SLOTS = "task_slots"
 """The entry of a layer's metadata in a state dict: its tasks by slot, None where one was removed."""
@@ -109,6 +110,10 @@ class TaskLayer(nn.Module):
         if len(slots) == 1:
             return only_key(self, next(iter(slots)))
         return active_key(self)
+
+    def __setstate__(self, state: StateDict) -> None:
+        super().__setstate__(state)
+        may_have_missed()  # the model, and a wrapper around it, may be copied or unpickled
 
     def _save_to_state_dict(self, destination: StateDict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -16,6 +16,7 @@ from .names import check_name, describe, escape
 from .structure import structure
 from .task_dict import TaskDict
 from .task_layer import TaskLayer, raise_no_layer, task_layers
+from .wrappers import check_may_grow, check_not_sharded
 
 
 def masked_layers(model: nn.Module) -> list[tuple[str, MaskedLayer]]:
@@ -62,7 +63,9 @@ def slots(model: nn.Module) -> list[str | None]:
 def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "random") -> None:
     """Give every masked layer of ``model`` a mask for a new task. Masks that exist are not moved.
 
-    An optimiser built before does not know the new parameters: add them to it (``metamask_ext.continual.TaskLoop`` does).
+    An optimiser built before does not know the new parameters: add them to it (``metamask_ext.continual.TaskLoop`` does). So it is
+    with every holder of parameters: ``DistributedDataParallel`` and ``fully_shard`` would not synchronise the new masks, and the
+    model is refused while one of them holds it. Add the task to an ``AveragedModel`` of this model too.
 
     Args:
         model: a module with masked layers.
@@ -77,6 +80,7 @@ def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "ran
     Raises:
         ValueError: the task exists, ``init`` is unknown or names an unknown task, logits are asked of a packed task, NaN would
             come out of a mean or a combination, or ``model`` has no masked layer.
+        RuntimeError: a ``DistributedDataParallel`` or ``fully_shard`` holds parameters of the model.
     """
     with structure():
         _add_task(model, name, init)
@@ -87,6 +91,8 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
     if check_name(name) in known:
         raise ValueError(f"task {name!r} exists; the model has {describe(known)}")
     amounts, source = _resolve_init(known, init)
+
+    check_may_grow((layer for _, layer in task_layers(model)), f"task {name!r} cannot be added")
 
     def fill(layer: TaskLayer, tensors: TaskDict, out: Tensor) -> None:
         if amounts is not None:
@@ -205,6 +211,7 @@ def pack_task(model: nn.Module, name: str) -> None:
         known = tasks(model)
         if name not in known:
             raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
+        check_not_sharded(model.modules(), f"task {name!r} cannot be packed")
         refuse_nan(model, [name], "packed")
         for masks, bits in [entry for _, layer in masked_layers(model) for entry in layer._bits(name)]:
             masks[name] = bits
@@ -215,7 +222,7 @@ def remove_task(model: nn.Module, name: str) -> None:
 
     Raises:
         ValueError: the task is unknown, or the last one.
-        RuntimeError: the task is active in an open ``using_task`` block.
+        RuntimeError: the task is active in an open ``using_task`` block, or ``fully_shard`` holds the model's parameters.
     """
     with structure():
         known = tasks(model)
@@ -224,6 +231,7 @@ def remove_task(model: nn.Module, name: str) -> None:
         if len(known) == 1:
             raise ValueError(f"task {name!r} is the model's last one: a masked layer needs a mask")
         layers = [layer for _, layer in task_layers(model)]
+        check_not_sharded(layers, f"task {name!r} cannot be removed")
         if is_active(layers, name):
             raise RuntimeError(f"task {name!r} is active: leave its using_task block before removing it")
         for layer in layers:

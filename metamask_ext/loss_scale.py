@@ -1,0 +1,98 @@
+"""Finds the loss scale of a ``torch.amp.GradScaler`` in a graph.
+
+``scaler.scale(loss)`` multiplies by a scalar tensor that the scaler keeps, or by a copy of it (for a list of losses, or on another
+device). Nothing marks the product, and the graph does not lead to the scaler: the garbage collector's list of objects shows the
+scalers that live. Looking through it takes a tenth of a second, so a factor is looked up once.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from .torch_private import has_unpack_hook, saved_factor
+
+# Functions through which a factor of a loss remains one: sums of losses, means over accumulated steps.
+_LINEAR = ("Mul", "Div", "Add", "Sub", "Neg", "Sum", "Mean", "Stack", "Cat", "Select", "Unbind", "View", "Squeeze", "ToCopy", "Clone")
+_PREFIXES = tuple(f"{name}Backward" for name in _LINEAR)
+_MOST_NODES = 64
+"""The nodes to look at: a loss is scaled where it is finished."""
+_MOST_SEARCHES = 8
+"""The searches, in this process, for factors that no scaler with torch's defaults has; new ones in each step would cost too much."""
+
+
+class _Searches:
+    def __init__(self) -> None:
+        self.count = 0
+        self.of_no_scaler: dict[int, weakref.ref[Tensor]] = {}
+        """By id, factors that are no scale: they never become one, a scaler makes its tensor itself and keeps it."""
+
+    def is_known(self, factor: Tensor) -> bool:
+        known = self.of_no_scaler.get(id(factor))
+        return known is not None and known() is factor
+
+    def remember(self, factor: Tensor) -> None:
+        key = id(factor)
+        self.of_no_scaler[key] = weakref.ref(factor, lambda _: self.of_no_scaler.pop(key, None))
+
+
+_SEARCHES = _Searches()
+
+
+def is_scaled(root: Any) -> bool:
+    """Whether the node ``root`` computes a loss that a GradScaler, which still lives, has scaled."""
+    for product in _products(root):
+        # A hook of the user's may give a tensor back once only.
+        factor = None if has_unpack_hook(product) else saved_factor(product)
+        if factor is not None and (not _is_scalar(factor) or _SEARCHES.is_known(factor)):
+            continue
+        if factor is None or not _is_default_scale(float(factor)):
+            if _SEARCHES.count >= _MOST_SEARCHES:
+                continue
+            _SEARCHES.count += 1
+        scales = [scaler._scale for scaler in _scalers() if scaler._scale is not None]
+        if scales and factor is None:
+            factor = saved_factor(product)
+        if factor is not None and _is_scalar(factor):
+            if any(scale is factor or float(scale) == float(factor) for scale in scales):
+                return True
+            _SEARCHES.remember(factor)
+    return False
+
+
+def _products(root: Any) -> Iterator[Any]:
+    """The nodes that multiply the loss, or a summand of it."""
+    seen, stack = {root}, [root]
+    while stack and len(seen) <= _MOST_NODES:
+        node = stack.pop()
+        name = type(node).__name__
+        if not name.startswith(_PREFIXES):
+            continue
+        if name == "MulBackward0":
+            yield node
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+
+
+def _is_scalar(factor: Tensor) -> bool:
+    return factor.dtype == torch.float32 and not factor.dim() and not factor.requires_grad
+
+
+def _is_default_scale(factor: float) -> bool:
+    """Whether it is a power of two as torch's scalers begin with (2 ** 16) or soon fall to."""
+    return factor >= 256 and math.frexp(factor)[0] == 0.5
+
+
+def _scalers() -> list[GradScaler]:
+    """The scalers that live and are enabled."""
+    found = [each for each in gc.get_objects() if issubclass(type(each), GradScaler)]
+    return [scaler for scaler in found if scaler.is_enabled()]

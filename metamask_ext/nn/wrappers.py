@@ -1,0 +1,120 @@
+"""Finds what synchronises a model's parameters between processes: DistributedDataParallel, replicate, fully_shard.
+
+Both fix their parameters when they are made. ``DistributedDataParallel`` says nothing to the model that it holds: a hook on the
+registration of modules, which torch calls in its constructor, keeps a weak reference to each one that lives.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from ..torch_private import is_fsdp_managed, is_fsdp_root
+
+
+class _Wrappers:
+    """The wrappers that live, each with the parameters that it averages once they are known."""
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[DistributedDataParallel, frozenset[Tensor] | None] = WeakKeyDictionary()
+        self._missed = distributed()
+
+    def saw(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
+        if isinstance(module, DistributedDataParallel):
+            self._known[module] = None
+
+    def may_have_missed(self) -> None:
+        """Search once more: a wrapper may have been copied or unpickled, or be older than this module."""
+        self._missed = self._missed or distributed()
+
+    def averaged(self) -> list[frozenset[Tensor]]:
+        """The parameters of each wrapper."""
+        if self._missed:
+            self._missed = False
+            for found in [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]:
+                self._known.setdefault(found, None)
+        return [self._averaged_by(wrapper) for wrapper in list(self._known.keys())] if self._known else []
+
+    def _averaged_by(self, wrapper: DistributedDataParallel) -> frozenset[Tensor]:
+        found = self._known.get(wrapper)
+        if found is None:
+            found = self._known[wrapper] = frozenset(wrapper.parameters())
+        return found
+
+
+def distributed() -> bool:
+    """Whether this process is one of several that torch.distributed joins, or could be."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+_WRAPPERS = _Wrappers()
+register_module_module_registration_hook(_WRAPPERS.saw)
+averaged_parameters = _WRAPPERS.averaged
+may_have_missed = _WRAPPERS.may_have_missed
+
+
+def is_averaged(parameters: Iterable[Tensor]) -> bool:
+    """Whether a DistributedDataParallel that lives averages the gradient of one of these."""
+    own = set(parameters)
+    return any(not own.isdisjoint(averaged) for averaged in averaged_parameters())
+
+
+def is_sharded(modules: Iterable[nn.Module]) -> bool:
+    """Whether fully_shard, or FullyShardedDataParallel, holds parameters of these modules."""
+    return any(is_fsdp_managed(module) for module in modules)
+
+
+def place_shards(model: nn.Module) -> None:
+    """Put the sharded parameters of ``model`` back in their places, where a forward left the gathered ones.
+
+    RuntimeError if there are others: FullyShardedDataParallel's, those of a fully_shard call on a module around ``model``.
+    """
+    for module in model.modules():
+        if is_fsdp_root(module):
+            module.reshard()
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and is_fsdp_managed(model.get_submodule(name.rpartition(".")[0])):
+            raise RuntimeError(
+                f"parameter {name!r} belongs to a sharded model and is not sharded itself: give the module that fully_shard was "
+                "called on (FullyShardedDataParallel and ignored parameters are not supported)"
+            )
+
+
+def check_may_grow(modules: Iterable[nn.Module], what: str) -> None:
+    """RuntimeError if masks that these modules got now would not be synchronised between processes."""
+    modules = list(modules)
+    check_not_sharded(modules, what)
+    own = [parameter for module in modules for parameter in module.parameters()]
+    if is_averaged(own):
+        gc.collect()  # a wrapper that was let go of may wait for it
+        if is_averaged(own):
+            raise RuntimeError(
+                f"{what} after the model was wrapped: a DistributedDataParallel averages the gradients of the parameters that it "
+                "was made with, and the new masks would differ between processes. Add tasks first, and wrap then: "
+                "model = wrapped.module, delete the wrapper, add_task(model, ...), "
+                "DistributedDataParallel(model, find_unused_parameters=True)"
+            )
+
+
+def check_entry(holder: nn.Module, parameter: Tensor | None, what: str) -> None:
+    """RuntimeError if a tensor of a task cannot be put beside the parameters of ``holder``; None: it is no parameter."""
+    check_not_sharded([holder], what)
+    if parameter is not None and any(
+        parameter not in averaged and not averaged.isdisjoint(holder.parameters()) for averaged in averaged_parameters()
+    ):
+        check_may_grow([holder], what)
+
+
+def check_not_sharded(modules: Iterable[nn.Module], what: str) -> None:
+    """RuntimeError if fully_shard holds parameters of these modules."""
+    if is_sharded(modules):
+        raise RuntimeError(
+            f"{what} after the model was sharded: fully_shard holds the parameters that it was called with. Add, remove and pack tasks "
+            "first, and call fully_shard then"
+        )
