@@ -8,8 +8,8 @@ tests/test_torch_private.py pins each one: a torch upgrade that changes a symbol
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from types import FunctionType
+from collections.abc import Callable, Iterable
+from types import FrameType, FunctionType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -201,3 +201,18 @@ def saved_factor(product: Any) -> Tensor | None:
 def has_unpack_hook(product: Any) -> bool:
     """Whether that factor lies behind a hook on saved tensors, which reading it would call."""
     return product._raw_saved_other.unpack_hook is not None
+
+
+def members_of_caller(frame: FrameType | None) -> Callable[[torch.nn.Module], Iterable[tuple[str, object]]] | None:
+    """The function by which torch reads a module's parameters, or buffers, in the walk that ``frame`` serves; None: another walk.
+
+    ``Module.named_parameters`` and ``named_buffers`` share ``_named_members``. Without it, no pairs are checked.
+    """
+    while frame is not None and frame.f_code is not torch.nn.Module._named_members.__code__:
+        if frame.f_code.co_name not in _OF_A_WALK:
+            return None
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("get_members_fn")
+
+
+_OF_A_WALK = {"named_modules", "noted_layer", "noted_tensors", "_check_same"}

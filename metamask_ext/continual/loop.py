@@ -26,6 +26,7 @@ from ..nn.task_dict import TaskDict
 from ..nn.tasks import add_task, masked_layers, remove_task
 from ..nn.tasks import tasks as model_tasks
 from ..nn.using_task import using_task
+from ..nn.wrappers import check_may_grow, is_sharded
 from .config import Batch, LoopConfig, TaskData, describe_data_and_model
 from .progress import progress_bar
 
@@ -66,6 +67,10 @@ class TaskLoop:
     Random numbers come from the loop's own generator; the global one is seeded from it for each round (mask init, dropout) and
     given back afterwards.
 
+    Under ``DistributedDataParallel`` gradients are averaged over the processes; each draws the same tasks. Add all of them
+    (:func:`metamask_ext.add_task`) before the model is wrapped: a mask that a wrapper does not know would differ between processes.
+    Data that differ by process are functions. Each process takes an ``out`` of its own.
+
     Args:
         model: any module; with masked layers unless ``per_task_masks=False``. Changed in place.
         tasks: from task name to its data: a pair ``(x, y)`` of tensors, ``[n, ...]`` each, or a function of a
@@ -82,7 +87,8 @@ class TaskLoop:
         resumed: the round at which this object took up a checkpoint; None if it did not.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be; the message names it.
+        TypeError, ValueError: an argument that cannot be; the message names it. Also a model that is sharded (``fully_shard``).
+        RuntimeError: the model is wrapped in ``DistributedDataParallel`` without a mask for each task.
     """
 
     def __init__(
@@ -113,6 +119,9 @@ class TaskLoop:
                 raise ValueError(f"per_task_masks=False takes a model with one task at most, got one with {len(names)}")
             self._common = names[0]
         self._replaces_default_at_first = self._replaces_default
+        if is_sharded(model.modules()):
+            raise ValueError("model must not be sharded by fully_shard: the loop makes an optimiser for each task's masks as it goes")
+        self._check_tasks_can_be_added()
 
         self._shared = _shared_parameters(model)
         self._optimizer = config.new_optimizer(self._shared.values(), of_masks=False)
@@ -151,6 +160,7 @@ class TaskLoop:
         """
         if self._order is not None and rounds > len(self._order):
             raise ValueError(f"rounds must be at most the {len(self._order)} of order, got {rounds}")
+        self._check_tasks_can_be_added()
         with ExitStack() as stack:
             record = self._open(stack)
             if self.round > rounds:
@@ -174,6 +184,15 @@ class TaskLoop:
                     self._save()
                     saved = time.monotonic()
         return self
+
+    def _check_tasks_can_be_added(self) -> None:
+        """Raise RuntimeError if a task of the loop has no masks yet and can get none: before a round, not in it."""
+        if not self._masked or self._common is not None:
+            return
+        present = model_tasks(self.model)
+        for name in self._names:
+            if name not in present:
+                check_may_grow((layer for _, layer in masked_layers(self.model)), f"task {name!r} cannot be added")
 
     def using(self, name: str) -> AbstractContextManager[object]:
         """Open a block in which ``model`` computes task ``name``: with its masks, or as it is if it has none of its own.

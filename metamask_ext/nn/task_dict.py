@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .names import describe, escape
+from .pairing import Memo, NamedModules, is_noted, noted_tensors
 from .structure import structure
 from .wrappers import check_entry, check_not_sharded
 
@@ -156,6 +157,11 @@ class TaskDict(nn.ParameterDict):
     def _fetch_all(self) -> None:
         for name in list(self._waiting):
             self._fetch_now(escape(name))
+
+    def named_modules(self, memo: Memo | None = None, prefix: str = "", remove_duplicate: bool = True) -> NamedModules:
+        memo = set() if memo is None else memo
+        modules: NamedModules = super().named_modules(memo, prefix, remove_duplicate)
+        return noted_tensors(self, memo, modules) if is_noted() else modules
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> TaskDict:
         # What is still to be fetched would come on the device and in the dtype of before.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .names import check_name, describe, escape, unescape
+from .pairing import Memo, NamedModules, is_noted, noted_layer
 from .selection import GivenMasks, ObservedSuperposition, Superposition
 from .task_dict import TaskDict
 from .wrappers import may_have_missed
@@ -86,6 +87,11 @@ class TaskLayer(nn.Module):
 
     def _read_given(self, what: str, given: GivenMasks) -> Tensor | None:
         return self._read(what, given.selected)
+
+    def named_modules(self, memo: Memo | None = None, prefix: str = "", remove_duplicate: bool = True) -> NamedModules:
+        memo = set() if memo is None else memo
+        modules: NamedModules = super().named_modules(memo, prefix, remove_duplicate)
+        return noted_layer(self, memo, modules) if is_noted() else modules
 
     def _new_task(self, task: str) -> None:
         check_name(task)
