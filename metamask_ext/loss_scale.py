@@ -50,15 +50,16 @@ def is_scaled(root: Any) -> bool:
     """Whether the node ``root`` computes a loss that a GradScaler, which still lives, has scaled."""
     for product in _products(root):
         # A hook of the user's may give a tensor back once only.
-        factor = None if has_unpack_hook(product) else saved_factor(product)
-        if factor is not None and (not _is_scalar(factor) or _SEARCHES.is_known(factor)):
+        hidden = has_unpack_hook(product)
+        factor = None if hidden else saved_factor(product)
+        if not hidden and (factor is None or not _is_scalar(factor) or _SEARCHES.is_known(factor)):
             continue
         if factor is None or not _is_default_scale(float(factor)):
             if _SEARCHES.count >= _MOST_SEARCHES:
                 continue
             _SEARCHES.count += 1
         scales = [scaler._scale for scaler in _scalers() if scaler._scale is not None]
-        if scales and factor is None:
+        if scales and hidden:
             factor = saved_factor(product)
         if factor is not None and _is_scalar(factor):
             if any(scale is factor or float(scale) == float(factor) for scale in scales):
