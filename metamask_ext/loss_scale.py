@@ -20,12 +20,13 @@ from torch.amp.grad_scaler import GradScaler
 from .torch_private import has_unpack_hook, saved_factor
 
 # Functions through which a factor of a loss remains one: sums of losses, means over accumulated steps.
-_LINEAR = ("Mul", "Div", "Add", "Sub", "Neg", "Sum", "Mean", "Stack", "Cat", "Select", "Unbind", "View", "Squeeze", "ToCopy", "Clone")
-_PREFIXES = tuple(f"{name}Backward" for name in _LINEAR)
+_LINEAR = "Mul Div Add Sub Neg Sum Mean Stack Cat Select Unbind View Squeeze ToCopy Clone"
+_PREFIXES = tuple(f"{name}Backward" for name in _LINEAR.split())
 _MOST_NODES = 64
 """The nodes to look at: a loss is scaled where it is finished."""
 _MOST_SEARCHES = 8
-"""The searches, in this process, for factors that no scaler with torch's defaults has; new ones in each step would cost too much."""
+"""The searches, in this process, for factors that a scaler has only with other settings than torch's: new ones in each step would
+cost too much."""
 
 
 class _Searches:

@@ -127,7 +127,8 @@ class FusedMaskedSGD(torch.optim.SGD):
         Raises:
             TypeError, ValueError: ``loss`` is no tensor, has no graph, is no scalar while ``gradient`` is None, or is scaled by a
                 ``torch.amp.GradScaler``; nothing has changed.
-            RuntimeError: the model was sharded after the optimiser was made; nothing has changed. Or from inside the backward: layers that come later in the model may have taken their step already.
+            RuntimeError: ``fully_shard`` took the model after the optimiser was made; nothing has changed. Or from inside the
+                backward: layers that come later in the model may have taken their step already.
         """
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")

@@ -120,7 +120,7 @@ class TaskLoop:
             self._common = names[0]
         self._replaces_default_at_first = self._replaces_default
         if is_sharded(model.modules()):
-            raise ValueError("model must not be sharded by fully_shard: the loop makes an optimiser for each task's masks as it goes")
+            raise ValueError("model must not be sharded by fully_shard: the loop adds tasks and their optimisers as it goes")
         self._check_tasks_can_be_added()
 
         self._shared = _shared_parameters(model)

@@ -78,11 +78,14 @@ def noted_tensors(tensors: nn.Module, memo: Memo, modules: NamedModules) -> Name
 def _check_same(theirs: nn.Module, ours: nn.Module) -> None:
     # modules() may be walked in pairs: they are the same ones for any tasks.
     members = members_of_caller(sys._getframe())
-    if members is not None and [name for name, _ in members(theirs)] != [name for name, _ in members(ours)]:
+    if members is None:
+        return
+    first, second = ([name for name, _ in members(tensors)] for tensors in (theirs, ours))
+    if first != second:
         raise RuntimeError(
             "the parameters of two models with different tasks are paired by their order, which would mix up those behind the "
-            f"first difference: {[name for name, _ in members(theirs)]} and {[name for name, _ in members(ours)]}. Give both models "
-            "the same tasks, added in the same order (an AveragedModel too: add_task(averaged, ...)), or pair by named_parameters()"
+            f"first difference: {first} and {second}. Give both models the same tasks, added in the same order (an AveragedModel "
+            "too: add_task(averaged, ...)), or pair them by the names of named_parameters()"
         )
 
 

@@ -7,7 +7,7 @@ registration of modules, which torch calls in its constructor, keeps a weak refe
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -77,7 +77,8 @@ def place_shards(model: nn.Module) -> None:
     """
     for module in model.modules():
         if is_fsdp_root(module):
-            module.reshard()
+            reshard: Callable[[], None] = getattr(module, "reshard")  # noqa: B009  # torch.nn.Module declares every attribute a tensor
+            reshard()
     for name, parameter in model.named_parameters():
         if type(parameter) is nn.Parameter and is_fsdp_managed(model.get_submodule(name.rpartition(".")[0])):
             raise RuntimeError(
@@ -115,6 +116,6 @@ def check_not_sharded(modules: Iterable[nn.Module], what: str) -> None:
     """RuntimeError if fully_shard holds parameters of these modules."""
     if is_sharded(modules):
         raise RuntimeError(
-            f"{what} after the model was sharded: fully_shard holds the parameters that it was called with. Add, remove and pack tasks "
-            "first, and call fully_shard then"
+            f"{what} after the model was sharded: fully_shard holds the parameters that it was called with. Add, remove and pack "
+            "tasks first, and call fully_shard then"
         )

@@ -97,9 +97,10 @@ def _backward(
         grads = backward(rows, patches, _rows(weight), _rows(mask_logits), bias, bias_mask_logits, *gate, output_mask)
     else:
         update: Callable[..., Gradients] = linear_raw.masked_linear_backward_sgd_
-        (w, m, *of_bias), (updates, (w_buffer, m_buffer, *buffers), settings) = steps.on((weight, mask_logits, bias, bias_mask_logits))
-        momentum_buffers = [None if buffer is None else _rows(buffer) for buffer in (w_buffer, m_buffer)] + buffers
-        grads = update(rows, patches, _rows(w), _rows(m), *of_bias, *gate, output_mask, updates, momentum_buffers, settings)
+        parameters, (updates, buffers, settings) = steps.on((weight, mask_logits, bias, bias_mask_logits))
+        for tensors in (parameters, buffers):
+            tensors[:2] = [None if tensor is None else _rows(tensor) for tensor in tensors[:2]]
+        grads = update(rows, patches, *parameters, *gate, output_mask, updates, buffers, settings)
     dx, dw, dm, db, dbm = grads
     if dx is not None:
         dx = raw.col2im(dx, input.shape, weight.shape[2:], *geometry)

@@ -23,7 +23,6 @@ from metamask_ext.torch_private import is_legacy_batched, set_node_default
 from ..vjp import pull_back
 from . import raw, reference
 
-
 NO_STEP: raw.SgdSettings = (0.0, 0.0, 0.0)
 Arguments = tuple[list[bool], list[Tensor | None], list[raw.SgdSettings]]
 
@@ -81,9 +80,7 @@ class MaskedWeight(Function):
             grads = MaskedWeightBackward.apply(grad, weight, mask_logits, ctx.gate_id, ctx.gate_param, output_mask)
         else:
             (weight, mask_logits), arguments = steps.on((weight, mask_logits))
-            grads = raw.masked_weight_backward_sgd_(
-                grad, weight, mask_logits, ctx.gate_id, ctx.gate_param, output_mask, *arguments
-            )
+            grads = raw.masked_weight_backward_sgd_(grad, weight, mask_logits, ctx.gate_id, ctx.gate_param, output_mask, *arguments)
         return (
             *grads,
             None,  # gate_id
