@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from .torch_private import has_unpack_hook, saved_factor
+from .torch_private import has_unpack_hook, loss_scale_of, saved_factor
 
 # Functions through which a factor of a loss remains one: sums of losses, means over accumulated steps.
 _LINEAR = "Mul Div Add Sub Neg Sum Mean Stack Cat Select Unbind View Squeeze ToCopy Clone"
@@ -49,7 +49,8 @@ _SEARCHES = _Searches()
 
 def is_scaled(root: Any) -> bool:
     """Whether the node ``root`` computes a loss that a GradScaler, which still lives, has scaled."""
-    for product in _products(root):
+    first = _first_branch(root)
+    for product in () if first is None else _products(first):
         # A hook of the user's may give a tensor back once only.
         hidden = has_unpack_hook(product)
         factor = None if hidden else saved_factor(product)
@@ -59,7 +60,7 @@ def is_scaled(root: Any) -> bool:
             if _SEARCHES.count >= _MOST_SEARCHES:
                 continue
             _SEARCHES.count += 1
-        scales = [scaler._scale for scaler in _scalers() if scaler._scale is not None]
+        scales = [scale for scale in map(loss_scale_of, _scalers()) if scale is not None]
         if scales and hidden:
             factor = saved_factor(product)
         if factor is not None and _is_scalar(factor):
@@ -67,6 +68,17 @@ def is_scaled(root: Any) -> bool:
                 return True
             _SEARCHES.remember(factor)
     return False
+
+
+def _first_branch(root: Any) -> Any:
+    """The first node that multiplies, or has several inputs, of those that pass a factor on; None: there is none. For speed."""
+    node = root
+    while (name := type(node).__name__).startswith(_PREFIXES):
+        inputs = node.next_functions
+        if len(inputs) > 1 or name == "MulBackward0":
+            return node
+        node = inputs[0][0]
+    return None
 
 
 def _products(root: Any) -> Iterator[Any]:

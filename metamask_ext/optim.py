@@ -150,7 +150,7 @@ class FusedMaskedSGD(torch.optim.SGD):
             for node, _ in nodes:
                 del node.steps
         self.step()
-        for group in self.param_groups:
+        for group in self._groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
@@ -245,9 +245,10 @@ class FusedMaskedSGD(torch.optim.SGD):
         if any(isinstance(variable, nn.Parameter) and variable not in self._group_of for variable in uses):
             self._update_groups()
         # Two parameters over one memory: an update of one changes what the other's backward reads, and no version counter shows it.
-        # A tensor of another class (DTensor) has its memory elsewhere.
-        memory = Counter(variable.data_ptr() for variable in uses if _is_plain(variable))
-        uses = {variable: max(count, memory[variable.data_ptr()]) for variable, count in uses.items() if _is_plain(variable)}
+        pointers = [variable.data_ptr() for variable in uses]
+        if len(set(pointers)) < len(pointers):
+            memory = Counter(pointers)
+            uses = {variable: max(count, memory[pointer]) for (variable, count), pointer in zip(uses.items(), pointers)}
         # A wrapper takes the gradient from where autograd stores it, and gives back the mean.
         for averaged in averaged_parameters():
             uses = {variable: count for variable, count in uses.items() if variable not in averaged}
@@ -269,7 +270,10 @@ class FusedMaskedSGD(torch.optim.SGD):
         return found
 
     def _can_update(self, node: Node, variable: Tensor | None, uses: dict[Tensor, int]) -> bool:
-        if variable is None or uses.get(variable) != 1 or not _dense(variable) or not getattr(node, "same_order", True):
+        # Not a tensor of another class (DTensor), which has its memory elsewhere.
+        if variable is None or type(variable) not in (nn.Parameter, Tensor):
+            return False
+        if uses.get(variable) != 1 or not _dense(variable) or not getattr(node, "same_order", True):
             return False
         group = self._group_of.get(variable)
         return not (
@@ -285,10 +289,6 @@ class FusedMaskedSGD(torch.optim.SGD):
             state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
-
-
-def _is_plain(variable: Tensor) -> bool:
-    return type(variable) is nn.Parameter or type(variable) is Tensor
 
 
 def _dense(p: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._compile import _disable_dynamo
 from torch._functorch.predispatch import lazy_load_decompositions
+from torch.amp.grad_scaler import GradScaler
 from torch.autograd import Function, forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -203,16 +204,20 @@ def has_unpack_hook(product: Any) -> bool:
     return product._raw_saved_other.unpack_hook is not None
 
 
-def members_of_caller(frame: FrameType | None) -> Callable[[torch.nn.Module], Iterable[tuple[str, object]]] | None:
+def members_of_caller(frame: FrameType | None, *walk: str) -> Callable[[torch.nn.Module], Iterable[tuple[str, object]]] | None:
     """The function by which torch reads a module's parameters, or buffers, in the walk that ``frame`` serves; None: another walk.
 
-    ``Module.named_parameters`` and ``named_buffers`` share ``_named_members``. Without it, no pairs are checked.
+    ``walk`` names the functions between ``frame`` and torch's. ``Module.named_parameters`` and ``named_buffers`` share
+    ``_named_members``. Without it, no pairs are checked.
     """
     while frame is not None and frame.f_code is not torch.nn.Module._named_members.__code__:
-        if frame.f_code.co_name not in _OF_A_WALK:
+        if frame.f_code.co_name not in walk:
             return None
         frame = frame.f_back
     return None if frame is None else frame.f_locals.get("get_members_fn")
 
 
-_OF_A_WALK = {"named_modules", "noted_layer", "noted_tensors", "_check_same"}
+def loss_scale_of(scaler: GradScaler) -> Tensor | None:
+    """The tensor by which the scaler multiplies a loss; None before the first one."""
+    scale: Tensor | None = scaler._scale
+    return scale

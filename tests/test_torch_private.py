@@ -345,6 +345,68 @@ def test_dynamo_exception():
     assert issubclass(BackendCompilerFailed, TorchDynamoException)
 
 
+@pins("torch.nn.Module._is_fsdp_managed_module", "it marks the modules whose parameters fully_shard, or FSDP1, took over")
+def test_is_fsdp_managed_module():
+    from tempfile import TemporaryDirectory
+
+    from metamask_ext.torch_private import is_fsdp_managed, is_fsdp_root
+
+    folder = TemporaryDirectory()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder.name}/rendezvous", rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        assert not is_fsdp_managed(model) and not is_fsdp_managed(model[0])
+        torch.distributed.fsdp.fully_shard(model)
+        assert model[0]._is_fsdp_managed_module is True
+        assert is_fsdp_managed(model[0]) and is_fsdp_managed(model) and is_fsdp_root(model) and not is_fsdp_root(model[0])
+    finally:
+        torch.distributed.destroy_process_group()
+        folder.cleanup()
+
+
+@pins("torch.Tensor.grad_fn._saved_other", "it holds the factor by which a GradScaler scales a loss")
+def test_saved_other():
+    scale = torch.ones(())
+    product = (leaf().sum() * scale).grad_fn
+    assert product._saved_other is scale
+
+
+@pins("torch.Tensor.grad_fn._raw_saved_other", "it tells whether the factor lies behind a hook on saved tensors")
+def test_raw_saved_other():
+    scale = torch.ones(())
+    assert (leaf().sum() * scale).grad_fn._raw_saved_other.unpack_hook is None
+    with torch.autograd.graph.saved_tensors_hooks(pack, pack):
+        assert (leaf().sum() * scale).grad_fn._raw_saved_other.unpack_hook is pack
+
+
+@pins("torch.amp.GradScaler._scale", "it is the tensor that a loss is multiplied by, to be compared with a factor")
+def test_scale():
+    scaler = torch.amp.GradScaler("cpu")
+    assert (scaler.scale(leaf().sum())).grad_fn._saved_other is scaler._scale
+
+
+@pins("torch.nn.Module._named_members", "it walks the modules for parameters() and buffers(), with the function get_members_fn")
+def test_named_members():
+    import sys
+
+    from metamask_ext.torch_private import members_of_caller
+
+    class Noted(torch.nn.Linear):
+        found = None
+
+        def named_modules(self, *arguments, **options):
+            Noted.found = members_of_caller(sys._getframe(), "named_modules")
+            yield from super().named_modules(*arguments, **options)
+
+    module = torch.nn.Sequential(Noted(2, 2))
+    list(module.parameters())
+    assert [name for name, _ in Noted.found(module[0])] == ["weight", "bias"]
+    list(module.buffers())
+    assert not list(Noted.found(module[0]))
+    list(module.modules())
+    assert Noted.found is None
+
+
 # --- Which symbols there are, and where.
 
 PRIVATE = re.compile(r"_(?!_)\w*[a-z]\w*")

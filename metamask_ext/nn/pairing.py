@@ -77,7 +77,7 @@ def noted_tensors(tensors: nn.Module, memo: Memo, modules: NamedModules) -> Name
 
 def _check_same(theirs: nn.Module, ours: nn.Module) -> None:
     # modules() may be walked in pairs: they are the same ones for any tasks.
-    members = members_of_caller(sys._getframe())
+    members = members_of_caller(sys._getframe(), "_check_same", "noted_tensors", "noted_layer", "named_modules")
     if members is None:
         return
     first, second = ([name for name, _ in members(tensors)] for tensors in (theirs, ours))

@@ -98,9 +98,7 @@ def _backward(
     else:
         update: Callable[..., Gradients] = linear_raw.masked_linear_backward_sgd_
         parameters, (updates, buffers, settings) = steps.on((weight, mask_logits, bias, bias_mask_logits))
-        for tensors in (parameters, buffers):
-            tensors[:2] = [None if tensor is None else _rows(tensor) for tensor in tensors[:2]]
-        grads = update(rows, patches, *parameters, *gate, output_mask, updates, buffers, settings)
+        grads = update(rows, patches, *_matrices(parameters), *gate, output_mask, updates, _matrices(buffers), settings)
     dx, dw, dm, db, dbm = grads
     if dx is not None:
         dx = raw.col2im(dx, input.shape, weight.shape[2:], *geometry)
@@ -130,6 +128,11 @@ def _differentiable_backward(
         dw, dm = weight_gradients(product, weight, mask_logits, gate_id, gate_param, output_mask[1:3])
     db, dbm = bias_gradients(grad.sum((0, 2, 3)), bias, bias_mask_logits, gate_id, gate_param, output_mask[3:5])
     return dx, dw, dm, db, dbm
+
+
+def _matrices(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The first two, those of the weight and of its mask, as rows."""
+    return [*(None if tensor is None else _rows(tensor) for tensor in tensors[:2]), *tensors[2:]]
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ backward.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from ..vjp import pull_back
 from . import raw, reference
 
 NO_STEP: raw.SgdSettings = (0.0, 0.0, 0.0)
-Arguments = tuple[list[bool], list[Tensor | None], list[raw.SgdSettings]]
+Arguments = tuple[Sequence[bool], Sequence[Tensor | None], Sequence[raw.SgdSettings]]
 
 
 class Steps(NamedTuple):
@@ -45,9 +46,12 @@ class Steps(NamedTuple):
         Only a parameter whose saved tensor is its own memory takes its step, on the parameter itself. Hooks on saved tensors
         (off-loading, quantisation) may give back a copy: a step on that would be lost, so the parameter gets a gradient instead.
         """
+        if all(map(operator.is_, saved, self.parameters)):
+            return list(saved), (self.updates, self.momentum_buffers, self.settings)
         tensors, updates, buffers, settings = list(saved), list(self.updates), list(self.momentum_buffers), list(self.settings)
-        for index, (tensor, parameter) in enumerate(zip(saved, self.parameters)):
-            if updates[index] and tensor is not parameter:
+        for index, tensor in enumerate(saved):
+            parameter = self.parameters[index]
+            if tensor is not parameter and updates[index]:
                 if _same_memory(tensor, parameter):
                     tensors[index] = parameter
                 else:
