@@ -19,6 +19,7 @@ from ..nn.structure import structure
 from ..nn.task_dict import TaskDict
 from ..nn.task_layer import TaskLayer, task_layers
 from ..nn.tasks import masked_layers, slots
+from ..nn.wrappers import check_may_grow, check_not_sharded
 from ..ops.geometry import packed_shape
 from .export import BITS, LOGITS, STATE
 from .index import INDEX, BankError, JsonObject
@@ -81,6 +82,11 @@ def load(store: Store, model: nn.Module) -> None:
     for name, tensors in read.items():
         for each in kept:
             each.check(store, name, tensors)
+
+    check_not_sharded(model.modules(), "the tasks of a bank cannot be taken in")
+    made = any(not isinstance(model.get_submodule(path), PerTask) for path in per_task)
+    if made or any(each.makes_parameter(name, tensors) for name, tensors in read.items() for each in kept):
+        check_may_grow((layer for _, layer in task_layers(model)), "new tasks of a bank cannot be taken in")
 
     # From here on nothing fails.
     for path, of_module in per_task.items():
@@ -153,6 +159,13 @@ class _Kept:
         if not self.is_mask:
             return STATE + self.name
         return (BITS if BITS + self.name in given else LOGITS) + self.name
+
+    def makes_parameter(self, task: str, given: Mapping[str, Tensor]) -> bool:
+        """Whether the task gets a parameter that the model does not have: see :func:`_filled`."""
+        key, held = self.key_in(given), self.tensors._held(escape(task))
+        if key.startswith(BITS) or self.tensors._only_buffers:
+            return False
+        return held is None or (held.dtype, held.shape) != (self.dtypes[0], given[key].shape)
 
     def check(self, store: Store, task: str, given: Mapping[str, Tensor]) -> Tensor:
         """Return the tensor of ``task`` among those of its file; BankError if it is not there, or does not fit."""

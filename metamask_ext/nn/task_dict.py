@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .names import describe, escape
 from .pairing import Memo, NamedModules, is_noted, noted_tensors
 from .structure import structure
-from .wrappers import check_entry, check_may_grow, check_not_sharded
+from .wrappers import check_entry, check_not_sharded
 
 
 class Changes:
@@ -120,7 +120,7 @@ class TaskDict(nn.ParameterDict):
 
     def _wait_for(self, names: Sequence[str | None], fetch: Callable[[str], Tensor]) -> None:
         """Have these tasks and no other, by slot; ``fetch(name)`` gives the tensor of one, a buffer, when it is used."""
-        check_may_grow([self], "the tasks of a bank cannot be taken in")
+        check_not_sharded([self], "the tasks of a bank cannot be taken in")
         self._parameters.clear()
         self._buffers.clear()
         self._names = list(names)

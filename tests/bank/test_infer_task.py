@@ -118,7 +118,10 @@ class TestThreads:
             bank.infer_task(x)
             bank.add_task(f"n{round}"), bank.pack(f"n{round}")
             found, barrier = [], threading.Barrier(6)
-            threads = [threading.Thread(target=lambda: (barrier.wait(), found.append(bank.infer_task(x)))) for _ in range(6)]
+            threads = [
+                threading.Thread(target=lambda barrier=barrier, found=found: (barrier.wait(), found.append(bank.infer_task(x))))
+                for _ in range(6)
+            ]
             [thread.start() for thread in threads], [thread.join() for thread in threads]
             wanted = MaskBank(bank.model).infer_task(x)
             assert found == [wanted] * 6 and bank.infer_task(x) == wanted
@@ -305,7 +308,8 @@ class TestNaN:
     def test_a_coefficient_is_finite(self, bad):
         bank = new_bank()
         for amount in (bad, torch.tensor(bad), torch.tensor([bad], dtype=torch.float64, requires_grad=True)):
-            for act in (lambda: bank.superpose({"a": 0.5, "b": amount}), lambda: bank.add_task("e", init={"a": 0.5, "b": amount})):
+            mixture = {"a": 0.5, "b": amount}
+            for act in (lambda m=mixture: bank.superpose(m), lambda m=mixture: bank.add_task("e", init=m)):
                 with pytest.raises(ValueError, match=r"\['b'\] must be finite, got -?(nan|inf)"):
                     act()
 

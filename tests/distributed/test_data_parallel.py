@@ -78,6 +78,10 @@ def test_removed_and_packed_tasks(ranks):
     assert max(ranks(cases.removed_and_packed)) < 1e-6
 
 
+def test_a_bank_of_the_same_tasks(ranks):
+    assert max(ranks(cases.a_bank_of_the_same_tasks)) < 1e-6
+
+
 def test_task_loop(ranks):
     for difference, moved in ranks(cases.loop):
         assert difference < 1e-6 < moved

@@ -278,6 +278,17 @@ def removed_and_packed(rank):
     return difference(model, other)
 
 
+def a_bank_of_the_same_tasks(rank):
+    """Its values go to the parameters that the wrapper knows."""
+    model = net(["b"])
+    wrapper = DistributedDataParallel(model, find_unused_parameters=True)
+    with tempfile.TemporaryDirectory() as folder:
+        mm.MaskBank(net(["b"])).save(f"{folder}/bank")
+        mm.MaskBank.load(f"{folder}/bank", model)
+    train(model, sgd(model), rank, wrapper, ("b", "b"))
+    return difference(model, by_one_process(net(["b"]), ("b", "b")))
+
+
 # TaskLoop
 
 NAMES = ["a", "b"]

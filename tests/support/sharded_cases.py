@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import torch
 from support.distributed_models import (
     SETTINGS,
@@ -140,6 +142,12 @@ def sharded_after_the_optimiser(rank, kind):
     return _refused(lambda: optimizer.backward(value), model, before)
 
 
+def load_bank(model):
+    with tempfile.TemporaryDirectory() as folder:
+        mm.MaskBank(net(["b"])).save(f"{folder}/bank")
+        mm.MaskBank.load(f"{folder}/bank", model)
+
+
 CHANGES = {
     "add_task": lambda model: mm.add_task(model, "z"),
     "add_task to a layer": lambda model: mm.add_task(model[4], "z"),
@@ -148,6 +156,7 @@ CHANGES = {
     "by hand": lambda model: model[4].masks.__setitem__("z", nn.Parameter(torch.zeros(4, 8))),
     "by hand, away": lambda model: model[4].masks.pop("b"),
     "convert": lambda model: mm.convert(model),
+    "MaskBank.load": lambda model: load_bank(model),
     "TaskLoop": lambda model: TaskLoop(model, {"b": batch(0, 0)}, nn.functional.mse_loss),
 }
 
