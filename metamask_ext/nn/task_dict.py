@@ -120,7 +120,6 @@ class TaskDict(nn.ParameterDict):
 
     def _wait_for(self, names: Sequence[str | None], fetch: Callable[[str], Tensor]) -> None:
         """Have these tasks and no other, by slot; ``fetch(name)`` gives the tensor of one, a buffer, when it is used."""
-        check_not_sharded([self], "the tasks of a bank cannot be taken in")
         self._parameters.clear()
         self._buffers.clear()
         self._names = list(names)
