@@ -207,7 +207,7 @@ class FusedMaskedSGD(torch.optim.SGD):
     def _find_new_tasks(self) -> None:
         changes = CHANGES.count
         # The registered parameters of a sharded model are by turns sharded and gathered ones, and it gets no new tasks.
-        if not self._is_sharded and self._fingerprint() != self._seen:
+        if not self._is_sharded and (changes != self.__dict__.get("_changes") or self._fingerprint() != self._seen):
             self._update_groups()
         self._changes = changes
 

@@ -82,6 +82,9 @@ def load(store: Store, model: nn.Module) -> None:
     for name, tensors in read.items():
         for each in kept:
             each.check(store, name, tensors)
+    check_not_sharded([each.tensors for each in kept], "a bank cannot be loaded")
+    if any(each.grows(read) for each in kept):
+        check_may_grow([model], "the tasks of a bank cannot be taken in")
 
     check_not_sharded(model.modules(), "the tasks of a bank cannot be taken in")
     made = any(not isinstance(model.get_submodule(path), PerTask) for path in per_task)
@@ -107,15 +110,7 @@ def load(store: Store, model: nn.Module) -> None:
             for name, tensors in read.items():
                 key = each.key_in(tensors)
                 if not key.startswith(BITS):
-                    each.tensors[name] = _filled(held.get(name), tensors[key], each.device, each.dtypes[0])
-
-
-def _filled(held: Tensor | None, given: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the tensor that the model has, with other values, where it fits: optimisers hold it. Else a copy of ``given``."""
-    if held is None or (held.dtype, held.shape) != (dtype, given.shape):
-        return given.to(device, dtype, copy=True)  # not the mapped file's memory: it will be trained
-    _fill(held, given)
-    return held
+                    each.tensors[name] = each.filled(held.get(name), tensors[key])
 
 
 def _fill(tensor: Tensor, given: Tensor) -> None:
@@ -141,6 +136,22 @@ class _Kept:
     def has_parameters(self) -> bool:
         """Whether a packed task has a parameter here: a head's, say."""
         return not (self.is_mask or self.tensors._only_buffers)
+
+    def grows(self, read: Mapping[str, Mapping[str, Tensor]]) -> bool:
+        """Return whether tasks in their files need parameters that the model does not have."""
+        keys = {} if self.tensors._only_buffers else {name: self.key_in(tensors) for name, tensors in read.items()}
+        return any(not key.startswith(BITS) and not self.fits(self.tensors._held(escape(name))) for name, key in keys.items())
+
+    def fits(self, held: Tensor | None) -> bool:
+        """Return whether a tensor that the model has can take the values of one that is no bits."""
+        return held is not None and held.shape == self.shape and held.dtype in self.dtypes
+
+    def filled(self, held: Tensor | None, given: Tensor) -> Tensor:
+        """Return the tensor that the model has, with other values, where it fits: optimisers hold it. Else a copy of ``given``."""
+        if held is None or not self.fits(held):
+            return given.to(self.device, self.dtypes[0], copy=True)  # not the mapped file's memory: it will be trained
+        _fill(held, given)
+        return held
 
     @property
     def source(self) -> _Source | None:

@@ -76,6 +76,11 @@ class TaskDict(nn.ParameterDict):
             self._count()
         CHANGES.note()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's, which an assignment to an attribute calls, and ``load_state_dict(..., assign=True)``."""
+        super().register_parameter(name, param)
+        CHANGES.note()
+
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._keys:
             raise KeyError(name)
@@ -120,7 +125,6 @@ class TaskDict(nn.ParameterDict):
 
     def _wait_for(self, names: Sequence[str | None], fetch: Callable[[str], Tensor]) -> None:
         """Have these tasks and no other, by slot; ``fetch(name)`` gives the tensor of one, a buffer, when it is used."""
-        check_not_sharded([self], "the tasks of a bank cannot be taken in")
         self._parameters.clear()
         self._buffers.clear()
         self._names = list(names)
@@ -168,6 +172,7 @@ class TaskDict(nn.ParameterDict):
         self._fetch_all()
         apply: Callable[..., object] = super()._apply
         apply(function, recurse)
+        CHANGES.note()  # torch may be told to replace parameters here
         return self
 
     def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:

@@ -193,3 +193,43 @@ class TestLoadStateDict:
         bank.model.load_state_dict(packed.model.state_dict())
         assert bank.is_packed("a") and logits.dtype == torch.float32
         assert_same_values(bank.model, packed.model)
+
+
+class TestParametersThatWereReplaced:
+    """FusedMaskedSGD finds them wherever they stand among the tasks."""
+
+    def bank(self):
+        bank = MaskBank(nn.Sequential(mm.nn.MaskedLinear(4, 3, bias=False)))
+        for task in "abc":
+            bank.add_task(task)
+        bank.remove_task("default")
+        return bank
+
+    def check(self, model, optimizer, task):
+        before = model[0].masks[task].detach().clone()
+        with using_task(model, task):
+            model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(model[0].masks[task], before)
+
+    def test_by_a_bank(self, tmp_path):
+        saved, bank = self.bank(), self.bank()
+        saved.pack("a"), saved.save(tmp_path)
+        bank.pack("b")
+        optimizer = FusedMaskedSGD(bank.model, lr=1.0)
+        MaskBank.load(tmp_path, bank.model)  # b for a: as many as before, and the last one is the same
+        self.check(bank.model, optimizer, "b"), self.check(bank.model, optimizer, "c")
+
+    def test_by_hand(self):
+        bank = self.bank()
+        optimizer = FusedMaskedSGD(bank.model, lr=1.0)
+        bank.model[0].masks["a"] = nn.Parameter(torch.zeros(3, 4))
+        self.check(bank.model, optimizer, "a")
+        setattr(bank.model[0].masks, "b", nn.Parameter(torch.zeros(3, 4)))
+        self.check(bank.model, optimizer, "b")
+
+    def test_by_a_state_that_is_assigned(self):
+        bank = self.bank()
+        optimizer = FusedMaskedSGD(bank.model, lr=1.0)
+        bank.model[0].masks.load_state_dict({"a": torch.zeros(3, 4)}, strict=False, assign=True)
+        self.check(bank.model, optimizer, "a")

@@ -56,15 +56,20 @@ def test_a_mixture_of_equal_tasks_is_any_of_them(dtype, gate, packed):
 
 
 @each_dtype
-def test_means_and_combinations_that_begin_a_task(dtype):
-    bank = bank_of(MaskedLinear(8, 4, mask_init=4.0), nn.Linear(4, 3), dtype=dtype, per_task="1.*")
+@pytest.mark.parametrize("masks", ["float32", "16 bits"])
+def test_means_and_combinations_that_begin_a_task(dtype, masks):
+    mask_dtype = torch.float32 if masks == "float32" else dtype
+    layers = MaskedLinear(8, 4, mask_init=4.0, dtype=dtype, mask_dtype=mask_dtype), nn.Linear(4, 3)
+    bank = bank_of(*layers, dtype=dtype, per_task="1.*")
     bank.add_task("mean", init="mean")
     bank.add_task("mix", init=dict.fromkeys(bank.tasks[:TASKS], 1 / TASKS))
     bank.add_task("packed"), bank.model[0].masks["packed"].data.fill_(1), bank.pack("packed")
     bank.add_task("of bits", init={"packed": 1.0})
     layer, head = bank.model[0], bank.model[1].per_task
-    assert layer.masks["mean"].dtype == dtype and (layer.masks["mean"] == 4).all() and (layer.masks["mix"] == 4).all()
-    assert (layer.masks["of bits"] == 4).all() and (layer.bias_masks["mix"] == 4).all()
+    assert layer.masks["mean"].dtype == mask_dtype and (layer.masks["mean"] == 4).all()
+    for logits in (layer.masks["mean"], layer.masks["mix"], layer.masks["of bits"], layer.bias_masks["mix"]):
+        assert logits.dtype == mask_dtype
+        torch.testing.assert_close(logits.float(), torch.full_like(logits, 4.0).float(), rtol=0, atol=1e-3)
     for name in ("weight", "bias"):
         one = head[name]["default"].float()
         for task in ("mean", "mix"):
@@ -141,9 +146,10 @@ def test_a_mixed_task_batch_updates_statistics_as_float32_does_and_rounds_once(d
 
 @each_dtype
 def test_a_meta_learner_that_starts_from_many_tasks(dtype):
-    bank = bank_of(MaskedLinear(8, 4, mask_init=2.0), dtype=dtype)
+    bank = bank_of(MaskedLinear(8, 4, mask_init=2.0, dtype=dtype, mask_dtype=dtype), dtype=dtype)
     maml = MAML(bank.model, 0.1, start=dict.fromkeys(bank.tasks, 1 / TASKS))
-    assert all((tensor == 2).all() and tensor.dtype == dtype for tensor in maml._adapted.first())
+    for tensor in maml._adapted.first():
+        torch.testing.assert_close(tensor.float(), torch.full_like(tensor, 2.0).float(), rtol=0, atol=1e-3)
 
 
 def test_float64_stays_float64():
@@ -158,7 +164,7 @@ def test_float64_stays_float64():
 
 
 def test_gradients_go_through_the_sums():
-    bank = bank_of(MaskedLinear(6, 3), dtype=torch.bfloat16, tasks=8)
+    bank = bank_of(MaskedLinear(6, 3, dtype=torch.bfloat16, mask_dtype=torch.bfloat16), dtype=torch.bfloat16, tasks=8)
     alphas = {task: torch.tensor(1 / 8, requires_grad=True) for task in bank.tasks}
     with bank.superpose(alphas) as model:
         model(torch.randn(4, 6).bfloat16()).float().square().sum().backward()
