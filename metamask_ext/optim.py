@@ -46,8 +46,9 @@ class FusedMaskedSGD(torch.optim.SGD):
     A parameter is updated inside the backward if exactly one masked layer's node of the graph uses it and nothing else does. Else
     it gets an ordinary gradient and the step that ``torch.optim.SGD`` takes, with the same numbers: a layer that is used twice, a
     penalty on ``layer.weight``, tied weights, a gradient of a gradient, a compiled model, a reentrant checkpoint anywhere in the
-    graph, a parameter that has a ``.grad`` already (accumulation) or a hook on its gradient, and every plain layer. Masks of tasks
-    that the loss does not use do not move.
+    graph, a parameter that has a ``.grad`` already (accumulation) or a hook on its gradient, one whose saved tensor is a copy
+    (hooks as ``save_on_cpu``), one whose gradient ``DistributedDataParallel`` averages, a model under ``fully_shard``, and every
+    plain layer. Masks of tasks that the loss does not use do not move.
 
     ``loss.backward()`` and ``step()`` work as with ``torch.optim.SGD``; so do ``param_groups``, schedulers and state dicts, whose
     momentum buffers have torch's names. Tasks that are added to the model later are picked up.
@@ -55,7 +56,8 @@ class FusedMaskedSGD(torch.optim.SGD):
     Two things cannot be seen from here: hooks on autograd's own nodes (``AccumulateGrad``), and functions of other packages whose
     backward runs a backward of its own over the same parameters. Keep such a parameter out by a hook on its gradient.
 
-    To clip or scale gradients, use ``loss.backward()`` and ``step()``. ``torch.amp.GradScaler`` scales them; bfloat16 needs none.
+    To clip or scale gradients, use ``loss.backward()`` and ``step()``. ``torch.amp.GradScaler`` scales them, and ``backward``
+    refuses a loss that it scaled; bfloat16 needs no scaling.
 
     Args:
         model: has at least one masked layer.
@@ -66,7 +68,10 @@ class FusedMaskedSGD(torch.optim.SGD):
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``model`` has no masked layer, or synchronises gradients (DistributedDataParallel), or a number is negative.
+        ValueError: ``model`` has no masked layer, or holds a DistributedDataParallel (give the module that it wraps), or a number
+            is negative.
+        RuntimeError: ``model`` is a part of one that ``fully_shard`` holds, with gathered parameters; or FullyShardedDataParallel
+            holds it.
     """
 
     def __init__(

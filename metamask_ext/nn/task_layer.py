@@ -118,7 +118,8 @@ class TaskLayer(nn.Module):
         return active_key(self)
 
     def __setstate__(self, state: StateDict) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch declares no types for it
+        set_state: Callable[[StateDict], None] = super().__setstate__
+        set_state(state)
         may_have_missed()  # the model, and a wrapper around it, may be copied or unpickled
 
     def _save_to_state_dict(self, destination: StateDict, prefix: str, keep_vars: bool) -> None:
