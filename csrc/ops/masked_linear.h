@@ -2,7 +2,7 @@
 //
 // Device::linear(x, w, m, b, gate) gives y = x theta^T (+ b), [B, O] in the dtype of x. Device::linear_backward(dy, x, w, m, gate,
 // needs_dx, dw, dm) gives dx if it is needed, and the parameters' gradients to their sinks. x and dy are contiguous, [B, K] and
-// [B, O]; w and m are contiguous, [O, K].
+// [B, O]; w and m are contiguous, [O, K]; b is contiguous, [O], or undefined.
 #pragma once
 
 #include "ops/masked_weight.h"
@@ -26,7 +26,7 @@ struct MaskedLinear {
     at::Tensor b;
     if (is_given(bias)) {
       b = is_given(bias_mask_logits) ? MaskedWeight<Device>::forward(*bias, *bias_mask_logits, gate_id, gate_param, out)
-                                     : bias->to(out);
+                                     : bias->to(out).contiguous();
     }
     const at::Tensor y =
         Device::linear(matrix(input, out), weight.contiguous(), mask_logits.contiguous(), b, Gate{GateKind(gate_id), gate_param});
