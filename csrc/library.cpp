@@ -134,6 +134,16 @@ TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
   for (const char* op : kCpuOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());
 }
 
+// Of an op that updates arguments torch resolves none: these ops resolve what they read, and refuse to update a lazy view.
+constexpr const char* kUpdatingOps[] = {"masked_weight_backward_sgd_", "masked_linear_backward_sgd_"};
+
+TORCH_LIBRARY_IMPL(metamask, Negative, m) {
+  for (const char* op : kUpdatingOps) m.impl(op, torch::CppFunction::makeFallthrough());
+}
+TORCH_LIBRARY_IMPL(metamask, ZeroTensor, m) {
+  for (const char* op : kUpdatingOps) m.impl(op, torch::CppFunction::makeFallthrough());
+}
+
 #if !defined(METAMASK_CUDA)
 TORCH_LIBRARY_IMPL(metamask, CUDA, m) {
   for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&without_cuda>());

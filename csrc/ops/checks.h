@@ -169,8 +169,12 @@ inline Update update(const char* name, bool wanted, const std::optional<at::Tens
                     " numbers");
   Update made{true, {settings[0], settings[1], settings[2]}, at::Tensor()};
   TORCH_CHECK_VALUE(parameter.is_non_overlapping_and_dense(), name, " must be dense to be updated in place");
+  TORCH_CHECK_VALUE(holds_its_values(parameter), name, " must hold its values to be updated in place, got a lazy view: call ",
+                    "resolve_neg");
   if (is_given(momentum_buffer)) {
     made.momentum_buffer = *momentum_buffer;
+    TORCH_CHECK_VALUE(holds_its_values(*momentum_buffer), "the momentum buffer of ", name,
+                      " must hold its values to be updated in place, got a lazy view: call resolve_neg");
     TORCH_CHECK_VALUE(
         momentum_buffer->sizes() == parameter.sizes() && momentum_buffer->strides() == parameter.strides() &&
             momentum_buffer->scalar_type() == parameter.scalar_type() && momentum_buffer->device() == parameter.device(),

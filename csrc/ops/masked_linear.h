@@ -63,8 +63,8 @@ struct MaskedLinear {
       TORCH_CHECK_VALUE(!updated || parameter.is_contiguous(), name, " must be contiguous to be updated in place, got strides ",
                         parameter.strides());
     }
-    return backward_or_update(grad, input, weight, mask_logits, bias, bias_mask_logits, Gate{GateKind(gate_id), gate_param},
-                              output_mask, made);
+    return backward_or_update(resolved(grad), resolved(input), resolved(weight), resolved(mask_logits), resolved(bias),
+                              resolved(bias_mask_logits), Gate{GateKind(gate_id), gate_param}, output_mask, made);
   }
 
   // A bias without logits has the sum over the batch as its gradient.

@@ -5,15 +5,23 @@
 
 #include <ATen/ATen.h>
 
+#include <optional>
+#include <type_traits>
+
 namespace metamask {
 
 // A view may be negated lazily (the imaginary part of a conjugate), and a tensor of zeros may have no memory.
 inline bool holds_its_values(const at::Tensor& tensor) { return !tensor.is_neg() && !tensor._is_zerotensor(); }
 
-// Returns `tensor` with its values in memory. The dispatcher does that for every argument but lists of optional tensors.
+// Returns `tensor` with its values in memory. The dispatcher does that for the arguments of all ops but those that update some, and
+// not for lists of optional tensors.
 inline at::Tensor resolved(const at::Tensor& tensor) {
   if (holds_its_values(tensor)) return tensor;
   return tensor._is_zerotensor() ? at::zeros(tensor.sizes(), tensor.options()) : tensor.resolve_neg();
+}
+
+inline std::optional<at::Tensor> resolved(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && tensor->defined() ? std::optional(resolved(*tensor)) : tensor;
 }
 
 inline void assert_contiguous(const char* name, const at::Tensor& tensor) {
@@ -38,14 +46,18 @@ T* mutable_data(const char* name, const at::Tensor& tensor) {
   else return tensor.mutable_data_ptr<T>();
 }
 
+// Whether a walk through both arrays meets elements of one index. Contiguous tensors may differ in the stride of a size of 1.
+inline bool has_order_of(const at::Tensor& tensor, const at::Tensor& order) {
+  if (tensor.is_same(order)) return order.is_non_overlapping_and_dense();
+  if (tensor.sizes() != order.sizes()) return false;
+  return (tensor.is_contiguous() && order.is_contiguous()) ||
+         (order.is_non_overlapping_and_dense() && tensor.strides() == order.strides());
+}
+
 // Element by element the kernels walk tensors of one shape in any order of memory, if all have the same.
 inline void assert_in_order(const char* name, const at::Tensor& tensor, const at::Tensor& order) {
-  const bool same = tensor.is_same(order) || (tensor.sizes() == order.sizes() && tensor.strides() == order.strides());
-  TORCH_INTERNAL_ASSERT(
-      ((order.is_non_overlapping_and_dense() && same) || (order.numel() < 2 && tensor.numel() == order.numel())) &&
-          holds_its_values(tensor),
-      name, " is read or written in the memory order ", order.strides(), " of ", order.sizes(), ", with strides ", tensor.strides(),
-      " of ", tensor.sizes());
+  TORCH_INTERNAL_ASSERT(has_order_of(tensor, order) && holds_its_values(tensor), name, " is read or written in the memory order ",
+                        order.strides(), " of ", order.sizes(), ", with strides ", tensor.strides(), " of ", tensor.sizes());
 }
 
 // Returns the elements of a tensor in the memory order of `order`, which is one dense block; null for an undefined tensor.
