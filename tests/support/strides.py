@@ -120,12 +120,13 @@ class Sizes(NamedTuple):
     tasks: int
 
 
-# Whole vectors in every type; remainders everywhere; one of each, where a stride says nothing
+# Whole vectors in every type; remainders everywhere; one of each and one row, where a stride says nothing; many rows a task
 SIZES = {
     "whole": Sizes(6, 1, 64, 24, 3),
     "ragged": Sizes(5, 3, 17, 9, 4),
     "ones": Sizes(1, 1, 1, 1, 1),
     "row": Sizes(1, 1, 32, 1, 1),
+    "many": Sizes(70, 1, 20, 8, 3),
 }
 
 Arguments = dict[str, object]
