@@ -39,7 +39,8 @@ TORCH_LIBRARY(metamask, m) {
       "float gate_param, ScalarType? dtype=None) -> Tensor");
   m.def(
       "masked_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor mask_logits, Tensor? bias, "
-      "Tensor? bias_mask_logits, int gate_id, float gate_param, bool[5] output_mask=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? bias_mask_logits, int gate_id, float gate_param, bool[5] output_mask=True) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "masked_linear_backward_sgd_(Tensor grad, Tensor input, Tensor(a!) weight, Tensor(b!) mask_logits, Tensor(c!)? bias, "
       "Tensor(d!)? bias_mask_logits, Tensor(e!)? weight_momentum_buffer, Tensor(f!)? mask_momentum_buffer, "
@@ -62,8 +63,8 @@ TORCH_LIBRARY(metamask, m) {
   m.def(
       "task_masked_linear_double_backward(Tensor? cotangent_input, Tensor? cotangent_weight, Tensor?[] cotangent_masks, "
       "Tensor? cotangent_bias, Tensor?[] cotangent_bias_masks, Tensor grad, Tensor input, Tensor slots, Tensor weight, "
-      "Tensor[] masks, Tensor? bias, Tensor[] bias_masks, int gate_id, float gate_param, int groups=1, bool[6] output_mask=True) -> "
-      "(Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor[])");
+      "Tensor[] masks, Tensor? bias, Tensor[] bias_masks, int gate_id, float gate_param, int groups=1, "
+      "bool[6] output_mask=True) -> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor[])");
   // Masks of one bit a weight. `packed` is one tensor with a dimension of tasks in front, or a list of one tensor a task.
   m.def("pack_mask(Tensor mask_logits, float threshold) -> Tensor");
   m.def("unpack_mask(Tensor packed, int[] shape) -> Tensor");
@@ -131,6 +132,16 @@ constexpr const char* kCpuOps[] = {"im2col", "col2im"};
 TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
   for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());
   for (const char* op : kCpuOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());
+}
+
+// Of an op that updates arguments torch resolves none: these ops resolve what they read, and refuse to update a lazy view.
+constexpr const char* kUpdatingOps[] = {"masked_weight_backward_sgd_", "masked_linear_backward_sgd_"};
+
+TORCH_LIBRARY_IMPL(metamask, Negative, m) {
+  for (const char* op : kUpdatingOps) m.impl(op, torch::CppFunction::makeFallthrough());
+}
+TORCH_LIBRARY_IMPL(metamask, ZeroTensor, m) {
+  for (const char* op : kUpdatingOps) m.impl(op, torch::CppFunction::makeFallthrough());
 }
 
 #if !defined(METAMASK_CUDA)

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "ops/memory.h"
+
 namespace metamask::cpu {
 namespace {
 
@@ -73,8 +75,8 @@ at::Tensor im2col(const at::Tensor& input, at::IntArrayRef kernel, at::IntArrayR
   const at::Tensor images = input.contiguous();
   at::Tensor rows = at::empty({input.size(0), places, row}, images.options());
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "im2col", [&] {
-    const scalar_t* from = images.const_data_ptr<scalar_t>();
-    scalar_t* to = rows.mutable_data_ptr<scalar_t>();
+    const scalar_t* from = data<scalar_t>("input", images);
+    scalar_t* to = mutable_data<scalar_t>("rows", rows);
     at::parallel_for(0, input.size(0) * places, std::max<int64_t>(kGrain / std::max<int64_t>(row, 1), 1),
                      [&](int64_t begin, int64_t end) {
                        Taps at(windows);
@@ -103,8 +105,8 @@ at::Tensor col2im(const at::Tensor& grad, at::IntArrayRef size, at::IntArrayRef 
   const at::Tensor rows = grad.contiguous();
   at::Tensor images = at::empty(size, rows.options());
   AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "col2im", [&] {
-    const scalar_t* from = rows.const_data_ptr<scalar_t>();
-    scalar_t* to = images.mutable_data_ptr<scalar_t>();
+    const scalar_t* from = data<scalar_t>("grad", rows);
+    scalar_t* to = mutable_data<scalar_t>("gradient of images", images);
     // A thread has some channels, of some images, to itself: each sum has one order, for any number of threads.
     const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(places * taps, 1), 1);
     at::parallel_for(0, size[0] * windows.channels, grain, [&](int64_t begin, int64_t end) {

@@ -34,7 +34,7 @@ struct Linear {
   const Gate gate;
   const int64_t out = w.size(0), in = w.size(1), bytes = w.element_size();
   const Type param = type_of(w.scalar_type());
-  const void *weight = w.const_data_ptr(), *mask = m.const_data_ptr();
+  const void *weight = data("weight", w), *mask = data("mask_logits", m);
 
   void build_theta(const Tile& tile, T* theta) const {
     tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
@@ -52,8 +52,8 @@ struct Linear {
     const TileBytes tiles = forward_tile();
     const Panels panels(out, in, batch, sizeof(T), tiles.tile, tiles.row);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
-    const T* b_data = b.defined() ? b.const_data_ptr<T>() : nullptr;
-    T* y_data = y.mutable_data_ptr<T>();
+    const T* b_data = data<T>("bias", b);
+    T* y_data = mutable_data<T>("y", y);
     panels.run([&](int64_t, int64_t first, int64_t rows) {
       for (int64_t i = 0; i < batch; ++i) {
         if (b_data != nullptr) std::copy_n(b_data + first, rows, y_data + i * out + first);
@@ -85,7 +85,7 @@ struct Linear {
     const int64_t dx_size = needs_dx ? batch * x.row : 0;
     const Scratch<T> dx(panels.threads * dx_size);
     std::fill_n(dx.data, panels.threads * dx_size, T(0));
-    const T* dy_data = dy.const_data_ptr<T>();
+    const T* dy_data = data<T>("grad", dy);
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
       T *g = thread_tiles<T>(2 * tile_size), *theta = g + tile_size;
       for (int64_t column = 0; column < in; column += panels.columns) {
@@ -109,7 +109,7 @@ struct Linear {
     });
     if (!needs_dx) return at::Tensor();
     at::Tensor total = at::empty({batch, in}, input.options().dtype(kScalar<T>));
-    T* total_data = total.mutable_data_ptr<T>();
+    T* total_data = mutable_data<T>("gradient of input", total);
     add_threads(dx.data, panels.threads, batch, x.row, in,
                 [&](int64_t i, const T* sum) { std::copy_n(sum, in, total_data + i * in); });
     return total;

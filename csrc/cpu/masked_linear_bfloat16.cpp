@@ -33,7 +33,7 @@ struct Linear {
   const GemmKernels<Pair, float>& product = gemm_table().bfloat16;
   const int64_t out = w.size(0), in = w.size(1), bytes = w.element_size();
   const Type param = type_of(w.scalar_type());
-  const void *weight = w.const_data_ptr(), *mask = m.const_data_ptr();
+  const void *weight = data("weight", w), *mask = data("mask_logits", m);
 
   void build_theta(const Tile& tile, BFloat16* theta) const {
     tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
@@ -50,8 +50,8 @@ struct Linear {
     const int64_t tile_row = round_up(panels.columns, kVector), tile_size = panels.rows * tile_row;
     const int64_t sums_size = batch * round_up(panels.rows, kRowBytes / int64_t(sizeof(float)));
     const Scratch<float> sums_scratch(panels.threads * sums_size);
-    const at::BFloat16* b = bias.defined() ? bias.const_data_ptr<at::BFloat16>() : nullptr;
-    BFloat16* y_data = bits(y.mutable_data_ptr<at::BFloat16>());
+    const at::BFloat16* b = data<at::BFloat16>("bias", bias);
+    BFloat16* y_data = bits(mutable_data<at::BFloat16>("y", y));
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
       BFloat16* theta = thread_tiles<BFloat16>(tile_size);
       float* sums = sums_scratch.data + thread * sums_size;
@@ -114,7 +114,7 @@ struct Linear {
     });
     if (!needs_dx) return at::Tensor();
     at::Tensor total = at::empty({batch, in}, input.options());
-    BFloat16* total_data = bits(total.mutable_data_ptr<at::BFloat16>());
+    BFloat16* total_data = bits(mutable_data<at::BFloat16>("gradient of input", total));
     add_threads(dx.data, panels.threads, batch, wide_row, in,
                 [&](int64_t i, const float* sum) { kernels.round(sum, total_data + i * in, in); });
     return total;

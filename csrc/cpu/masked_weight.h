@@ -30,7 +30,8 @@ struct Cpu {
     at::Tensor gradient = at::empty_like(parameter, format);
 #if defined(MADV_HUGEPAGE)
     constexpr uintptr_t kPage = uintptr_t(2) << 20;
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(gradient.const_data_ptr()), end = begin + gradient.nbytes();
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(data_in_order("gradient", gradient, gradient)),
+                    end = begin + gradient.nbytes();
     const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
     if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif

@@ -44,8 +44,8 @@ at::Tensor pack_mask(const at::Tensor& mask_logits, double threshold) {
   const at::Tensor logits = mask_logits.contiguous();
   const int64_t rows = packed_rows(logits.sizes()), columns = packed_columns(logits.sizes());
   at::Tensor packed = at::empty(packed_shape(logits.sizes()), logits.options().dtype(at::kByte));
-  const void* from = logits.const_data_ptr();
-  uint8_t* to = packed.mutable_data_ptr<uint8_t>();
+  const void* from = data("mask_logits", logits);
+  uint8_t* to = mutable_data<uint8_t>("packed", packed);
   switch (type_of(logits.scalar_type())) {
     case Type::kFloat64: pack_rows<double>(from, threshold, to, rows, columns); break;
     case Type::kFloat32: pack_rows<float>(from, float(threshold), to, rows, columns); break;
@@ -60,8 +60,8 @@ at::Tensor unpack_mask(const at::Tensor& packed, at::IntArrayRef shape) {
   const at::Tensor bits = packed.contiguous();
   const int64_t columns = packed_columns(shape), bytes = packed_bytes(columns);
   at::Tensor mask = at::empty(shape, packed.options().dtype(at::kBool));
-  const uint8_t* from = bits.const_data_ptr<uint8_t>();
-  bool* to = mask.mutable_data_ptr<bool>();
+  const uint8_t* from = data<uint8_t>("packed", bits);
+  bool* to = mutable_data<bool>("mask", mask);
   each_row(packed_rows(shape), columns, [&](int64_t i) {
     for (int64_t k = 0; k < columns; ++k) to[i * columns + k] = from[i * bytes + k / 8] >> (k % 8) & 1;
   });

@@ -40,7 +40,7 @@ struct Batch {
 
   Batch(const at::Tensor& slots, const PackedMasks& packed, int64_t rows_each) : samples(slots.numel()), rows(rows_each) {
     const at::Tensor contiguous = slots.contiguous();
-    const int64_t* slot = contiguous.const_data_ptr<int64_t>();
+    const int64_t* slot = data<int64_t>("slots", contiguous);
     std::vector<int64_t> sorted(samples);
     std::iota(sorted.begin(), sorted.end(), 0);
     std::stable_sort(sorted.begin(), sorted.end(), [&](int64_t a, int64_t b) { return slot[a] < slot[b]; });
@@ -177,14 +177,15 @@ at::Tensor zeros_or_bias(const Batch& batch, const Arguments& arguments, const a
   const at::Tensor b = bias->to(type);
   if (!arguments.packed_bias.has_value()) return y.copy_(b.expand_as(y));
   const at::Tensor contiguous = slots.contiguous(), b_row = b.contiguous();
-  const int64_t* slot = contiguous.const_data_ptr<int64_t>();
+  const int64_t* slot = data<int64_t>("slots", contiguous);
   std::vector<at::Tensor> copies;
   AT_DISPATCH_FLOATING_TYPES(type, "packed_masked_linear", [&] {
     const Scratch<scalar_t> row(round_up(out, kRowBytes / int64_t(sizeof(scalar_t))));
-    scalar_t* y_data = y.mutable_data_ptr<scalar_t>();
+    scalar_t* y_data = mutable_data<scalar_t>("y", y);
+    const scalar_t* b_data = data<scalar_t>("bias", b_row);
     for (int64_t place = 0; place < batch.samples; ++place) {
       const uint8_t* const bits = arguments.packed_bias->bits(slot[batch.sample(place)], copies);
-      packed_kernels<scalar_t>().expand(bits, 0, b_row.const_data_ptr<scalar_t>(), 0, row.data, 0, 1, out);
+      packed_kernels<scalar_t>().expand(bits, 0, b_data, 0, row.data, 0, 1, out);
       for (int64_t r = 0; r < batch.rows; ++r) std::copy_n(row.data, out, y_data + (place * batch.rows + r) * out);
     }
   });
@@ -203,7 +204,7 @@ at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots
   at::Tensor y = zeros_or_bias(batch, arguments, slots, bias, with_last(input, weight.size(0)), type);
   AT_DISPATCH_FLOATING_TYPES(type, "packed_masked_linear", [&] {
     const PackedRows<scalar_t> x(input.to(out_type), batch.order, batch.rows, groups, weight.size(1));
-    if (y.numel() > 0) PackedLinear<scalar_t>(weight, groups, batch).forward(x, y.mutable_data_ptr<scalar_t>());
+    if (y.numel() > 0) PackedLinear<scalar_t>(weight, groups, batch).forward(x, mutable_data<scalar_t>("y", y));
   });
   if (!batch.order.empty()) {
     const at::Tensor order = at::tensor(batch.order, slots.options());
@@ -221,11 +222,11 @@ at::Tensor bias_gradient(const at::Tensor& grad, const at::Tensor& slots, const 
   if (!arguments.packed_bias.has_value()) return sums.sum(0).to(bias.scalar_type());
   at::Tensor db = at::zeros({out}, sums.options());
   const at::Tensor contiguous = slots.contiguous();
-  const int64_t* slot = contiguous.const_data_ptr<int64_t>();
+  const int64_t* slot = data<int64_t>("slots", contiguous);
   std::vector<at::Tensor> copies;
   AT_DISPATCH_FLOATING_TYPES(type, "packed_masked_linear_backward", [&] {
-    const scalar_t* sum = sums.const_data_ptr<scalar_t>();
-    scalar_t* total = db.mutable_data_ptr<scalar_t>();
+    const scalar_t* sum = data<scalar_t>("sums of grad", sums);
+    scalar_t* total = mutable_data<scalar_t>("gradient of bias", db);
     for (int64_t i = 0; i < samples; ++i, sum += out) {
       const uint8_t* const byte = arguments.packed_bias->bits(slot[i], copies);
       for (int64_t o = 0; o < out; ++o) total[o] += byte[o / 8] >> (o % 8) & 1 ? sum[o] : scalar_t(0);
@@ -253,7 +254,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_masked_linear_backward(con
       const PackedRows<scalar_t> dy(grad, batch.order, rows, 1, weight.size(0), 1);
       const PackedRows<scalar_t> x(input.to(product), batch.order, rows, groups, in);
       PackedLinear<scalar_t>(weight, groups, batch)
-          .backward(dy, x, output_mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, mutable_data(dw));
+          .backward(dy, x, mutable_data<scalar_t>("gradient of input", dx), mutable_data("gradient of weight", dw));
     });
     if (output_mask[0]) dx = dx.to(input.scalar_type());
   }

@@ -30,7 +30,7 @@ class PackedRows {
         row(groups * group),
         copied_(!order.empty() || group != columns),
         copy_(copied_ ? rows * row : 0) {
-    data_ = source_.template const_data_ptr<T>();
+    data_ = data<T>("rows", source_);
     if (!copied_) return;
     at::parallel_for(0, rows, std::max<int64_t>(kGrain / std::max<int64_t>(row, 1), 1), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -91,6 +91,7 @@ struct GroupedWeight {
   void each_tile(const Panels& panels, int64_t each, const Work& work) const {
     const int64_t tile_row = round_up(panels.columns, kRowBytes / int64_t(sizeof(T))), bytes = tensor.element_size();
     const bool same = bytes == sizeof(T);
+    const void* const memory = data("weight", tensor);
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
       T* const free = thread_tiles<T>(each);
       T* const widened = free + each - panels.rows * tile_row;
@@ -101,12 +102,12 @@ struct GroupedWeight {
           const int64_t columns = std::min(panels.columns, in - column);
           GroupTile<T> tile{thread, group, first, next - first, column, columns, widened, tile_row};
           if (same) {
-            tile.w = tensor.const_data_ptr<T>() + first * in + column;
+            tile.w = static_cast<const T*>(memory) + first * in + column;
             tile.w_row = in;
             if (first + 2 * tile.rows <= (group + 1) * (out / groups) && columns == in) tile.next = tile.w + tile.rows * in;
           } else {
             for (int64_t i = 0; i < tile.rows; ++i) {
-              const void* from = at_element(tensor.const_data_ptr(), (first + i) * in + column, bytes);
+              const void* from = at_element(memory, (first + i) * in + column, bytes);
               packed_kernels<T>().widen(type, from, widened + i * tile_row, columns);
             }
           }

@@ -57,7 +57,7 @@ at::Tensor gradient(const at::Tensor& grad, const at::Tensor& input, const at::T
       }
     }
   });
-  T* const out = result.mutable_data_ptr<T>();
+  T* const out = mutable_data<T>("result", result);
   add_threads(sums.data, panels.threads, samples, sums_row, tasks, [&](int64_t b, const T* sum) {  //
     std::copy_n(sum, tasks, out + b * tasks);
   });

@@ -97,7 +97,7 @@ class Scratch {
   explicit Scratch(int64_t n) {
     if (n <= kSmall) return;
     large_ = at::empty({n * int64_t(sizeof(T))}, at::TensorOptions().dtype(at::kByte));
-    data = static_cast<T*>(large_.mutable_data_ptr());
+    data = static_cast<T*>(mutable_data("scratch", large_));
   }
   Scratch(const Scratch&) = delete;
 
@@ -119,7 +119,7 @@ class Rows {
         row(round_up(from.size(1), kRowBytes / int64_t(sizeof(T)))),
         copy_(row == from.size(1) ? 0 : from.size(0) * row) {
     const int64_t rows = from.size(0), columns = from.size(1);
-    data = source_.template const_data_ptr<T>();
+    data = metamask::data<T>("rows", source_);
     if (row == columns) return;
     for (int64_t i = 0; i < rows; ++i) {
       std::copy_n(data + i * columns, columns, copy_.data + i * row);

@@ -18,7 +18,7 @@ class Segments {
  public:
   Segments(const at::Tensor& slots, int64_t tasks, int64_t each) : rows(slots.numel() * each), each_(each), counts_(tasks, 0) {
     const int64_t samples = slots.numel();
-    const int64_t* slot = slots.const_data_ptr<int64_t>();
+    const int64_t* slot = data<int64_t>("slots", slots);
     int64_t used = 0;
     for (int64_t i = 0; i < samples; ++i) {
       check_slot(slot[i], tasks, i);
@@ -66,8 +66,8 @@ class Segments {
     if (sorted) return ordered;
     at::Tensor batch = at::empty_like(ordered);
     const int64_t columns = ordered.size(1);
-    const T* from = ordered.const_data_ptr<T>();
-    T* to = batch.mutable_data_ptr<T>();
+    const T* from = data<T>("ordered rows", ordered);
+    T* to = mutable_data<T>("rows", batch);
     each_row(columns, [&](int64_t i, int64_t source) { std::copy_n(from + i * columns, columns, to + source * columns); });
     return batch;
   }
@@ -91,7 +91,7 @@ class OrderedRows {
         group(round_up(columns, unit)),
         row(groups * group),
         copy_(segments.sorted && group == columns ? 0 : segments.rows * row) {
-    const T* const given = source_.template const_data_ptr<T>();
+    const T* const given = metamask::data<T>("rows", source_);
     data = given;
     if (segments.sorted && group == columns) return;
     data = copy_.data;

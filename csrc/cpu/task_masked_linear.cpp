@@ -61,7 +61,7 @@ struct Sum {
                                                   : at::empty(parameter.sizes(), parameter.options().dtype(kScalar<T>));
   }
 
-  T* data() { return total.defined() ? total.mutable_data_ptr<T>() : nullptr; }
+  T* data() { return mutable_data<T>("gradient", total); }
   at::Tensor as(at::ScalarType type) const { return total.defined() ? total.to(type) : total; }
 };
 
@@ -74,7 +74,7 @@ struct TaskLinear {
   const int64_t out = given.weight.size(0), in = given.weight.size(1), bytes = given.weight.element_size(), groups = given.groups;
   const int64_t group_out = std::max<int64_t>(out / groups, 1);
   const Type param = type_of(given.weight.scalar_type());
-  const void *weight = given.weight.const_data_ptr(), *bias = metamask::data(given.bias);
+  const void *weight = data("weight", given.weight), *bias = data("bias", given.bias);
   const Segments segments{given.slots, given.masks.tasks, given.rows_per_sample};
   const std::vector<const void*> masks = of_segments(given.masks, segments), bias_masks = of_segments(given.bias_masks, segments);
 
@@ -169,7 +169,7 @@ struct TaskLinear {
   // Adds up the threads' dx, in the order of the threads, and returns it as the rows of the batch.
   at::Tensor input_gradient(T* dx, int64_t threads, const OrderedRows<T>& x) const {
     at::Tensor total = at::empty({segments.rows, groups * in}, given.weight.options().dtype(kScalar<T>));
-    T* data = total.mutable_data_ptr<T>();
+    T* data = mutable_data<T>("gradient of input", total);
     add_threads(dx, threads, segments.rows, x.row, x.row, [&](int64_t i, const T* sum) {
       T* to = data + segments.source(i) * groups * in;
       for (int64_t group = 0; group < groups; ++group) std::copy_n(sum + group * x.group, in, to + group * in);
@@ -204,11 +204,11 @@ struct TaskLinear {
     if (y.numel() == 0) return y;
     const bool masked_bias = given.bias_masks.given();
     const at::Tensor plain_bias = masked_bias ? at::Tensor() : shared_row(given.bias);
-    const T* const plain = plain_bias.defined() ? plain_bias.const_data_ptr<T>() : nullptr;
+    const T* const plain = data<T>("bias", plain_bias);
     const Panels panels = this->panels(1, kForwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = tile_size + round_up(panels.rows, kPad);
-    T* y_data = y.mutable_data_ptr<T>();
+    T* y_data = mutable_data<T>("y", y);
     panels.run([&](int64_t, int64_t first, int64_t rows) {
       T *theta = thread_tiles<T>(scratch_size), *row = theta + tile_size;
       for (int64_t task = 0; task < segments.size(); ++task) {
@@ -286,12 +286,12 @@ struct TaskLinear {
     std::optional<OrderedRows<T>> cx;
     if (has_x) cx.emplace(cotangents.input, segments, groups, in, kPad);
     const bool has_bias = given.bias.defined(), masked_bias = given.bias_masks.given();
-    const void* const a = metamask::data(cotangents.weight);
-    const void* const a_bias = metamask::data(cotangents.bias);
+    const void* const a = data("cotangent_weight", cotangents.weight);
+    const void* const a_bias = data("cotangent_bias", cotangents.bias);
     const std::vector<const void*> b = of_segments(cotangents.masks, segments),
                                    b_bias = of_segments(cotangents.bias_masks, segments);
     const at::Tensor plain_cotangent = masked_bias ? at::Tensor() : shared_row(cotangents.bias);
-    const T* const plain = plain_cotangent.defined() ? plain_cotangent.const_data_ptr<T>() : nullptr;
+    const T* const plain = data<T>("cotangent_bias", plain_cotangent);
 
     Sum<T> dw(given.weight, output_mask[2]), db(given.bias, has_bias && output_mask[4]);
     TaskGradients made;
@@ -301,7 +301,7 @@ struct TaskLinear {
     T *dw_data = dw.data(), *db_data = db.data();
     at::Tensor ddy;
     if (output_mask[0]) ddy = at::empty({segments.rows, out}, given.weight.options().dtype(kScalar<T>));
-    T* const ddy_data = output_mask[0] ? ddy.mutable_data_ptr<T>() : nullptr;
+    T* const ddy_data = mutable_data<T>("gradient of grad", ddy);
     // The tiles that are needed: theta and h meet the cotangent of dx, c and g those of dW and dM.
     const bool needs_w = output_mask[2] || output_mask[3], needs_theta = has_x && output_mask[0], needs_h = has_x && needs_w;
     const bool needs_c = has_parameters && (output_mask[0] || output_mask[1]), needs_g = has_parameters && needs_w;

@@ -18,10 +18,9 @@ struct CudaLinear : Cuda {
       return b.defined() ? at::addmm(b, x, theta.t()) : at::mm(x, theta.t());
     }
     at::Tensor y = at::empty({given.batch, given.out}, x.options());
-    const at::Tensor bias = b.defined() ? b.contiguous() : b;
     at::Tensor workspace = bytes(masked_linear_workspace(given), x);
-    masked_linear(given, data(x), data(w), data(m), data(bias), mutable_data(y), mutable_data(workspace),
-                  c10::cuda::getCurrentCUDAStream());
+    masked_linear(given, data("input", x), data("weight", w), data("mask_logits", m), data("bias", b), mutable_data("y", y),
+                  mutable_data("workspace", workspace), c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return y;
   }
@@ -33,7 +32,8 @@ struct CudaLinear : Cuda {
     at::Tensor dx = needs_dx ? at::empty_like(x) : at::Tensor();
     if (!needs_dx && !dw.wanted() && !dm.wanted()) return dx;
     at::Tensor workspace = bytes(masked_linear_backward_workspace(given, needs_dx), x);
-    masked_linear_backward(given, data(dy), data(x), data(w), data(m), dw, dm, mutable_data(dx), mutable_data(workspace),
+    masked_linear_backward(given, data("grad", dy), data("input", x), data("weight", w), data("mask_logits", m), dw, dm,
+                           mutable_data("gradient of input", dx), mutable_data("workspace", workspace),
                            c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return dx;
@@ -53,8 +53,8 @@ struct CudaLinear : Cuda {
     if (needs_dx) dx = at::mm(dy, MaskedWeight<Cuda>::forward(w, m, gate.kind, gate.param, x.scalar_type()));
     if (dw.wanted() || dm.wanted()) {
       const at::Tensor g = at::mm(dy.t(), x);
-      Cuda::backward(gate, type_of(w.scalar_type()), type_of(g.scalar_type()), g.const_data_ptr(), w.const_data_ptr(),
-                     m.const_data_ptr(), dw, dm, w.numel());
+      Cuda::backward(gate, type_of(w.scalar_type()), type_of(g.scalar_type()), data("gradient of theta", g), data("weight", w),
+                     data("mask_logits", m), dw, dm, w.numel());
     }
     return dx;
   }

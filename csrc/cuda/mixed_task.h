@@ -10,14 +10,14 @@ namespace metamask::cuda {
 // Returns `arrays` in the form that kernels take. The table of a list lies in `table`, which must live as long as it is used.
 inline PerTask per_task(const TaskArrays& arrays, const at::Tensor& on, at::Tensor& table) {
   if (!arrays.given()) return {};
-  if (arrays.stacked) return {const_cast<void*>(data(arrays.tensors[0])), arrays.step(), nullptr};
+  if (arrays.stacked) return {const_cast<void*>(arrays.data(0)), arrays.step(), nullptr};
   std::vector<void*> pointers;
   pointers.reserve(arrays.tensors.size());
-  for (const at::Tensor& tensor : arrays.tensors) pointers.push_back(const_cast<void*>(data(tensor)));
+  for (const at::Tensor& tensor : arrays.tensors) pointers.push_back(const_cast<void*>(data("a mask", tensor)));
   table = at::empty({int64_t(pointers.size())}, on.options().dtype(at::kLong));
-  fill_table(pointers.data(), table.numel(), reinterpret_cast<void**>(table.mutable_data_ptr<int64_t>()),
+  fill_table(pointers.data(), table.numel(), reinterpret_cast<void**>(mutable_data<int64_t>("table", table)),
              c10::cuda::getCurrentCUDAStream());
-  return {nullptr, 0, reinterpret_cast<void* const*>(table.const_data_ptr<int64_t>())};
+  return {nullptr, 0, reinterpret_cast<void* const*>(data<int64_t>("table", table))};
 }
 
 }  // namespace metamask::cuda

@@ -19,7 +19,7 @@ struct CudaPacked {
     const Cuda::Guard guard(mask_logits);
     const at::Tensor logits = mask_logits.contiguous();
     at::Tensor packed = at::empty(packed_shape(logits.sizes()), logits.options().dtype(at::kByte));
-    pack_mask(type_of(logits.scalar_type()), data(logits), threshold, static_cast<uint8_t*>(mutable_data(packed)),
+    pack_mask(type_of(logits.scalar_type()), data("mask_logits", logits), threshold, mutable_data<uint8_t>("packed", packed),
               packed_rows(logits.sizes()), packed_columns(logits.sizes()), c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return packed;
@@ -30,8 +30,8 @@ struct CudaPacked {
     const Cuda::Guard guard(packed);
     const at::Tensor bits = packed.contiguous();
     at::Tensor mask = at::empty(shape, packed.options().dtype(at::kBool));
-    unpack_mask(static_cast<const uint8_t*>(data(bits)), static_cast<bool*>(mutable_data(mask)), packed_rows(shape),
-                packed_columns(shape), c10::cuda::getCurrentCUDAStream());
+    unpack_mask(data<uint8_t>("packed", bits), mutable_data<bool>("mask", mask), packed_rows(shape), packed_columns(shape),
+                c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return mask;
   }
@@ -50,8 +50,9 @@ struct CudaPacked {
     const Bits bits(arguments.packed, weight), bias_bits(arguments.packed_bias, weight);
     at::Tensor y = at::empty({given.rows(), given.out}, x.options());
     at::Tensor workspace = bytes(packed_masked_linear_workspace(given), x);
-    packed_masked_linear(given, s.const_data_ptr<int64_t>(), data(w), bits.pointers, data(b), bias_bits.pointers, data(x),
-                         mutable_data(y), mutable_data(workspace), c10::cuda::getCurrentCUDAStream());
+    packed_masked_linear(given, data<int64_t>("slots", s), data("weight", w), bits.pointers, data("bias", b), bias_bits.pointers,
+                         data("input", x), mutable_data("y", y), mutable_data("workspace", workspace),
+                         c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return y.view(with_last(input, given.out)).to(out_type);
   }
@@ -67,20 +68,22 @@ struct CudaPacked {
     const NoAutocast no_autocast;
     const PackedCase given = case_of(input, weight, arguments.packed, groups);
     const at::Tensor dy = matrix(grad, compute_type(weight)), w = weight.contiguous(), s = slots.contiguous();
-    const int64_t* const slot = s.const_data_ptr<int64_t>();
+    const int64_t* const slot = data<int64_t>("slots", s);
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     const Bits bits(arguments.packed, weight), bias_bits(arguments.packed_bias, weight);
     at::Tensor dx, dw, db;
     if (output_mask[0]) {
       dx = at::empty({given.rows(), groups * given.in}, dy.options());
       at::Tensor workspace = bytes(packed_input_gradient_workspace(given), dy);
-      packed_input_gradient(given, slot, data(w), bits.pointers, data(dy), mutable_data(dx), mutable_data(workspace), stream);
+      packed_input_gradient(given, slot, data("weight", w), bits.pointers, data("grad", dy), mutable_data("gradient of input", dx),
+                            mutable_data("workspace", workspace), stream);
       dx = dx.view(input.sizes()).to(input.scalar_type());
     }
     if (output_mask[1]) {
       const at::Tensor x = matrix(input.to(grad.scalar_type()), compute_type(weight));
       dw = at::empty_like(w);
-      packed_weight_gradient(given, slot, bits.pointers, data(dy), data(x), mutable_data(dw), stream);
+      packed_weight_gradient(given, slot, bits.pointers, data("grad", dy), data("input", x), mutable_data("gradient of weight", dw),
+                             stream);
     }
     if (output_mask[2] && is_given(bias) && !arguments.packed_bias.has_value()) db = dy.sum(0).to(bias->scalar_type());
     if (output_mask[2] && is_given(bias) && arguments.packed_bias.has_value()) {
@@ -88,7 +91,8 @@ struct CudaPacked {
       const PackedCase row{given.param, given.samples, given.rows_per_sample, 1, 1, given.out, given.tasks};
       const at::Tensor ones = at::ones({given.rows()}, dy.options());
       db = at::empty(bias->sizes(), bias->options());
-      packed_weight_gradient(row, slot, bias_bits.pointers, data(ones), data(dy), mutable_data(db), stream);
+      packed_weight_gradient(row, slot, bias_bits.pointers, data("ones", ones), data("grad", dy),
+                             mutable_data("gradient of bias", db), stream);
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return {dx, dw, db};
@@ -107,7 +111,8 @@ struct CudaPacked {
     const Bits bits(packed, weight);
     at::Tensor result = at::empty({given.samples, given.tasks}, dy.options());
     at::Tensor workspace = bytes(packed_superposition_workspace(given), dy);
-    packed_superposition_gradient(given, data(w), bits.pointers, data(dy), data(x), mutable_data(result), mutable_data(workspace),
+    packed_superposition_gradient(given, data("weight", w), bits.pointers, data("grad", dy), data("input", x),
+                                  mutable_data("result", result), mutable_data("workspace", workspace),
                                   c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return result.to(grad.scalar_type());

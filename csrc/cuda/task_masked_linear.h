@@ -22,16 +22,16 @@ struct TaskCall {
     const at::TensorOptions longs = given.weight.options().dtype(at::kLong);
     rows = at::empty({3, count}, longs);
     used = at::zeros({tasks}, longs);
-    int64_t* const memory = rows.mutable_data_ptr<int64_t>();
+    int64_t* const memory = mutable_data<int64_t>("rows", rows);
     const SortedRows sorted{samples, given.rows_per_sample, tasks, memory, memory + count, memory + 2 * count};
     const bool tf32 = product == at::kFloat && at::globalContext().allowTF32CuBLAS();
     kernel = {given.gate,           type_of(given.weight.scalar_type()),
               type_of(product),     tf32,
               given.groups,         given.weight.size(0),
               given.weight.size(1), sorted};
-    parameters = {data(given.weight), per_task(given.masks, given.weight, masks_table), data(given.bias),
+    parameters = {data("weight", given.weight), per_task(given.masks, given.weight, masks_table), data("bias", given.bias),
                   per_task(given.bias_masks, given.weight, bias_masks_table)};
-    sort_by_task(given.slots.const_data_ptr<int64_t>(), sorted, used.mutable_data_ptr<int64_t>(), stream);
+    sort_by_task(data<int64_t>("slots", given.slots), sorted, mutable_data<int64_t>("used", used), stream);
   }
 
   // The bias as a weight [out, 1], whose input is a column of ones.
@@ -49,8 +49,7 @@ struct TaskCall {
     for (const at::Tensor& mask : like.tensors) made.tensors.push_back(at::empty_like(mask, at::MemoryFormat::Contiguous));
     if (!made.given()) return made;
     pointers = per_task(made, given.weight, table);
-    clear_unused(kernel.param, pointers, like.tasks, used.const_data_ptr<int64_t>(), like.bytes / given.weight.element_size(),
-                 stream);
+    clear_unused(kernel.param, pointers, like.tasks, data<int64_t>("used", used), like.bytes / given.weight.element_size(), stream);
     return made;
   }
 };
@@ -63,7 +62,8 @@ struct CudaTaskLinear : Cuda {
     const TaskCall call(arguments, input.scalar_type());
     at::Tensor y = at::empty({input.size(0), call.kernel.out}, input.options());
     at::Tensor workspace = bytes(task_masked_linear_workspace(call.kernel), input);
-    task_masked_linear(call.kernel, call.parameters, data(input), mutable_data(y), mutable_data(workspace), call.stream);
+    task_masked_linear(call.kernel, call.parameters, data("input", input), mutable_data("y", y),
+                       mutable_data("workspace", workspace), call.stream);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return y;
   }
@@ -82,8 +82,9 @@ struct CudaTaskLinear : Cuda {
     if (output_mask[0]) made.input = gradient_of_rows(x);
     at::Tensor workspace = bytes(task_masked_linear_backward_workspace(call.kernel, output_mask[0]), x);
     if (output_mask[0] || output_mask[1] || output_mask[2]) {
-      task_masked_linear_backward(call.kernel, call.parameters, data(dy), data(x), mutable_data(dw), dm, mutable_data(made.input),
-                                  mutable_data(workspace), call.stream);
+      task_masked_linear_backward(call.kernel, call.parameters, data("grad", dy), data("input", x),
+                                  mutable_data("gradient of weight", dw), dm, mutable_data("gradient of input", made.input),
+                                  mutable_data("workspace", workspace), call.stream);
     }
     if (output_mask[1]) made.weight = dw.to(arguments.weight.scalar_type());
     const at::Tensor& bias = arguments.bias;
@@ -94,8 +95,8 @@ struct CudaTaskLinear : Cuda {
       at::Tensor db = shared_gradient(bias, ones, output_mask[3]), dbm_table;
       PerTask dbm;
       if (output_mask[4]) made.bias_masks = call.gradients_like(arguments.bias_masks, dbm, dbm_table);
-      task_masked_linear_backward(call.bias_kernel(), call.bias_parameters(), data(dy), data(ones), mutable_data(db), dbm, nullptr,
-                                  nullptr, call.stream);
+      task_masked_linear_backward(call.bias_kernel(), call.bias_parameters(), data("grad", dy), data("ones", ones),
+                                  mutable_data("gradient of bias", db), dbm, nullptr, nullptr, call.stream);
       if (output_mask[3]) made.bias = db.to(bias.scalar_type());
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -113,27 +114,27 @@ struct CudaTaskLinear : Cuda {
     TaskCall call(arguments, x.scalar_type());
     call.kernel.tf32 = false;
     at::Tensor a_table, a_bias_table;
-    const TaskCotangents along{data(cotangents.input), data(cotangents.weight),
+    const TaskCotangents along{data("cotangent_input", cotangents.input), data("cotangent_weight", cotangents.weight),
                                per_task(cotangents.masks, arguments.weight, a_table)};
-    const TaskCotangents along_bias{nullptr, data(cotangents.bias),
+    const TaskCotangents along_bias{nullptr, data("cotangent_bias", cotangents.bias),
                                     per_task(cotangents.bias_masks, arguments.weight, a_bias_table)};
     const bool masked_bias = arguments.bias_masks.given();
     const at::Tensor ones = at::ones({dy.size(0), 1}, dy.options());
     TaskParameters parameters = call.parameters;
     parameters.bias = nullptr;
     // Without cotangents of the parameters' gradients x meets only zeros.
-    const void* const met = cotangents.weight.defined() || cotangents.masks.given() ? data(x) : nullptr;
+    const void* const met = cotangents.weight.defined() || cotangents.masks.given() ? data("input", x) : nullptr;
 
     at::Tensor ddy;
     if (output_mask[0]) {
       ddy = gradient_of_rows(dy);
       at::Tensor workspace = bytes(task_masked_linear_workspace(call.kernel), x);
-      task_masked_linear_double_forward(call.kernel, parameters, along, met, mutable_data(ddy), mutable_data(workspace),
-                                        call.stream);
+      task_masked_linear_double_forward(call.kernel, parameters, along, met, mutable_data("gradient of grad", ddy),
+                                        mutable_data("workspace", workspace), call.stream);
       if (masked_bias) {
         at::Tensor of_bias = gradient_of_rows(dy);
-        task_masked_linear_double_forward(call.bias_kernel(), call.bias_parameters(), along_bias, data(ones), mutable_data(of_bias),
-                                          nullptr, call.stream);
+        task_masked_linear_double_forward(call.bias_kernel(), call.bias_parameters(), along_bias, data("ones", ones),
+                                          mutable_data("gradient of grad", of_bias), nullptr, call.stream);
         ddy.add_(of_bias);
       } else if (cotangents.bias.defined()) {
         ddy.add_(cotangents.bias);
@@ -146,8 +147,9 @@ struct CudaTaskLinear : Cuda {
     if (output_mask[1]) made.input = gradient_of_rows(x);
     if (output_mask[1] || output_mask[2] || output_mask[3]) {
       at::Tensor workspace = bytes(task_masked_linear_backward_workspace(call.kernel, output_mask[1]), x);
-      task_masked_linear_double_backward(call.kernel, parameters, along, data(dy), met, mutable_data(dw), dm,
-                                         mutable_data(made.input), mutable_data(workspace), call.stream);
+      task_masked_linear_double_backward(call.kernel, parameters, along, data("grad", dy), met,
+                                         mutable_data("gradient of weight", dw), dm, mutable_data("gradient of input", made.input),
+                                         mutable_data("workspace", workspace), call.stream);
     }
     made.weight = dw;
     const at::Tensor& bias = arguments.bias;
@@ -158,8 +160,9 @@ struct CudaTaskLinear : Cuda {
       PerTask dbm;
       made.bias = shared_gradient(bias, ones, output_mask[4]);
       if (output_mask[5]) made.bias_masks = call.gradients_like(arguments.bias_masks, dbm, dbm_table);
-      task_masked_linear_double_backward(call.bias_kernel(), call.bias_parameters(), along_bias, data(dy), data(ones),
-                                         mutable_data(made.bias), dbm, nullptr, nullptr, call.stream);
+      task_masked_linear_double_backward(call.bias_kernel(), call.bias_parameters(), along_bias, data("grad", dy),
+                                         data("ones", ones), mutable_data("gradient of bias", made.bias), dbm, nullptr, nullptr,
+                                         call.stream);
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return {ddy, made};

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/types.h"
+#include "ops/memory.h"
 
 namespace metamask {
 
@@ -153,19 +154,6 @@ struct NoAutocast {
   const c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
-// Pointers to an optional input or output: null for an undefined tensor.
-inline const void* data(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
-inline void* mutable_data(at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
-
-// Returns the weight as one dense block of memory, in any order of dimensions: a channels-last weight stays as it is.
-inline at::Tensor dense(const at::Tensor& weight) { return weight.is_non_overlapping_and_dense() ? weight : weight.contiguous(); }
-
-// Returns `tensor` with its elements in the memory order of `weight`, which is dense.
-inline at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& weight) {
-  if (tensor.strides() == weight.strides() || tensor.numel() < 2) return tensor;
-  return at::empty_strided(weight.sizes(), weight.strides(), tensor.options()).copy_(tensor);
-}
-
 // An in-place step of SGD that a parameter takes instead of giving its gradient.
 struct Update {
   bool wanted = false;
@@ -181,8 +169,12 @@ inline Update update(const char* name, bool wanted, const std::optional<at::Tens
                     " numbers");
   Update made{true, {settings[0], settings[1], settings[2]}, at::Tensor()};
   TORCH_CHECK_VALUE(parameter.is_non_overlapping_and_dense(), name, " must be dense to be updated in place");
+  TORCH_CHECK_VALUE(holds_its_values(parameter), name, " must hold its values to be updated in place, got a lazy view: call ",
+                    "resolve_neg");
   if (is_given(momentum_buffer)) {
     made.momentum_buffer = *momentum_buffer;
+    TORCH_CHECK_VALUE(holds_its_values(*momentum_buffer), "the momentum buffer of ", name,
+                      " must hold its values to be updated in place, got a lazy view: call resolve_neg");
     TORCH_CHECK_VALUE(
         momentum_buffer->sizes() == parameter.sizes() && momentum_buffer->strides() == parameter.strides() &&
             momentum_buffer->scalar_type() == parameter.scalar_type() && momentum_buffer->device() == parameter.device(),
@@ -197,19 +189,19 @@ inline Update update(const char* name, bool wanted, const std::optional<at::Tens
 // Returns the destination of a parameter's gradient: the parameter, or `gradient` if that is defined, or none. Bumps the version of
 // what the op writes: autograd does not see an op write to its arguments, and those who saved the parameter must notice.
 inline Sink sink(const Update& update, const at::Tensor& parameter, const at::Tensor& gradient) {
-  if (!update.wanted) return {gradient.defined() ? gradient.mutable_data_ptr() : nullptr};
+  if (!update.wanted) return {mutable_data_in_order("gradient", gradient, parameter)};
   for (const at::Tensor& changed : {parameter, update.momentum_buffer}) {
     if (changed.defined() && !changed.is_inference()) changed.unsafeGetTensorImpl()->bump_version();
   }
-  return {nullptr, parameter.mutable_data_ptr(),
-          update.momentum_buffer.defined() ? update.momentum_buffer.mutable_data_ptr() : nullptr, update.sgd};
+  return {nullptr, mutable_data_in_order("parameter", parameter, parameter),
+          mutable_data_in_order("momentum_buffer", update.momentum_buffer, parameter), update.sgd};
 }
 
 // Returns the cotangent of a parameter's gradient, in its dtype and in the memory order of `weight`; undefined if not given.
 inline at::Tensor cotangent(const char* name, const std::optional<at::Tensor>& given, const at::Tensor& weight) {
   if (!is_given(given)) return at::Tensor();
   check_like(name, *given, weight);
-  return laid_out_as(given->to(weight.scalar_type()), weight);
+  return laid_out_as(resolved(*given).to(weight.scalar_type()), weight);
 }
 
 }  // namespace metamask

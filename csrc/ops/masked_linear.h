@@ -2,7 +2,7 @@
 //
 // Device::linear(x, w, m, b, gate) gives y = x theta^T (+ b), [B, O] in the dtype of x. Device::linear_backward(dy, x, w, m, gate,
 // needs_dx, dw, dm) gives dx if it is needed, and the parameters' gradients to their sinks. x and dy are contiguous, [B, K] and
-// [B, O]; w and m are contiguous, [O, K].
+// [B, O]; w and m are contiguous, [O, K]; b is contiguous, [O], or undefined.
 #pragma once
 
 #include "ops/masked_weight.h"
@@ -26,7 +26,7 @@ struct MaskedLinear {
     at::Tensor b;
     if (is_given(bias)) {
       b = is_given(bias_mask_logits) ? MaskedWeight<Device>::forward(*bias, *bias_mask_logits, gate_id, gate_param, out)
-                                     : bias->to(out);
+                                     : bias->to(out).contiguous();
     }
     const at::Tensor y =
         Device::linear(matrix(input, out), weight.contiguous(), mask_logits.contiguous(), b, Gate{GateKind(gate_id), gate_param});
@@ -63,8 +63,8 @@ struct MaskedLinear {
       TORCH_CHECK_VALUE(!updated || parameter.is_contiguous(), name, " must be contiguous to be updated in place, got strides ",
                         parameter.strides());
     }
-    return backward_or_update(grad, input, weight, mask_logits, bias, bias_mask_logits, Gate{GateKind(gate_id), gate_param},
-                              output_mask, made);
+    return backward_or_update(resolved(grad), resolved(input), resolved(weight), resolved(mask_logits), resolved(bias),
+                              resolved(bias_mask_logits), Gate{GateKind(gate_id), gate_param}, output_mask, made);
   }
 
   // A bias without logits has the sum over the batch as its gradient.

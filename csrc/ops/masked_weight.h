@@ -28,8 +28,8 @@ struct MaskedWeight {
     const typename Device::Guard guard(weight);
     const at::Tensor w = dense(weight), m = laid_out_as(mask_logits, w);
     at::Tensor theta = at::empty_like(w, w.options().dtype(out));
-    Device::forward(Gate{GateKind(gate_id), gate_param}, type_of(w.scalar_type()), type_of(out), data(w), data(m),
-                    mutable_data(theta), w.numel());
+    Device::forward(Gate{GateKind(gate_id), gate_param}, type_of(w.scalar_type()), type_of(out), data_in_order("weight", w, w),
+                    data_in_order("mask_logits", m, w), mutable_data_in_order("theta", theta, w), w.numel());
     return theta;
   }
 
@@ -50,8 +50,8 @@ struct MaskedWeight {
     check_pair(weight, mask_logits);
     const Update weight_update = update("weight", updates[0], weight_momentum_buffer, weight_settings, weight);
     const Update mask_update = update("mask_logits", updates[1], mask_momentum_buffer, mask_settings, mask_logits);
-    return backward_or_update(grad, weight, mask_logits, Gate{GateKind(gate_id), gate_param}, output_mask, weight_update,
-                              mask_update);
+    return backward_or_update(resolved(grad), resolved(weight), resolved(mask_logits), Gate{GateKind(gate_id), gate_param},
+                              output_mask, weight_update, mask_update);
   }
 
   static std::tuple<at::Tensor, at::Tensor> backward_or_update(const at::Tensor& grad, const at::Tensor& weight,
@@ -63,13 +63,14 @@ struct MaskedWeight {
     check_like("grad", grad, weight);
     const typename Device::Guard guard(weight);
     const at::Tensor w = dense(weight), m = laid_out_as(mask_logits, w), g = laid_out_as(grad, w);
-    TORCH_CHECK_VALUE(!(weight_update.wanted || mask_update.wanted) || (w.is_same(weight) && m.is_same(mask_logits)),
+    TORCH_CHECK_VALUE((!weight_update.wanted || w.is_same(weight)) && (!mask_update.wanted || m.is_same(mask_logits)),
                       "mask_logits must have the strides of weight to be updated in place, ", weight.strides(), ", got ",
                       mask_logits.strides());
     at::Tensor dw = output_mask[0] && !weight_update.wanted ? Device::gradient_like(w) : at::Tensor();
     at::Tensor dm = output_mask[1] && !mask_update.wanted ? Device::gradient_like(w) : at::Tensor();
-    Device::backward(gate, type_of(w.scalar_type()), type_of(g.scalar_type()), data(g), data(w), data(m),
-                     sink(weight_update, w, dw), sink(mask_update, m, dm), w.numel());
+    Device::backward(gate, type_of(w.scalar_type()), type_of(g.scalar_type()), data_in_order("grad", g, w),
+                     data_in_order("weight", w, w), data_in_order("mask_logits", m, w), sink(weight_update, w, dw),
+                     sink(mask_update, m, dm), w.numel());
     return {dw, dm};
   }
 
@@ -87,8 +88,11 @@ struct MaskedWeight {
     at::Tensor dg = output_mask[0] ? at::empty_like(w, w.options().dtype(g.scalar_type())) : at::Tensor();
     at::Tensor dw = output_mask[1] ? Device::gradient_like(w) : at::Tensor();
     at::Tensor dm = output_mask[2] ? Device::gradient_like(w) : at::Tensor();
-    Device::double_backward(Gate{GateKind(gate_id), gate_param}, type_of(w.scalar_type()), type_of(g.scalar_type()), data(a),
-                            data(b), data(g), data(w), data(m), mutable_data(dg), mutable_data(dw), mutable_data(dm), w.numel());
+    Device::double_backward(Gate{GateKind(gate_id), gate_param}, type_of(w.scalar_type()), type_of(g.scalar_type()),
+                            data_in_order("cotangent_weight", a, w), data_in_order("cotangent_mask", b, w),
+                            data_in_order("grad", g, w), data_in_order("weight", w, w), data_in_order("mask_logits", m, w),
+                            mutable_data_in_order("gradient of grad", dg, w), mutable_data_in_order("gradient of weight", dw, w),
+                            mutable_data_in_order("gradient of mask_logits", dm, w), w.numel());
     return {dg, dw, dm};
   }
 

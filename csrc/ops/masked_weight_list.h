@@ -34,7 +34,8 @@ struct MaskedWeightList {
     for (size_t i = 0; i < weight.size(); ++i) {
       const at::Tensor& w = pairs.w[i];
       at::Tensor& theta = thetas.emplace_back(at::empty_like(w, w.options().dtype(out)));
-      arrays.push_back({data(w), data(pairs.m[i]), mutable_data(theta), w.numel()});
+      arrays.push_back({data_in_order("weight", w, w), data_in_order("mask_logits", pairs.m[i], w),
+                        mutable_data_in_order("theta", theta, w), w.numel()});
     }
     Device::forward_list(pairs.gate, pairs.type(), type_of(out), arrays);
     return thetas;
@@ -48,7 +49,9 @@ struct MaskedWeightList {
     Tensors dw = gradients_like(pairs.w, output_mask[0]), dm = gradients_like(pairs.w, output_mask[1]);
     std::vector<BackwardArrays> arrays;
     for (size_t i = 0; i < weight.size(); ++i) {
-      arrays.push_back({data(g[i]), data(pairs.w[i]), data(pairs.m[i]), made(dw, i), made(dm, i), pairs.w[i].numel()});
+      const at::Tensor& w = pairs.w[i];
+      arrays.push_back({data_in_order("grad", g[i], w), data_in_order("weight", w, w), data_in_order("mask_logits", pairs.m[i], w),
+                        made(dw, i, w), made(dm, i, w), w.numel()});
     }
     Device::backward_list(pairs.gate, pairs.type(), type_of(g[0].scalar_type()), arrays);
     return {dw, dm};
@@ -68,8 +71,9 @@ struct MaskedWeightList {
     for (size_t i = 0; i < weight.size(); ++i) {
       const at::Tensor& w = pairs.w[i];
       if (output_mask[0]) dg.push_back(at::empty_like(w, w.options().dtype(g[i].scalar_type())));
-      arrays.push_back(
-          {data(a[i]), data(b[i]), data(g[i]), data(w), data(pairs.m[i]), made(dg, i), made(dw, i), made(dm, i), w.numel()});
+      arrays.push_back({data_in_order("cotangent_weight", a[i], w), data_in_order("cotangent_mask", b[i], w),
+                        data_in_order("grad", g[i], w), data_in_order("weight", w, w), data_in_order("mask_logits", pairs.m[i], w),
+                        made(dg, i, w), made(dw, i, w), made(dm, i, w), w.numel()});
     }
     Device::double_backward_list(pairs.gate, pairs.type(), type_of(g[0].scalar_type()), arrays);
     return {dg, dw, dm};
@@ -143,7 +147,9 @@ struct MaskedWeightList {
   }
 
   // Returns where to write output i; null if the list is empty, because the output is not wanted.
-  static void* made(Tensors& outputs, size_t i) { return outputs.empty() ? nullptr : mutable_data(outputs[i]); }
+  static void* made(Tensors& outputs, size_t i, const at::Tensor& order) {
+    return outputs.empty() ? nullptr : mutable_data_in_order("gradient", outputs[i], order);
+  }
 };
 
 }  // namespace metamask

@@ -37,8 +37,8 @@ class PackedMasks {
   // its own: making tensors for 16 tasks takes as long as the arithmetic of a small layer.
   const uint8_t* bits(int64_t slot, std::vector<at::Tensor>& copies) const {
     const at::Tensor& tensor = tensors_[stacked_ ? 0 : slot];
-    if (tensor.is_contiguous()) return tensor.const_data_ptr<uint8_t>() + (stacked_ ? slot * tensor.stride(0) : 0);
-    return copies.emplace_back((stacked_ ? tensor.select(0, slot) : tensor).contiguous()).const_data_ptr<uint8_t>();
+    if (tensor.is_contiguous()) return data<uint8_t>("packed", tensor) + (stacked_ ? slot * tensor.stride(0) : 0);
+    return data<uint8_t>("packed", copies.emplace_back((stacked_ ? tensor.select(0, slot) : tensor).contiguous()));
   }
 
  private:

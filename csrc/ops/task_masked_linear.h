@@ -31,13 +31,12 @@ struct TaskArrays {
   int64_t step() const { return tensors[0].stride(0) * tensors[0].element_size(); }
 
   const void* data(int64_t task) const {
-    if (stacked) return static_cast<const char*>(tensors[0].const_data_ptr()) + task * step();
-    return metamask::data(tensors[task]);
+    return stacked ? data_of_part("masks", tensors[0], task) : metamask::data("a mask", tensors[task]);
   }
 
   void* mutable_data(int64_t task) {
-    if (stacked) return static_cast<char*>(tensors[0].mutable_data_ptr()) + task * step();
-    return metamask::mutable_data(tensors[task]);
+    if (stacked) return static_cast<char*>(metamask::mutable_data("gradients of masks", tensors[0])) + task * step();
+    return metamask::mutable_data("gradient of a mask", tensors[task]);
   }
 };
 
@@ -89,7 +88,7 @@ inline TaskArrays task_cotangents(const char* name, const OptionalTensors& given
     TORCH_CHECK_VALUE(one->sizes() == masks.tensors[i].sizes() && one->device() == masks.tensors[i].device(), name, "[", i,
                       "] must have the shape and device of its mask, ", masks.tensors[i].sizes(), " on ", masks.tensors[i].device(),
                       ", got ", one->sizes(), " on ", one->device());
-    arrays.tensors.back() = one->to(masks.tensors[i].scalar_type()).contiguous();
+    arrays.tensors.back() = resolved(*one).to(masks.tensors[i].scalar_type()).contiguous();
   }
   return any ? arrays : TaskArrays();
 }

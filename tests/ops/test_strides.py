@@ -1,0 +1,180 @@
+"""Every tensor argument of every op in every layout of memory: the result is that of the same values, contiguous."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from support.linear_checks import inputs
+from support.paths import ROOT
+from support.samples import DTYPES
+from support.strides import (
+    FIRST,
+    GATE,
+    LAYOUTS,
+    PUBLIC,
+    RAW,
+    SECOND,
+    SIZES,
+    Make,
+    contiguous,
+    laid_out,
+    with_gradients,
+)
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from metamask_ext.ops.linear import raw as linear_raw
+from metamask_ext.ops.weight import raw as weight_raw
+
+# Memory order decides which elements share a vector, and a remainder may round otherwise; a stride that is not seen is off by
+# about the largest element.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+# Their values are made contiguous before anything is computed: bit for bit the same.
+EXACT = re.compile(r"masked_linear(?!.*_sgd_)|mask$|im2col|col2im")
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+each_sizes = pytest.mark.parametrize("sizes", SIZES)
+
+
+def difference(got, wanted, exact):
+    """What differs; None: nothing."""
+    got, wanted = ([leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (got, wanted))
+    if len(got) != len(wanted):
+        return f"{len(got)} tensors, expected {len(wanted)}"
+    for index, (one, other) in enumerate(zip(got, wanted)):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return f"result {index} is {one.dtype} {list(one.shape)}, expected {other.dtype} {list(other.shape)}"
+        if torch.equal(one, other):
+            continue
+        if exact or not one.is_floating_point():
+            return f"result {index} is not the same"
+        error = (one.double() - other.double()).abs().max().item()
+        largest = other.double().abs().max().item()
+        if not error <= TOLERANCE[one.dtype] * largest:
+            return f"result {index} is {error:.3g} off, where the largest is {largest:.3g}"
+    return None
+
+
+def sweep(run, arguments, exact, layouts=LAYOUTS, each=True):
+    """Every argument in turn, then all together, in each layout; lists what differs."""
+    found = []
+    for layout_name, layout in layouts.items():
+        for names in [*([name] for name in arguments if each), list(arguments)]:
+            given = {name: laid_out(one, layout) if name in names else one for name, one in arguments.items()}
+            said = difference(run(given, layout), run(contiguous(given), lambda one, its=layout: contiguous(its(one))), exact)
+            if said is not None:
+                found.append(f"{layout_name} {' '.join(names)}: {said}")
+    return found
+
+
+# Those that come to a CUDA kernel in different forms
+EMULATED = {name: LAYOUTS[name] for name in ("expanded_rows", "transposed", "offset", "negated")}
+
+
+def in_the_emulator(op, sizes, dtype, **_):
+    """The CPU has the only im2col. Types differ in the kernels' accesses, not in how a tensor comes to them."""
+    fits = sizes in ("whole", "ragged") or (sizes == "many" and op.startswith("masked_linear"))
+    return op not in ("im2col", "col2im") and dtype in (torch.float32, torch.bfloat16) and fits
+
+
+@pytest.mark.every_device(emulated_if=in_the_emulator)
+@each_dtype
+@each_sizes
+@pytest.mark.parametrize("op", RAW)
+def test_a_raw_op_sees_strides(op, sizes, dtype, request):
+    if op in ("im2col", "col2im") and dtype not in (torch.float32, torch.float64):
+        pytest.skip("for float32 and float64")
+    run, arguments = RAW[op](Make(SIZES[sizes], dtype))
+    emulated = request.node.callspec.params["_device"] == "emulated"
+
+    def refused(given, layout):
+        try:
+            return run(**given)
+        except ValueError as error:
+            # An updated parameter stays where it is, and the other one has its memory order.
+            if "must have the strides of weight" in str(error) and op.endswith("_sgd_ mask"):
+                return run(**contiguous(given))
+            raise
+
+    # A CUDA kernel for tensors that are not aligned adds up in another order.
+    exact = EXACT.search(op) is not None and not emulated
+    if emulated and dtype == torch.float32:
+        found = sweep(refused, arguments, exact, EMULATED)
+    else:
+        found = sweep(refused, arguments, exact, each=not emulated)
+    assert not found, "\n".join(found)
+
+
+@each_dtype
+@pytest.mark.parametrize("sizes", ["whole", "ragged"])
+@pytest.mark.parametrize("function", PUBLIC)
+def test_a_public_function_and_its_gradients_see_strides(function, sizes, dtype):
+    run, arguments = PUBLIC[function](Make(SIZES[sizes], dtype))
+    found = sweep(lambda given, layout: with_gradients(run, given, layout), arguments, False)
+    assert not found, "\n".join(found)
+
+
+# What a step changes is not copied.
+REFUSED = ("sliced", "sliced_rows", "column", "expanded_rows", "expanded_columns", "transposed", "sliced_with_offset", "negated")
+REFUSAL = "in place|momentum buffer of|must have the strides"
+
+
+@pytest.mark.every_device(emulated_if=lambda layout, **_: layout in ("sliced", "offset"))
+@pytest.mark.parametrize("layout", [*REFUSED, "offset"])
+@pytest.mark.parametrize("index", range(8), ids=lambda index: ["W", "M", "b", "Mb", "vW", "vM", "vb", "vMb"][index])
+def test_a_step_of_masked_linear_changes_the_tensor_itself_or_is_refused(index, layout):
+    x, *parameters, grad = inputs((5, 18), 10, torch.float32)
+    tensors = [*parameters, *(torch.full_like(p, 0.25) for p in parameters)]
+
+    def step(tensors):
+        updates = [True] * 4
+        settings = [FIRST, SECOND, FIRST, SECOND]
+        return linear_raw.masked_linear_backward_sgd_(grad, x, *tensors[:4], *GATE, (True,) * 5, updates, tensors[4:], settings)
+
+    tensors[index] = LAYOUTS[layout](tensors[index])
+    before, wanted = contiguous(tensors), contiguous(tensors)
+    if layout in REFUSED:
+        with pytest.raises(ValueError, match=REFUSAL):
+            step(tensors)
+        wanted = before
+    else:
+        assert difference(step(tensors), step(wanted), False) is None
+        assert not torch.equal(wanted[index], before[index])
+    assert difference(tensors, wanted, layout in REFUSED) is None
+
+
+@pytest.mark.every_device(emulated_if=lambda layout, **_: layout in ("sliced", "transposed"))
+@pytest.mark.parametrize("layout", [*REFUSED, "offset"])
+@pytest.mark.parametrize("index", range(4), ids=["W", "M", "vW", "vM"])
+def test_a_step_of_masked_weight_changes_the_tensor_itself_or_is_refused(index, layout):
+    make = Make(SIZES["ragged"], torch.float32)
+    grad, *tensors = (make.random(10, 18) for _ in range(5))
+
+    def step(tensors):
+        both = (True, True)
+        return weight_raw.masked_weight_backward_sgd_(grad, *tensors[:2], *GATE, both, both, tensors[2:], [FIRST, SECOND])
+
+    tensors[index] = LAYOUTS[layout](tensors[index])
+    before, wanted = contiguous(tensors), contiguous(tensors)
+    if layout in REFUSED:
+        with pytest.raises(ValueError, match=REFUSAL):
+            step(tensors)
+        wanted = before
+    else:
+        step(tensors), step(wanted)
+        assert not torch.equal(wanted[index], before[index])
+    assert difference(tensors, wanted, layout in REFUSED) is None
+
+
+@pytest.mark.once
+def test_only_the_accessors_take_a_data_pointer():
+    """csrc/ops/memory.h asserts what each pointer's reader takes for granted."""
+    taken = re.compile(r"data_ptr|unsafe_storage|\.storage\(\)|packed_accessor|->\s*(mutable_)?(unsafe_)?data\(")
+    found = []
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh") and path.name != "memory.h":
+            lines = path.read_text().splitlines()
+            found += [f"{path.name}:{number}: {line.strip()}" for number, line in enumerate(lines, 1) if taken.search(line)]
+    assert not found, "\n".join(found)
