@@ -225,7 +225,7 @@ class TestParametersThatWereReplaced:
         optimizer = FusedMaskedSGD(bank.model, lr=1.0)
         bank.model[0].masks["a"] = nn.Parameter(torch.zeros(3, 4))
         self.check(bank.model, optimizer, "a")
-        setattr(bank.model[0].masks, "b", nn.Parameter(torch.zeros(3, 4)))
+        bank.model[0].masks.b = nn.Parameter(torch.zeros(3, 4))
         self.check(bank.model, optimizer, "b")
 
     def test_by_a_state_that_is_assigned(self):
