@@ -82,10 +82,6 @@ def load(store: Store, model: nn.Module) -> None:
     for name, tensors in read.items():
         for each in kept:
             each.check(store, name, tensors)
-    check_not_sharded([each.tensors for each in kept], "a bank cannot be loaded")
-    if any(each.grows(read) for each in kept):
-        check_may_grow([model], "the tasks of a bank cannot be taken in")
-
     check_not_sharded(model.modules(), "the tasks of a bank cannot be taken in")
     made = any(not isinstance(model.get_submodule(path), PerTask) for path in per_task)
     if made or any(each.makes_parameter(name, tensors) for name, tensors in read.items() for each in kept):
@@ -137,11 +133,6 @@ class _Kept:
         """Whether a packed task has a parameter here: a head's, say."""
         return not (self.is_mask or self.tensors._only_buffers)
 
-    def grows(self, read: Mapping[str, Mapping[str, Tensor]]) -> bool:
-        """Return whether tasks in their files need parameters that the model does not have."""
-        keys = {} if self.tensors._only_buffers else {name: self.key_in(tensors) for name, tensors in read.items()}
-        return any(not key.startswith(BITS) and not self.fits(self.tensors._held(escape(name))) for name, key in keys.items())
-
     def fits(self, held: Tensor | None) -> bool:
         """Return whether a tensor that the model has can take the values of one that is no bits."""
         return held is not None and held.shape == self.shape and held.dtype in self.dtypes
@@ -172,11 +163,10 @@ class _Kept:
         return (BITS if BITS + self.name in given else LOGITS) + self.name
 
     def makes_parameter(self, task: str, given: Mapping[str, Tensor]) -> bool:
-        """Whether the task gets a parameter that the model does not have: see :func:`_filled`."""
-        key, held = self.key_in(given), self.tensors._held(escape(task))
-        if key.startswith(BITS) or self.tensors._only_buffers:
+        """Return whether the task gets a parameter that the model does not have."""
+        if self.key_in(given).startswith(BITS) or self.tensors._only_buffers:
             return False
-        return held is None or (held.dtype, held.shape) != (self.dtypes[0], given[key].shape)
+        return not self.fits(self.tensors._held(escape(task)))
 
     def check(self, store: Store, task: str, given: Mapping[str, Tensor]) -> Tensor:
         """Return the tensor of ``task`` among those of its file; BankError if it is not there, or does not fit."""
