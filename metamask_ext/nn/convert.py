@@ -98,6 +98,7 @@ def convert(
         raise ValueError(f"batch_norm must be 'shared' or 'task', got {batch_norm!r}")
     kinds = (nn.Linear, nn.Conv2d, nn.BatchNorm2d) if batch_norm == "task" else (nn.Linear, nn.Conv2d)
 
+    _owners_read.cache_clear()  # a method may have been replaced since
     # A layer may be reached by several names: it is one layer, and read if it is read under any of them.
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

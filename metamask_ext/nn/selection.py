@@ -42,7 +42,8 @@ class TaskBatch(Selection):
         positions = [index.setdefault(name, len(index)) for name in names]
         super().__init__(index)
         self.size = len(positions)
-        self._positions = torch.tensor(positions, dtype=torch.int64)
+        with torch.inference_mode(False):  # a block may be entered again, to train
+            self._positions = torch.tensor(positions, dtype=torch.int64)
         self._on_device: dict[torch.device, Tensor] = {}
         self._groups: dict[torch.device, tuple[list[Tensor], Tensor]] = {}
         self._splits: dict[tuple[torch.device, tuple[bool, ...]], list[Tensor]] = {}
@@ -57,7 +58,8 @@ class TaskBatch(Selection):
         """int64 ``[B]``: for each sample the position of its task in ``names``."""
         found = self._on_device.get(device)
         if found is None:
-            found = self._on_device[device] = self._positions.to(device)
+            with torch.inference_mode(False):
+                found = self._on_device[device] = self._positions.to(device)
         return found
 
     def split(self, first: tuple[bool, ...], device: torch.device) -> list[Tensor]:
