@@ -48,7 +48,7 @@ _SEARCHES = _Searches()
 
 
 def is_scaled(root: Any) -> bool:
-    """Whether the node ``root`` computes a loss that a GradScaler, which still lives, has scaled."""
+    """True if the node ``root`` computes a loss that a GradScaler, which still lives, has scaled."""
     first = _first_branch(root)
     for product in () if first is None else _products(first):
         # A hook of the user's may give a tensor back once only.
@@ -102,7 +102,7 @@ def _is_scalar(factor: Tensor) -> bool:
 
 
 def _is_default_scale(factor: float) -> bool:
-    """Whether it is a power of two as torch's scalers begin with (2 ** 16) or soon fall to."""
+    """True if it is a power of two as torch's scalers begin with (2 ** 16) or soon fall to."""
     return factor >= 256 and math.frexp(factor)[0] == 0.5
 
 

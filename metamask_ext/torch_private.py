@@ -176,7 +176,7 @@ def _checkpoint_frame(pack_hook: object) -> CheckpointFrame | None:
 
 
 def is_fsdp_managed(module: torch.nn.Module) -> bool:
-    """Whether fully_shard, or FullyShardedDataParallel, holds the parameters of this module.
+    """True if fully_shard, or FullyShardedDataParallel, holds the parameters of this module.
 
     Both mark every module below them for Dynamo. A module does not know otherwise: its parameters are DTensors or plain tensors by
     turns. ``FSDPModule`` marks only the module that fully_shard was called on.
@@ -185,7 +185,7 @@ def is_fsdp_managed(module: torch.nn.Module) -> bool:
 
 
 def is_fsdp_root(module: torch.nn.Module) -> bool:
-    """Whether fully_shard was called on this module. torch.distributed.fsdp, slow to import, is not imported for it."""
+    """True if fully_shard was called on this module. torch.distributed.fsdp, slow to import, is not imported for it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
@@ -200,7 +200,7 @@ def saved_factor(product: Any) -> Tensor | None:
 
 
 def has_unpack_hook(product: Any) -> bool:
-    """Whether that factor lies behind a hook on saved tensors, which reading it would call."""
+    """True if that factor lies behind a hook on saved tensors, which reading it would call."""
     return product._raw_saved_other.unpack_hook is not None
 
 

@@ -97,7 +97,7 @@ def test_hooks_and_a_checkpoint(hooks, outside, tmp_path):
 
 
 def test_a_copy_is_not_kept_as_the_parameter():
-    """What the hook gave back is as before, the parameter has moved, and nothing but the parameter."""
+    """The tensor that the hook gave back is as before, the parameter has moved, and nothing but the parameter."""
     model = nn.Sequential(MaskedLinear(5, 3, dtype=torch.float64))
     kept = []
 

@@ -1,5 +1,6 @@
 // masked_linear on the CPU, by panels: a few rows of theta at a time are built in a thread's cache and multiplied at once. theta
-// and its gradient never exist in memory; W and M are read once, forward and backward. docs/internals/performance.md explains the sizes.
+// and its gradient never exist in memory; W and M are read once, forward and backward. docs/internals/performance.md explains the
+// sizes.
 #include "ops/masked_linear.h"
 
 #include "cpu/panels.h"

@@ -24,8 +24,8 @@ struct Cpu {
   };
 
   // Asks for pages of 2 MiB. Writing a gradient of many megabytes spends most of its time in the system, which clears each page of
-  // 4 KiB when it is first touched, and clears large pages eight times as fast (docs/internals/performance.md). A system without large pages ignores
-  // the advice.
+  // 4 KiB when it is first touched, and clears large pages eight times as fast (docs/internals/performance.md). A system without
+  // large pages ignores the advice.
   static at::Tensor gradient_like(const at::Tensor& parameter, at::MemoryFormat format = at::MemoryFormat::Preserve) {
     at::Tensor gradient = at::empty_like(parameter, format);
 #if defined(MADV_HUGEPAGE)

@@ -130,7 +130,7 @@ class _Kept:
 
     @property
     def has_parameters(self) -> bool:
-        """Whether a packed task has a parameter here: a head's, say."""
+        """True if a packed task has a parameter here: a head's, say."""
         return not (self.is_mask or self.tensors._only_buffers)
 
     def fits(self, held: Tensor | None) -> bool:
@@ -210,7 +210,7 @@ class _Source:
     def __init__(self, store: Store, kept: Sequence[_Kept]):
         self.store = store
         self.names = {each.name for each in kept}
-        """What a task has in its file."""
+        """The tensors of a task, as its file has them."""
         self._lock = threading.Lock()
         self._rest: dict[str, dict[str, Tensor]] = {}
 

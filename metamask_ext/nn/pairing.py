@@ -90,5 +90,5 @@ def _check_same(theirs: nn.Module, ours: nn.Module) -> None:
 
 
 def is_noted() -> bool:
-    """Whether walks are noted here: not in what torch.compile traces."""
+    """True if walks are noted here: not in what torch.compile traces."""
     return not torch.compiler.is_dynamo_compiling()

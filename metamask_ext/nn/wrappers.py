@@ -49,7 +49,7 @@ class _Wrappers:
 
 
 def distributed() -> bool:
-    """Whether this process is one of several that torch.distributed joins, or could be."""
+    """True if this process is one of several that torch.distributed joins, or could be."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -60,13 +60,13 @@ may_have_missed = _WRAPPERS.may_have_missed
 
 
 def is_averaged(parameters: Iterable[Tensor]) -> bool:
-    """Whether a DistributedDataParallel that lives averages the gradient of one of these."""
+    """True if a DistributedDataParallel that lives averages the gradient of one of these."""
     own = set(parameters)
     return any(not own.isdisjoint(averaged) for averaged in averaged_parameters())
 
 
 def is_sharded(modules: Iterable[nn.Module]) -> bool:
-    """Whether fully_shard, or FullyShardedDataParallel, holds parameters of these modules."""
+    """True if fully_shard, or FullyShardedDataParallel, holds parameters of these modules."""
     return any(is_fsdp_managed(module) for module in modules)
 
 

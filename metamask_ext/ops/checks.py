@@ -245,12 +245,12 @@ def check_mask_logits(mask_logits: Tensor, threshold: float) -> None:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a check may look at the numbers of ``tensor``: not under torch.compile, in torch.func's transforms or on ``meta``."""
+    """True if a check may look at the numbers of ``tensor``: not under torch.compile, in torch.func's transforms or on ``meta``."""
     return not (torch.compiler.is_compiling() or torch_private.in_transform() or tensor.is_meta)
 
 
 def nan_flag(tensor: Tensor) -> Tensor:
-    """Whether a number of ``tensor`` is NaN, as a tensor of one: a GPU is not waited for. NaN is the largest for ``amax``."""
+    """True if a number of ``tensor`` is NaN, as a tensor of one: a GPU is not waited for. NaN is the largest for ``amax``."""
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.bool, device=tensor.device)
     return tensor.detach().amax().isnan()

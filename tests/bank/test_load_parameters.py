@@ -179,7 +179,7 @@ def test_different_values_for_what_the_model_ties_are_refused(tmp_path):
 
 
 class TestLoadStateDict:
-    """What torch's own way keeps and replaces: as the docstring of TaskLayer says."""
+    """torch's own way keeps and replaces the same: as the docstring of TaskLayer says."""
 
     def test_logits_stay_the_same_parameters(self):
         model = headed().model

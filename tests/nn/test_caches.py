@@ -1,4 +1,4 @@
-"""What modules keep between calls (docs/internals/caches.md): never stale, right in several threads. The bank's: tests/bank."""
+"""The caches that modules keep between calls (docs/internals/caches.md): never stale, right in several threads. The bank's: tests/bank."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ each_sizes = pytest.mark.parametrize("sizes", SIZES)
 
 
 def difference(got, wanted, exact):
-    """What differs; None: nothing."""
+    """Describe the difference; None if there is none."""
     got, wanted = ([leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (got, wanted))
     if len(got) != len(wanted):
         return f"{len(got)} tensors, expected {len(wanted)}"

@@ -223,7 +223,7 @@ def convert_the_rest(rank, model, wrapper):
 
 
 def add_and_remove_wrapped(rank, change, kind):
-    """What a change under a wrapper raises, and whether the model was left as it was."""
+    """The error of a change under a wrapper, and whether the model was left as it was."""
     model = net()
     if kind == "replicate":
         wrapper = replicate(model)

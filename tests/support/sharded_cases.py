@@ -83,7 +83,7 @@ def step_by_step(rank, kind):
 
 
 def as_torchs(rank, kind):
-    """Where fully_shard itself leaves ranks apart, or weights behind, the numbers are those of torch.optim.SGD."""
+    """If fully_shard itself leaves ranks apart, or weights behind, the numbers are those of torch.optim.SGD."""
     models = []
     for ours in (True, False):
         model = net()
