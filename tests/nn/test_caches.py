@@ -1,4 +1,4 @@
-"""The caches that modules keep between calls (docs/internals/caches.md): never stale, right in several threads. The bank's: tests/bank."""
+"""Caches of modules (docs/internals/caches.md): never stale, right in several threads. Those of the bank: tests/bank."""
 
 from __future__ import annotations
 
