@@ -290,9 +290,13 @@ class FusedMaskedSGD(torch.optim.SGD):
             return None
         state = self.state[parameter]
         # From zeros, the first step's v is the gradient, as torch begins.
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-        buffer: Tensor = state["momentum_buffer"]
+        buffer: Tensor | None = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+        elif buffer.stride() != parameter.stride() and buffer.shape == parameter.shape:
+            # From a checkpoint, or the model has taken another memory format: a step walks through both in one order.
+            buffer = torch.empty_like(parameter, dtype=buffer.dtype, requires_grad=False).copy_(buffer)
+            state["momentum_buffer"] = buffer
         return buffer
 
 

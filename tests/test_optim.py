@@ -329,6 +329,33 @@ def test_bad_arguments(error_type, message, call):
     assert_equal_models(model, before, tolerance=0.0)
 
 
+def test_momentum_follows_the_memory_order_of_its_parameter():
+    """A model that takes another memory format, and a checkpoint whose buffers have one."""
+
+    def change(model, fused):
+        model.to(memory_format=torch.channels_last)
+
+    def load(model, fused):
+        state = fused.state_dict()
+        for of in state["state"].values():
+            of["momentum_buffer"] = (
+                of["momentum_buffer"].mT.contiguous().mT if of["momentum_buffer"].dim() > 1 else of["momentum_buffer"]
+            )
+        fused.load_state_dict(state)
+
+    for make, between in ((cnn, change), (mlp, load)):
+        ours, theirs = make(), make()
+        fused, plain = FusedMaskedSGD(ours, **SETTINGS), torch_sgd(theirs, **SETTINGS)
+        for seed in range(3):
+            data = batch(ours, seed)
+            fused.backward(error(ours, *data))
+            plain.zero_grad()
+            error(theirs, *data).backward()
+            plain.step()
+            between(ours, fused)
+        assert_equal_models(ours, theirs)
+
+
 def test_a_gradient_instead_of_a_scalar():
     ours, theirs = mlp(), mlp()
     x, y = batch(ours, 0)

@@ -415,6 +415,12 @@ def _images(make: Make) -> Tensor:
     return make.random(make.sizes.batch, 2, 4, 5)
 
 
+def _with_wide_logits(arguments: Arguments) -> Arguments:
+    return {
+        name: one.to(torch.promote_types(one.dtype, torch.float32)) if "mask" in name else one for name, one in arguments.items()
+    }
+
+
 def _packed_conv(make: Make) -> list[Tensor]:
     return [torch.stack(make.packed(make.sizes.outputs, 18))]
 
@@ -424,10 +430,8 @@ PUBLIC: dict[str, Callable[[Make], Case]] = {
     "masked_weight": lambda make: (mm.masked_weight, make.weights("weight", "mask_logits")),
     "masked_weight of a sequence": lambda make: (mm.masked_weight, _lists(make, "weight", "mask_logits")),
     "masked_linear": lambda make: (mm.masked_linear, _linear_arguments(make)),
-    "masked_linear plain bias": lambda make: (
-        mm.masked_linear,
-        {key: value for key, value in _linear_arguments(make).items() if key != "bias_mask_logits"},
-    ),
+    "masked_linear plain bias": lambda make: (mm.masked_linear, dict(list(_linear_arguments(make).items())[:-1])),
+    "masked_linear logits of float32": lambda make: (mm.masked_linear, _with_wide_logits(_linear_arguments(make))),
     "masked_conv2d": lambda make: (
         mm.masked_conv2d,
         {"input": _images(make), **_conv_weights(make, "weight", "mask_logits"), **make.biases("bias", "bias_mask_logits")},
