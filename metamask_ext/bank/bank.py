@@ -135,7 +135,8 @@ class MaskBank:
         for each sample split the batch by candidates, at worst into single samples: it is meant for few tasks, or
         ``per_sample=False``.
 
-        The model runs as it is: call ``model.eval()`` first. Heads and statistics of tasks are averaged and held fixed.
+        The model runs as it is: call ``model.eval()`` first. Heads and statistics of tasks are averaged and held fixed. Sums of the
+        bits of packed tasks are kept for the next call, with a copy of the bits to tell whether they have changed.
 
         Args:
             x: ``[B, ...]``, the model's input; its output must be logits ``[B, classes]``.

@@ -111,13 +111,19 @@ def _held(tensors: TaskDict, keys: tuple[str, ...]) -> list[Tensor]:
 
 
 class _Probe:
-    """The mean of some tasks, ``theta = W * 1/T sum_t g(M_t)``, that remembers what every masked layer got and gave."""
+    """The mean of some tasks, ``theta = W * 1/T sum_t g(M_t)``, that remembers what every masked layer got and gave.
+
+    Attributes:
+        seen: of each call of a layer the layer, its input and its output.
+        read: of each theta that other code has read past a layer's forward the layer, ``"weight"`` or ``"bias"``, and the theta.
+    """
 
     def __init__(self, names: Sequence[str], snapshot: Snapshot):
         amounts = dict.fromkeys(names, 1.0 / len(names))
         self.selection = ObservedSuperposition(amounts, self._mixed, self._observe)
         self.snapshot = snapshot
         self.seen: list[tuple[MaskedLayer, Tensor, Tensor]] = []
+        self.read: list[tuple[MaskedLayer, str, Tensor]] = []
 
     def _mixed(self, layer: nn.Module, what: str) -> Tensor | None:
         if not isinstance(layer, MaskedLayer):
@@ -128,10 +134,13 @@ class _Probe:
         if shared is None or masks is None:
             return shared
         mean = self.snapshot.mean_gate(layer, masks, self.selection.keys, shared)
-        return (shared.detach().to(mean.dtype) * mean).to(shared.dtype)
+        theta = (shared.detach().to(mean.dtype) * mean).to(shared.dtype).requires_grad_()
+        self.read.append((layer, what, theta))
+        return theta
 
     def _observe(self, layer: nn.Module, input: Tensor, output: Tensor) -> Tensor:
         assert isinstance(layer, MaskedLayer)
+        del self.read[len(self.read) - len(layer._dicts()) :]  # what the layer itself has just read
         if not output.requires_grad:
             output.requires_grad_()
         self.seen.append((layer, input.detach(), output))
@@ -187,19 +196,24 @@ def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_samp
 
     Section 3.3: ``theta = W * sum_t alpha_t g(M_t)``. With ``x_l, dy_l`` a masked layer's input and its output's gradient it is
     ``sum_l dy_l . (W_l * g(M_lt)) x_l``: one forward and one backward of the mean of the masks, whatever T is. What else belongs to
-    tasks (heads, batch-norm statistics) is averaged and held fixed.
+    tasks (heads, batch-norm statistics) is averaged and held fixed. Where other code reads a layer's theta (attention does), it is
+    ``sum dtheta . (W_l * g(M_lt))``, with a backward for each sample.
     """
     probe = _Probe(names, snapshot)
     with using_task(model, probe.selection):
         output = model(x)
-    if not probe.seen:
-        raise RuntimeError(f"no masked layer of {type(model).__name__} was called: nothing tells its tasks apart")
-    entropy = _entropy(output, len(x), len(names))
-    gradients = torch.autograd.grad(entropy, [seen[2] for seen in probe.seen], allow_unused=True)
+    entropies = _entropy(output, len(x), len(names))
+    if not entropies.requires_grad:
+        raise RuntimeError(f"the output of {type(model).__name__} depends on no masked layer: nothing tells its tasks apart")
+    outputs, thetas = [seen[2] for seen in probe.seen], [read[2] for read in probe.read]
+    gradients = torch.autograd.grad(entropies.sum(), [*outputs, *thetas], allow_unused=True, retain_graph=bool(thetas))
+    total = entropies.new_zeros(len(x) if per_sample else 1, len(names))
+    read = [(*entry, gradient) for entry, gradient in zip(probe.read, gradients[len(outputs) :]) if gradient is not None]
+    if read:
+        _add_of_read(total, read, entropies, snapshot, probe.selection.keys)
     batch_first = batch_first_layers(model) if per_sample else {}
-    total = entropy.new_zeros(len(x) if per_sample else 1, len(names))
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        for (layer, given, _), gradient in zip(probe.seen, gradients, strict=True):
+        for (layer, given, _), gradient in zip(probe.seen, gradients):
             if gradient is None:
                 continue
             if per_sample and _samples_dim(layer, given, len(x), batch_first) == 1:
@@ -234,7 +248,7 @@ def _samples_dim(layer: MaskedLayer, input: Tensor, samples: int, batch_first: M
 
 
 def _entropy(output: object, samples: int, tasks: int) -> Tensor:
-    """Return the sum of the samples' entropies. A class of logit -inf has probability 0: 0 log 0 is 0, and so is its derivative."""
+    """Return the samples' entropies. A class of logit -inf has probability 0: 0 log 0 is 0, and so is its derivative."""
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != samples:
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"the model must give logits [B, classes] with B = {samples} to infer a task, got {got}")
@@ -246,12 +260,47 @@ def _entropy(output: object, samples: int, tasks: int) -> Tensor:
             f"the model must give logits without NaN or +inf, one of them above -inf, to infer a task{_where(~log_p.isnan())}"
         )
     # xlogy has no such derivative: that by p is infinite at 0.
-    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum()
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(1)
 
 
 def _where(right: Tensor) -> str:
     wrong = (~right.all(1)).nonzero().flatten().tolist()
     return f" (samples {describe(wrong)})" if len(right) > 1 else ""
+
+
+def _add_of_read(
+    total: Tensor,
+    read: Sequence[tuple[MaskedLayer, str, Tensor, Tensor]],
+    entropies: Tensor,
+    snapshot: Snapshot,
+    keys: tuple[str, ...],
+) -> None:
+    """Add to ``total`` the derivatives by way of thetas that were read past a forward, given with the gradient of their sum."""
+    rows: list[Sequence[Tensor | None]] = [[gradient for *_, gradient in read]]
+    if len(total) > 1:
+        thetas = [theta for _, _, theta, _ in read]
+        rows = [torch.autograd.grad(entropy, thetas, allow_unused=True, retain_graph=True) for entropy in entropies.unbind()]
+    with torch.no_grad(), torch.autocast(total.device.type, enabled=False):
+        for row, gradients in zip(total, rows, strict=True):
+            for (layer, what, _, _), gradient in zip(read, gradients, strict=True):
+                shared, tensors = layer._group(what)
+                if gradient is not None and shared is not None and tensors is not None:
+                    row += _theta_gradient(layer, shared, snapshot.of(tensors, keys), gradient)
+
+
+def _theta_gradient(layer: MaskedLayer, shared: Tensor, masks: Masks, gradient: Tensor) -> Tensor:
+    """Return ``sum dtheta . (W * g(M_t))``, ``[T]``."""
+    wide = compute_dtype(gradient.dtype)
+    product = gradient.to(wide) * shared.to(wide)
+    found = product.new_empty(len(masks.keys))
+    if masks.bits is not None:
+        # The product as a layer's weight, for ones; a bias is a layer of one row.
+        weight, bits = (product.flatten(1), masks.bits) if product.dim() > 1 else (product[None], masks.bits[:, None])
+        ones = product.new_ones(1, sum(weight.shape))
+        found[masks.packed] = superposition_gradient(ones[:, : len(weight)], ones[:, len(weight) :], weight, bits)[0]
+    for index, mask in masks.logits.items():
+        found[index] = (product * gate_values(mask.to(wide), *layer._resolved())[0]).sum()
+    return found
 
 
 def _layer_gradient(

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.bank_changes import CHANGES, INPUT, new_bank, tensor_of
 from support.bank_numbers import entropy_gradients
 from torch import nn
@@ -329,7 +330,7 @@ class TestNothingToTell:
 
         bank = MaskBank(Unused(MaskedLinear(4, 3)))
         bank.add_task("a")
-        with pytest.raises(RuntimeError, match="no masked layer of Unused was called"):
+        with pytest.raises(RuntimeError, match="output of Unused depends on no masked layer"):
             bank.infer_task(torch.randn(2, 4))
 
 
@@ -367,3 +368,54 @@ def test_autograd_agrees_and_autocast_runs():
     with torch.autocast("cpu", torch.bfloat16):
         bank.model.float()
         assert bank.infer_task(x.float())
+
+
+class Reads(nn.Module):
+    """One layer is called, two are read by other code; of one of them only the dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.read, self.last = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = self.first(x.to(self.last.weight.dtype)).tanh()
+        return self.last(F.linear(x, self.read.weight, self.read.bias).tanh())
+
+
+class OnlyReads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.read = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return F.linear(x, self.read.weight, self.read.bias)
+
+
+class Attention(nn.Module):
+    """torch's own reads the weight of its last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.last = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = x[:, None] * torch.linspace(0.5, 1.5, 3, dtype=x.dtype)[:, None]
+        return self.last(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", [Reads, OnlyReads, Attention])
+@pytest.mark.parametrize("gate", ["sigmoid", "hard"])
+@pytest.mark.parametrize("packed", ["", "b", "abc"])
+def test_layers_that_are_read_and_not_called_count(kind, gate, packed):
+    bank = MaskBank(mm.convert(kind(), gate=gate, mask_init="normal").double().eval())
+    for task in "abc":
+        bank.add_task(task)
+    for task in packed:
+        bank.pack(task)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    wanted = entropy_gradients(bank, x, bank.tasks)
+    torch.testing.assert_close(gradient(bank, x), wanted)
+    both = entropy_gradient(bank.model, bank.tasks, x, False, Snapshot(bank.model))
+    torch.testing.assert_close(both[0], wanted.sum(0))
+    assert bank.infer_task(x) == [bank.tasks[index] for index in wanted.argmin(1)]
+    assert set(bank.infer_task(x, "binary")) <= set(bank.tasks)
