@@ -16,7 +16,7 @@ MOST_LINES = 500
 
 # Words that only those who wrote the project understand: numbers of tasks, documents that are not published, paths of a machine.
 INSIDER = re.compile(
-    r"\bcontracts?\b|\bissues? #?\d|(?<!')\bseeds' [a-z]|\bseed (?:document|paper|text|proposal|article)s?\b|/work/|/root/|/home/",
+    r"\bcontracts?\b|\bissues? #?\d|(?<!')\bseeds' [a-z]|\bseed (?:document|paper|text|proposal|article)s?\b|/(?:work|root|home)/",
     re.IGNORECASE,
 )
 # import-linter's own word; a compiler contracts a product and a sum to one instruction
