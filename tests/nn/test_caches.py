@@ -144,8 +144,9 @@ class TestMetaLearner:
         maml = self.maml()
         x, y = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 4, 3, dtype=torch.float64)
         with torch.inference_mode():
-            maml._adapted._slots_of(3, 4, x.device)
+            assert maml._adapted._slots_of(3, 4, x.device).tolist() == [0] * 4 + [1] * 4 + [2] * 4
         maml(F.mse_loss, (x, y), (x, y)).backward()
+        assert any(parameter.grad is not None and parameter.grad.any() for parameter in maml.model.parameters())
 
     def test_sizes_of_several_threads(self):
         maml = self.maml()
