@@ -117,8 +117,14 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
         bad = first_true([nan_flag(tensor) for _, tensor in checked])
         if bad is not None:
             raise ValueError(f"init gives NaN for task {name!r} in layer {checked[bad][0]!r}: it combines NaN, or +inf with -inf")
-    for _, tensors, tensor in new:
-        tensors[name] = tensor
+    lengths = {tensors: len(tensors._names) for _, tensors, _ in new}
+    try:
+        for _, tensors, tensor in new:
+            tensors[name] = tensor
+    except BaseException:  # Ctrl-C between two layers would leave a model that no call takes
+        for tensors, length in lengths.items():
+            tensors._drop(name, length)
+        raise
 
 
 def _resolve_init(known: list[str], init: str | Mapping[str, float]) -> tuple[dict[str, float | Tensor] | None, str | None]:
@@ -213,8 +219,14 @@ def pack_task(model: nn.Module, name: str) -> None:
             raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
         check_not_sharded(model.modules(), f"task {name!r} cannot be packed")
         refuse_nan(model, [name], "packed")
-        for masks, bits in [entry for _, layer in masked_layers(model) for entry in layer._bits(name)]:
-            masks[name] = bits
+        packed = [entry for _, layer in masked_layers(model) for entry in layer._bits(name)]
+        try:
+            for masks, bits in packed:
+                masks[name] = bits
+        except BaseException:
+            for masks, bits in packed:
+                masks[name] = bits
+            raise
 
 
 def remove_task(model: nn.Module, name: str) -> None:
@@ -234,5 +246,10 @@ def remove_task(model: nn.Module, name: str) -> None:
         check_not_sharded(layers, f"task {name!r} cannot be removed")
         if is_active(layers, name):
             raise RuntimeError(f"task {name!r} is active: leave its using_task block before removing it")
-        for layer in layers:
-            layer._remove_task(name)
+        try:
+            for layer in layers:
+                layer._remove_task(name)
+        except BaseException:  # Ctrl-C between two layers: what is begun is ended
+            for layer in layers:
+                layer._remove_task(name)
+            raise
