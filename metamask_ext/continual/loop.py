@@ -21,7 +21,7 @@ from ..files.errors import CheckpointError, OutputError
 from ..files.lock import locked_run
 from ..files.metrics import METRICS, MetricsFile
 from ..nn import MaskedLayer
-from ..nn.names import DEFAULT_TASK, describe, escape
+from ..nn.names import DEFAULT_TASK, check_name, describe, escape, plain
 from ..nn.task_dict import TaskDict
 from ..nn.tasks import add_task, masked_layers, remove_task
 from ..nn.tasks import tasks as model_tasks
@@ -103,7 +103,7 @@ class TaskLoop:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.config = config = replace(config or LoopConfig(), **changes)
         config.check_tasks(tasks)
-        self.model, self.tasks, self.loss = model, dict(tasks), loss
+        self.model, self.tasks, self.loss = model, {check_name(name): data for name, data in tasks.items()}, loss
         self._names = list(self.tasks)
         self._order = None if config.order is None else list(config.order)
 
@@ -200,6 +200,7 @@ class TaskLoop:
         Raises:
             ValueError: the task has no masks yet, because it was not seen, or is unknown.
         """
+        name = plain(name)
         if name not in self.tasks:
             raise ValueError(f"task must be one of the loop's, {describe(self.tasks)}, got {name!r}")
         return using_task(self.model, self._common or name) if self._masked else nullcontext()

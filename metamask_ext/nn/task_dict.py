@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .names import describe, escape
+from .names import check_name, describe, escape, plain
 from .pairing import Memo, NamedModules, is_noted, noted_tensors
 from .structure import structure
 from .wrappers import check_entry, check_not_sharded
@@ -57,6 +57,7 @@ class TaskDict(nn.ParameterDict):
         return escape(key)
 
     def __setitem__(self, name: str, value: object) -> None:
+        name = check_name(name)
         key = escape(name)
         if not isinstance(value, Tensor):
             raise TypeError(f"what belongs to task {name!r} must be a tensor, got {type(value).__name__}")
@@ -82,11 +83,15 @@ class TaskDict(nn.ParameterDict):
         CHANGES.note()
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._keys:
+        if name not in self:
             raise KeyError(name)
         return self._tensor(escape(name))
 
+    def __contains__(self, name: object) -> bool:
+        return plain(name) in self._keys
+
     def __delitem__(self, name: str) -> None:
+        name = check_name(name)
         check_not_sharded([self], f"task {name!r} cannot be removed")
         if name not in self._keys:
             raise KeyError(name)
