@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -116,19 +116,24 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
         bad = first_true([nan_flag(tensor) for _, tensor in checked])
         if bad is not None:
             raise ValueError(f"init gives NaN for task {name!r} in layer {checked[bad][0]!r}: it combines NaN, or +inf with -inf")
-    lengths = {tensors: len(tensors._names) for _, tensors, _ in new}
-    try:
-        for _, tensors, tensor in new:
-            tensors[name] = tensor
-    except BaseException:  # Ctrl-C between two layers would leave a model that no call takes
-        for tensors, length in lengths.items():
-            tensors._drop(name, length)
-        raise
+    _put_in(name, [(tensors, tensor) for _, tensors, tensor in new])
     for layer in [layer for _, layer in layers if name in partial and isinstance(layer, MaskedLayer)]:
         bits = layer._bits(name)
         if 0 < len(bits) < len(layer._dicts()):
             for masks, packed in bits:
                 masks[name] = packed
+
+
+def _put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]]) -> None:
+    """Give each TaskDict its tensor of a new task, or none of them where that is interrupted."""
+    lengths = {tensors: len(tensors._names) for tensors, _ in new}
+    try:
+        for tensors, tensor in new:
+            tensors[name] = tensor
+    except BaseException:  # Ctrl-C between two layers would leave a model that no call takes
+        for tensors, length in lengths.items():
+            tensors._drop(name, length)
+        raise
 
 
 def _known(layers: Iterable[tuple[str, TaskLayer]]) -> tuple[list[str], set[str]]:
