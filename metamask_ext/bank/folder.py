@@ -92,21 +92,29 @@ def load(store: Store, model: nn.Module) -> None:
         module = model.get_submodule(path)
         if not isinstance(module, PerTask):
             keep_per_task(module, of_module, slots(model))
-    for path, layer in masked_layers(model):
-        for setting in SETTINGS:
-            setattr(layer, setting, store.meta["layers"][path][setting])
-    with torch.inference_mode(False), torch.no_grad():
-        for full, tensor in targets.items():
-            _fill(tensor, shared[full])
-        kept = _kept(model)
-        source = _Source(store, kept)
-        for each in kept:
-            held = {name: each.tensors._held(escape(name)) for name in each.tensors}
-            each.tensors._wait_for(names, _Fetch(source, each))
-            for name, tensors in read.items():
-                key = each.key_in(tensors)
-                if not key.startswith(BITS):
-                    each.tensors[name] = each.filled(held.get(name), tensors[key])
+    kept = _kept(model)
+    source = _Source(store, kept)
+    held = [{name: each.tensors._held(escape(name)) for name in each.tensors} for each in kept]
+
+    def take_in() -> None:
+        for path, layer in masked_layers(model):
+            for setting in SETTINGS:
+                setattr(layer, setting, store.meta["layers"][path][setting])
+        with torch.inference_mode(False), torch.no_grad():
+            for full, tensor in targets.items():
+                _fill(tensor, shared[full])
+            for each, before in zip(kept, held):
+                each.tensors._wait_for(names, _Fetch(source, each))
+                for name, tensors in read.items():
+                    key = each.key_in(tensors)
+                    if not key.startswith(BITS):
+                        each.tensors[name] = each.filled(before.get(name), tensors[key])
+
+    try:
+        take_in()
+    except BaseException:  # Ctrl-C amid the layers would leave a model of two banks
+        take_in()
+        raise
 
 
 def _fill(tensor: Tensor, given: Tensor) -> None:

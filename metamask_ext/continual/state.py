@@ -146,7 +146,9 @@ class Checks:
         given = {_key(key, dicts): tensor for key, tensor in model.items() if not _is_extra(key, own)}
         if given.keys() != forms.keys():
             lacks, more = sorted(forms.keys() - given.keys()), sorted(given.keys() - forms.keys())
-            self._refuse_model("; ".join(f"{what} {describe(keys)}" for what, keys in (("it lacks", lacks), ("it has", more)) if keys))
+            self._refuse_model(
+                "; ".join(f"{what} {describe(keys)}" for what, keys in (("it lacks", lacks), ("it has", more)) if keys)
+            )
         for path, _ in masked_layers(self.model):
             key = f"{path}.{EXTRA_STATE}".lstrip(".")
             try:
