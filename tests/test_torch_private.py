@@ -328,6 +328,7 @@ def test_foreach_copy():
 
 @pins("torch.fx._symbolic_trace._is_fx_tracing_flag", "masked layers are leaves of torch.fx's graphs")
 def test_fx_trace():
+    import torch._dynamo  # wraps the tracer
     from torch.fx import _symbolic_trace
 
     from metamask_ext.torch_private import symbolic_tracer
@@ -337,8 +338,6 @@ def test_fx_trace():
     def look(x):
         seen.append((_symbolic_trace._is_fx_tracing_flag, type(symbolic_tracer())))
         return x + 1
-
-    import torch._dynamo  # wraps the tracer
 
     torch.fx.symbolic_trace(look)
     torch.fx.experimental.proxy_tensor.make_fx(look)(torch.ones(2))
