@@ -17,7 +17,7 @@ from .names import DEFAULT_TASK
 from .per_task import PerTask, keep_per_task, plain_copy
 from .read_through import ReadThroughConv2d, ReadThroughLinear
 from .reads import forget, is_read
-from .task_layer import TaskLayer, task_layers
+from .task_layer import TaskLayer, task_keys, task_layers
 from .task_masks import check_mask_dtype
 from .tasks import refuse_nan, slots
 from .wrappers import check_may_grow
@@ -158,9 +158,8 @@ def merge(model: Model, task: str) -> Model:
     Raises:
         ValueError: the task is unknown, its logits hold NaN, or ``model`` has no masked layer.
     """
+    task_keys(task_layers(model), task)
     layers = [layer for _, layer in task_layers(model)]
-    for layer in layers:
-        layer._task_key(task)
     refuse_nan(model, [task], "merged")
     plains = [layer.plain_type.__new__(layer.plain_type) for layer in layers]
     memo: dict[int, object] = {id(layer): plain for layer, plain in zip(layers, plains)}
