@@ -15,6 +15,7 @@ from torch.optim.optimizer import StateDict
 from .loss_scale import is_scaled
 from .nn.masked_layer import MaskedLayer
 from .nn.names import escape
+from .nn.paths import plain_path
 from .nn.task_dict import CHANGES, TaskDict
 from .nn.tasks import tasks
 from .nn.wrappers import averaged_parameters, is_sharded, place_shards
@@ -314,7 +315,7 @@ def _find_new_tasks(optimizer: FusedMaskedSGD, *_: object) -> None:
 
 def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """The parameters that all tasks share, and the masks, by name; the masks task after task, so that a new task's come last."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {parameter: plain_path(model, name) for name, parameter in model.named_parameters()}
     of_tasks = [module for module in model.modules() if isinstance(module, TaskDict)]
     found = {task: [tensors._parameters.get(escape(task)) for tensors in of_tasks] for task in tasks(model)}
     masks = {names[parameter]: parameter for of_task in found.values() for parameter in of_task if parameter is not None}

@@ -52,7 +52,7 @@ class MAML(nn.Module):
         inner_steps: their number, 0 or more.
         adapt: ``"masks"``: the masks of the weights and biases of masked layers; ``"weights"``: every other parameter (of what
             belongs to tasks, that of ``start``); ``"all"``: both; or a function of a parameter's name, as in
-            ``model.named_parameters()``, that says whether it is adapted.
+            ``named_parameters()`` of the model without wrappers, that says whether it is adapted.
         first_order: take the inner gradients as constants (arXiv:1703.03400, section 5.2): no graph of the inner steps is kept.
         learn_inner_lr: make ``inner_lr`` a parameter, a rate for each adapted tensor (as Antoniou et al., arXiv:1810.09502,
             section 4, for each layer).
