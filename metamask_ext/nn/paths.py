@@ -37,7 +37,7 @@ def plain_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple
 
 
 def plain_state(model: nn.Module) -> StateDict:
-    """The state dict of ``model`` by plain paths: it loads into the plain model, and by :func:`load_plain_state` into any wrapper."""
+    """The state dict of ``model`` by plain paths: it loads into the plain model, by :func:`load_plain_state` into a wrapped one."""
     state = model.state_dict()
     plain: StateDict = OrderedDict(_renamed(_plain_paths(model, state), state))
     metadata = getattr(state, "_metadata", {})

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..torch_private import loads_strictly
 from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .names import check_name, describe, escape, unescape
-from .paths import plain_path
 from .pairing import Memo, NamedModules, is_noted, noted_layer
+from .paths import plain_path
 from .selection import GivenMasks, ObservedSuperposition, Superposition
 from .task_dict import TaskDict
 from .wrappers import may_have_missed
