@@ -113,6 +113,7 @@ class FusedMaskedSGD(torch.optim.SGD):
         self._remember()
         # Not by a step of our own around torch's: each of the two would call the hooks of users.
         self.register_step_pre_hook(_find_new_tasks)
+        self.register_step_post_hook(_keep_outside)
 
     def __getstate__(self) -> StateDict:
         return {**super().__getstate__(), "model": self.model}
@@ -195,6 +196,7 @@ class FusedMaskedSGD(torch.optim.SGD):
                 which = f"{sorted(differing)} are in one only" if differing else "the order differs"
                 raise ValueError(f"state_dict has other parameters in group {index} than the model: {which}")
         super().load_state_dict(state_dict)
+        _keep_outside(self)
         self._remember()
 
     def _remember(self) -> None:
@@ -311,6 +313,16 @@ def _settings(group: StateDict) -> tuple[float, float, float]:
 
 def _find_new_tasks(optimizer: FusedMaskedSGD, *_: object) -> None:
     optimizer._find_new_tasks()
+
+
+def _keep_outside(optimizer: FusedMaskedSGD, *_: object) -> None:
+    """Put copies in the place of momentum that was made under ``inference_mode``: a later step writes to it."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            for state in optimizer.state.values():
+                state.update(
+                    {key: value.clone() for key, value in state.items() if isinstance(value, Tensor) and value.is_inference()}
+                )
 
 
 def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

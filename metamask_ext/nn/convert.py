@@ -168,6 +168,11 @@ def merge(model: Model, task: str) -> Model:
     task_keys(task_layers(model), task)
     layers = [layer for _, layer in task_layers(model)]
     refuse_nan(model, [task], "merged")
+    with torch.inference_mode(False):
+        return _merged(model, layers, task)
+
+
+def _merged(model: Model, layers: list[TaskLayer], task: str) -> Model:
     plains = [layer.plain_type.__new__(layer.plain_type) for layer in layers]
     memo: dict[int, object] = {id(layer): plain for layer, plain in zip(layers, plains)}
     baked: dict[tuple[object, ...], nn.Parameter] = {}
