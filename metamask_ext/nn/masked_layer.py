@@ -292,7 +292,8 @@ class MaskedLayer(TaskLayer):
         if not keys:
             return self._plain(input, weight, bias)  # of no sample
         if batch.dim == 1:
-            return self._forward_tasks(input.transpose(0, 1), batch).transpose(0, 1).contiguous()
+            # A copy even where it is in order: no output is a view, an activation may write to it.
+            return self._forward_tasks(input.transpose(0, 1), batch).transpose(0, 1).clone(memory_format=torch.contiguous_format)
         return self._forward_tasks(input, batch)
 
     def _forward_tasks(self, input: Tensor, batch: TaskBatch) -> Tensor:
@@ -334,7 +335,7 @@ class MaskedLayer(TaskLayer):
         rows = input if batched else input[None]
         slots = torch.zeros(len(rows), dtype=torch.int64, device=input.device)
         output = self._packed(rows, slots, [mask], None if bias_mask is None else [bias_mask])
-        return output if batched else output[0]
+        return output if batched else output[0].clone()
 
     def _samples(self, input: Tensor) -> int:
         if not isinstance(input, Tensor):
