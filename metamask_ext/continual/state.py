@@ -143,6 +143,7 @@ class Checks:
             self._refuse(f"model must be a state dict, got {type(model).__name__}")
         dicts = _dicts(self.model)
         own = self.model.state_dict()
+        self._check_gates(model)
         given = {_key(key, dicts): tensor for key, tensor in model.items() if not _is_extra(key, own)}
         if given.keys() != forms.keys():
             lacks, more = sorted(forms.keys() - given.keys()), sorted(given.keys() - forms.keys())
@@ -164,6 +165,15 @@ class Checks:
             if (key in parameters or key.rpartition(".")[0] in dicts) and bool(tensor.isnan().any()):
                 self._refuse(f"{key} holds NaN: the training had diverged")
         return cast(dict[str, Tensor], given)
+
+    def _check_gates(self, model: Mapping[str, object]) -> None:
+        for path, layer in self.model.named_modules(remove_duplicate=False):
+            key = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
+            if isinstance(layer, MaskedLayer) and key in model:
+                try:
+                    decoded(model[key])
+                except ValueError as error:
+                    self._refuse_model(f"{key} {error}")
 
     def _refuse_model(self, why: str) -> NoReturn:
         self._refuse(f"the model does not fit the checkpoint: {why}")
