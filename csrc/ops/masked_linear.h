@@ -99,9 +99,10 @@ struct MaskedLinear {
     if (output_mask[0] && input.dim() != 2) dx = dx.view(input.sizes());
     if (output_mask[0] && dx.scalar_type() != input.scalar_type()) dx = dx.to(input.scalar_type());
     at::Tensor db, dbm;
-    if (is_given(bias) && (output_mask[3] || output_mask[4] || updates[2].wanted || updates[3].wanted)) {
+    const bool masked_bias = is_given(bias_mask_logits);
+    if (is_given(bias) && (output_mask[3] || (masked_bias && (output_mask[4] || updates[2].wanted || updates[3].wanted)))) {
       db = dy.sum(0);
-      if (is_given(bias_mask_logits)) {
+      if (masked_bias) {
         std::tie(db, dbm) = MaskedWeight<Device>::backward_or_update(db, *bias, *bias_mask_logits, gate,
                                                                      {output_mask[3], output_mask[4]}, updates[2], updates[3]);
       } else {

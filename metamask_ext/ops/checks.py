@@ -63,6 +63,11 @@ def check_storage(name: str, dtype: torch.dtype, weight: Tensor) -> None:
         raise TypeError(f"{name} must be {wanted}, got {dtype}")
 
 
+def check_flags(name: str, flags: Sequence[bool], count: int) -> None:
+    if len(flags) != count:
+        raise ValueError(f"{name} must be {count} flags, got {len(flags)}")
+
+
 def check_pixels(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metamask_ext._build import BACKEND
 
-from ..checks import check_linear, check_pair, check_storage
+from ..checks import check_flags, check_linear, check_pair, check_storage
 from ..gate import check_gate
 from ..geometry import check_sizes
 from ..sgd_checks import Updated, check_apart, check_update
@@ -90,6 +90,7 @@ if BACKEND != "reference":
     def _(grad, input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, output_mask=(True,) * 5):
         _check(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param)
         _check_grad(grad, input, weight)
+        check_flags("output_mask", output_mask, 5)
         return _gradients(input, weight, bias, bias_mask_logits, output_mask)
 
     @torch.library.register_fake("metamask::masked_linear_backward_sgd_")
@@ -110,6 +111,8 @@ if BACKEND != "reference":
         updates,
         settings,
     ):
+        check_flags("output_mask", output_mask, 5)
+        check_flags("updates", updates, 4)
         if len(settings) != 12:
             raise ValueError(f"settings must be lr, weight_decay and momentum of four parameters, got {len(settings)} numbers")
         _check(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metamask_ext._build import BACKEND
 
-from ..checks import check_batch_grad, check_like, check_storage, check_task_linear, count_tasks
+from ..checks import check_batch_grad, check_flags, check_like, check_storage, check_task_linear, count_tasks
 from ..gate import check_gate
 
 Masks = Sequence[Tensor]
@@ -92,6 +92,7 @@ if BACKEND != "reference":
     def _(grad, input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups=1, output_mask=(True,) * 5):
         _check(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups)
         check_batch_grad(grad, input, weight)
+        check_flags("output_mask", output_mask, 5)
         return _gradients(input, weight, masks, bias, bias_masks, output_mask)
 
     @torch.library.register_fake("metamask::task_masked_linear_double_backward")
@@ -115,6 +116,7 @@ if BACKEND != "reference":
     ):
         _check(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups)
         check_batch_grad(grad, input, weight)
+        check_flags("output_mask", output_mask, 6)
         if c_input is not None:
             _check_cotangent("cotangent_input", c_input, input, "input")
         if c_weight is not None:

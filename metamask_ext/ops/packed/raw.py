@@ -12,6 +12,7 @@ from metamask_ext._build import BACKEND
 
 from ..checks import (
     check_batch_grad,
+    check_flags,
     check_mask_logits,
     check_packed_linear,
     check_shape,
@@ -89,6 +90,7 @@ if BACKEND != "reference":
         check_packed_linear(input, slots, weight, packed, bias, packed_bias, groups)
         check_storage("input", input.dtype, weight)
         check_batch_grad(grad, input, weight)
+        check_flags("output_mask", output_mask, 3)
         return (
             input.new_empty(input.shape) if output_mask[0] else None,
             weight.new_empty(weight.shape) if output_mask[1] else None,

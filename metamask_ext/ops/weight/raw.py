@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metamask_ext._build import BACKEND
 
-from ..checks import check_each_like, check_like, check_pair, check_pairs, check_storage
+from ..checks import check_each_like, check_flags, check_like, check_pair, check_pairs, check_storage
 from ..gate import check_gate
 from ..geometry import check_sizes
 from ..sgd_checks import Updated, check_apart, check_update
@@ -140,12 +140,15 @@ if BACKEND != "reference":
 
     @torch.library.register_fake("metamask::masked_weight_backward")
     def _(grad, weight, mask_logits, gate_id, gate_param, output_mask=(True, True)):
+        check_flags("output_mask", output_mask, 2)
         _check(weight, mask_logits, gate_id, gate_param)
         check_like("grad", grad, weight)
         return tuple(torch.empty_like(weight) if need else None for need in output_mask)
 
     @torch.library.register_fake("metamask::masked_weight_backward_sgd_")
     def _(grad, weight, mask_logits, weight_buffer, mask_buffer, gate_id, gate_param, output_mask, updates, *settings):
+        check_flags("output_mask", output_mask, 2)
+        check_flags("updates", updates, 2)
         _check(weight, mask_logits, gate_id, gate_param)
         check_like("grad", grad, weight)
         parameters = [
@@ -164,6 +167,7 @@ if BACKEND != "reference":
 
     @torch.library.register_fake("metamask::masked_weight_double_backward")
     def _(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate_id, gate_param, output_mask=(True, True, True)):
+        check_flags("output_mask", output_mask, 3)
         _check(weight, mask_logits, gate_id, gate_param)
         check_like("grad", grad, weight)
         for name, cotangent in (("cotangent_weight", cotangent_weight), ("cotangent_mask", cotangent_mask)):
@@ -180,12 +184,14 @@ if BACKEND != "reference":
 
     @torch.library.register_fake("metamask::masked_weight_list_backward")
     def _(grad, weight, mask_logits, gate_id, gate_param, output_mask=(True, True)):
+        check_flags("output_mask", output_mask, 2)
         _check_list(weight, mask_logits, gate_id, gate_param)
         _check_grads(grad, weight)
         return tuple([torch.empty_like(one) for one in weight] if need else [] for need in output_mask)
 
     @torch.library.register_fake("metamask::masked_weight_list_double_backward")
     def _(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate_id, gate_param, output_mask=(True, True, True)):
+        check_flags("output_mask", output_mask, 3)
         _check_list(weight, mask_logits, gate_id, gate_param)
         _check_grads(grad, weight)
         for name, cotangents in (("cotangent_weight", cotangent_weight), ("cotangent_mask", cotangent_mask)):
