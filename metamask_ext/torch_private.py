@@ -21,6 +21,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.autograd import Function, forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.utils import _pytree
 
 R = TypeVar("R")
@@ -221,3 +222,37 @@ def loss_scale_of(scaler: GradScaler) -> Tensor | None:
     """The tensor by which the scaler multiplies a loss; None before the first one."""
     scale: Tensor | None = scaler._scale
     return scale
+
+
+EXTRA_STATE = _EXTRA_STATE_KEY_SUFFIX
+"""The name of a module's extra state in a state dict."""
+
+
+def is_no_extra_state(value: object) -> bool:
+    """True for what torch.distributed.checkpoint puts in the place of extra state that the given state lacks."""
+    return f"{type(value).__module__}.{type(value).__qualname__}" == "torch.distributed.checkpoint.state_dict._EXTRA_STATE"
+
+
+def loads_strictly(frame: FrameType | None) -> bool:
+    """The ``strict`` of the ``load_state_dict`` around ``frame``, which modules are not told; True outside one."""
+    while frame is not None and frame.f_code is not torch.nn.Module.load_state_dict.__code__:
+        frame = frame.f_back
+    return True if frame is None else bool(frame.f_locals["strict"])
+
+
+_WRAPPED = {
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def wrapped_attribute(module: torch.nn.Module) -> str | None:
+    """The attribute in which one of torch's wrappers holds the module that it wraps; None for any other module.
+
+    By the names of its classes: importing the wrappers takes seconds, and two of them are private.
+    """
+    return next(filter(None, (_WRAPPED.get(f"{base.__module__}.{base.__qualname__}") for base in type(module).__mro__)), None)

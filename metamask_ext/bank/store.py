@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..nn.names import plain
 from .index import INDEX, BankError, BankNotFoundError, File, Index, JsonObject, Task, read_index, regular_file
 
 _CHUNK = 1 << 20
@@ -119,6 +120,7 @@ class Store:
             raise BankError("\n".join(dict.fromkeys(problems)))
 
     def _slot(self, name: str) -> int:
+        name = plain(name)
         if name not in self._slots:
             raise KeyError(f"the bank {str(self.directory)!r} has no task {name!r}, it has {len(self._slots)} others")
         return self._slots[name]

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..files.atomic import prepare_folder
-from ..files.checkpoint import CHECKPOINT, check_same_settings, load_checkpoint, save_checkpoint
+from ..files.atomic import output_errors, prepare_folder, sweep
+from ..files.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from ..files.errors import CheckpointError, OutputError
 from ..files.lock import locked_run
 from ..files.metrics import METRICS, MetricsFile
 from ..nn import MaskedLayer
-from ..nn.names import DEFAULT_TASK, describe, escape
+from ..nn.names import DEFAULT_TASK, check_name, describe, escape, plain
+from ..nn.structure import structure
 from ..nn.task_dict import TaskDict
 from ..nn.tasks import add_task, masked_layers, remove_task
 from ..nn.tasks import tasks as model_tasks
@@ -29,25 +32,10 @@ from ..nn.using_task import using_task
 from ..nn.wrappers import check_may_grow, is_sharded
 from .config import Batch, LoopConfig, TaskData, describe_data_and_model
 from .progress import progress_bar
+from .state import Checks, LoopState
 
 Line = dict[str, str | float]
 """A line of metrics: ``round``, ``step``, ``task``, ``loss`` and the numbers of ``evaluate``."""
-
-
-class LoopState(TypedDict):
-    """The contents of a checkpoint."""
-
-    settings: dict[str, object]
-    round: int
-    step: int
-    steps_of: dict[str, int]
-    seconds: float
-    metrics_length: int
-    generator: Tensor
-    tasks: list[str]
-    model: dict[str, object]
-    optimizer: dict[str, object]
-    mask_optimizers: dict[str, dict[str, object]]
 
 
 class TaskLoop:
@@ -103,7 +91,7 @@ class TaskLoop:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.config = config = replace(config or LoopConfig(), **changes)
         config.check_tasks(tasks)
-        self.model, self.tasks, self.loss = model, dict(tasks), loss
+        self.model, self.tasks, self.loss = model, {check_name(name): data for name, data in tasks.items()}, loss
         self._names = list(self.tasks)
         self._order = None if config.order is None else list(config.order)
 
@@ -138,6 +126,7 @@ class TaskLoop:
         wanted = _has_tensorboard() if config.tensorboard is None else config.tensorboard
         self._tensorboard = self.out is not None and wanted
         self._metrics_length = 0
+        self._metrics_sha256: str | None = hashlib.sha256().hexdigest()
         # Whether this object is where its last checkpoint is; without ``out``, at the end of a round.
         self._whole = self.out is None
         self._described = False
@@ -162,9 +151,7 @@ class TaskLoop:
             raise ValueError(f"rounds must be at most the {len(self._order)} of order, got {rounds}")
         self._check_tasks_can_be_added()
         with ExitStack() as stack:
-            record = self._open(stack)
-            if self.round > rounds:
-                raise CheckpointError(f"rounds must be at least the {self.round} that are done, got {rounds}")
+            record = self._open(stack, rounds)
             if self.round == rounds:
                 return self
             advance = stack.enter_context(progress_bar(self.config.label, self.round, rounds))
@@ -200,6 +187,7 @@ class TaskLoop:
         Raises:
             ValueError: the task has no masks yet, because it was not seen, or is unknown.
         """
+        name = plain(name)
         if name not in self.tasks:
             raise ValueError(f"task must be one of the loop's, {describe(self.tasks)}, got {name!r}")
         return using_task(self.model, self._common or name) if self._masked else nullcontext()
@@ -296,9 +284,10 @@ class TaskLoop:
 
     # Files
 
-    def _open(self, stack: ExitStack) -> Callable[[Line], None]:
+    def _open(self, stack: ExitStack, rounds: int) -> Callable[[Line], None]:
         """Take the folder, resume if it holds a checkpoint, and return the function that writes a line of metrics."""
         if self.out is None:
+            _check_not_past(self.round, rounds)
             if not self._whole:
                 raise RuntimeError(
                     f"an exception ended an earlier run within round {self.round + 1}, and with out=None there is no checkpoint "
@@ -307,20 +296,28 @@ class TaskLoop:
             return lambda line: None
         prepare_folder(self.out)
         stack.enter_context(locked_run(self.out))
-        if not self._whole:
-            if not self._described:  # once: what is annealed during the run is no other setting
-                self._settings.update(describe_data_and_model(self.tasks, self._shared, self.model))
-                self._described = True
-            path = self.out / CHECKPOINT
-            if path.exists():
-                self._load(path)
-            elif (self.out / METRICS).exists():
-                raise OutputError(f"{str(self.out / METRICS)!r} exists without a checkpoint beside it: use another folder")
-            else:
-                save_checkpoint(path, self._state())
-            self._whole = True
-        self._metrics = MetricsFile(self.out / METRICS, self._metrics_length)
-        stack.callback(self._metrics.close)
+        if not self._whole and not self._described:  # once: what is annealed during the run is no other setting
+            self._settings.update(describe_data_and_model(self.tasks, self._shared, self.model))
+            self._described = True
+        path, state = self.out / CHECKPOINT, None
+        with output_errors(self.out):
+            sweep(self.out, lambda name: name == CHECKPOINT)
+            there, metrics = (os.path.lexists(file) for file in (path, self.out / METRICS))
+        if not self._whole and there:
+            state = self._checked_state(path)
+        elif not self._whole and metrics:
+            raise OutputError(f"{str(self.out / METRICS)!r} exists without a checkpoint beside it: use another folder")
+        _check_not_past(self.round if state is None else state["round"], rounds)
+        if state is None and not self._whole:
+            save_checkpoint(path, self._state())
+        length, sha256 = self._metrics_length, self._metrics_sha256
+        if state is not None:
+            length, sha256 = state["metrics_length"], state.get("metrics_sha256")
+        self._metrics = stack.enter_context(MetricsFile(self.out / METRICS, length, sha256))
+        if state is not None:
+            self._take_over(state)
+        self._whole = True
+        self._metrics.cut()
         if not self._tensorboard:
             return self._metrics.write
         try:
@@ -340,11 +337,13 @@ class TaskLoop:
 
     def _save(self) -> None:
         assert self.out is not None
-        self._metrics_length = self._metrics.sync()
+        self._metrics_length, self._metrics_sha256 = self._metrics.sync(), self._metrics.sha256
         save_checkpoint(self.out / CHECKPOINT, self._state())
         self._whole = True
 
     def _state(self) -> LoopState:
+        with structure():  # other threads may add and remove tasks
+            tasks, model = model_tasks(self.model) if self._masked else [], self.model.state_dict()
         return {
             "settings": self._settings,
             "round": self.round,
@@ -352,16 +351,25 @@ class TaskLoop:
             "steps_of": self.steps_of,
             "seconds": self.seconds,
             "metrics_length": self._metrics_length,
+            "metrics_sha256": self._metrics_sha256,
             "generator": self._generator.get_state(),
-            "tasks": model_tasks(self.model) if self._masked else [],
-            "model": self.model.state_dict(),
+            "tasks": tasks,
+            "model": model,
             "optimizer": self._optimizer.state_dict(),
             "mask_optimizers": {name: optimizer.state_dict() for name, optimizer in self._mask_optimizers.items()},
         }
 
-    def _load(self, path: Path) -> None:
-        state = cast(LoopState, load_checkpoint(path))
-        check_same_settings(path, state["settings"], self._settings)
+    def _checked_state(self, path: Path) -> LoopState:
+        """Read a checkpoint. CheckpointError if this loop cannot go on with it; nothing has changed."""
+
+        def new_optimizer(parameters: Iterable[nn.Parameter], of_masks: bool) -> Optimizer:
+            return self.config.new_optimizer(parameters, of_masks=of_masks)
+
+        checks = Checks(path, self.model, self._settings, self._common, self._masked, new_optimizer)
+        return checks.checked(load_checkpoint(path), self._shared.values())
+
+    def _take_over(self, state: LoopState) -> None:
+        """Become what the loop was whose checkpoint has this state, which was checked."""
         if self._masked:
             with torch.random.fork_rng(self._cuda):
                 present = model_tasks(self.model)
@@ -372,11 +380,7 @@ class TaskLoop:
                     if name not in state["tasks"]:
                         remove_task(self.model, name)
             self._replaces_default = self._replaces_default_at_first and DEFAULT_TASK in state["tasks"]
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"the model does not fit the checkpoint {str(path)!r}: {reason}") from error
+        self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._mask_optimizers.clear()
         for name, optimizer_state in state["mask_optimizers"].items():
@@ -385,8 +389,14 @@ class TaskLoop:
             self._mask_optimizers[name] = optimizer
         self._generator.set_state(state["generator"])
         self.round, self.step, self.steps_of = state["round"], state["step"], state["steps_of"]
-        self.seconds, self._metrics_length = state["seconds"], state["metrics_length"]
+        self.seconds = state["seconds"]
+        self._metrics_length, self._metrics_sha256 = state["metrics_length"], state.get("metrics_sha256")
         self.resumed = self.round
+
+
+def _check_not_past(done: int, rounds: int) -> None:
+    if done > rounds:
+        raise CheckpointError(f"rounds must be at least the {done} that are done, got {rounds}")
 
 
 def _task_dicts(model: nn.Module) -> list[TaskDict]:

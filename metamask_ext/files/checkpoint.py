@@ -12,6 +12,7 @@ import torch
 
 from .atomic import write_atomic
 from .errors import CheckpointError
+from .read import check_depth, read_file
 
 CHECKPOINT = "checkpoint.pt"
 MAGIC = b"metamask_ext checkpoint 1\n"
@@ -30,10 +31,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what :func:`save_checkpoint` wrote, with its tensors on the CPU. Nothing in the file is executed (``weights_only``).
 
     Raises:
-        CheckpointError: the file cannot be read, is no checkpoint, or any byte of it changed or is missing.
+        CheckpointError: the file cannot be read, is no checkpoint, any byte of it changed or is missing, or a program has put
+            other contents under a right checksum. What the state holds, the caller checks, before it changes anything.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: {error.strerror}") from error
     start = len(MAGIC) + _DIGEST_LENGTH + 1
@@ -41,7 +43,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     header = MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n"
     if data[:start] != header:
         raise CheckpointError(f"the checkpoint {str(path)!r} is damaged (its checksum is wrong): delete it to start again")
-    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        check_depth(state)
+    except Exception as error:  # torch's reader has no error of its own for bytes that it cannot read
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise not_ours(path, f"{type(error).__name__}: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise not_ours(path, f"it holds {type(state).__name__}, not a dict of names")
+    return state
+
+
+def not_ours(path: Path, why: str) -> CheckpointError:
+    """Make the error for a checkpoint whose checksum is right and whose contents cannot be."""
+    return CheckpointError(f"the checkpoint {str(path)!r} cannot be of this run: {why}. Use another folder, or delete it to start again")
 
 
 def check_same_settings(path: Path, then: Mapping[str, object], now: Mapping[str, object]) -> None:

@@ -1,14 +1,26 @@
-"""The lock that keeps a second writer out. The kernel holds it: it ends with the process, however that ends."""
+"""The lock that keeps a second writer out. The kernel holds it: it ends with the process, however that ends.
+
+Some file systems have no ``flock`` (Lustre and GPFS as they are often mounted, some FUSE ones; NFS on folders). There a file beside
+the lock, made exclusively, takes its place. Nobody removes that file after a kill: it names the process that made it, and the next
+writer is refused with the advice to delete it.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
+from .atomic import write_new
 from .errors import OutputError
+from .read import read_file
+
+_NO_FLOCK = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF})
+"""The answers of file systems without ``flock``; EBADF is NFS's for a folder, which cannot be opened for writing."""
 
 
 @contextmanager
@@ -17,24 +29,78 @@ def locked(path: Path, refuse: Callable[[OSError], Exception], *, create: bool =
 
     Args:
         path: a folder or a file.
-        refuse: makes the exception that is raised where the lock cannot be had.
+        refuse: makes the exception that is raised where the lock cannot be had, of an OSError whose ``strerror`` says why.
         create: make the file if it is missing. A symbolic link is not followed then.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW if create else os.O_RDONLY, 0o666)
+    owner, stand_in = os.getpid(), (path / "lock.held" if path.is_dir() else path.with_name(path.name + ".held"))
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW if create else os.O_RDONLY
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise refuse(error) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            made = _take(descriptor, stand_in)
         except OSError as error:
             raise refuse(error) from error
-        yield
+        try:
+            yield
+        finally:
+            # A process that was forked within the block, and leaves it too, has no lock to give back.
+            if os.getpid() == owner:
+                _give_back(descriptor, stand_in if made else None)
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # nothing was written to it, and the descriptor is gone
+            os.close(descriptor)
+
+
+def _take(descriptor: int, stand_in: Path) -> bool:
+    """Take the lock; return whether ``stand_in`` had to be made for it. OSError if another has it."""
+    made = False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        made = True
+    if made:
+        try:
+            write_new(stand_in, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        except FileExistsError as error:
+            raise _held(stand_in) from error
+    elif stand_in.exists():  # made where the same folder has no flock
+        _give_back(descriptor, None)
+        raise _held(stand_in)
+    return made
+
+
+def _held(stand_in: Path) -> OSError:
+    try:
+        by = read_file(stand_in, 1000).decode(errors="replace") or "another process"
+    except OSError:  # given back just now
+        by = "another process"
+    return OSError(errno.EEXIST, f"{str(stand_in)!r} was made by {by}; delete it if that writes no more")
+
+
+def _give_back(descriptor: int, stand_in: Path | None) -> None:
+    """Unlock before the descriptor is closed: a process that was forked meanwhile has it too, and would keep the lock."""
+    if stand_in is not None:
+        stand_in.unlink(missing_ok=True)
+    else:
+        with suppress(OSError):  # closing it unlocks too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def locked_run(folder: Path) -> AbstractContextManager[None]:
     """Keep other runs out of ``folder`` during the block.
 
     Raises:
-        OutputError: another run is writing there.
+        OutputError: another run is writing there, or the folder cannot be locked.
     """
-    return locked(folder, lambda error: OutputError(f"another run is writing to {str(folder)!r} ({error.strerror})"))
+
+    def refuse(error: OSError) -> OutputError:
+        if isinstance(error, BlockingIOError):
+            return OutputError(f"another run is writing to {str(folder)!r} ({error.strerror})")
+        return OutputError(f"cannot lock {str(folder)!r}: {error.strerror}")
+
+    return locked(folder, refuse)

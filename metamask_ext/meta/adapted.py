@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..nn.context import run_selected
 from ..nn.layers import MaskedConv2d
 from ..nn.masked_layer import MaskedLayer
-from ..nn.names import describe, escape
+from ..nn.names import describe, escape, plain
 from ..nn.read_through import ReadThroughConv2d, ReadThroughLinear
 from ..nn.selection import GivenMasks, Superposition
 from ..nn.task_dict import TaskDict
@@ -87,6 +87,7 @@ class AdaptedModel:
             amounts = check_amounts(known, start, "start")
             refuse_nan(self.model, amounts, "combined")
             return Superposition(amounts)
+        start = plain(start)
         if start not in known:
             raise ValueError(f"start must be one of the tasks {describe(known)}, or several with coefficients, got {start!r}")
         return start

@@ -81,7 +81,7 @@ class PerTask(TaskLayer):
         try:
             return self._read(name, self._selected())
         except AmbiguousTaskError as error:
-            return AmbiguousTensor.of(_first(self._own()[name]).detach(), str(error))
+            return AmbiguousTensor.like(_first(self._own()[name]), str(error))
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         # The class is made at run time.

@@ -58,14 +58,14 @@ class _ReadThrough(MaskedLayer):
 
 
 def _guarded(layer: MaskedLayer, what: str) -> Tensor | None:
-    if torch.compiler.is_dynamo_compiling() or in_transform():
+    if torch.compiler.is_dynamo_compiling():
         return _read(layer, what)
     shared = layer._group(what)[0]
     try:
         read = _read(layer, what)
     except AmbiguousTaskError as error:
-        return None if shared is None else AmbiguousTensor.of(shared.detach(), str(error))
-    if read is None or read is shared:
+        return None if shared is None else AmbiguousTensor.like(shared, str(error))
+    if read is None or read is shared or in_transform():
         return read
     return ComputedTensor.of(
         read,

@@ -124,15 +124,16 @@ def task_masked_conv2d(
     check_task_bias(weight, given, bias, given_bias)
     batch, geometry, size = resolve_geometry(batch, weight.shape[2:], stride, padding, dilation)
     if _takes_one_convolution(batch, weight, given, size):
-        y = _one_convolution(batch, slots, weight, given, bias, given_bias, gate_id, gate_param, geometry, groups).contiguous()
+        y = _one_convolution(batch, slots, weight, given, bias, given_bias, gate_id, gate_param, geometry, groups)
     else:
         # Made contiguous once: the op would do it forward and backward.
         columns = im2col(batch, weight.shape[2:], *geometry).contiguous()
         stacked = is_stacked(given, weight)
         flat = [mask.flatten(2 if stacked else 1) for mask in given]
         y = _linear(columns, slots, weight.flatten(1), flat, bias, given_bias, gate_id, gate_param, groups)
-        y = torch.unflatten(y.transpose(1, 2).contiguous(), 2, size)
-    return y if input.dim() == 4 else y[0]
+        y = torch.unflatten(y.transpose(1, 2), 2, size)
+    # A copy even where y is in order: no output is a view, an activation may write to it.
+    return (y if input.dim() == 4 else y[0]).clone(memory_format=torch.contiguous_format)
 
 
 def _fitting(

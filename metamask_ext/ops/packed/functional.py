@@ -132,8 +132,9 @@ def packed_masked_conv2d(
     images, geometry, size = resolve_geometry(images, weight.shape[2:], stride, padding, dilation)
     columns = im2col(images, weight.shape[2:], *geometry)
     y = _linear(columns, slots, weight.flatten(1), packed, bias, packed_bias, groups)
-    y = y.transpose(1, 2).reshape(images.shape[0], weight.shape[0], *size).contiguous()
-    return y if input.dim() == 4 else y[0]
+    y = torch.unflatten(y.transpose(1, 2), 2, size)
+    # A copy even where y is in order: no output is a view, an activation may write to it.
+    return (y if input.dim() == 4 else y[0]).clone(memory_format=torch.contiguous_format)
 
 
 def superposition_gradient(
