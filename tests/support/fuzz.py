@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import re
@@ -20,6 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import metamask_ext  # noqa: F401  registers the ops
+
+# A refusal by a fake kernel would be logged with its traceback.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError)
 # What a fake kernel does not get to see: what torch refuses before, None for a tensor, the values of slots, a lack of memory.
