@@ -156,9 +156,10 @@ struct TaskMaskedLinear {
     TaskGradients cotangents;
     if (is_given(cotangent_input)) {
       check_storage("cotangent_input", cotangent_input->scalar_type(), weight);
-      TORCH_CHECK_VALUE(cotangent_input->sizes() == input.sizes() && cotangent_input->device() == input.device(),
-                        "cotangent_input must have the shape and device of input, ", input.sizes(), " on ", input.device(),
-                        ", got ", cotangent_input->sizes(), " on ", cotangent_input->device());
+      TORCH_CHECK_VALUE(cotangent_input->sizes() == input.sizes(), "cotangent_input must have the shape of input, ", input.sizes(),
+                        ", got ", cotangent_input->sizes());
+      TORCH_CHECK_VALUE(cotangent_input->device() == input.device(), "cotangent_input must be on the device of input, ",
+                        input.device(), ", got ", cotangent_input->device());
       cotangents.input = matrix(*cotangent_input, product);
     }
     cotangents.weight = cotangent("cotangent_weight", cotangent_weight, arguments.weight);
@@ -166,9 +167,10 @@ struct TaskMaskedLinear {
     if (is_given(cotangent_bias)) {
       TORCH_CHECK_VALUE(is_given(bias), "cotangent_bias needs a bias, got bias=None");
       check_storage("cotangent_bias", cotangent_bias->scalar_type(), weight);
-      TORCH_CHECK_VALUE(cotangent_bias->sizes() == bias->sizes() && cotangent_bias->device() == bias->device(),
-                        "cotangent_bias must have the shape and device of bias, ", bias->sizes(), " on ", bias->device(), ", got ",
-                        cotangent_bias->sizes(), " on ", cotangent_bias->device());
+      TORCH_CHECK_VALUE(cotangent_bias->sizes() == bias->sizes(), "cotangent_bias must have the shape of bias, ", bias->sizes(),
+                        ", got ", cotangent_bias->sizes());
+      TORCH_CHECK_VALUE(cotangent_bias->device() == bias->device(), "cotangent_bias must be on the device of bias, ",
+                        bias->device(), ", got ", cotangent_bias->device());
       cotangents.bias = cotangent_bias->to(bias->scalar_type()).contiguous();
     }
     cotangents.bias_masks = task_cotangents("cotangent_bias_masks", cotangent_bias_masks, arguments.bias_masks);

@@ -25,7 +25,8 @@ ROUNDED = 1e-14
 """Of the steepest gate: where s rounds to 1 in float64, torch's derivative of the sigmoid is 0."""
 EPSILON = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
 """Of the sum of the terms' sizes: what the coarsest dtype among the arguments may leave."""
-FLOOR = {torch.float64: 1e-290, torch.float32: 1e-35, torch.bfloat16: 1e-35, torch.float16: 1e-6}
+FLOOR = {torch.float64: 1e-290, torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 1e-6}
+"""The kernels take exp(x) as 0 below 1.6e-38 (float64: 3e-308), which derivatives divide by the temperature, squared."""
 
 
 def names(op: str) -> list[str]:
@@ -150,10 +151,14 @@ class Expected:
         reference, op = REFERENCES[case.op], case.op
         given = Case(op, [tree_map(_float64, argument) for argument in case.arguments])
         self.results = flat(reference(*given.arguments))
+        dtypes = {leaf.dtype for leaf in tree_leaves(case.arguments) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+        dtypes |= {argument for argument in case.arguments if isinstance(argument, torch.dtype)}
+        self.coarsest = max(dtypes, key=EPSILON.__getitem__, default=torch.float64)
         # The second derivative of the sigmoid is positive below 0, the first one even: of -|M| every term is counted with its size.
         sums = [flat(reference(*_sizes_of(given, logits))) for logits in (lambda m: m, lambda m: -m.abs())]
-        steepest = flat(reference(*_sizes_of(given, torch.zeros_like)))
-        sums.append([None if one is None else ROUNDED / EPSILON[torch.float64] * one for one in steepest])
+        if op.startswith(("task_", "masked_linear_")):  # whose reference is differentiated by torch
+            steepest = flat(reference(*_sizes_of(given, torch.zeros_like)))
+            sums.append([None if one is None else ROUNDED / EPSILON[self.coarsest] * one for one in steepest])
         if op in STEPS:  # a step subtracts
             kept = [tree_map(lambda leaf: leaf.abs() if isinstance(leaf, Tensor) else leaf, one) for one in changed(given)]
             sums.append([None] * (len(self.results) - len(kept)) + [None if one is None else 2 * one for one in kept])
@@ -161,9 +166,6 @@ class Expected:
             None if result is None else sum(one.double().abs() for one in terms if one is not None)
             for result, *terms in zip(self.results, *sums)
         ]
-        dtypes = {leaf.dtype for leaf in tree_leaves(case.arguments) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
-        dtypes |= {argument for argument in case.arguments if isinstance(argument, torch.dtype)}
-        self.coarsest = max(dtypes, key=EPSILON.__getitem__, default=torch.float64)
 
     def difference(self, results: Sequence[Tensor | None]) -> str | None:
         """Describe how the results differ; None if they do not."""

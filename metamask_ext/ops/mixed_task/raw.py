@@ -139,11 +139,10 @@ if BACKEND != "reference":
 
     def _check_cotangent(name, cotangent, of, its_name):
         check_storage(name, cotangent.dtype, of)
-        if cotangent.shape != of.shape or cotangent.device != of.device:
-            raise ValueError(
-                f"{name} must have the shape and device of {its_name}, {list(of.shape)} on {of.device}, "
-                f"got {list(cotangent.shape)} on {cotangent.device}"
-            )
+        if cotangent.shape != of.shape:
+            raise ValueError(f"{name} must have the shape of {its_name}, {list(of.shape)}, got {list(cotangent.shape)}")
+        if cotangent.device != of.device:
+            raise ValueError(f"{name} must be on the device of {its_name}, {of.device}, got {cotangent.device}")
 
     def _check_cotangents(name, cotangents, masks):
         if cotangents and len(cotangents) != len(masks):
