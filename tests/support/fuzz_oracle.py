@@ -22,11 +22,14 @@ LOGITS = ("mask_logits", "masks", "bias_mask_logits", "bias_masks")
 STEPS = {"masked_weight_backward_sgd_": (1, 3), "masked_linear_backward_sgd_": (2, 6)}
 """Where the parameters, and where their momentum buffers, begin."""
 ROUNDED = 1e-14
-"""Of the steepest gate: where s rounds to 1 in float64, torch's derivative of the sigmoid is 0."""
+"""Of the steepest gate: torch differentiates some references, and its derivative of a sigmoid that rounds to 1 is 0."""
+LOST = (1e-6, 1e-14)
+"""Of the steepest gate, in float32 and float64: the second derivative holds 1 - 2 s."""
+FLUSHED = (1e-36, 1e-306)
+"""Of the steepest gate, in float32 and float64: the kernels take exp(x) as 0 below 1.6e-38 and 3e-308."""
 EPSILON = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
 """Of the sum of the terms' sizes: what the coarsest dtype among the arguments may leave."""
-FLOOR = {torch.float64: 1e-290, torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 1e-6}
-"""The kernels take exp(x) as 0 below 1.6e-38 (float64: 3e-308), which derivatives divide by the temperature, squared."""
+FLOOR = {torch.float64: 1e-290, torch.float32: 1e-35, torch.bfloat16: 1e-35, torch.float16: 1e-6}
 
 
 def names(op: str) -> list[str]:
@@ -156,9 +159,12 @@ class Expected:
         self.coarsest = max(dtypes, key=EPSILON.__getitem__, default=torch.float64)
         # The second derivative of the sigmoid is positive below 0, the first one even: of -|M| every term is counted with its size.
         sums = [flat(reference(*_sizes_of(given, logits))) for logits in (lambda m: m, lambda m: -m.abs())]
-        if op.startswith(("task_", "masked_linear_")):  # whose reference is differentiated by torch
-            steepest = flat(reference(*_sizes_of(given, torch.zeros_like)))
-            sums.append([None if one is None else ROUNDED / EPSILON[self.coarsest] * one for one in steepest])
+        slope = -abs(dict(zip(names(op), given.arguments)).get("gate_param", 1.0))
+        steepest = flat(reference(*_sizes_of(given, lambda m: torch.full_like(m, slope))))
+        lost = LOST[self.coarsest == torch.float64] if "double" in op else FLUSHED[self.coarsest == torch.float64]
+        if op.startswith(("task_", "masked_linear_")):
+            lost = max(lost, ROUNDED)
+        sums.append([None if one is None else lost / EPSILON[self.coarsest] * one for one in steepest])
         if op in STEPS:  # a step subtracts
             kept = [tree_map(lambda leaf: leaf.abs() if isinstance(leaf, Tensor) else leaf, one) for one in changed(given)]
             sums.append([None] * (len(self.results) - len(kept)) + [None if one is None else 2 * one for one in kept])
