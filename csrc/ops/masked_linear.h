@@ -84,13 +84,15 @@ struct MaskedLinear {
     const at::Tensor dy = matrix(grad, grad.scalar_type()), x = matrix(input, grad.scalar_type());
     const at::Tensor w = weight.contiguous(), m = mask_logits.contiguous();
     at::Tensor dw = output_mask[1] && !updates[0].wanted ? Device::gradient_like(w) : at::Tensor();
-    at::Tensor dm = output_mask[2] && !updates[1].wanted ? Device::gradient_like(w) : at::Tensor();
+    at::Tensor dm = output_mask[2] && !updates[1].wanted ? Device::gradient_like(m) : at::Tensor();
     at::Tensor dx = Device::linear_backward(dy, x, w, m, gate, output_mask[0], sink(updates[0], w, dw), sink(updates[1], m, dm));
     if (output_mask[0] && input.dim() != 2) dx = dx.view(input.sizes());
     if (output_mask[0] && dx.scalar_type() != input.scalar_type()) dx = dx.to(input.scalar_type());
     at::Tensor db, dbm;
     if (is_given(bias) && (output_mask[3] || output_mask[4])) {
-      db = dy.sum(0);
+      // What becomes the gradient of float32 logits is not rounded to 16 bits.
+      const bool widened = is_given(bias_mask_logits) && bias_mask_logits->scalar_type() != bias->scalar_type();
+      db = dy.sum(0, false, widened ? at::kFloat : dy.scalar_type());
       if (is_given(bias_mask_logits)) {
         std::tie(db, dbm) = MaskedWeight<Device>::backward_or_update(db, *bias, *bias_mask_logits, gate,
                                                                      {output_mask[3], output_mask[4]}, updates[2], updates[3]);

@@ -130,14 +130,24 @@ METAMASK_INLINE void each_lanes(int64_t n, Work work) {
   if (i < n) work(Whole<false>(), i, first(n - i));
 }
 
-template <class P, GateKind kind>
+// Prefetches the lines of 32 elements, kAhead behind these: one of 16-bit elements, two of float32's.
+template <class S>
+METAMASK_INLINE void prefetch(const S* from) {
+  constexpr int kLine = 64;
+  for (int at = 0; at < kLanes * int(sizeof(S)); at += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead + at);
+  }
+}
+
+template <class P, class M, GateKind kind>
 void theta_range(Gate gate, const void* weights, const void* logits, BFloat16* theta, int64_t n) {
-  const P *w = static_cast<const P*>(weights), *m = static_cast<const P*>(logits);
+  const P* w = static_cast<const P*>(weights);
+  const M* m = static_cast<const M*>(logits);
   const __m512 scale = scale_of(gate);
   each_lanes(n, [&](auto whole, int64_t i, __mmask32 some) {
     constexpr bool kWhole = decltype(whole)::kValue;
-    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
-    __builtin_prefetch(reinterpret_cast<const char*>(m + i) + kAhead);
+    prefetch(w + i);
+    prefetch(m + i);
     const Lanes weight = load<kWhole>(w + i, some), logit = load<kWhole>(m + i, some);
     const Lanes out = {_mm512_mul_ps(weight.even, gate_at<kind>(logit.even, scale)),
                        _mm512_mul_ps(weight.odd, gate_at<kind>(logit.odd, scale))};
@@ -190,10 +200,11 @@ METAMASK_INLINE void give(const Sink& sink, int64_t i, Lanes p, Lanes g, __mmask
   if (sink.momentum_buffer != nullptr) store<whole>(buffer, gathered(momentum_buffer), some);
 }
 
-template <class P, GateKind kind>
+template <class P, class M, GateKind kind>
 void backward_range(Gate gate, const float* g, const void* weights, const void* logits, BFloat16* theta, const Sink& dw,
                     const Sink& dm, int64_t n) {
-  const P *w = static_cast<const P*>(weights), *m = static_cast<const P*>(logits);
+  const P* w = static_cast<const P*>(weights);
+  const M* m = static_cast<const M*>(logits);
   const __m512 scale = scale_of(gate), inverse_temperature = _mm512_set1_ps(float(1.0 / gate.param));
   each_lanes(n, [&](auto whole, int64_t i, __mmask32 some) {
     constexpr bool kWhole = decltype(whole)::kValue;
@@ -202,25 +213,27 @@ void backward_range(Gate gate, const float* g, const void* weights, const void* 
     const LaneGradients odd = backward_at<kind>(grad.odd, weight.odd, logit.odd, scale, inverse_temperature);
     if (theta != nullptr) store<kWhole>(theta + i, Lanes{even.theta, odd.theta}, some);
     give<P, kWhole>(dw, i, weight, {even.w, odd.w}, some);
-    give<P, kWhole>(dm, i, logit, {even.m, odd.m}, some);
+    give<M, kWhole>(dm, i, logit, {even.m, odd.m}, some);
   });
 }
 
-// Calls RANGE<storage of the parameters, gate>.
-#define DISPATCH_KIND(RANGE, P, ...) gate.kind == kSigmoid ? RANGE<P, kSigmoid>(__VA_ARGS__) : RANGE<P, kHard>(__VA_ARGS__)
-#define DISPATCH(RANGE, ...)                                                  \
-  switch (param) {                                                            \
-    case Type::kBFloat16: DISPATCH_KIND(RANGE, BFloat16, __VA_ARGS__); break; \
-    case Type::kFloat16: DISPATCH_KIND(RANGE, Float16, __VA_ARGS__); break;   \
-    default: DISPATCH_KIND(RANGE, float, __VA_ARGS__); break;                 \
+// Calls RANGE<storage of W, storage of M, gate>.
+#define DISPATCH_KIND(RANGE, P, M, ...) gate.kind == kSigmoid ? RANGE<P, M, kSigmoid>(__VA_ARGS__) : RANGE<P, M, kHard>(__VA_ARGS__)
+#define DISPATCH_16(RANGE, P, ...) \
+  types.mask == Type::kFloat32 ? DISPATCH_KIND(RANGE, P, float, __VA_ARGS__) : DISPATCH_KIND(RANGE, P, P, __VA_ARGS__)
+#define DISPATCH(RANGE, ...)                                                \
+  switch (types.weight) {                                                   \
+    case Type::kBFloat16: DISPATCH_16(RANGE, BFloat16, __VA_ARGS__); break; \
+    case Type::kFloat16: DISPATCH_16(RANGE, Float16, __VA_ARGS__); break;   \
+    default: DISPATCH_KIND(RANGE, float, float, __VA_ARGS__); break;        \
   }
 
-void theta(Gate gate, Type param, const void* w, const void* m, BFloat16* theta, int64_t n) {
+void theta(Gate gate, ParamTypes types, const void* w, const void* m, BFloat16* theta, int64_t n) {
   DISPATCH(theta_range, gate, w, m, theta, n)
 }
 
-void backward(Gate gate, Type param, const float* g, const void* w, const void* m, BFloat16* theta, const Sink& dw, const Sink& dm,
-              int64_t n) {
+void backward(Gate gate, ParamTypes types, const float* g, const void* w, const void* m, BFloat16* theta, const Sink& dw,
+              const Sink& dm, int64_t n) {
   DISPATCH(backward_range, gate, g, w, m, theta, dw, dm, n)
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from metamask_ext.torch_private import bare_apply
 
 from ..checks import check_bias, check_conv2d, check_pair
-from ..dispatch import autocast_dtype, check_input_dtype, fit_parameters, use_reference
+from ..dispatch import autocast_dtype, check_input_dtype, use_reference
 from ..gate import resolve_gate
 from ..geometry import Geometry, output_size
 from ..weight.functional import theta
@@ -56,8 +56,7 @@ def masked_conv2d(
         TypeError, ValueError: as :func:`masked_weight`; also when ``input`` does not fit ``weight``.
     """
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
-    parameters = fit_parameters(weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param)
-    _, mask_logits, _, bias_mask_logits = parameters
+    parameters = (weight, mask_logits, bias, bias_mask_logits)
     check_pair(weight, mask_logits)
     check_conv2d(input, weight, groups)
     check_input_dtype(input, weight)

@@ -100,7 +100,7 @@ if BACKEND != "reference":
         return (
             input.new_empty(input.shape) if output_mask[0] else None,
             weight.new_empty(weight.shape) if output_mask[1] else None,
-            weight.new_empty(weight.shape) if output_mask[2] else None,
+            mask_logits.new_empty(mask_logits.shape) if output_mask[2] else None,
             bias.new_empty(bias.shape) if bias is not None and output_mask[3] else None,
-            bias.new_empty(bias.shape) if bias_mask_logits is not None and output_mask[4] else None,
+            bias_mask_logits.new_empty(bias.shape) if bias_mask_logits is not None and output_mask[4] else None,
         )
