@@ -56,7 +56,7 @@ def task_masked_linear(
         weight: ``W``, ``[out, in]``.
         masks: logits ``M``, on the device of ``weight`` and of its dtype, or float32 (see :func:`metamask_ext.masked_weight`): one
             tensor ``[T, out, in]``, or a sequence of ``T`` tensors ``[out, in]``. Of a sequence, only these tensors get gradients
-            (zero where the batch does not have the task).
+            (zero where the batch does not have the task), in their own dtypes.
         bias: ``b``, ``[out]``, or None.
         bias_masks: logits ``M_b``, ``[T, out]`` or a sequence of ``T`` tensors ``[out]``; None leaves the bias unmasked.
         gate, temperature, threshold: see :func:`metamask_ext.masked_weight`.
