@@ -134,12 +134,13 @@ METAMASK_INLINE void each_lanes(int64_t n, Work work) {
   if (i < n) work(Whole<false>(), i, first(n - i));
 }
 
-// Prefetches the lines of 32 elements, kAhead behind these: one of 16-bit elements, two of float32's.
+// Prefetches the lines of 32 elements, kAhead behind these: one of 16-bit elements, two of float32's. Into the second-level cache,
+// which waits for more lines at a time than the first.
 template <class S>
 METAMASK_INLINE void prefetch(const S* from) {
   constexpr int kLine = 64;
   for (int at = 0; at < kLanes * int(sizeof(S)); at += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead + at);
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead + at, 0, 2);
   }
 }
 
