@@ -121,6 +121,16 @@ METAMASK_INLINE __m512 scale_of(Gate gate) {
   return _mm512_set1_ps(gate.kind == kSigmoid ? float(-1.4426950408889634 / gate.param) : float(gate.param));
 }
 
+// Prefetches the lines of 32 elements, kAhead behind these: one of 16-bit elements, two of float32's. Into the second-level cache,
+// which waits for more lines at a time than the first.
+template <class S>
+METAMASK_INLINE void prefetch(const S* from) {
+  constexpr int kLine = 64;
+  for (int at = 0; at < kLanes * int(sizeof(S)); at += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead + at, 0, 2);
+  }
+}
+
 template <bool value>
 struct Whole {
   static constexpr bool kValue = value;
@@ -132,16 +142,6 @@ METAMASK_INLINE void each_lanes(int64_t n, Work work) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) work(Whole<true>(), i, ~__mmask32(0));
   if (i < n) work(Whole<false>(), i, first(n - i));
-}
-
-// Prefetches the lines of 32 elements, kAhead behind these: one of 16-bit elements, two of float32's. Into the second-level cache,
-// which waits for more lines at a time than the first.
-template <class S>
-METAMASK_INLINE void prefetch(const S* from) {
-  constexpr int kLine = 64;
-  for (int at = 0; at < kLanes * int(sizeof(S)); at += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead + at, 0, 2);
-  }
 }
 
 // Where all arrays are bfloat16, pairs take one shuffle in all, halves two for each array that is read.
@@ -203,7 +203,11 @@ METAMASK_INLINE Lanes gathered(const float* from) { return {_mm512_load_ps(from)
 // Gives one parameter's gradients g, at elements from i on, to their sink; p is the parameter there.
 template <class P, bool whole>
 METAMASK_INLINE void give(const Sink& sink, int64_t i, Lanes p, Lanes g, __mmask32 some) {
-  if (sink.gradient != nullptr) store<whole>(static_cast<P*>(sink.gradient) + i, g, some);
+  if (sink.gradient != nullptr) {
+    P* const to = static_cast<P*>(sink.gradient) + i;
+    prefetch(to);  // a store waits for its line, too
+    store<whole>(to, g, some);
+  }
   if (sink.parameter == nullptr) return;
   alignas(64) float parameter[kLanes], gradient[kLanes], momentum_buffer[kLanes] = {};
   spread(parameter, p);
