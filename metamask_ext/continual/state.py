@@ -145,7 +145,9 @@ class Checks:
         given = {_key(key, dicts): tensor for key, tensor in model.items() if not _is_extra(key, own)}
         if given.keys() != forms.keys():
             lacks, more = sorted(forms.keys() - given.keys()), sorted(given.keys() - forms.keys())
-            self._refuse_model("; ".join(f"{what} {describe(keys)}" for what, keys in (("it lacks", lacks), ("it has", more)) if keys))
+            self._refuse_model(
+                "; ".join(f"{what} {describe(keys)}" for what, keys in (("it lacks", lacks), ("it has", more)) if keys)
+            )
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for key, allowed in forms.items():
             tensor = given[key]

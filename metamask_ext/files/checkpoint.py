@@ -56,7 +56,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def not_ours(path: Path, why: str) -> CheckpointError:
     """Make the error for a checkpoint whose checksum is right and whose contents cannot be."""
-    return CheckpointError(f"the checkpoint {str(path)!r} cannot be of this run: {why}. Use another folder, or delete it to start again")
+    return CheckpointError(
+        f"the checkpoint {str(path)!r} cannot be of this run: {why}. Use another folder, or delete it to start again"
+    )
 
 
 def check_same_settings(path: Path, then: Mapping[str, object], now: Mapping[str, object]) -> None:
