@@ -33,7 +33,7 @@ class Left:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What :func:`metamask_ext.convert` has masked, and what it has left. Printed, it is a table.
+    """The parameters of a model that have masks, and those that have not. Printed, it is a table.
 
     Attributes:
         masked: the number of parameters (elements) that have masks.
@@ -65,7 +65,7 @@ class ConversionReport:
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
-    """How many parameters of ``model`` have masks, and which modules' have not, with the reason.
+    """Count the parameters of ``model`` that have masks, and list the modules whose parameters have not, with the reason.
 
     Args:
         model: any module; it is not changed. Names are those of the plain model, without the prefixes of wrappers.
@@ -100,7 +100,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
 
 
 def _per_task(modules: list[tuple[str, nn.Module]]) -> set[TaskDict]:
-    """What belongs to tasks, and would be parameters in the plain model."""
+    """The tensors of tasks that would be parameters in the plain model."""
     own = [tensors for _, module in modules if isinstance(module, PerTask) for tensors in module._own().values()]
     return {tensors for tensors in own if not tensors._only_buffers}
 

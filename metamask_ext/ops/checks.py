@@ -70,6 +70,8 @@ def check_bias(weight: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | N
         if bias_mask_logits is not None:
             raise ValueError("bias_mask_logits needs a bias, got bias=None")
         return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor, got {type(bias).__name__}")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [out] = {list(weight.shape[:1])}, got {list(bias.shape)}")
     if bias.device != weight.device:
@@ -373,3 +375,36 @@ def check_packed_linear(
         raise ValueError("packed must hold at least one task, got none")
     check_packed_bias(weight, bias, packed_bias, tasks)
     return tasks
+
+
+def check_dense(**arguments: object) -> None:
+    """Refuse tensors, also in sequences, that the kernels cannot read: sparse, nested and quantised ones, and oneDNN's own layout.
+
+    Raises:
+        TypeError: names the argument, its layout, and the function that makes it a dense tensor.
+    """
+    for name, given in arguments.items():
+        for index, tensor in enumerate(given if isinstance(given, (list, tuple)) else [given]):
+            if not isinstance(tensor, Tensor):
+                continue
+            which = f"{name}[{index}]" if isinstance(given, (list, tuple)) else name
+            if tensor.is_nested:
+                got, instead = "a nested one", "pad it (torch.nested.to_padded_tensor), or give its parts one by one"
+            elif tensor.is_quantized:
+                got, instead = f"a quantised one, {tensor.dtype}", f"use {which}.dequantize()"
+            elif tensor.layout is not torch.strided:
+                got, instead = f"one of layout {tensor.layout}", f"use {which}.to_dense()"
+            else:
+                continue
+            raise TypeError(f"{which} must be a dense tensor, got {got}: {instead}")
+
+
+def check_layer_input(input: object, device: torch.device) -> None:
+    """Refuse an input of a layer that is no dense tensor of floating point on its device."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+    check_dense(input=input)
+    if input.dtype not in DTYPES:
+        raise TypeError(f"input must be float64, float32, bfloat16 or float16, got {input.dtype}")
+    if input.device != device:
+        raise ValueError(f"input must be on the device of the layer, {device}, got {input.device}")
