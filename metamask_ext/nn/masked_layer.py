@@ -264,6 +264,9 @@ class MaskedLayer(TaskLayer):
             return active
         if isinstance(active, TaskBatch):
             self._read("mask_logits", active)
+        if isinstance(active, str) and not self._task_dict()._is_bits(active):  # of a replica
+            (mask,), bias_masks = self._masks_of([active])
+            return mask, None if bias_masks is None else bias_masks[0]
         what = "the active task is packed: its mask has bits" if isinstance(active, str) else "tasks are superposed"
         raise RuntimeError(f"mask_logits of {type(self).__name__} cannot be read: {what}")
 

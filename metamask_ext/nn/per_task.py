@@ -86,7 +86,7 @@ class PerTask(TaskLayer):
             return AmbiguousTensor.like(_first(self._own()[name]), str(error))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # A forward of its own may replace a statistic.
+        # A forward of the module's own may replace a statistic instead of writing to it.
         own: nn.ModuleDict | None = self.__dict__.get("_modules", {}).get("per_task")
         if own is None or name not in own._modules or not isinstance(value, Tensor):
             super().__setattr__(name, value)
