@@ -77,6 +77,9 @@ class ComputedTensor(GuardedTensor):
             target = target or _first(kwargs["out"])
         if target is not None:
             raise RuntimeError(target._words)
+        if name in ("__deepcopy__", "__reduce_ex__"):  # what is copied or saved is a tensor like any other
+            copied: T = getattr(args[0].as_subclass(Tensor), name)(*args[1:])  # type: ignore[attr-defined]  # a ComputedTensor
+            return copied
         with without_torch_function():
             result = func(*args, **kwargs)
         if isinstance(result, Tensor):

@@ -17,7 +17,7 @@ from .names import DEFAULT_TASK
 from .selection import GivenMasks, Selection, Superposition, TaskBatch
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
-from .using_task import using_task
+from .using_task import run_each_task, using_task
 
 Output = Any
 """A module's output: torch leaves its type open."""
@@ -85,6 +85,19 @@ class PerTask(TaskLayer):
         except AmbiguousTaskError as error:
             return AmbiguousTensor.like(_first(self._own()[name]), str(error))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A forward of the module's own may replace a statistic instead of writing to it.
+        own: nn.ModuleDict | None = self.__dict__.get("_modules", {}).get("per_task")
+        if own is None or name not in own._modules or not isinstance(value, Tensor):
+            super().__setattr__(name, value)
+            return
+        tensors, selected = own._modules[name], self._selected()
+        if not isinstance(selected, str) or selected not in tensors._buffers:
+            raise RuntimeError(
+                f"{name} of {type(self).__name__} belongs to tasks: to replace it write to module.per_task[{name!r}][task] in place"
+            )
+        tensors._buffers[selected] = value
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         # The class is made at run time.
         return _new, (self.plain_type,), self.__dict__
@@ -119,19 +132,7 @@ class PerTask(TaskLayer):
         return super().forward(*inputs, **options)
 
     def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Output:
-        # Of no sample: any task gives the shape.
-        names = batch.names or [next(iter(self._task_dict()))]
-        if len(names) == 1:
-            with using_task(self, names[0]):
-                return self._plain_forward(input)
-        # The samples stay along their dimension: the module may have a batch_first of its own.
-        dim = batch.dim
-        groups, back = batch.groups(input.device)
-        parts = []
-        for name, rows in zip(names, groups, strict=True):
-            with using_task(self, name):
-                parts.append(self._plain_forward(input.index_select(dim, rows)))
-        return torch.cat(parts, dim).index_select(dim, back)
+        return run_each_task(self, batch, input, self._plain_forward)
 
     def _sample_dim(self, input: Tensor) -> int:
         """The number of dimensions of one sample, at least: one of features, none where they are integers (tokens)."""
