@@ -128,6 +128,7 @@ class Checks:
         forms: dict[str, list[_Form]] = {}
         for key, tensor in own.items():
             if key.rpartition(".")[0] not in dicts and not _is_extra(key, own):
+                assert isinstance(tensor, Tensor)
                 forms[key] = [(tensor.dtype, tensor.shape)]
         for path, tensors in dicts.items():
             of_masks = _forms_of(self.model, tensors)
@@ -219,7 +220,7 @@ def _dicts(model: nn.Module, once: bool = False) -> dict[str, TaskDict]:
 
 
 def _is_extra(key: str, own: Mapping[str, object]) -> bool:
-    """Return whether modules save under this key what is no parameter and no buffer."""
+    """Return whether modules save something beside parameters and buffers under this key."""
     return key.rpartition(".")[2] == EXTRA_STATE or not isinstance(own.get(key, torch.Tensor()), Tensor)
 
 

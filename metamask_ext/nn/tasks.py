@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -112,16 +112,21 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
         bad = first_true([nan_flag(tensor) for _, tensor in checked])
         if bad is not None:
             raise ValueError(f"init gives NaN for task {name!r} in layer {checked[bad][0]!r}: it combines NaN, or +inf with -inf")
-    lengths = {tensors: len(tensors._names) for _, tensors, _ in new}
+    _put_in(name, [(tensors, tensor) for _, tensors, tensor in new])
+    if name in partial:
+        _pack_beside_bits([layer for _, layer in layers], name)
+
+
+def _put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]]) -> None:
+    """Give each TaskDict its tensor of a new task, or none of them where that is interrupted."""
+    lengths = {tensors: len(tensors._names) for tensors, _ in new}
     try:
-        for _, tensors, tensor in new:
+        for tensors, tensor in new:
             tensors[name] = tensor
     except BaseException:  # Ctrl-C between two layers would leave a model that no call takes
         for tensors, length in lengths.items():
             tensors._drop(name, length)
         raise
-    if name in partial:
-        _pack_beside_bits([layer for _, layer in layers], name)
 
 
 def _pack_beside_bits(layers: Iterable[TaskLayer], name: str) -> None:
@@ -135,7 +140,7 @@ def _pack_beside_bits(layers: Iterable[TaskLayer], name: str) -> None:
 
 
 def _known_for(layers: Iterable[tuple[str, TaskLayer]], name: str) -> tuple[list[str], set[str]]:
-    """The tasks that all of these layers have, oldest first, and those that only some have. ValueError if ``name`` cannot be added."""
+    """The tasks that all of these layers have, and those that only some have. ValueError if ``name`` cannot be added."""
     layers = list(layers)
     kept = [tensors.keys() for _, layer in layers for tensors in layer._dicts().values()]
     known, every = set(kept[0]), set(kept[0])
