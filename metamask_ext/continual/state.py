@@ -238,6 +238,6 @@ def _forms_of(model: nn.Module, tensors: TaskDict) -> list[_Form]:
             for shared, masks in layer._groups():
                 if masks is tensors:
                     logits = [(dtype, shared.shape) for dtype in layer._dtypes_of_logits()]
-                    return [*logits, (torch.uint8, packed_shape(shared.shape))]
+                    return [*logits, (torch.uint8, torch.Size(packed_shape(shared.shape)))]
     like = tensors[next(iter(tensors))]
     return [(like.dtype, like.shape)]
