@@ -25,6 +25,7 @@ from torch.fx import Proxy, Tracer, _symbolic_trace
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
+from torch.nn.utils.parametrize import register_parametrization
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -330,8 +331,13 @@ class RebuildingHook(NamedTuple):
         return hook is self.hook or getattr(hook, "fn", None) is self.hook
 
 
+def is_of_parametrization(hook: object) -> bool:
+    """True for the hook that lets a module with ``parametrizations.weight_norm`` load states of the old one."""
+    return getattr(getattr(hook, "hook", hook), "__module__", "") == "torch.nn.utils.parametrizations"
+
+
 def rebuilding_hook(module: torch.nn.Module, name: str) -> RebuildingHook | None:
-    """The hook by which torch.nn.utils.prune, weight_norm or spectral_norm computes the tensor ``name``; None if none of them does."""
+    """The hook by which torch.nn.utils.prune, weight_norm or spectral_norm computes the tensor ``name``; None if there is none."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
             return RebuildingHook(hook, partial(hook.apply_mask, module), (f"{name}_orig", f"{name}_mask"))
@@ -341,3 +347,20 @@ def rebuilding_hook(module: torch.nn.Module, name: str) -> RebuildingHook | None
             compute = partial(hook.compute_weight, module, do_power_iteration=False)
             return RebuildingHook(hook, compute, (f"{name}_orig", f"{name}_u", f"{name}_v"))
     return None
+
+
+_REPARAMETRISE = frozenset(
+    inspect.unwrap(function).__code__  # some are deprecated, by a decorator
+    for function in (BasePruningMethod.apply, WeightNorm.apply, register_parametrization)
+)
+_SYNCHRONISE = torch.nn.SyncBatchNorm.convert_sync_batchnorm.__code__
+
+
+def reparametrises(frame: FrameType) -> bool:
+    """True if the frame is that of a tool which puts other parameters in the place of the one that it reads."""
+    return frame.f_code in _REPARAMETRISE
+
+
+def synchronises(frame: FrameType) -> bool:
+    """True if the frame is that of ``SyncBatchNorm.convert_sync_batchnorm``."""
+    return frame.f_code is _SYNCHRONISE

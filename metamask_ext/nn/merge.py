@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..torch_private import RebuildingHook, rebuilding_hook
+from ..torch_private import RebuildingHook, is_of_parametrization, rebuilding_hook
 from .masked_layer import MaskedLayer
 from .per_task import PerTask, plain_copy
 from .task_layer import TaskLayer, task_keys, task_layers
@@ -107,7 +107,11 @@ def _fill_plain(
     state = {key: value for key, value in layer.__dict__.items() if key not in _OURS and key not in gone}
     state["_buffers"] = {key: value for key, value in layer._buffers.items() if key not in gone}
     for kind in _HOOKS:
-        state[kind] = OrderedDict((key, value) for key, value in state[kind].items() if not any(hook.made(value) for hook in hooks))
+        state[kind] = OrderedDict(
+            (key, value)
+            for key, value in state[kind].items()
+            if not is_of_parametrization(value) and not any(hook.made(value) for hook in hooks)
+        )
     others = {key: value for key, value in layer._parameters.items() if key not in gone}
     children = {key: value for key, value in layer._modules.items() if key not in ("masks", "bias_masks", "parametrizations")}
     plain.__dict__.update(copy.deepcopy(state, memo))
