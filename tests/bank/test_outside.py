@@ -119,7 +119,7 @@ def test_forged_settings(tmp_path, field, gate):
         assert_same(state(model), dict(before))
         if field in ("temperature", "threshold", "gate", "layers"):
             with pytest.raises(BankError):
-                task_state(Store.open(tmp_path), "a")
+                task_state(Store.open(tmp_path), "b")
     write_body(tmp_path, body)
     assert MaskBank.load(tmp_path, model).tasks == ["default", "a", "b"]
 
