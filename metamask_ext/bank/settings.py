@@ -37,16 +37,20 @@ def layer_shapes(index: Path, meta: JsonObject) -> dict[str, tuple[list[int], li
     layers = meta.get("layers")
     if not isinstance(layers, dict):
         raise _undescribed(index, f"layers must be an object, got {_short(layers)}")
-    found = {}
+    found: dict[str, tuple[list[int], list[int] | None]] = {}
     for path, layer in layers.items():
         if not isinstance(layer, dict):
             raise _undescribed(index, f"layer {path!r} must be an object, got {_short(layer)}")
-        weight, bias = layer.get("weight"), layer.get("bias")
-        for name, shape in (("weight", weight), *([] if bias is None else [("bias", bias)])):
-            if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
-                raise _undescribed(index, f"{name} of layer {path!r} must be a list of sizes, got {_short(shape)}")
-        found[path] = weight, bias
+        bias = layer.get("bias")
+        weight = _shape(index, f"weight of layer {path!r}", layer.get("weight"))
+        found[path] = weight, None if bias is None else _shape(index, f"bias of layer {path!r}", bias)
     return found
+
+
+def _shape(index: Path, what: str, shape: object) -> list[int]:
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise _undescribed(index, f"{what} must be a list of sizes, got {_short(shape)}")
+    return shape
 
 
 def _layer(index: Path, path: str, layer: JsonObject, weight: list[int], bias: list[int] | None) -> LayerSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -81,13 +82,16 @@ class MetricsFile:
         with output_errors(self.path):
             self._file.write(line)
         self._digest.update(line)
+        self._length += len(line)
 
     def sync(self) -> int:
         """Put all lines on the disk; return the length of the file in bytes."""
         with output_errors(self.path):
             self._file.flush()
             sync_descriptor(self._file.fileno())
-            return os.fstat(self._file.fileno()).st_size
+            if (size := os.fstat(self._file.fileno()).st_size) != self._length:
+                raise OSError(errno.EIO, f"{size} bytes are there, and {self._length} were written")
+        return self._length
 
     def __enter__(self) -> MetricsFile:
         return self
