@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -326,6 +327,25 @@ def test_foreach_copy():
     assert [tensor.tolist() for tensor in tensors] == [[1.0] * 2, [1.0] * 3]
 
 
+@pins("torch.fx._symbolic_trace._is_fx_tracing_flag", "masked layers are leaves of torch.fx's graphs")
+def test_fx_trace():
+    import torch._dynamo  # wraps the tracer
+    from torch.fx import _symbolic_trace
+
+    from metamask_ext.torch_private import symbolic_tracer
+
+    seen = []
+
+    def look(x):
+        seen.append((_symbolic_trace._is_fx_tracing_flag, type(symbolic_tracer())))
+        return x + 1
+
+    torch.fx.symbolic_trace(look)
+    torch.fx.experimental.proxy_tensor.make_fx(look)(torch.ones(2))
+    look(torch.ones(2))
+    assert seen == [(True, torch.fx.Tracer), (True, type(None)), (False, type(None))]
+
+
 @pins("torch.nn.modules.batchnorm._BatchNorm", "batch norms of every dimension are found by it")
 def test_batch_norm_base():
     base = torch.nn.modules.batchnorm._BatchNorm
@@ -383,6 +403,74 @@ def test_raw_saved_other():
 def test_scale():
     scaler = torch.amp.GradScaler("cpu")
     assert (scaler.scale(leaf().sum())).grad_fn._saved_other is scaler._scale
+
+
+@pins(
+    "torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX",
+    "the settings of a masked layer in a state dict are warned of, and refused, by it",
+)
+def test_extra_state_key_suffix():
+    class Layer(torch.nn.Module):
+        def get_extra_state(self):
+            return torch.ones(1)
+
+    assert list(Layer().state_dict()) == [torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX]
+
+
+@pins("torch.nn.Module.load_state_dict.strict", "a state without a task of the model is refused if the load is strict")
+def test_load_state_dict_has_a_local_variable_strict():
+    from metamask_ext.torch_private import loads_strictly
+
+    seen = []
+
+    class Layer(torch.nn.Module):
+        def _load_from_state_dict(self, *arguments):
+            seen.append(loads_strictly(sys._getframe()))
+
+    for strict in (True, False):
+        torch.nn.Sequential(Layer()).load_state_dict({}, strict=strict)
+    assert seen == [True, False]
+    assert loads_strictly(sys._getframe())
+
+
+@pins("torch.distributed.checkpoint.state_dict._EXTRA_STATE", "it stands in states for extra state that they lack")
+def test_extra_state_placeholder():
+    from torch.distributed.checkpoint import state_dict
+
+    from metamask_ext.torch_private import is_no_extra_state
+
+    assert is_no_extra_state(state_dict._EXTRA_STATE()) and not is_no_extra_state(torch.ones(4))
+
+
+@pins("torch._dynamo.eval_frame.OptimizedModule._orig_mod", "names of layers have no prefix of torch.compile's")
+@pins("torch.distributed.fsdp.FullyShardedDataParallel._fsdp_wrapped_module", "names of layers have no prefix of a wrapper")
+@pins("ActivationWrapper._checkpoint_wrapped_module", "names of layers have no prefix of a wrapper")
+def test_wrapped_attributes():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper, checkpoint_wrapper, offload_wrapper
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+    from torch.optim.swa_utils import AveragedModel
+
+    from metamask_ext.torch_private import _WRAPPED, wrapped_attribute
+
+    def layer():
+        return torch.nn.Linear(2, 2)
+
+    made = [
+        torch.compile(layer()),
+        DataParallel(layer()),
+        AveragedModel(layer()),
+        checkpoint_wrapper(layer()),
+        offload_wrapper(layer()),
+    ]
+    for wrapper in made:
+        assert isinstance(getattr(wrapper, wrapped_attribute(wrapper)), torch.nn.Linear)
+        assert [name for name, _ in wrapper.named_children()] == [wrapped_attribute(wrapper)]
+    fsdp = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    assert wrapped_attribute(fsdp) == torch.distributed.fsdp.fully_sharded_data_parallel.FSDP_WRAPPED_MODULE
+    known = {type(made[0]), DataParallel, AveragedModel, ActivationWrapper, DistributedDataParallel, FullyShardedDataParallel}
+    assert {f"{kind.__module__}.{kind.__qualname__}" for kind in known} == _WRAPPED.keys()
+    assert wrapped_attribute(layer()) is None
 
 
 @pins("torch.nn.Module._named_members", "it walks the modules for parameters() and buffers(), with the function get_members_fn")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from ..nn import tasks as model_tasks
-from ..nn.names import describe, escape
+from ..nn.names import describe, escape, plain
 from ..nn.selection import Superposition
 from ..nn.task_layer import task_layers
 from ..nn.using_task import using_task
@@ -243,5 +243,5 @@ class MaskBank:
 
     def _check_task(self, task: str) -> None:
         known = self.tasks
-        if task not in known:
+        if plain(task) not in known:
             raise ValueError(f"task must be one of {describe(known)}, got {task!r}")

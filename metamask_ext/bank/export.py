@@ -31,6 +31,11 @@ def task_state(store: Store, name: str) -> dict[str, Tensor]:
         BankError: a file is damaged; a mask is missing, does not fit its weight or belongs to none; ``meta`` does not describe
             the layers.
     """
+    with torch.inference_mode(False):
+        return _task_state(store, name)
+
+
+def _task_state(store: Store, name: str) -> dict[str, Tensor]:
     shared, task = store.shared(), dict(store.task(name))
     state = dict(shared)
     for key, (layer, shape) in _masked(store).items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..nn.masked_layer import MaskedLayer
 from ..nn.names import escape
+from ..nn.paths import plain_modules
 from ..nn.per_task import PerTask, keep_per_task
 from ..nn.structure import structure
 from ..nn.task_dict import TaskDict
@@ -88,30 +89,39 @@ def load(store: Store, model: nn.Module) -> None:
         for each in kept:
             each.check(store, name, tensors)
     check_not_sharded(model.modules(), "the tasks of a bank cannot be taken in")
-    made = any(not isinstance(model.get_submodule(path), PerTask) for path in per_task)
+    modules = dict(plain_modules(model, remove_duplicate=False))
+    made = any(not isinstance(modules[path], PerTask) for path in per_task)
     if made or any(each.makes_parameter(name, tensors) for name, tensors in read.items() for each in kept):
         check_may_grow((layer for _, layer in task_layers(model)), "new tasks of a bank cannot be taken in")
 
     # From here on nothing fails.
     for path, of_module in per_task.items():
-        module = model.get_submodule(path)
+        module = modules[path]
         if not isinstance(module, PerTask):
             keep_per_task(module, of_module, slots(model))
-    for path, layer in masked_layers(model):
-        for setting in SETTINGS:
-            setattr(layer, setting, getattr(settings[path], setting))
-    with torch.inference_mode(False), torch.no_grad():
-        for full, tensor in targets.items():
-            _fill(tensor, shared[full])
-        kept = _kept(model)
-        source = _Source(store, kept)
-        for each in kept:
-            held = {name: each.tensors._held(escape(name)) for name in each.tensors}
-            each.tensors._wait_for(names, _Fetch(source, each))
-            for name, tensors in read.items():
-                key = each.key_in(tensors)
-                if not key.startswith(BITS):
-                    each.tensors[name] = each.filled(held.get(name), tensors[key])
+    kept = _kept(model)
+    source = _Source(store, kept)
+    held = [{name: each.tensors._held(escape(name)) for name in each.tensors} for each in kept]
+
+    def take_in() -> None:
+        for path, layer in masked_layers(model):
+            for setting in SETTINGS:
+                setattr(layer, setting, getattr(settings[path], setting))
+        with torch.inference_mode(False), torch.no_grad():
+            for full, tensor in targets.items():
+                _fill(tensor, shared[full])
+            for each, before in zip(kept, held):
+                each.tensors._wait_for(names, _Fetch(source, each))
+                for name, tensors in read.items():
+                    key = each.key_in(tensors)
+                    if not key.startswith(BITS):
+                        each.tensors[name] = each.filled(before.get(name), tensors[key])
+
+    try:
+        take_in()
+    except BaseException:  # Ctrl-C amid the layers would leave a model of two banks
+        take_in()
+        raise
 
 
 def _fill(tensor: Tensor, given: Tensor) -> None:
@@ -201,8 +211,9 @@ def _kept(model: nn.Module, per_task: dict[str, list[str]] | None = None) -> lis
         elif isinstance(layer, PerTask):
             for name, tensors in layer._own().items():
                 add(full_name(path, name), tensors, False, tensors[next(iter(tensors))])
+    modules = dict(plain_modules(model, remove_duplicate=False)) if per_task else {}
     for path, names in (per_task or {}).items():
-        module = model.get_submodule(path)
+        module = modules[path]
         if not isinstance(module, PerTask):
             for name in names:
                 add(full_name(path, name), TaskDict(buffers=name in module._buffers), False, getattr(module, name))
@@ -258,8 +269,8 @@ def _layers(model: nn.Module) -> dict[str, JsonObject]:
             "weight": list(weight.shape),
             "bias": None if bias is None else list(bias.shape),
             "gate": layer.gate,
-            "temperature": layer.temperature,
-            "threshold": layer.threshold,
+            "temperature": float(layer.temperature),
+            "threshold": float(layer.threshold),
             "dtype": str(weight.dtype).removeprefix("torch."),
         }
         for path, layer in masked_layers(model)
@@ -282,7 +293,7 @@ def _check_model(index: Path, meta: JsonObject, model: nn.Module) -> dict[str, l
         for name in ("gate", "weight", "bias", "dtype"):
             if layer[name] != own[path][name]:
                 raise BankError(f"{index}: the bank's {path!r} has {name} {layer[name]!r}, the model's has {own[path][name]!r}")
-    modules = dict(model.named_modules())
+    modules = dict(plain_modules(model))
     for path, names in {**_per_task(model), **per_task}.items():
         module = modules.get(path)
         if isinstance(module, PerTask):

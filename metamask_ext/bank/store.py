@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files.read import parse_json, read_file
+from ..nn.names import plain
 from .index import INDEX, BankError, BankNotFoundError, File, Index, JsonObject, Task, read_index, regular_file
 from .mappings import OF_PROCESS
 
@@ -125,6 +126,7 @@ class Store:
             raise BankError("\n".join(dict.fromkeys(problems)))
 
     def _slot(self, name: str) -> int:
+        name = plain(name)
         if name not in self._slots:
             raise KeyError(f"the bank {str(self.directory)!r} has no task {name!r}, it has {len(self._slots)} others")
         return self._slots[name]

@@ -102,8 +102,8 @@ def save(
         TypeError, ValueError: a task's name, tensor, info or ``meta`` cannot be stored, or a name occurs twice.
         OSError: the files cannot be written (disk full); it names the file. The old bank is whole, and what was written is removed.
     """
-    names = [check_name(task[0]) for task in tasks if task is not None]
-    for name, count in Counter(names).items():
+    tasks = [None if task is None else (check_name(task[0]), task[1]) for task in tasks]
+    for name, count in Counter(task[0] for task in tasks if task is not None).items():
         if count > 1:
             raise ValueError(f"tasks must have different names, got {name!r} {count} times")
     folder = Path(directory).resolve()

@@ -6,17 +6,19 @@ import functools
 import hashlib
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from ..nn import MaskedLayer
-from ..nn.names import check_name, describe
+from ..nn.names import check_name, describe, plain
+from ..nn.paths import plain_modules
 
+T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
 TaskData = Batch | Callable[[torch.Generator], Batch]
 
@@ -72,6 +74,13 @@ class LoopConfig:
     label: str = "training"
 
     def __post_init__(self) -> None:
+        # Numbers and strings of other libraries would not come back from a checkpoint.
+        for field in fields(self):
+            object.__setattr__(self, field.name, _builtin(getattr(self, field.name)))
+        if self.order is not None and not isinstance(self.order, str):
+            object.__setattr__(self, "order", [plain(name) for name in self.order])
+        if self.settings is not None:
+            object.__setattr__(self, "settings", {plain(key): _builtin(value) for key, value in self.settings.items()})
         if self.optimizer not in ("sgd", "adam"):
             raise ValueError(f"optimizer must be 'sgd' or 'adam', got {self.optimizer!r}")
         if self.momentum and self.optimizer != "sgd":
@@ -92,8 +101,11 @@ class LoopConfig:
             raise ValueError("tasks must name at least one task, got none")
         for name, data in tasks.items():
             _check_data(check_name(name), data, self.batch_size)
+        names = [check_name(name) for name in tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks must have different names, got {describe(names)}")
         for name in self.order or ():
-            if name not in tasks:
+            if name not in names:
                 raise ValueError(f"order must name tasks of the loop, {describe(tasks)}, got {name!r}")
 
     def new_optimizer(self, parameters: Iterable[nn.Parameter], *, of_masks: bool) -> Optimizer:
@@ -135,7 +147,7 @@ def name_of(function: object) -> str:
 def describe_data_and_model(tasks: Mapping[str, TaskData], shared: Mapping[str, nn.Parameter], model: nn.Module) -> dict[str, str]:
     """Describe the shared parameters by their shapes, the layers by their gates, the data by their checksums."""
     described = {f"shape of {name}": f"{list(parameter.shape)} {parameter.dtype}" for name, parameter in shared.items()}
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         if isinstance(module, MaskedLayer):
             described[f"gate of {name or 'the model'}"] = f"{module.gate}, {module.temperature:g}, {module.threshold:g}"
     for name, data in tasks.items():
@@ -161,6 +173,19 @@ def _check_data(name: str, data: TaskData, batch_size: int | None) -> None:
     x, y = data
     if not len(x) or len(x) != len(y):
         raise ValueError(f"tasks[{name!r}] must have as many x as y, at least one, got {list(x.shape)} and {list(y.shape)}")
+
+
+def _builtin(value: T) -> T | str | float | int | bool:
+    """A string, or a number of any class, as Python's own; anything else as it is."""
+    if isinstance(value, (Tensor, bool)) or value is None or type(value) in (str, int, float):
+        return value
+    if isinstance(value, str):
+        return plain(value)
+    item = getattr(value, "item", None)  # numpy's
+    if item is not None and getattr(value, "ndim", None) == 0:
+        number: float | int | bool = item()
+        return number
+    return float(value) if isinstance(value, float) else int(value) if isinstance(value, int) else value
 
 
 def _integer(name: str, value: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from threading import Lock
+from threading import RLock
 from typing import Protocol, TypeVar
 
 import torch
@@ -46,7 +46,8 @@ class Live:
 
     def __init__(self) -> None:
         self.contexts = self.selections = False
-        self._lock = Lock()
+        # The garbage collector may end a Context wherever memory is asked for, also where this thread holds the lock.
+        self._lock = RLock()
         self._contexts = self._selections = 0
 
     def count(self, change: int, selects: bool) -> None:
@@ -65,18 +66,22 @@ class Context:
     Beside each key stands the backward (-1: none) in which it was set: a key from outside a backward says nothing inside it.
     """
 
-    __slots__ = ("_selects", "depth", "keys", "opener", "outer", "own")
+    __slots__ = ("_counted", "_selects", "depth", "keys", "opener", "outer", "own")
 
     def __init__(self, own: Mapping[object, tuple[Key, int]], outer: Context | None, opener: object):
+        self._counted = False
         self.own, self.outer, self.opener = own, outer, opener
         self.depth: int = 1 if outer is None else outer.depth + 1
         self.keys: Mapping[object, tuple[Key, int]] = own if outer is None else {**outer.keys, **own}
         self._selects = any(not isinstance(key, str) for key, _ in own.values())
         LIVE.count(1, self._selects)
+        self._counted = True
 
     def __del__(self) -> None:
         # Not where a block is closed: a coroutine keeps the context that it began in, a checkpoint that of its forward.
-        LIVE.count(-1, self._selects)
+        # An interruption may leave the count too high, which costs compiled layers time; too low, they would miss a selection.
+        if getattr(self, "_counted", False):
+            LIVE.count(-1, self._selects)
 
 
 _current: ContextVar[Context | None] = ContextVar("metamask_ext.active_task", default=None)

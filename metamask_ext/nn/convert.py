@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dis
-import functools
-import inspect
-import itertools
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
@@ -20,9 +14,11 @@ from ..ops.checks import DTYPES
 from .layers import MaskedConv2d, MaskedLinear
 from .masked_layer import MaskedLayer, MaskInit
 from .names import DEFAULT_TASK
+from .paths import plain_path
 from .per_task import PerTask, keep_per_task, plain_copy
 from .read_through import ReadThroughConv2d, ReadThroughLinear
-from .task_layer import TaskLayer, task_layers
+from .reads import forget, is_read
+from .task_layer import TaskLayer, task_keys, task_layers
 from .task_masks import check_mask_dtype
 from .tasks import refuse_nan, slots
 from .wrappers import check_may_grow
@@ -69,7 +65,7 @@ def convert(
 
     Args:
         model: any module; a Linear or Conv2d itself too.
-        include: glob patterns of qualified names of layers (``"layer4.*"``); None: all.
+        include: glob patterns of qualified names of layers (``"layer4.*"``), without the prefixes of wrappers; None: all.
         exclude: patterns of names to leave plain.
         mask_init: see :class:`metamask_ext.nn.MaskedLinear`; +4 unless given, which keeps the output near the original's.
         mask_dtype: see :class:`metamask_ext.nn.MaskedLinear`. None: masks are float32 (float64 for float64 weights), in a model of
@@ -98,21 +94,22 @@ def convert(
         raise ValueError(f"batch_norm must be 'shared' or 'task', got {batch_norm!r}")
     kinds = (nn.Linear, nn.Conv2d, nn.BatchNorm2d) if batch_norm == "task" else (nn.Linear, nn.Conv2d)
 
-    _owners_read.cache_clear()  # a method may have been replaced since
+    forget()  # a method may have been replaced since
     # A layer may be reached by several names: it is one layer, and read if it is read under any of them.
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, kinds):
             names.setdefault(module, []).append(name)
-    selected = [module for module in _select(names, include, exclude) if not isinstance(module, TaskLayer)]
+    plain = {module: [plain_path(model, name) for name in given] for module, given in names.items()}
+    selected = [module for module in _select(plain, include, exclude) if not isinstance(module, TaskLayer)]
     chosen = [module for module in selected if not isinstance(module, nn.BatchNorm2d)]
     for module in chosen:
-        _check_convertible(names[module][0], module)
+        _check_convertible(plain[module][0], module)
         if (weight := module._parameters["weight"]) is not None:
-            check_mask_dtype(mask_dtype, weight.dtype, names[module][0])
+            check_mask_dtype(mask_dtype, weight.dtype, plain[module][0])
     normalising = [module for module in selected if isinstance(module, nn.BatchNorm2d)]
     for module in normalising:
-        _check_batch_norm(names[module][0], module)
+        _check_batch_norm(plain[module][0], module)
 
     check_may_grow(selected, f"{type(model).__name__} cannot be converted")
 
@@ -122,7 +119,7 @@ def convert(
     made: list[tuple[nn.Module, MaskedLayer]] = []
     for module in chosen:
         # A stand-in with the layer's parameters: what can fail fails on it.
-        masked = _stand_in(module, any(_is_read(model, name) for name in names[module]))
+        masked = _stand_in(module, any(is_read(model, name) for name in names[module]))
         masked._init_masked(**gate, mask_init=mask_init, mask_dtype=mask_dtype, tasks=task_names)
         for tensors in masked._dicts().values():
             tensors._renumber(by_slot)
@@ -163,10 +160,14 @@ def merge(model: Model, task: str) -> Model:
     Raises:
         ValueError: the task is unknown, its logits hold NaN, or ``model`` has no masked layer.
     """
+    task_keys(task_layers(model), task)
     layers = [layer for _, layer in task_layers(model)]
-    for layer in layers:
-        layer._task_key(task)
     refuse_nan(model, [task], "merged")
+    with torch.inference_mode(False):
+        return _merged(model, layers, task)
+
+
+def _merged(model: Model, layers: list[TaskLayer], task: str) -> Model:
     plains = [layer.plain_type.__new__(layer.plain_type) for layer in layers]
     memo: dict[int, object] = {id(layer): plain for layer, plain in zip(layers, plains)}
     baked: dict[tuple[object, ...], nn.Parameter] = {}
@@ -260,100 +261,3 @@ _ADDED = (
     *("gate", "temperature", "threshold", "mask_init", "mask_dtype", "plain_type"),
     *("masks", "bias_masks", "mask_logits", "bias_mask_logits"),
 )
-
-
-def _is_read(model: nn.Module, name: str) -> bool:
-    """True if a module around the layer ``name`` reads its weight or bias itself, as in ``F.linear(x, self.fc.weight)``."""
-    *outer, own = name.split(".")
-    around = [model] if name else []
-    for part in outer:
-        around.append(around[-1].get_submodule(part))
-    return any(own in read or None in read for read in map(_layers_read, around))
-
-
-def _layers_read(module: nn.Module) -> set[str | None]:
-    """The names ``f`` in every ``….f.weight`` and ``….f.bias`` that ``forward``, or what it calls, reads; None: of no known name.
-
-    Of other methods (``training_step``, a loss), only names that are known, and none where a method sets up or saves the module.
-    """
-    bases = type(module).__mro__
-    function = inspect.unwrap(module.forward)
-    found = set(_owners_read(getattr(function, "__func__", function), bases))
-    for base in bases:
-        if base.__module__.partition(".")[0] == "torch":
-            continue  # torch's own modules compute in forward
-        for name in vars(base):
-            if not _SETS_UP.match(name):
-                for method in _methods(base.__mro__, name):
-                    found |= _owners_read(method, bases) - {None}
-    return found
-
-
-_SETS_UP = re.compile(
-    r"__|_?(init|reset|tie|untie|resize|load|save|from_|configure|extra_repr|prune|freeze|unfreeze|(get|set)_\w*(embedding|param|group))"
-)
-"""Methods that handle parameters as such: they mean the shared ones."""
-
-
-@functools.cache
-def _owners_read(forward: object, bases: tuple[type, ...]) -> set[str | None]:
-    found: set[str | None] = set()
-    seen: set[CodeType] = set()
-    # A function, and whether its first argument is the module, whose own weight is not a layer's.
-    todo: list[tuple[object, bool]] = [(forward, True)]
-    while todo:
-        function, is_method = todo.pop()
-        if not isinstance(function, FunctionType) or function.__code__ in seen:
-            continue
-        code = function.__code__
-        seen.add(code)
-        module_itself = code.co_varnames[0] if is_method and code.co_argcount else None
-        for owner, instruction in _instruction_pairs(code):
-            name = instruction.argval
-            if instruction.opname == "LOAD_GLOBAL":
-                called = function.__globals__.get(name)
-                if inspect.isfunction(called) and _package(called) == _package(function):
-                    todo.append((inspect.unwrap(called), False))
-            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                todo += [(called, True) for called in _methods(bases, name)]
-                if name not in ("weight", "bias"):
-                    continue
-                if owner.opname == "LOAD_ATTR":
-                    found.add(owner.argval)
-                elif not owner.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME")) and _last(owner.argval) != module_itself:
-                    found.add(None)
-    return found
-
-
-def _instruction_pairs(code: CodeType) -> Iterator[tuple[dis.Instruction, dis.Instruction]]:
-    """Each instruction with the one before it; also those of the comprehensions and lambdas inside."""
-    instructions = [
-        instruction for instruction in dis.get_instructions(code) if instruction.opname not in ("CACHE", "EXTENDED_ARG")
-    ]
-    yield from itertools.pairwise(instructions)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _instruction_pairs(constant)
-
-
-def _methods(bases: tuple[type, ...], name: str) -> list[object]:
-    """The functions behind ``self.<name>`` and ``super().<name>``."""
-    found: list[object] = []
-    for base in bases:
-        member = None if base in (nn.Module, object) else base.__dict__.get(name)
-        if isinstance(member, property):
-            member = member.fget
-        if isinstance(member, (staticmethod, classmethod)):
-            member = member.__func__
-        if inspect.isfunction(member):
-            found.append(inspect.unwrap(member))
-    return found
-
-
-def _package(function: FunctionType) -> str:
-    return (function.__module__ or "").partition(".")[0]
-
-
-def _last(argument: object) -> object:
-    """Of an instruction that loads two variables, the one that ends on top."""
-    return argument[-1] if isinstance(argument, tuple) else argument

@@ -8,24 +8,45 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..torch_private import tree_leaves, without_torch_function
+from ..torch_private import in_transform, tree_leaves, tree_map, without_torch_function
 
 T = TypeVar("T")
 
-_METADATA = frozenset(
-    ("dim", "size", "numel", "nelement", "ndimension", "stride", "element_size", "is_floating_point", "is_complex", "is_contiguous")
-    + ("get_device", "storage_offset", "type", "__len__", "is_same_size", "result_type", "new_empty", "new_zeros", "new_ones")
-    + ("new_full", "new_tensor", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
+METADATA = frozenset(
+    ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "retains_grad", "itemsize", "nbytes", "grad_fn")
+    + ("dim", "size", "numel", "nelement", "ndimension", "stride", "element_size", "get_device", "storage_offset", "dim_order")
+    + (
+        "is_floating_point",
+        "is_complex",
+        "is_signed",
+        "is_conj",
+        "is_neg",
+        "is_contiguous",
+        "is_inference",
+        "is_pinned",
+        "is_shared",
+    )
+    + ("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xla", "is_xpu", "is_mtia", "is_mkldnn", "is_sparse", "is_sparse_csr")
+    + ("is_quantized", "is_nested", "__len__")
 )
-"""Functions that read no value."""
-_TO_LIKE = ("to", "type_as")
-"""Methods that read no value of their second argument."""
-_ATTRIBUTES = frozenset(
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_sparse")
-    + ("is_leaf", "is_quantized", "is_mps", "is_xpu", "itemsize", "is_nested")
+"""Attributes and methods of a tensor that read no value, and give none that others could be computed from."""
+_NEW_LIKE = frozenset(
+    ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided", "empty_like", "zeros_like", "ones_like")
+    + ("full_like", "rand_like", "randn_like", "randint_like")
 )
-"""Properties that read no value."""
+"""Functions that make other tensors of its shape, dtype or device."""
+_OF_TWO = frozenset(("to", "type_as", "is_same_size", "result_type", "expand_as", "view_as", "reshape_as"))
+"""Functions that read no value of their second argument."""
+_SAME_VALUES = frozenset(
+    ("data", "T", "mT", "H", "mH", "real", "detach", "t", "transpose", "swapaxes", "permute", "movedim", "adjoint", "conj")
+    + ("view", "reshape", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "expand", "narrow", "select", "__getitem__")
+    + ("chunk", "split", "unbind", "contiguous", "clone", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu")
+    + ("cuda", "expand_as", "view_as", "reshape_as", "requires_grad_")
+)
+"""Attributes and methods whose results hold the tensor's own values: these are guarded as it is."""
+_NAMES_OF = {getattr(Tensor, name).__get__: name for name in METADATA | _SAME_VALUES if not callable(getattr(Tensor, name))}
+"""The functions behind attributes, with the attributes' names."""
+_READ_NO_VALUE = METADATA | _NEW_LIKE | _OF_TWO | _SAME_VALUES | {"__repr__", "__format__"}
 
 
 class GuardedTensor(Tensor):
@@ -77,17 +98,38 @@ def _shares_memory(result: Tensor, source: Tensor) -> bool:
 
 
 class AmbiguousTensor(GuardedTensor):
-    """A weight or bias of which a mixed-task batch has several: it has shape, dtype and device; its values are refused."""
+    """A weight or bias of which a mixed-task batch has several: it has shape, dtype and device; its values are refused.
+
+    So are those of its views and copies, which have their shapes and dtypes.
+    """
+
+    @classmethod
+    def like(cls, tensor: Tensor, words: str) -> Tensor:
+        """Return one of the shape, dtype, device and ``requires_grad`` of ``tensor``."""
+        guarded = cls.of(tensor.detach(), words)
+        if in_transform():
+            return guarded  # no requires_grad there
+        with without_torch_function():
+            return guarded.requires_grad_(tensor.requires_grad)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., T], types: Iterable[type], args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
     ) -> T:
-        name = getattr(func, "__name__", "")
-        if name in _METADATA or func in _ATTRIBUTES or (name in _TO_LIKE and not isinstance(args[0], cls)):
-            with without_torch_function():
-                return func(*args, **(kwargs or {}))
-        raise RuntimeError(next(value._words for value in tree_leaves((args, kwargs or {})) if isinstance(value, cls)))
+        kwargs = kwargs or {}
+        name = _NAMES_OF.get(func) or getattr(func, "__name__", "")
+        subject = args[0] if args else kwargs.get("input")
+        guarded = [value for value in tree_leaves((args, kwargs)) if isinstance(value, cls)]
+        words = guarded[0]._words
+        if name not in _READ_NO_VALUE or (name not in _OF_TWO and (len(guarded) > 1 or guarded[0] is not subject)):
+            raise RuntimeError(words)
+        with without_torch_function():
+            if name in ("__repr__", "__format__"):
+                return f"{list(guarded[0].shape)} of {guarded[0].dtype} on {guarded[0].device}: {words}"  # type: ignore[return-value]
+            result: T = func(*args, **kwargs)
+        if name in _SAME_VALUES and isinstance(subject, cls):
+            result = tree_map(lambda value: cls.like(value, words) if isinstance(value, Tensor) else value, result)
+        return result
 
 
 def raise_folded(layer: nn.Module, name: str) -> NoReturn:

@@ -14,11 +14,12 @@ from ..ops.gate import compute_dtype, gate_values, resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import pack_mask, unpack_mask
 from ..ops.weight.functional import masked_weight
-from ..torch_private import disable_dynamo
+from ..torch_private import disable_dynamo, fx_trace, traced_attribute
 from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .guarded import raise_folded
-from .names import DEFAULT_TASK, escape
+from .names import DEFAULT_TASK, escape, plain
 from .selection import GivenMasks, ObservedSuperposition, Superposition, TaskBatch
+from .settings import Settings, decoded, settings_in
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
 from .task_masks import TaskMasks, check_mask_dtype, logits_dtype
@@ -49,6 +50,9 @@ class MaskedLayer(TaskLayer):
     :func:`metamask_ext.pack_mask` gives them, under the same keys; the gate is then 0 or 1, whatever ``gate`` says.
 
     State dicts are loaded as :class:`TaskLayer` says; a uint8 mask makes the task a packed one, another makes it one with logits.
+    ``gate``, ``temperature`` and ``threshold`` are in the state, as they are when it is made, and a layer takes them over: it
+    computes what the saved one did, however it was built. A state with masks and without them, of an older version, leaves the
+    layer's own, and a warning names them.
     """
 
     if TYPE_CHECKING:
@@ -73,7 +77,7 @@ class MaskedLayer(TaskLayer):
         if weight.dtype not in DTYPES:
             raise TypeError(f"weight must be float64, float32, bfloat16 or float16, got {weight.dtype}")
         check_mask_dtype(mask_dtype, weight.dtype)
-        self.gate, self.temperature, self.threshold, self.mask_init = gate, temperature, threshold, mask_init
+        self.gate, self.temperature, self.threshold, self.mask_init = plain(gate), temperature, threshold, mask_init
         self.mask_dtype = mask_dtype
         _check_mask_init(mask_init)
         self.masks = TaskMasks(mask_dtype).train(self.training)
@@ -187,6 +191,21 @@ class MaskedLayer(TaskLayer):
             self._refuse_folding(name, param)
         super().register_parameter(name, param)
 
+    def get_extra_state(self) -> Tensor:
+        """The gate, its parameters and the number of tasks: float64 ``[4]`` (:mod:`metamask_ext.nn.settings`)."""
+        return self._settings().encoded()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the gate and its parameters. ValueError, and nothing has changed, if there are none in ``state``."""
+        self.gate, self.temperature, self.threshold, _ = decoded(state)
+
+    def _settings(self) -> Settings:
+        return Settings(plain(self.gate), self.temperature, self.threshold, len(self._task_dict()))
+
+    def _load_settings(self, state_dict: StateDict, prefix: str, given: bool, error_msgs: list[str]) -> int | None:
+        found = settings_in(state_dict, prefix, self._settings(), given, type(self).__name__, error_msgs)
+        return None if found is None else found.tasks
+
     def _load_from_state_dict(self, *arguments: Any) -> None:
         # With assign=True the state's tensors take the places of the parameters.
         self.__dict__.pop("_copied_alone", None)
@@ -273,7 +292,8 @@ class MaskedLayer(TaskLayer):
         if not keys:
             return self._plain(input, weight, bias)  # of no sample
         if batch.dim == 1:
-            return self._forward_tasks(input.transpose(0, 1), batch).transpose(0, 1).contiguous()
+            # A copy even where it is in order: no output is a view, an activation may write to it.
+            return self._forward_tasks(input.transpose(0, 1), batch).transpose(0, 1).clone(memory_format=torch.contiguous_format)
         return self._forward_tasks(input, batch)
 
     def _forward_tasks(self, input: Tensor, batch: TaskBatch) -> Tensor:
@@ -315,7 +335,7 @@ class MaskedLayer(TaskLayer):
         rows = input if batched else input[None]
         slots = torch.zeros(len(rows), dtype=torch.int64, device=input.device)
         output = self._packed(rows, slots, [mask], None if bias_mask is None else [bias_mask])
-        return output if batched else output[0]
+        return output if batched else output[0].clone()
 
     def _samples(self, input: Tensor) -> int:
         if not isinstance(input, Tensor):
@@ -397,11 +417,15 @@ class MaskedLayer(TaskLayer):
     @property
     def mask_logits(self) -> Tensor:
         """The active task's mask logits ``M``, of the shape of ``weight``."""
+        if fx_trace._is_fx_tracing_flag and (traced := traced_attribute(self, "mask_logits")) is not None:
+            return traced
         return self._active_logits()[0]
 
     @property
     def bias_mask_logits(self) -> Tensor | None:
         """The active task's logits of the bias, ``M_b``; None without a bias."""
+        if fx_trace._is_fx_tracing_flag and (traced := traced_attribute(self, "bias_mask_logits")) is not None:
+            return traced
         return self._active_logits()[1]
 
     def _gate(self) -> Gate:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import TypeVar
 from urllib.parse import unquote
 
 from torch import nn
+
+T = TypeVar("T")
 
 DEFAULT_TASK = "default"
 """The one task of a new layer."""
@@ -16,12 +19,22 @@ _ESCAPED = re.compile(r"(?:[A-Za-z0-9_-]|%[0-9A-F]{2})+")
 
 
 def check_name(name: str) -> str:
-    """``name`` if it can name a task: any non-empty string. TypeError or ValueError otherwise."""
-    if not isinstance(name, str):
-        raise TypeError(f"a task name must be a string, got {type(name).__name__}")
+    """``name`` as a plain str, if it can name a task: any non-empty string. TypeError or ValueError otherwise.
+
+    Subclasses of str (numpy's, enumerations) do not come back from files, and may compare and hash in their own ways.
+    """
+    if type(name) is not str:
+        name = plain(name)
+        if type(name) is not str:
+            raise TypeError(f"a task name must be a string, got {type(name).__name__}")
     if not name:
         raise ValueError("a task name must not be empty")
     return name
+
+
+def plain(value: T) -> T | str:
+    """The text of a str of any class as a plain str; anything else as it is."""
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 def escape(name: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.weight.functional import masked_weight
-from ..torch_private import disable_dynamo, in_transform
+from ..torch_private import disable_dynamo, fx_trace, in_transform, traced_attribute
 from .context import AmbiguousTaskError
 from .guarded import AmbiguousTensor, ComputedTensor
 from .layers import MaskedConv2d, MaskedLinear
@@ -58,14 +58,16 @@ class _ReadThrough(MaskedLayer):
 
 
 def _guarded(layer: MaskedLayer, what: str) -> Tensor | None:
-    if torch.compiler.is_dynamo_compiling() or in_transform():
+    if fx_trace._is_fx_tracing_flag and (traced := traced_attribute(layer, what)) is not None:
+        return traced
+    if torch.compiler.is_dynamo_compiling():
         return _read(layer, what)
     shared = layer._group(what)[0]
     try:
         read = _read(layer, what)
     except AmbiguousTaskError as error:
-        return None if shared is None else AmbiguousTensor.of(shared.detach(), str(error))
-    if read is None or read is shared:
+        return None if shared is None else AmbiguousTensor.like(shared, str(error))
+    if read is None or read is shared or in_transform():
         return read
     return ComputedTensor.of(
         read,

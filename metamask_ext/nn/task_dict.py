@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .names import describe, escape
+from .names import check_name, describe, escape, plain
 from .pairing import Memo, NamedModules, is_noted, noted_tensors
 from .structure import structure
 from .wrappers import check_entry, check_not_sharded
@@ -57,9 +57,11 @@ class TaskDict(nn.ParameterDict):
         return escape(key)
 
     def __setitem__(self, name: str, value: object) -> None:
+        name = check_name(name)
         key = escape(name)
         if not isinstance(value, Tensor):
             raise TypeError(f"what belongs to task {name!r} must be a tensor, got {type(value).__name__}")
+        value = _lasting(value)
         buffer = self._only_buffers or value.dtype == torch.uint8
         check_entry(self, None if buffer else value, f"task {name!r} cannot be {'changed' if name in self._keys else 'added'}")
         if buffer:
@@ -70,9 +72,9 @@ class TaskDict(nn.ParameterDict):
             self._buffers.pop(key, None)
         self._is_here(name)
         if name not in self._keys:
-            self._keys[name] = None
-            self._slots[key] = len(self._names)
             self._names.append(name)
+            self._slots[key] = len(self._names) - 1
+            self._keys[name] = None
             self._count()
         CHANGES.note()
 
@@ -82,19 +84,34 @@ class TaskDict(nn.ParameterDict):
         CHANGES.note()
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._keys:
+        if name not in self:
             raise KeyError(name)
         return self._tensor(escape(name))
 
+    def __contains__(self, name: object) -> bool:
+        return plain(name) in self._keys
+
     def __delitem__(self, name: str) -> None:
+        name = check_name(name)
         check_not_sharded([self], f"task {name!r} cannot be removed")
-        del self._keys[name]
+        if name not in self._keys:
+            raise KeyError(name)
+        self._drop(name)
+
+    def _drop(self, name: str, first_new_slot: int | None = None) -> None:
+        """Remove what there is of a task, also what an interruption left of one; its slot too, if no task had it before."""
         key = escape(name)
         self._parameters.pop(key, None)
         self._buffers.pop(key, None)
         self._is_here(name)
-        self._names[self._slots.pop(key)] = None
+        slot = self._slots.get(key)
+        if slot is not None:
+            self._names[slot] = None
+            del self._slots[key]
+        if first_new_slot is not None:
+            del self._names[first_new_slot:]
         self._count()
+        self._keys.pop(name, None)  # last: while it is here, the task can be removed again
         CHANGES.note()
 
     _single = False
@@ -171,7 +188,8 @@ class TaskDict(nn.ParameterDict):
         # What is still to be fetched would come on the device and in the dtype of before.
         self._fetch_all()
         apply: Callable[..., object] = super()._apply
-        apply(function, recurse)
+        with torch.inference_mode(False):
+            apply(function, recurse)
         CHANGES.note()  # torch may be told to replace parameters here
         return self
 
@@ -189,3 +207,12 @@ class TaskDict(nn.ParameterDict):
 
     def extra_repr(self) -> str:
         return f"{len(self)} tasks: {describe(self)}"
+
+
+def _lasting(value: Tensor) -> Tensor:
+    """The same values in a tensor that may be trained one day, also where ``value`` was made under ``inference_mode``."""
+    if not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        copied = value.detach().clone()
+        return nn.Parameter(copied, value.requires_grad) if isinstance(value, nn.Parameter) else copied

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 
+from ..torch_private import loads_strictly
 from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .names import check_name, describe, escape, unescape
 from .pairing import Memo, NamedModules, is_noted, noted_layer
+from .paths import plain_path
 from .selection import GivenMasks, ObservedSuperposition, Superposition
 from .task_dict import TaskDict
 from .wrappers import may_have_missed
@@ -27,7 +30,8 @@ class TaskLayer(nn.Module):
     """A layer some of whose tensors belong to tasks.
 
     A state dict with no such tensor of this layer (that of the plain torch layer) leaves them as they are; one that has some but
-    not all of them is an error under ``strict``; tasks that the layer lacks are created.
+    not all of them is an error under ``strict``, which says what to call; tasks that the layer lacks are created. ``strict=False``
+    takes what is there.
 
     Slots are saved in the state dict's metadata, where torch keeps the versions of modules: ``torch.save`` takes it along, a plain
     dictionary made of the tensors does not. A state with slots and every task of the layer brings them along; else the layer's
@@ -140,7 +144,9 @@ class TaskLayer(nn.Module):
         for tensors in self._dicts().values():
             tensors._fetch_all()
         given, saved = self._saved_tasks(state_dict, prefix)
+        count = self._load_settings(state_dict, prefix, given, error_msgs)
         if given:
+            self._check_tasks(saved, count, error_msgs)
             for task in saved:
                 if task not in self._task_dict():
                     self._new_task(task)
@@ -170,6 +176,32 @@ class TaskLayer(nn.Module):
                         state_dict[now] = state_dict.pop(key)
         return given, list(names)
 
+    def _load_settings(self, state_dict: StateDict, prefix: str, given: bool, error_msgs: list[str]) -> int | None:
+        """Make the layer's settings those of the state, for who has any; return how many tasks it was saved with, if it says so.
+
+        ``given``: the state has an entry of a task.
+        """
+        return None
+
+    def _check_tasks(self, saved: list[str], count: int | None, error_msgs: list[str]) -> None:
+        """Note in words where the state and the layer have different tasks; a strict load fails for it."""
+        messages = []
+        present = set(saved)
+        lacking = [task for task in self._task_dict() if task not in present]
+        if lacking:
+            messages.append(
+                f"the state has no masks for {describe(lacking)}, of the model's tasks. Load with strict=False, which leaves them "
+                "as they are, and metamask_ext.remove_task(model, name) those that shall go"
+            )
+        if count is not None and len(saved) < count:
+            messages.append(
+                f"the state was saved with {count} tasks and has masks for {describe(saved)} alone. torch.distributed.checkpoint "
+                "reads those that the model has: metamask_ext.add_task(model, name) the others first, and read again. Or load "
+                "with strict=False to do without them"
+            )
+        if messages and loads_strictly(sys._getframe()):
+            error_msgs += [message for message in messages if message not in error_msgs]
+
     def _load_plain(self, state_dict: StateDict, prefix: str) -> None:
         # Children are loaded next, from the same dictionary: they find what they have.
         for kind, tensors in self._dicts().items():
@@ -187,11 +219,37 @@ def _entries(tensors: TaskDict) -> Iterator[tuple[str, Tensor | None]]:
 
 
 def task_layers(model: nn.Module) -> list[tuple[str, TaskLayer]]:
-    """The layers of ``model`` with tensors of tasks, masked ones and others, with their names, each once. ValueError if none."""
+    """The layers of ``model`` with tensors of tasks, masked ones and others, by plain paths, each once. ValueError if none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, TaskLayer)]
+    layers = [(plain_path(model, name), layer) for name, layer in model.named_modules() if isinstance(layer, TaskLayer)]
     return layers or raise_no_layer(model)
+
+
+def same_tasks(layers: Iterable[tuple[str, TaskLayer]]) -> list[str]:
+    """The tasks of these layers, oldest first. ValueError, which says how to repair it, where they have different ones."""
+    dicts = [(name or "the model", tensors) for name, layer in layers for tensors in layer._dicts().values()]
+    first_name, first = dicts[0]
+    for name, tensors in dicts:
+        if tensors.keys() != first.keys():
+            known = dict.fromkeys(task for _, each in dicts for task in each)
+            partial = [task for task in known if not all(task in each for _, each in dicts)]
+            raise ValueError(
+                f"the masks of the model have different tasks: those of {first_name!r} {describe(first)}, those of {name!r} "
+                f"{describe(tensors)}. After a part of a state was loaded, metamask_ext.add_task(model, name) gives the layers "
+                f"that lack a task theirs: for {describe(partial)}"
+            )
+    return list(first)
+
+
+def task_keys(layers: Iterable[tuple[str, TaskLayer]], task: str) -> dict[nn.Module, str]:
+    """The key of a task in each of these layers. ValueError if it is unknown to one of them."""
+    layers = list(layers)
+    try:
+        return {layer: layer._task_key(task) for _, layer in layers}
+    except ValueError:
+        same_tasks(layers)  # says more where one layer knows it and another does not
+        raise
 
 
 def raise_no_layer(model: nn.Module) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from ..ops.checks import first_true, has_values, nan_flag
 from ..ops.gate import compute_dtype
 from .context import is_active
 from .masked_layer import MaskedLayer
-from .names import check_name, describe, escape
+from .names import check_name, describe, escape, plain
 from .structure import structure
 from .task_dict import TaskDict
-from .task_layer import TaskLayer, raise_no_layer, task_layers
+from .task_layer import TaskLayer, raise_no_layer, same_tasks, task_layers
 from .wrappers import check_may_grow, check_not_sharded
 
 
@@ -29,21 +29,11 @@ def tasks(model: nn.Module) -> list[str]:
     """The names of the model's tasks, oldest first.
 
     Raises:
-        ValueError: ``model`` has no masked layer, or its layers have different tasks.
+        ValueError: ``model`` has no masked layer, or its layers have different tasks, as after a part of a state dict was loaded:
+            :func:`add_task` completes those that the message names.
     """
     with structure():
-        layers = task_layers(model)
-        first_name, first = layers[0]
-        names = list(first._task_dict())
-        known = set(names)
-        for name, layer in layers:
-            for tensors in layer._dicts().values():
-                if tensors.keys() != known:
-                    raise ValueError(
-                        f"the masks of the model have different tasks: those of {first_name or 'the model'!r} {describe(names)}, "
-                        f"those of {name or 'the model'!r} {describe(tensors)}"
-                    )
-        return names
+        return same_tasks(task_layers(model))
 
 
 def slots(model: nn.Module) -> list[str | None]:
@@ -63,6 +53,9 @@ def slots(model: nn.Module) -> list[str | None]:
 def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "random") -> None:
     """Give every masked layer of ``model`` a mask for a new task. Masks that exist are not moved.
 
+    Where some layers have the task already, as after a part of a state dict was loaded, those that lack it get it: bits beside
+    bits of the same layer, else logits.
+
     An optimiser built before does not know the new parameters: add them to it (``metamask_ext.continual.TaskLoop`` does). So it is
     with every holder of parameters: ``DistributedDataParallel`` and ``fully_shard`` would not synchronise the new masks, and the
     model is refused while one of them holds it. Add the task to an ``AveragedModel`` of this model too.
@@ -78,8 +71,9 @@ def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "ran
             Sums over tasks are in float32, or in float64 for tensors of that dtype, and rounded once.
 
     Raises:
-        ValueError: the task exists, ``init`` is unknown or names an unknown task, logits are asked of a packed task, NaN would
-            come out of a mean or a combination, or ``model`` has no masked layer.
+        TypeError: ``name`` is no string.
+        ValueError: every layer has the task, ``init`` is unknown or names an unknown task, logits are asked of a packed task, NaN
+            would come out of a mean or a combination, or ``model`` has no masked layer.
         RuntimeError: a ``DistributedDataParallel`` or ``fully_shard`` holds parameters of the model.
     """
     with structure():
@@ -87,12 +81,12 @@ def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "ran
 
 
 def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> None:
-    known = tasks(model)
-    if check_name(name) in known:
-        raise ValueError(f"task {name!r} exists; the model has {describe(known)}")
+    name = check_name(name)
+    layers = task_layers(model)
+    known, partial = _known_for(layers, name)
     amounts, source = _resolve_init(known, init)
 
-    check_may_grow((layer for _, layer in task_layers(model)), f"task {name!r} cannot be added")
+    check_may_grow((layer for _, layer in layers), f"task {name!r} cannot be added")
 
     def fill(layer: TaskLayer, tensors: TaskDict, out: Tensor) -> None:
         if amounts is not None:
@@ -111,20 +105,62 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
     if computed:
         refuse_nan(model, known if amounts is None else amounts, "combined")
     how = None if init == "random" else fill
-    new = [(path, *entry) for path, layer in task_layers(model) for entry in layer._new_tensors(how)]
+    made = [(path, *entry) for path, layer in layers for entry in layer._new_tensors(how)]
+    new = [entry for entry in made if name not in entry[1]]
     if computed:
         checked = [(path, tensor) for path, _, tensor in new if tensor.is_floating_point() and has_values(tensor)]
         bad = first_true([nan_flag(tensor) for _, tensor in checked])
         if bad is not None:
             raise ValueError(f"init gives NaN for task {name!r} in layer {checked[bad][0]!r}: it combines NaN, or +inf with -inf")
-    for _, tensors, tensor in new:
-        tensors[name] = tensor
+    _put_in(name, [(tensors, tensor) for _, tensors, tensor in new])
+    if name in partial:
+        _pack_beside_bits([layer for _, layer in layers], name)
+
+
+def _put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]]) -> None:
+    """Give each TaskDict its tensor of a new task, or none of them where that is interrupted."""
+    lengths = {tensors: len(tensors._names) for tensors, _ in new}
+    try:
+        for tensors, tensor in new:
+            tensors[name] = tensor
+    except BaseException:  # Ctrl-C between two layers would leave a model that no call takes
+        for tensors, length in lengths.items():
+            tensors._drop(name, length)
+        raise
+
+
+def _pack_beside_bits(layers: Iterable[TaskLayer], name: str) -> None:
+    """Pack a task's mask of a weight or bias beside bits of the other."""
+    for layer in layers:
+        if isinstance(layer, MaskedLayer):
+            bits = layer._bits(name)
+            if len(bits) < len(layer._dicts()):
+                for masks, packed in bits:
+                    masks[name] = packed
+
+
+def _known_for(layers: Iterable[tuple[str, TaskLayer]], name: str) -> tuple[list[str], set[str]]:
+    """The tasks that all of these layers have, oldest first, and those that only some have. ValueError if ``name`` cannot be added."""
+    layers = list(layers)
+    kept = [tensors.keys() for _, layer in layers for tensors in layer._dicts().values()]
+    known, every = set(kept[0]), set(kept[0])
+    for names in kept:
+        if names != known:  # mostly they are the same, and many
+            known &= names
+            every |= names
+    ordered, partial = [task for task in kept[0] if task in known], every - known
+    if name in known:
+        raise ValueError(f"task {name!r} exists; the model has {describe(ordered)}")
+    if name not in partial:
+        same_tasks(layers)
+    return ordered, partial
 
 
 def _resolve_init(known: list[str], init: str | Mapping[str, float]) -> tuple[dict[str, float | Tensor] | None, str | None]:
     """The coefficients of a combination, or the task to copy, of those that are known; TypeError or ValueError for no ``init``."""
     if isinstance(init, Mapping):
         return check_amounts(known, init, "init"), None
+    init = plain(init)
     if not isinstance(init, str):
         raise TypeError(f"init must be a string, got {type(init).__name__}")
     if init.startswith("copy:"):
@@ -151,9 +187,12 @@ def check_amounts(known: list[str], amounts: Mapping[str, float | Tensor], argum
     if not amounts:
         raise ValueError(f"{argument} must name at least one task, got an empty mapping")
     checked: dict[str, float | Tensor] = {}
-    for task, amount in amounts.items():
+    for given, amount in amounts.items():
+        task = plain(given)
         if task not in known:
             raise ValueError(f"{argument} must name tasks among {describe(known)}, got {task!r}")
+        if task in checked:
+            raise ValueError(f"{argument} must name a task once, got {task!r} twice")
         if isinstance(amount, Tensor):
             if amount.numel() != 1 or not amount.is_floating_point():
                 raise ValueError(
@@ -168,11 +207,11 @@ def check_amounts(known: list[str], amounts: Mapping[str, float | Tensor], argum
             if not finite:
                 raise ValueError(f"{argument}[{task!r}] must be finite, got {amount}")
             checked[task] = float(amount)
-    given = {task: amount for task, amount in checked.items() if isinstance(amount, Tensor) and has_values(amount)}
-    bad = first_true([amount.detach().isfinite().logical_not() for amount in given.values()])
+    tensors = {task: amount for task, amount in checked.items() if isinstance(amount, Tensor) and has_values(amount)}
+    bad = first_true([amount.detach().isfinite().logical_not() for amount in tensors.values()])
     if bad is not None:
-        task = list(given)[bad]
-        raise ValueError(f"{argument}[{task!r}] must be finite, got {float(given[task].detach())}")
+        task = list(tensors)[bad]
+        raise ValueError(f"{argument}[{task!r}] must be finite, got {float(tensors[task].detach())}")
     return checked
 
 
@@ -208,24 +247,30 @@ def pack_task(model: nn.Module, name: str) -> None:
         ValueError: the task is unknown, a logit of it is NaN, or ``model`` has no masked layer. Nothing has changed.
     """
     with structure():
-        known = tasks(model)
+        known, name = tasks(model), plain(name)
         if name not in known:
             raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
         check_not_sharded(model.modules(), f"task {name!r} cannot be packed")
         refuse_nan(model, [name], "packed")
-        for masks, bits in [entry for _, layer in masked_layers(model) for entry in layer._bits(name)]:
-            masks[name] = bits
+        packed = [entry for _, layer in masked_layers(model) for entry in layer._bits(name)]
+        try:
+            for masks, bits in packed:
+                masks[name] = bits
+        except BaseException:
+            for masks, bits in packed:
+                masks[name] = bits
+            raise
 
 
 def remove_task(model: nn.Module, name: str) -> None:
     """Remove a task's masks from every masked layer of ``model``. Its slot stays empty.
 
     Raises:
-        ValueError: the task is unknown, or the last one.
+        ValueError: the task is unknown, or the last one; or the layers have different tasks, as for :func:`tasks`.
         RuntimeError: the task is active in an open ``using_task`` block, or ``fully_shard`` holds the model's parameters.
     """
     with structure():
-        known = tasks(model)
+        known, name = tasks(model), plain(name)
         if name not in known:
             raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
         if len(known) == 1:
@@ -234,5 +279,10 @@ def remove_task(model: nn.Module, name: str) -> None:
         check_not_sharded(layers, f"task {name!r} cannot be removed")
         if is_active(layers, name):
             raise RuntimeError(f"task {name!r} is active: leave its using_task block before removing it")
-        for layer in layers:
-            layer._remove_task(name)
+        try:
+            for layer in layers:
+                layer._remove_task(name)
+        except BaseException:  # Ctrl-C between two layers: what is begun is ended
+            for layer in layers:
+                layer._remove_task(name)
+            raise

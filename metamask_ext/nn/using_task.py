@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ContextDecorator
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from typing import TypeVar
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .context import Key, close_block, open_block
-from .names import describe
+from .names import describe, plain
 from .selection import Selection, TaskBatch
 from .sequence_first import batch_views
-from .task_layer import task_layers
+from .task_layer import task_keys, task_layers
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -59,6 +59,7 @@ class using_task(ContextDecorator):
         if batch_dim is not None and (isinstance(batch_dim, bool) or batch_dim not in (0, 1)):
             raise ValueError(f"batch_dim must be None, 0 or 1, got {batch_dim!r}")
         self._model = model
+        task = plain(task)
         self._task: str | Selection = task if isinstance(task, (str, Selection)) else batch_of(model, task)
         self._views: dict[nn.Module, TaskBatch] = {}
         """For layers whose samples do not simply lie along the first dimension, the batch as they see it."""
@@ -69,15 +70,15 @@ class using_task(ContextDecorator):
                 self._task = self._task.along(batch_dim)
         self._keys()
 
-    def _keys(self) -> dict[nn.Module, Key]:
+    def _keys(self) -> Mapping[nn.Module, Key]:
         task = self._task
         layers = task_layers(self._model)
         if isinstance(task, str):
-            return {layer: layer._task_key(task) for _, layer in layers}
+            return task_keys(layers, task)
         for _, layer in layers:
             if not layer._task_dict()._slots.keys() >= task.key_set:
                 for name in task.names:
-                    layer._task_key(name)
+                    task_keys(layers, name)
         views = self._views
         return {layer: views.get(layer, task) for _, layer in layers}
 
@@ -113,6 +114,8 @@ def batch_of(model: nn.Module, given: Sequence[str | int] | Tensor) -> TaskBatch
     slots: list[str | None] | None = None
     names = []
     for position, entry in enumerate(given):
+        if type(entry) is not str:
+            entry = plain(entry)
         if not isinstance(entry, str):
             if slots is None:
                 slots = _slots_of(model)

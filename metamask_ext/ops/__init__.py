@@ -9,3 +9,4 @@ from metamask_ext._build import BACKEND
 
 if BACKEND != "reference":
     import_module("metamask_ext._C")  # registers the ops
+    import_module(".flops", __name__).register()

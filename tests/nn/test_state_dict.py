@@ -36,18 +36,19 @@ def _assert_equal_states(got, wanted):
         assert torch.equal(got[key], wanted[key]), key
 
 
-def test_keys_are_torchs_keys_and_one_for_each_mask():
+def test_keys_are_torchs_keys_one_for_the_gate_and_one_for_each_mask():
     layer = MaskedLinear(3, 2)
     add_task(layer, "a.b")
     assert list(layer.state_dict()) == [
         "weight",
         "bias",
+        "_extra_state",
         "masks.default",
         "masks.a%2Eb",
         "bias_masks.default",
         "bias_masks.a%2Eb",
     ]
-    assert list(MaskedLinear(3, 2, bias=False).state_dict()) == ["weight", "masks.default"]
+    assert list(MaskedLinear(3, 2, bias=False).state_dict()) == ["weight", "_extra_state", "masks.default"]
 
 
 @MODES

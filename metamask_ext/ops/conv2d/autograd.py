@@ -38,7 +38,8 @@ def conv2d_product(
     patches = raw.im2col(input, kernel, stride, padding, dilation)
     y = linear_raw.masked_linear(patches, _rows(weight), _rows(mask_logits), bias, bias_mask_logits, gate_id, gate_param)
     size = output_size(input.shape, kernel, stride, padding, dilation)
-    return torch.unflatten(y.transpose(1, 2), 2, size).contiguous(), patches
+    # With one place a contiguous tensor would be y itself, seen another way: no output is a view, an activation may write to it.
+    return torch.unflatten(y.transpose(1, 2), 2, size).clone(memory_format=torch.contiguous_format), patches
 
 
 class MaskedConv2d(Function):

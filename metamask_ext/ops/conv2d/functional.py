@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metamask_ext.torch_private import bare_apply
+from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
 from ..checks import check_bias, check_conv2d, check_pair
 from ..dispatch import autocast_dtype, check_input_dtype, fit_parameters, use_reference
@@ -55,6 +55,8 @@ def masked_conv2d(
     Raises:
         TypeError, ValueError: as :func:`masked_weight`; also when ``input`` does not fit ``weight``.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(masked_conv2d, locals())) is not None:
+        return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
     parameters = fit_parameters(weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param)
     _, mask_logits, _, bias_mask_logits = parameters

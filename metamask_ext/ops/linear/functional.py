@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metamask_ext.torch_private import bare_apply
+from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
 from ..checks import check_linear, check_pair
 from ..dispatch import FLOAT32, autocast_dtype, check_input_dtype, fit_parameters, use_reference, worded
@@ -45,6 +45,8 @@ def masked_linear(
     Raises:
         TypeError, ValueError: as :func:`masked_weight`; also when ``input`` does not fit ``weight``.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(masked_linear, locals())) is not None:
+        return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
     parameters = (weight, mask_logits, bias, bias_mask_logits)
     if use_reference():

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metamask_ext.torch_private import fx_trace, traced_function
+
 from ..checks import (
     as_list,
     check_conv2d,
@@ -69,6 +71,8 @@ def task_masked_linear(
         ValueError: a shape or device does not fit, a slot is not in ``[0, T)``, the gate is unknown, or the temperature is not
             positive. Under torch.compile and a vmap over the slots, one out of range is torch's own error of an index.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(task_masked_linear, locals())) is not None:
+        return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
     given, given_bias = _fitting(weight, masks, bias_masks, gate_id, gate_param)
     return _linear(input, slots, weight, given, bias, given_bias, gate_id, gate_param, 1)
@@ -112,6 +116,8 @@ def task_masked_conv2d(
     Raises:
         TypeError, ValueError: as :func:`task_masked_linear`.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(task_masked_conv2d, locals())) is not None:
+        return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
     given, given_bias = _fitting(weight, masks, bias_masks, gate_id, gate_param)
     check_masks(given, weight)
@@ -124,15 +130,16 @@ def task_masked_conv2d(
     check_task_bias(weight, given, bias, given_bias)
     batch, geometry, size = resolve_geometry(batch, weight.shape[2:], stride, padding, dilation)
     if _takes_one_convolution(batch, weight, given, size):
-        y = _one_convolution(batch, slots, weight, given, bias, given_bias, gate_id, gate_param, geometry, groups).contiguous()
+        y = _one_convolution(batch, slots, weight, given, bias, given_bias, gate_id, gate_param, geometry, groups)
     else:
         # Made contiguous once: the op would do it forward and backward.
         columns = im2col(batch, weight.shape[2:], *geometry).contiguous()
         stacked = is_stacked(given, weight)
         flat = [mask.flatten(2 if stacked else 1) for mask in given]
         y = _linear(columns, slots, weight.flatten(1), flat, bias, given_bias, gate_id, gate_param, groups)
-        y = torch.unflatten(y.transpose(1, 2).contiguous(), 2, size)
-    return y if input.dim() == 4 else y[0]
+        y = torch.unflatten(y.transpose(1, 2), 2, size)
+    # A copy even where y is in order: no output is a view, an activation may write to it.
+    return (y if input.dim() == 4 else y[0]).clone(memory_format=torch.contiguous_format)
 
 
 def _fitting(

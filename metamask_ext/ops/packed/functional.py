@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from metamask_ext.torch_private import fx_trace, traced_function
+
 from ..checks import (
     as_list,
     check_conv2d,
@@ -49,6 +51,8 @@ def pack_mask(mask_logits: Tensor, *, threshold: float = 0.0) -> Tensor:
         ValueError: ``mask_logits`` is a scalar or holds NaN, for which there is no bit, or ``threshold`` is NaN. Where values
             cannot be looked at (under torch.compile, in transforms of torch.func) NaN becomes 0.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(pack_mask, locals())) is not None:
+        return traced
     check_mask_logits(mask_logits, threshold)
     if has_values(mask_logits) and bool(nan_flag(mask_logits)):
         raise ValueError(f"mask_logits must not hold NaN, got {int(mask_logits.isnan().sum())} of {mask_logits.numel()}")
@@ -64,6 +68,8 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
         TypeError: ``packed`` is no tensor or not uint8.
         ValueError: ``packed`` is not the shape of a packed mask of ``shape``.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(unpack_mask, locals())) is not None:
+        return traced
     check_shape(packed, shape)
     if use_reference():
         return reference.unpack_mask(packed, shape)
@@ -97,6 +103,8 @@ def packed_masked_linear(
         TypeError: an argument is no tensor, or of the wrong dtype.
         ValueError: shapes or devices do not fit, or a slot is no task's.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(packed_masked_linear, locals())) is not None:
+        return traced
     return _linear(input, slots, weight, packed, bias, packed_bias, 1)
 
 
@@ -129,13 +137,16 @@ def packed_masked_conv2d(
         TypeError, ValueError: as :func:`packed_masked_linear`; also when ``input`` does not fit ``weight`` or ``padding`` is no
             padding.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(packed_masked_conv2d, locals())) is not None:
+        return traced
     check_conv2d(input, weight, groups)
     images = input if input.dim() == 4 else input[None]
     images, geometry, size = resolve_geometry(images, weight.shape[2:], stride, padding, dilation)
     columns = im2col(images, weight.shape[2:], *geometry)
     y = _linear(columns, slots, weight.flatten(1), packed, bias, packed_bias, groups)
-    y = y.transpose(1, 2).reshape(images.shape[0], weight.shape[0], *size).contiguous()
-    return y if input.dim() == 4 else y[0]
+    y = torch.unflatten(y.transpose(1, 2), 2, size)
+    # A copy even where y is in order: no output is a view, an activation may write to it.
+    return (y if input.dim() == 4 else y[0]).clone(memory_format=torch.contiguous_format)
 
 
 def superposition_gradient(

@@ -13,7 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from metamask_ext.torch_private import bare_apply
+from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
 from ..checks import check_pair, check_pairs
 from ..dispatch import FLOAT32, fit_logits, use_reference
@@ -77,6 +77,8 @@ def masked_weight(
         ValueError: the shapes or devices differ, the gate is unknown, or the temperature is not positive; a sequence is empty, or
             the two are not as long.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(masked_weight, locals())) is not None:
+        return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
     logits: Any = mask_logits
     if isinstance(weight, Sequence):

@@ -1,0 +1,129 @@
+"""Finds whose ``weight`` and ``bias`` a module reads past the forward of the layer that owns them, from its bytecode."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+
+from torch import nn
+
+from .guarded import METADATA
+
+
+def forget() -> None:
+    """Forget what was found: a method may have been replaced since."""
+    _owners_read.cache_clear()
+
+
+def is_read(model: nn.Module, name: str) -> bool:
+    """True if a module around the layer ``name`` reads its weight or bias itself, as in ``F.linear(x, self.fc.weight)``."""
+    *outer, own = name.split(".")
+    around = [model] if name else []
+    for part in outer:
+        around.append(around[-1].get_submodule(part))
+    return any(own in read or None in read for read in map(_layers_read, around))
+
+
+def _layers_read(module: nn.Module) -> set[str | None]:
+    """The names ``f`` in every ``….f.weight`` and ``….f.bias`` that ``forward``, or what it calls, reads; None: of no known name.
+
+    Of other methods (``training_step``, a loss), only names that are known, and none where a method sets up or saves the module.
+    """
+    bases = type(module).__mro__
+    function = inspect.unwrap(module.forward)
+    found = set(_owners_read(getattr(function, "__func__", function), bases))
+    for base in bases:
+        if base.__module__.partition(".")[0] == "torch":
+            continue  # torch's own modules compute in forward
+        for name in vars(base):
+            if not _SETS_UP.match(name):
+                for method in _methods(base.__mro__, name):
+                    found |= _owners_read(method, bases) - {None}
+    return found
+
+
+_SETS_UP = re.compile(
+    r"__|_?(init|reset|tie|untie|resize|load|save|from_|configure|extra_repr|prune|freeze|unfreeze|(get|set)_\w*(embedding|param|group))"
+)
+"""Methods that handle parameters as such: they mean the shared ones."""
+
+
+@functools.cache
+def _owners_read(forward: object, bases: tuple[type, ...]) -> set[str | None]:
+    found: set[str | None] = set()
+    seen: set[CodeType] = set()
+    # A function, and whether its first argument is the module, whose own weight is not a layer's.
+    todo: list[tuple[object, bool]] = [(forward, True)]
+    while todo:
+        function, is_method = todo.pop()
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
+            continue
+        code = function.__code__
+        seen.add(code)
+        module_itself = code.co_varnames[0] if is_method and code.co_argcount else None
+        for owner, instruction, following in _instructions(code):
+            name = instruction.argval
+            if instruction.opname == "LOAD_GLOBAL":
+                called = function.__globals__.get(name)
+                if inspect.isfunction(called) and _package(called) == _package(function):
+                    todo.append((inspect.unwrap(called), False))
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                todo += [(called, True) for called in _methods(bases, name)]
+                if name not in ("weight", "bias") or _reads_no_value(following):
+                    continue
+                if owner.opname == "LOAD_ATTR":
+                    found.add(owner.argval)
+                elif not owner.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME")) and _last(owner.argval) != module_itself:
+                    found.add(None)
+    return found
+
+
+def _instructions(code: CodeType) -> Iterator[tuple[dis.Instruction, dis.Instruction, list[dis.Instruction]]]:
+    """Each instruction with the one before it and the ones after it; also those of the comprehensions and lambdas inside."""
+    found = [instruction for instruction in dis.get_instructions(code) if instruction.opname not in ("CACHE", "EXTENDED_ARG")]
+    for index in range(1, len(found)):
+        yield found[index - 1], found[index], found[index + 1 : index + 5]
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _instructions(constant)
+
+
+def _reads_no_value(following: list[dis.Instruction]) -> bool:
+    """True if what comes after ``.weight`` is ``.dtype`` or the like, ``.data.dtype``, or a comparison with None."""
+    while following and following[0].opname == "LOAD_ATTR" and following[0].argval == "data":
+        following = following[1:]
+    if not following:
+        return False
+    first = following[0]
+    if first.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        return first.argval in METADATA
+    if first.opname == "LOAD_CONST" and first.argval is None:
+        return len(following) > 1 and following[1].opname == "IS_OP"
+    return first.opname.endswith(("_IF_NONE", "_IF_NOT_NONE"))
+
+
+def _methods(bases: tuple[type, ...], name: str) -> list[object]:
+    """The functions behind ``self.<name>`` and ``super().<name>``."""
+    found: list[object] = []
+    for base in bases:
+        member = None if base in (nn.Module, object) else base.__dict__.get(name)
+        if isinstance(member, property):
+            member = member.fget
+        if isinstance(member, (staticmethod, classmethod)):
+            member = member.__func__
+        if inspect.isfunction(member):
+            found.append(inspect.unwrap(member))
+    return found
+
+
+def _package(function: FunctionType) -> str:
+    return (function.__module__ or "").partition(".")[0]
+
+
+def _last(argument: object) -> object:
+    """Of an instruction that loads two variables, the one that ends on top."""
+    return argument[-1] if isinstance(argument, tuple) else argument
