@@ -11,6 +11,7 @@ from ..ops.gate import resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import unpack_mask
 from ..ops.weight import reference as weight_reference
+from ..torch_private import EXTRA_STATE
 from .index import INDEX, BankError
 from .per_task import full_name
 from .settings import gate_settings, layer_shapes
@@ -37,8 +38,10 @@ def task_state(store: Store, name: str) -> dict[str, Tensor]:
 
 def _task_state(store: Store, name: str) -> dict[str, Tensor]:
     shared, task = store.shared(), dict(store.task(name))
-    state = dict(shared)
-    for key, (layer, shape) in _masked(store).items():
+    masked = _masked(store)
+    of_masks = {full_name(layer, EXTRA_STATE) for layer, _ in masked.values()}  # settings that a plain layer does not have
+    state = {key: tensor for key, tensor in shared.items() if key not in of_masks}
+    for key, (layer, shape) in masked.items():
         weight = shared.get(key)
         if weight is None or weight.shape != shape:
             got = "none" if weight is None else str(list(weight.shape))

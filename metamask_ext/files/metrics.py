@@ -39,6 +39,8 @@ class MetricsFile:
     def __init__(self, path: Path, length: int, sha256: str | None = None):
         self.path = path
         self._digest = hashlib.sha256()
+        if length and path.is_symlink():
+            raise CheckpointError(f"{str(path)!r} is a symbolic link; its checkpoint was made with a file of {length} bytes")
         with output_errors(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         try:

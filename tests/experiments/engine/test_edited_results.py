@@ -1,4 +1,4 @@
-"""What a run's folder holds is believed only with its checksum: edited pieces, metrics and checkpoints are refused."""
+"""A run's files are believed only with their checksums: edited pieces, metrics and checkpoints are refused."""
 
 from __future__ import annotations
 
