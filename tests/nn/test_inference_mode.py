@@ -1,4 +1,4 @@
-"""What stays of a call under ``inference_mode`` is no inference tensor: a later call may train."""
+"""Nothing that stays of a call under ``inference_mode`` is an inference tensor: a later call may train."""
 
 from __future__ import annotations
 
