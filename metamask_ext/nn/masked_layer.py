@@ -75,7 +75,7 @@ class MaskedLayer(TaskLayer):
         resolve_gate(gate, temperature, threshold)
         if self.plain_type.get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(
-                f"a {self.plain_type.__name__} cannot be masked: it has extra state of its own, and the gate is saved in its place. "
+                f"a {self.plain_type.__name__} cannot be masked: it has extra state of its own, where the gate is saved. "
                 "Leave it plain with exclude"
             )
         weight, bias = self._shared()
