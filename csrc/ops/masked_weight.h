@@ -50,6 +50,7 @@ struct MaskedWeight {
     check_pair(weight, mask_logits);
     const Update weight_update = update("weight", updates[0], weight_momentum_buffer, weight_settings, weight);
     const Update mask_update = update("mask_logits", updates[1], mask_momentum_buffer, mask_settings, mask_logits);
+    check_apart({{{"weight", weight}, weight_update}, {{"mask_logits", mask_logits}, mask_update}}, {{"grad", grad}});
     return backward_or_update(resolved(grad), resolved(weight), resolved(mask_logits), Gate{GateKind(gate_id), gate_param},
                               output_mask, weight_update, mask_update);
   }

@@ -51,6 +51,8 @@ inline TaskArrays task_arrays(const char* name, const char* like_name, at::Tenso
                      ", got ", all.scalar_type());
     TORCH_CHECK_VALUE(all.sizes().slice(1) == like.sizes(), name, " must be T masks of the shape of ", like_name, ", ",
                       like.sizes(), ", got ", all.sizes());
+    check_sizes(name, all.sizes());
+    check_tasks(name, all.size(0));
     TORCH_CHECK_VALUE(all.device() == like.device(), name, " must be on the device of ", like_name, ", ", like.device(), ", got ",
                       all.device());
     arrays.tasks = all.size(0);
@@ -85,6 +87,7 @@ inline TaskArrays task_cotangents(const char* name, const OptionalTensors& given
     arrays.tensors.emplace_back();
     if (!is_given(one)) continue;
     any = true;
+    check_storage((std::string(name) + "[" + std::to_string(i) + "]").c_str(), one->scalar_type(), masks.tensors[i]);
     TORCH_CHECK_VALUE(one->sizes() == masks.tensors[i].sizes() && one->device() == masks.tensors[i].device(), name, "[", i,
                       "] must have the shape and device of its mask, ", masks.tensors[i].sizes(), " on ", masks.tensors[i].device(),
                       ", got ", one->sizes(), " on ", one->device());
@@ -155,14 +158,19 @@ struct TaskMaskedLinear {
       check_storage("cotangent_input", cotangent_input->scalar_type(), weight);
       TORCH_CHECK_VALUE(cotangent_input->sizes() == input.sizes(), "cotangent_input must have the shape of input, ", input.sizes(),
                         ", got ", cotangent_input->sizes());
+      TORCH_CHECK_VALUE(cotangent_input->device() == input.device(), "cotangent_input must be on the device of input, ",
+                        input.device(), ", got ", cotangent_input->device());
       cotangents.input = matrix(*cotangent_input, product);
     }
     cotangents.weight = cotangent("cotangent_weight", cotangent_weight, arguments.weight);
     cotangents.masks = task_cotangents("cotangent_masks", cotangent_masks, arguments.masks);
     if (is_given(cotangent_bias)) {
       TORCH_CHECK_VALUE(is_given(bias), "cotangent_bias needs a bias, got bias=None");
+      check_storage("cotangent_bias", cotangent_bias->scalar_type(), weight);
       TORCH_CHECK_VALUE(cotangent_bias->sizes() == bias->sizes(), "cotangent_bias must have the shape of bias, ", bias->sizes(),
                         ", got ", cotangent_bias->sizes());
+      TORCH_CHECK_VALUE(cotangent_bias->device() == bias->device(), "cotangent_bias must be on the device of bias, ",
+                        bias->device(), ", got ", cotangent_bias->device());
       cotangents.bias = cotangent_bias->to(bias->scalar_type()).contiguous();
     }
     cotangents.bias_masks = task_cotangents("cotangent_bias_masks", cotangent_bias_masks, arguments.bias_masks);

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..nn.masked_layer import MaskedLayer
 from ..nn.paths import plain_modules
 from ..nn.per_task import PerTask, keep_per_task
+from ..nn.structure import unchanged_on_error
 from ..nn.task_dict import TaskDict
 from ..nn.tasks import slots
 
@@ -58,5 +59,6 @@ def keep_matching(model: nn.Module, patterns: str | Iterable[str]) -> None:
                 )
             found.setdefault(module, {})[name] = None
     by_slot = slots(model)
-    for module, names in found.items():
-        keep_per_task(module, names, by_slot)
+    with unchanged_on_error(found):
+        for module, names in found.items():
+            keep_per_task(module, names, by_slot)

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from ..files.checkpoint import check_same_settings, not_ours
 from ..nn import MaskedLayer
 from ..nn.names import describe, escape, unescape
+from ..nn.settings import decoded
 from ..nn.task_dict import TaskDict
+from ..nn.tasks import masked_layers
 from ..ops.geometry import packed_shape
-
-EXTRA_STATE = "_extra_state"
-"""The end of the keys under which modules save what is no tensor."""
+from ..torch_private import EXTRA_STATE
 
 _Form = tuple[torch.dtype, torch.Size]
 
@@ -128,7 +128,8 @@ class Checks:
         dicts = _dicts(self.model)
         forms: dict[str, list[_Form]] = {}
         for key, tensor in own.items():
-            if key.rpartition(".")[0] not in dicts and isinstance(tensor, Tensor):
+            if key.rpartition(".")[0] not in dicts and not _is_extra(key, own):
+                assert isinstance(tensor, Tensor)
                 forms[key] = [(tensor.dtype, tensor.shape)]
         for path, tensors in dicts.items():
             of_masks = _forms_of(self.model, tensors)
@@ -142,12 +143,20 @@ class Checks:
             self._refuse(f"model must be a state dict, got {type(model).__name__}")
         dicts = _dicts(self.model)
         own = self.model.state_dict()
+        self._check_gates(model)
         given = {_key(key, dicts): tensor for key, tensor in model.items() if not _is_extra(key, own)}
         if given.keys() != forms.keys():
             lacks, more = sorted(forms.keys() - given.keys()), sorted(given.keys() - forms.keys())
             self._refuse_model(
                 "; ".join(f"{what} {describe(keys)}" for what, keys in (("it lacks", lacks), ("it has", more)) if keys)
             )
+        for path, _ in masked_layers(self.model):
+            key = f"{path}.{EXTRA_STATE}".lstrip(".")
+            try:
+                if key in model:  # a version before it saved none
+                    decoded(model[key])
+            except ValueError as error:
+                self._refuse(f"{key} {error}")
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for key, allowed in forms.items():
             tensor = given[key]
@@ -156,6 +165,15 @@ class Checks:
             if (key in parameters or key.rpartition(".")[0] in dicts) and bool(tensor.isnan().any()):
                 self._refuse(f"{key} holds NaN: the training had diverged")
         return cast(dict[str, Tensor], given)
+
+    def _check_gates(self, model: Mapping[str, object]) -> None:
+        for path, layer in self.model.named_modules(remove_duplicate=False):
+            key = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
+            if isinstance(layer, MaskedLayer) and key in model:
+                try:
+                    decoded(model[key])
+                except ValueError as error:
+                    self._refuse_model(f"{key} {error}")
 
     def _refuse_model(self, why: str) -> NoReturn:
         self._refuse(f"the model does not fit the checkpoint: {why}")
@@ -210,7 +228,7 @@ def _dicts(model: nn.Module, once: bool = False) -> dict[str, TaskDict]:
 
 
 def _is_extra(key: str, own: Mapping[str, object]) -> bool:
-    """Return whether modules save what is no tensor under this key, which they check themselves."""
+    """Return whether modules save something beside parameters and buffers under this key."""
     return key.rpartition(".")[2] == EXTRA_STATE or not isinstance(own.get(key, torch.Tensor()), Tensor)
 
 
@@ -228,6 +246,6 @@ def _forms_of(model: nn.Module, tensors: TaskDict) -> list[_Form]:
             for shared, masks in layer._groups():
                 if masks is tensors:
                     logits = [(dtype, shared.shape) for dtype in layer._dtypes_of_logits()]
-                    return [*logits, (torch.uint8, packed_shape(shared.shape))]
+                    return [*logits, (torch.uint8, torch.Size(packed_shape(shared.shape)))]
     like = tensors[next(iter(tensors))]
     return [(like.dtype, like.shape)]

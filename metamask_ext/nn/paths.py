@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..torch_private import wrapped_attribute
 
@@ -37,7 +37,7 @@ def plain_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple
 
 
 def plain_state(model: nn.Module) -> StateDict:
-    """The state dict of ``model`` by plain paths: it loads into the plain model, by :func:`load_plain_state` into a wrapped one."""
+    """The state dict of ``model`` by plain paths: it loads into the plain model, by :func:`own_state` into a wrapped one."""
     state = model.state_dict()
     plain: StateDict = OrderedDict(_renamed(_plain_paths(model, state), state))
     metadata = getattr(state, "_metadata", {})
@@ -45,15 +45,20 @@ def plain_state(model: nn.Module) -> StateDict:
     return plain
 
 
-def load_plain_state(model: nn.Module, given: Mapping[str, Any]) -> None:
-    """Load a state dict by plain paths, or by those of ``model``, strictly."""
+def own_state(model: nn.Module, given: Mapping[str, Any]) -> StateDict:
+    """A state dict by plain paths, or by those of ``model``, as one that loads into ``model``, whatever its tasks are."""
     own = model.state_dict()
-    state: StateDict = OrderedDict(_renamed(_inverse(_plain_paths(model, own)), given))
+    prefixes = _inverse(_plain_paths(model, [path.rpartition(".")[0] for path in own]))
+    state: StateDict = OrderedDict()
+    for path, value in given.items():
+        prefix, _, name = path.rpartition(".")
+        prefix = prefixes.get(prefix, prefix)
+        state[f"{prefix}.{name}" if prefix else name] = value
     metadata = getattr(given, "_metadata", None)
     if metadata is not None:
         back = _inverse(_plain_paths(model, getattr(own, "_metadata", {})))
         state._metadata = OrderedDict(_renamed(back, metadata))  # type: ignore[attr-defined]  # torch's own
-    model.load_state_dict(state)
+    return state
 
 
 def _plain_paths(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
@@ -64,5 +69,5 @@ def _inverse(paths: Mapping[str, str]) -> dict[str, str]:
     return {plain: path for path, plain in paths.items()}
 
 
-def _renamed(names: Mapping[str, str], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(names: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in values.items()}

@@ -18,7 +18,7 @@ from ..torch_private import EXTRA_STATE, is_no_extra_state
 
 _NAMES = {number: name for name, number in GATES.items()}
 _ROUNDING = 1e-3
-"""What averaging or a conversion may do to a small whole number."""
+"""The most that averaging or a conversion may change a small whole number by."""
 
 
 class Settings(NamedTuple):

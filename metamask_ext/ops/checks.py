@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metamask_ext import torch_private
 
-from .geometry import packed_bytes, packed_shape
+from .geometry import MOST_ELEMENTS, check_rows, check_sizes, check_tasks, packed_bytes, packed_shape
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of weights and logits."""
@@ -56,6 +56,23 @@ def check_pairs(weight: Sequence[Tensor], mask_logits: Sequence[Tensor]) -> None
             raise ValueError(f"{name} must be on the device of weight[0], {first.device}, got {one.device}")
 
 
+def check_storage(name: str, dtype: torch.dtype, weight: Tensor) -> None:
+    """Refuse a dtype that is not computed with that of ``weight``: float64 goes with float64, and only there."""
+    if dtype not in DTYPES or (dtype == torch.float64) != (weight.dtype == torch.float64):
+        wanted = "float64 as weight is" if weight.dtype == torch.float64 else "float32, bfloat16 or float16"
+        raise TypeError(f"{name} must be {wanted}, got {dtype}")
+
+
+def check_flags(name: str, flags: Sequence[bool], count: int) -> None:
+    if len(flags) != count:
+        raise ValueError(f"{name} must be {count} flags, got {len(flags)}")
+
+
+def check_pixels(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
+
+
 def check_input(input: Tensor, weight: Tensor) -> None:
     """Refuse an input that is no tensor, or on another device than ``weight``."""
     if not isinstance(input, Tensor):
@@ -91,6 +108,7 @@ def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, bias_mask_l
         raise ValueError(
             f"input must be [..., in] with in = {weight.shape[1]} as in weight {list(weight.shape)}, got {list(input.shape)}"
         )
+    check_rows(input.shape, weight.shape[0])
     check_bias(weight, bias, bias_mask_logits)
 
 
@@ -109,6 +127,8 @@ def check_conv2d(input: Tensor, weight: Tensor, groups: int) -> None:
 
 
 def check_like(name: str, tensor: Tensor, weight: Tensor) -> None:
+    """Refuse a gradient or cotangent of ``weight`` in another shape, or in a dtype that it is not computed with."""
+    check_storage(name, tensor.dtype, weight)
     if tensor.shape != weight.shape:
         raise ValueError(f"{name} must have the shape of weight, {list(weight.shape)}, got {list(tensor.shape)}")
     if tensor.device != weight.device:
@@ -158,6 +178,8 @@ def check_masks(masks: Sequence[Tensor], weight: Tensor, name: str = "masks", we
         raise TypeError(f"{name} must have the dtype of {weight_name}, {weight.dtype}, got {mask.dtype}")
     if mask.shape[1:] != weight.shape:
         raise ValueError(f"{name} must be T masks of the shape of {weight_name}, {list(weight.shape)}, got {list(mask.shape)}")
+    check_sizes(name, mask.shape)
+    check_tasks(name, mask.shape[0])
     if mask.device != weight.device:
         raise ValueError(f"{name} must be on the device of {weight_name}, {weight.device}, got {mask.device}")
 
@@ -187,9 +209,12 @@ def check_slot_values(slots: Tensor, tasks: int) -> None:
     seen = torch_private.concrete(slots)
     if seen is None:
         return
-    for position, slot in enumerate(seen.tolist()):
-        if not 0 <= slot < tasks:
-            raise ValueError(f"slots must be in [0, {tasks}), got {slot} at position {position}")
+    if seen.stride() == (0,):  # one slot for a batch of any size
+        seen = seen[:1]
+    bad = (seen < 0) | (seen >= tasks)
+    if bool(bad.any()):
+        position = int(bad.to(torch.uint8).argmax())
+        raise ValueError(f"slots must be in [0, {tasks}), got {int(seen[position])} at position {position}")
 
 
 def check_task_bias(weight: Tensor, masks: Sequence[Tensor], bias: Tensor | None, bias_masks: Sequence[Tensor] | None) -> None:
@@ -217,17 +242,12 @@ def check_task_linear(
 ) -> None:
     """Refuse arguments of :func:`task_masked_linear` that do not fit, all but the values of ``slots``."""
     check_masks(masks, weight)
+    check_sizes("weight", weight.shape)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the rows of weight, {weight.shape[0]}, got {groups}")
-    check_input(input, weight)
-    columns = groups * weight.shape[1]
-    if input.dim() < 2 or input.shape[-1] != columns:
-        raise ValueError(
-            f"input must be [B, ..., in] with in = {columns} as in weight {list(weight.shape)} with groups={groups}, "
-            f"got {list(input.shape)}"
-        )
+    check_batch_input(input, weight, groups)
     check_slots(slots, input, weight)
     check_task_bias(weight, masks, bias, bias_masks)
 
@@ -240,6 +260,7 @@ def check_mask_logits(mask_logits: Tensor, threshold: float) -> None:
         raise TypeError(f"mask_logits must be float64, float32, bfloat16 or float16, got {mask_logits.dtype}")
     if mask_logits.dim() == 0:
         raise ValueError("mask_logits must be [out, ...] or [n], got a scalar")
+    check_sizes("mask_logits", mask_logits.shape)
     if not isinstance(threshold, (int, float)):
         raise TypeError(f"threshold must be a number, got {threshold!r}")
     if threshold != threshold:
@@ -278,6 +299,7 @@ def check_shape(packed: Tensor, shape: Sequence[int]) -> None:
         raise TypeError(f"packed must be uint8, as pack_mask gives it, got {packed.dtype}")
     if len(shape) == 0 or any(n < 0 for n in shape):
         raise ValueError(f"shape must be [out, ...] or [n], got {list(shape)}")
+    check_sizes("shape", shape)
     if tuple(packed.shape) != packed_shape(shape):
         raise ValueError(f"packed must be {list(packed_shape(shape))} for the shape {list(shape)}, got {list(packed.shape)}")
 
@@ -295,6 +317,9 @@ def _check_packed_masks(name: str, packed: Sequence[Tensor], task: tuple[int, ..
         if tuple(tensor.shape[1:] if stacked else tensor.shape) != task:
             start = "[tasks, " if stacked else "["
             raise ValueError(f"{which} must be {start}{words}], a task's being {list(task)}, got {list(tensor.shape)}")
+        if stacked:
+            check_sizes(name, tensor.shape)
+            check_tasks(name, tensor.shape[0])
         if tensor.device != weight.device:
             raise ValueError(f"{which} must be on the device of weight, {weight.device}, got {tensor.device}")
     return packed[0].shape[0] if stacked else len(packed)
@@ -306,6 +331,7 @@ def check_packed_weight(weight: Tensor, packed: Sequence[Tensor], groups: int) -
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
     if weight.dtype not in DTYPES:
         raise TypeError(f"weight must be float64, float32, bfloat16 or float16, got {weight.dtype}")
+    check_sizes("weight", weight.shape)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
     if groups < 1 or weight.shape[0] % groups:
@@ -313,24 +339,27 @@ def check_packed_weight(weight: Tensor, packed: Sequence[Tensor], groups: int) -
     return _check_packed_masks("packed", packed, packed_shape(weight.shape), "out, ceil(in / 8)", weight)
 
 
-def check_packed_input(input: Tensor, weight: Tensor, groups: int) -> None:
-    """Refuse an input that does not fit the weight."""
+def check_batch_input(input: Tensor, weight: Tensor, groups: int) -> None:
+    """Refuse the input of a mixed-task batch that does not fit the weight."""
     check_input(input, weight)
     wanted = groups * weight.shape[1]
+    if groups * max(weight.shape[1], 1) > MOST_ELEMENTS:
+        raise ValueError(
+            f"groups times the columns of weight must be at most 2**48, got groups={groups} and weight {list(weight.shape)}"
+        )
     if input.dim() < 2 or input.shape[-1] != wanted:
         raise ValueError(
             f"input must be [B, ..., in] with in = {wanted} as in weight {list(weight.shape)} with groups={groups}, "
             f"got {list(input.shape)}"
         )
+    check_rows(input.shape, weight.shape[0])
 
 
-def check_packed_grad(grad: Tensor, input: Tensor, weight: Tensor) -> None:
+def check_batch_grad(grad: Tensor, input: Tensor, weight: Tensor) -> None:
     """Refuse a gradient of the output, ``[B, ..., out]``, that does not fit."""
     if not isinstance(grad, Tensor):
         raise TypeError(f"grad must be a tensor, got {type(grad).__name__}")
-    if grad.dtype not in DTYPES or (grad.dtype == torch.float64) != (weight.dtype == torch.float64):
-        wanted = "float64 as weight is" if weight.dtype == torch.float64 else "float32, bfloat16 or float16"
-        raise TypeError(f"grad must be {wanted}, got {grad.dtype}")
+    check_storage("grad", grad.dtype, weight)
     wanted_shape = (*input.shape[:-1], weight.shape[0])
     if grad.shape != wanted_shape:
         raise ValueError(f"grad must be [B, ..., out] = {list(wanted_shape)}, got {list(grad.shape)}")
@@ -369,7 +398,7 @@ def check_packed_linear(
 ) -> int:
     """Refuse arguments of :func:`packed_masked_linear` that do not fit, all but the values of ``slots``; the number of tasks."""
     tasks = check_packed_weight(weight, packed, groups)
-    check_packed_input(input, weight, groups)
+    check_batch_input(input, weight, groups)
     check_slots(slots, input, weight)
     if tasks == 0 and len(slots) > 0:
         raise ValueError("packed must hold at least one task, got none")
@@ -408,3 +437,13 @@ def check_layer_input(input: object, device: torch.device) -> None:
         raise TypeError(f"input must be float64, float32, bfloat16 or float16, got {input.dtype}")
     if input.device != device:
         raise ValueError(f"input must be on the device of the layer, {device}, got {input.device}")
+
+
+def check_superposition(grad: Tensor, input: Tensor, weight: Tensor, packed: Sequence[Tensor], groups: int) -> int:
+    """Refuse arguments of :func:`superposition_gradient` that do not fit; the number of tasks."""
+    check_dense(grad=grad, input=input, weight=weight, packed=packed)
+    tasks = check_packed_weight(weight, packed, groups)
+    check_batch_input(input, weight, groups)
+    check_batch_grad(grad, input, weight)
+    check_sizes("the result", (input.shape[0], tasks))
+    return tasks

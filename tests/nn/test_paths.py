@@ -17,7 +17,7 @@ from metamask_ext.bank.export import task_state
 from metamask_ext.bank.store import Store
 from metamask_ext.meta import MAML
 from metamask_ext.nn import MaskedConv2d, MaskedLinear, TaskBatchNorm2d
-from metamask_ext.nn.paths import load_plain_state, plain_path, plain_state
+from metamask_ext.nn.paths import own_state, plain_path, plain_state
 from metamask_ext.optim import FusedMaskedSGD
 
 
@@ -159,8 +159,8 @@ def test_a_state_by_plain_paths_loads_in_any_wrapper(wrap):
     saved = plain_state(plain)
     if isinstance(wrapped, AveragedModel):
         saved["n_averaged"] = torch.tensor(3)
-    load_plain_state(wrapped, saved)
-    load_plain_state(wrapped, wrapped.state_dict())
+    wrapped.load_state_dict(own_state(wrapped, saved))
+    wrapped.load_state_dict(own_state(wrapped, wrapped.state_dict()))
     torch.testing.assert_close(_output(wrapped, "c"), _output(plain, "c"))
     assert metamask_ext.slots(wrapped) == metamask_ext.slots(plain) == [None, "b", "c"]
 

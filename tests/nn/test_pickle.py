@@ -114,7 +114,9 @@ def test_layers_optimisers_blocks_and_learners(copied):
     copied(using_task(model, "b"))
 
 
-@pytest.mark.parametrize("copied", [*COPIES.values(), lambda w: torch.load(_file_of(w), weights_only=True)], ids=[*COPIES, "weights"])
+@pytest.mark.parametrize(
+    "copied", [*COPIES.values(), lambda w: torch.load(_file_of(w), weights_only=True)], ids=[*COPIES, "weights"]
+)
 def test_a_computed_weight_is_copied_as_a_tensor_like_any_other(copied):
     attention = _bank().model.attention
     with using_task(attention, "b"):

@@ -108,7 +108,7 @@ void masked_linear(const LinearCase& given, const void* x, const void* w, const 
     using X = typename Product::X;
     using Sum = typename Product::Sum;
     const Share shared = forward_share<Product>(given);
-    const dim3 grid(unsigned(forward_blocks<Product>(given)), unsigned(shared.count));
+    const dim3 grid = grid_of(forward_blocks<Product>(given), shared.count);
     Sum* split_k_sums = shared.count > 1 ? out<Sum>(workspace) : nullptr;
     with_gate_and_alignment(given.gate.kind, rows_aligned<P, X>(given.in, x, w, m), [&]<GateKind kind, bool kAligned>() {
       launch(masked_linear_kernel<kind, kAligned, P, Product>, grid, dim3(kBlock), 0, stream, gate_param_of<Compute<P>>(given.gate),
@@ -125,7 +125,7 @@ void masked_linear_backward(const LinearCase& given, const void* dy, const void*
     using X = typename Product::X;
     using Sum = typename Product::Sum;
     const Share shared = backward_share<Product>(given);
-    const dim3 grid(unsigned(ceil_div(given.in, 8 * Product::kColumns)), unsigned(shared.count));
+    const dim3 grid = grid_of(ceil_div(given.in, 8 * Product::kColumns), shared.count);
     Sum* split_k_sums = dx != nullptr && shared.count > 1 ? out<Sum>(workspace) : nullptr;
     const bool packs = rows_aligned<P, X>(given.in, x, w, m, dw.gradient, dw.momentum_buffer, dm.gradient, dm.momentum_buffer);
     with_gate_and_alignment(given.gate.kind, packs, [&]<GateKind kind, bool kAligned>() {

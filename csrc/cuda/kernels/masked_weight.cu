@@ -9,7 +9,7 @@ namespace {
 
 dim3 blocks_for(int64_t n, int per_thread) {
   const int64_t per_block = int64_t(kThreads) * per_thread;
-  return dim3(unsigned((n + per_block - 1) / per_block));
+  return grid_of(ceil_div(n, per_block));
 }
 
 // Calls run.operator()<kind, N, P, O>() for parameters of type `param` and the other arrays of type `other`; N is 1 where an array
@@ -58,9 +58,9 @@ void dispatch_list(Gate gate, Type param, Type other, const std::vector<Arrays>&
   for (const Arrays& of : list) packs = packs && all_aligned(of);
   dispatch(gate, param, other, packs, [&]<GateKind kind, int N, class P, class O>() {
     ListPart<Arrays> part{};
-    unsigned blocks = 0;
+    int64_t blocks = 0;
     const auto finish = [&] {
-      if (part.count > 0) run.template operator()<kind, N, P, O>(part, dim3(blocks));
+      if (part.count > 0) run.template operator()<kind, N, P, O>(part, grid_of(blocks));
       part.count = 0;
       blocks = 0;
     };
@@ -68,7 +68,7 @@ void dispatch_list(Gate gate, Type param, Type other, const std::vector<Arrays>&
       if (of.n == 0) continue;
       blocks += blocks_for(of.n, N).x;
       part.at[part.count] = of;
-      part.end[part.count++] = blocks;
+      part.end[part.count++] = unsigned(blocks);
       if (part.count == ListPart<Arrays>::kRoom) finish();
     }
     finish();

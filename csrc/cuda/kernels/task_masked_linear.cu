@@ -67,7 +67,7 @@ void forward(const TaskLinearCase& given, const TaskParameters& parameters, cons
   const TaskSizes sizes = sizes_of(given);
   if (sizes.rows == 0 || sizes.out == 0) return;
   const Share shared = forward_share(given);
-  const dim3 grid(unsigned(windows(given)), unsigned(given.groups * sizes.tiles), unsigned(shared.count));
+  const dim3 grid = grid_of(windows(given), given.groups * sizes.tiles, shared.count);
   Sum* split_k_sums = shared.count > 1 ? out<Sum>(workspace) : nullptr;
   const auto run = [&]<bool kAligned>() {
     launch(task_masked_linear_kernel<kSecond, kAligned, P, Product>, grid, dim3(kBlock), 0, stream, sizes,
@@ -85,7 +85,7 @@ void backward(const TaskLinearCase& given, const TaskParameters& parameters, con
   const TaskSizes sizes = sizes_of(given);
   if (sizes.rows == 0 || sizes.in == 0) return;
   const Share shared = backward_share<Product>(given);
-  const dim3 grid(unsigned(ceil_div(given.in, 8 * Product::kColumns)), unsigned(shared.count), unsigned(given.groups));
+  const dim3 grid = grid_of(ceil_div(given.in, 8 * Product::kColumns), shared.count, given.groups);
   Sum* split_k_sums = dx != nullptr && shared.count > 1 ? out<Sum>(workspace) : nullptr;
   const auto run = [&]<bool kAligned>() {
     launch(task_masked_linear_backward_kernel<kSecond, kAligned, P, Product>, grid, dim3(kBlock), 0, stream, sizes,

@@ -19,12 +19,10 @@ from ..checks import (
     check_conv2d,
     check_dense,
     check_mask_logits,
-    check_packed_grad,
-    check_packed_input,
     check_packed_linear,
-    check_packed_weight,
     check_shape,
     check_slot_values,
+    check_superposition,
     has_values,
     nan_flag,
 )
@@ -197,19 +195,12 @@ def superposition_gradient(
     """
     masks = as_list("packed", packed)
     if use_reference():
-        _check_superposition(grad, input, weight, masks, groups)
+        check_superposition(grad, input, weight, masks, groups)
         return reference.packed_superposition_gradient(grad, input, weight, masks, groups)
     try:
         return raw.packed_superposition_gradient(grad, input, weight, masks, groups)
     except Exception as error:
-        raise worded(error, _check_superposition, grad, input, weight, masks, groups) from None
-
-
-def _check_superposition(grad: Tensor, input: Tensor, weight: Tensor, packed: list[Tensor], groups: int) -> None:
-    check_dense(grad=grad, input=input, weight=weight, packed=packed)
-    check_packed_weight(weight, packed, groups)
-    check_packed_input(input, weight, groups)
-    check_packed_grad(grad, input, weight)
+        raise worded(error, check_superposition, grad, input, weight, masks, groups) from None
 
 
 def _linear(
