@@ -16,7 +16,8 @@ check_build()
 
 from . import meta, nn, optim
 from .bank import MaskBank
-from .nn.convert import convert, merge
+from .nn.convert import convert
+from .nn.merge import merge
 from .nn.report import conversion_report
 from .nn.tasks import add_task, remove_task, slots, tasks
 from .nn.using_task import using_task

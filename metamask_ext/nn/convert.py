@@ -1,8 +1,7 @@
-"""From a plain torch model to a masked one, and back for one task."""
+"""From a plain torch model to a masked one."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, TypedDict, TypeVar
@@ -16,12 +15,12 @@ from .masked_layer import MaskedLayer, MaskInit
 from .names import DEFAULT_TASK
 from .own_forward import own_forward_type
 from .paths import plain_path
-from .per_task import PerTask, keep_per_task, plain_copy
+from .per_task import keep_per_task
 from .read_through import ReadThroughConv2d, ReadThroughLinear
 from .reads import forget, is_read
-from .task_layer import TaskLayer, task_keys, task_layers
+from .task_layer import TaskLayer
 from .task_masks import check_mask_dtype
-from .tasks import refuse_nan, slots
+from .tasks import slots
 from .wrappers import check_may_grow
 
 if TYPE_CHECKING:
@@ -159,62 +158,6 @@ def _stand_in(module: nn.Module, read: bool) -> MaskedLayer:
     if type(module) is not kind.plain_type:
         masked.plain_type = type(module)
     return masked
-
-
-def merge(model: Model, task: str) -> Model:
-    """A copy of ``model`` as a plain torch model of one task: ``weight = W * g(M_task)`` baked in, no masks, for export.
-
-    Layers that share a weight and its mask go on sharing; two that share a weight but not a mask have each their own afterwards.
-
-    Args:
-        model: a module with masked layers; it is not changed.
-        task: the task to keep.
-
-    Raises:
-        ValueError: the task is unknown, its logits hold NaN, or ``model`` has no masked layer.
-    """
-    task_keys(task_layers(model), task)
-    layers = [layer for _, layer in task_layers(model)]
-    refuse_nan(model, [task], "merged")
-    with torch.inference_mode(False):
-        return _merged(model, layers, task)
-
-
-def _merged(model: Model, layers: list[TaskLayer], task: str) -> Model:
-    plains = [layer.plain_type.__new__(layer.plain_type) for layer in layers]
-    memo: dict[int, object] = {id(layer): plain for layer, plain in zip(layers, plains)}
-    baked: dict[tuple[object, ...], nn.Parameter] = {}
-    for layer, plain in zip(layers, plains):
-        if isinstance(layer, MaskedLayer):
-            _fill_plain(plain, layer, task, memo, baked)
-        elif isinstance(layer, PerTask):
-            plain_copy(layer, task, plain, memo)
-    return copy.deepcopy(model, memo)
-
-
-def _fill_plain(
-    plain: nn.Module,
-    layer: MaskedLayer,
-    task: str,
-    memo: dict[int, object],
-    baked: dict[tuple[object, ...], nn.Parameter],
-) -> None:
-    ours = {"gate", "temperature", "threshold", "mask_init", "mask_dtype", "plain_type", "bias_masks", "_parameters", "_modules"}
-    state = {key: value for key, value in layer.__dict__.items() if key not in ours}
-    others = {key: value for key, value in layer._parameters.items() if key not in ("weight", "bias")}
-    children = {key: value for key, value in layer._modules.items() if key not in ("masks", "bias_masks", "parametrizations")}
-    plain.__dict__.update(copy.deepcopy(state, memo))
-    plain.__dict__["_parameters"] = {"weight": None, "bias": None, **copy.deepcopy(others, memo)}
-    plain.__dict__["_modules"] = copy.deepcopy(children, memo)
-    for name, (shared, masks) in zip(("weight", "bias"), layer._groups()):
-        gate = layer._gate()
-        key = (id(shared), id(masks[task]), *gate.values())
-        if key not in baked:
-            with torch.no_grad():
-                theta = layer._theta(name, layer._task_key(task))
-            assert theta is not None
-            baked[key] = nn.Parameter(theta, requires_grad=shared.requires_grad)
-        plain._parameters[name] = baked[key]
 
 
 def _select(

@@ -142,3 +142,11 @@ def raise_folded(layer: nn.Module, name: str) -> NoReturn:
         "that fold or fuse layers use metamask_ext.merge(model, task) first; to change its values write to them in place; to share "
         "a Parameter, assign it in the original"
     )
+
+
+def raise_taken(layer: nn.Module, name: str) -> NoReturn:
+    """Refuse to have a tensor that depends on the task replaced by parameters that no task owns."""
+    raise RuntimeError(
+        f"{name} of {type(layer).__name__} depends on the task: prune, weight_norm, spectral_norm and parametrize would take that "
+        "of the active one for the parameter. Use metamask_ext.merge(model, task) first"
+    )

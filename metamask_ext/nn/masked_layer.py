@@ -380,10 +380,13 @@ class MaskedLayer(TaskLayer):
     def _theta(self, what: str, key: str) -> Tensor | None:
         """The masked ``weight`` or ``bias`` of one task."""
         shared, masks = self._group(what)
-        if masks is not None and masks._is_bits(key):
-            assert shared is not None
+        return shared if shared is None or masks is None else self._theta_of(shared, masks, key)
+
+    def _theta_of(self, shared: Tensor, masks: TaskDict, key: str) -> Tensor:
+        """``shared``, the weight or bias, with the mask of one task."""
+        if masks._is_bits(key):
             return shared * unpack_mask(masks._tensor(key), shared.shape)
-        return self._with_mask(what, None if masks is None else masks._tensor(key))
+        return masked_weight(shared, masks._tensor(key), **self._gate())
 
     def _with_mask(self, what: str, mask: Tensor | None) -> Tensor | None:
         """The masked ``weight`` or ``bias`` with these logits."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.weight.functional import masked_weight
-from ..torch_private import disable_dynamo, fx_trace, in_transform, traced_attribute
+from ..torch_private import disable_dynamo, fx_trace, in_transform, reparametrises, traced_attribute
 from .context import AmbiguousTaskError
-from .guarded import AmbiguousTensor, ComputedTensor
+from .guarded import AmbiguousTensor, ComputedTensor, raise_taken
 from .layers import MaskedConv2d, MaskedLinear
 from .masked_layer import MaskedLayer
 
@@ -47,6 +48,11 @@ class ReadThrough(MaskedLayer):
         else:
             super().register_parameter(name, param)
 
+    def __delattr__(self, name: str) -> None:
+        if name in ("weight", "bias"):
+            raise_taken(self, name)
+        super().__delattr__(name)
+
     def _shared(self) -> tuple[Tensor, Tensor | None]:
         return cast(Tensor, self._parameters["weight"]), self._parameters["bias"]
 
@@ -65,6 +71,8 @@ def _guarded(layer: MaskedLayer, what: str) -> Tensor | None:
     if torch.compiler.is_dynamo_compiling():
         return _read(layer, what)
     shared = layer._group(what)[0]
+    if reparametrises(sys._getframe(2)):
+        raise_taken(layer, what)
     try:
         read = _read(layer, what)
     except AmbiguousTaskError as error:

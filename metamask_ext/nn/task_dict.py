@@ -143,13 +143,13 @@ class TaskDict(nn.ParameterDict):
 
     def _wait_for(self, names: Sequence[str | None], fetch: Callable[[str], Tensor]) -> None:
         """Have these tasks and no other, by slot; ``fetch(name)`` gives the tensor of one, a buffer, when it is used."""
+        slots = {escape(name): slot for slot, name in enumerate(names) if name is not None}
+        keys = {name: None for name in names if name is not None}
+        # What was there goes last: interrupted in between, every task is there or can be fetched.
+        self._waiting, self._fetch = dict(keys), fetch
+        self._names, self._slots, self._keys = list(names), slots, keys
         self._parameters.clear()
         self._buffers.clear()
-        self._names = list(names)
-        self._slots = {escape(name): slot for slot, name in enumerate(names) if name is not None}
-        self._keys = {name: None for name in names if name is not None}
-        self._waiting = dict(self._keys)
-        self._fetch = fetch
         self._count()
         CHANGES.note()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
 from ..checks import check_bias, check_conv2d, check_dense, check_pair
-from ..dispatch import autocast_dtype, check_input_dtype, fit_parameters, use_reference, worded
+from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
 from ..gate import resolve_gate
 from ..geometry import Geometry, check_most, output_size
 from ..weight.functional import theta
@@ -79,8 +79,7 @@ def _conv2d(
     dilation: int | tuple[int, int],
     groups: int,
 ) -> Tensor:
-    parameters = fit_parameters(weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param)
-    _, mask_logits, _, bias_mask_logits = parameters
+    parameters = (weight, mask_logits, bias, bias_mask_logits)
     check_pair(weight, mask_logits)
     check_conv2d(input, weight, groups)
     for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation)):
