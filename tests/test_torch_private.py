@@ -6,42 +6,15 @@ metamask_ext is imported in the tests only: where a symbol is gone, its import f
 from __future__ import annotations
 
 import ast
-import contextlib
-import functools
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from support.paths import ROOT
+from support.pins import pinned, pins
 from torch.autograd import Function, forward_ad
 from torch.utils.checkpoint import checkpoint
-
-PINNED: set[str] = set()
-"""The last parts of the names of all symbols that a test here pins."""
-
-
-def pins(symbol: str, use: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Marks the test of a private symbol: however it fails, the message names the symbol and its use."""
-    PINNED.add(symbol.rpartition(".")[2])
-
-    def decorate(test: Callable[[], None]) -> Callable[[], None]:
-        @functools.wraps(test)
-        def run() -> None:
-            try:
-                test()
-            except Exception as error:
-                pytest.fail(
-                    f"torch {torch.__version__} has changed the private symbol {symbol}.\n"
-                    f"metamask_ext/torch_private.py uses it: {use}.\n{type(error).__name__}: {error}",
-                    pytrace=False,
-                )
-
-        return run
-
-    return decorate
 
 
 class Double(Function):
@@ -406,138 +379,8 @@ def test_scale():
     assert (scaler.scale(leaf().sum())).grad_fn._saved_other is scaler._scale
 
 
-@pins(
-    "torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX",
-    "the settings of a masked layer in a state dict are warned of, and refused, by it",
-)
-def test_extra_state_key_suffix():
-    class Layer(torch.nn.Module):
-        def get_extra_state(self):
-            return torch.ones(1)
-
-    assert list(Layer().state_dict()) == [torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX]
-
-
-@pins("torch.nn.Module.load_state_dict.strict", "a state without a task of the model is refused if the load is strict")
-def test_load_state_dict_has_a_local_variable_strict():
-    from metamask_ext.torch_private import loads_strictly
-
-    seen = []
-
-    class Layer(torch.nn.Module):
-        def _load_from_state_dict(self, *arguments):
-            seen.append(loads_strictly(sys._getframe()))
-
-    for strict in (True, False):
-        torch.nn.Sequential(Layer()).load_state_dict({}, strict=strict)
-    assert seen == [True, False]
-    assert loads_strictly(sys._getframe())
-
-
-@pins("torch.distributed.checkpoint.state_dict._EXTRA_STATE", "it stands in states for extra state that they lack")
-def test_extra_state_placeholder():
-    from torch.distributed.checkpoint import state_dict
-
-    from metamask_ext.torch_private import is_no_extra_state
-
-    assert is_no_extra_state(state_dict._EXTRA_STATE()) and not is_no_extra_state(torch.ones(4))
-
-
-@pins("torch._dynamo.eval_frame.OptimizedModule._orig_mod", "names of layers have no prefix of torch.compile's")
-@pins("torch.distributed.fsdp.FullyShardedDataParallel._fsdp_wrapped_module", "names of layers have no prefix of a wrapper")
-@pins("ActivationWrapper._checkpoint_wrapped_module", "names of layers have no prefix of a wrapper")
-def test_wrapped_attributes():
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper, checkpoint_wrapper, offload_wrapper
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.nn.parallel import DataParallel, DistributedDataParallel
-    from torch.optim.swa_utils import AveragedModel
-
-    from metamask_ext.torch_private import _WRAPPED, wrapped_attribute
-
-    def layer():
-        return torch.nn.Linear(2, 2)
-
-    made = [
-        torch.compile(layer()),
-        DataParallel(layer()),
-        AveragedModel(layer()),
-        checkpoint_wrapper(layer()),
-        offload_wrapper(layer()),
-    ]
-    for wrapper in made:
-        assert isinstance(getattr(wrapper, wrapped_attribute(wrapper)), torch.nn.Linear)
-        assert [name for name, _ in wrapper.named_children()] == [wrapped_attribute(wrapper)]
-    fsdp = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
-    assert wrapped_attribute(fsdp) == torch.distributed.fsdp.fully_sharded_data_parallel.FSDP_WRAPPED_MODULE
-    known = {type(made[0]), DataParallel, AveragedModel, ActivationWrapper, DistributedDataParallel, FullyShardedDataParallel}
-    assert {f"{kind.__module__}.{kind.__qualname__}" for kind in known} == _WRAPPED.keys()
-    assert wrapped_attribute(layer()) is None
-
-
-REBUILDS = "merge bakes in what a hook computes of these, and leaves them behind"
-
-
-@pytest.mark.filterwarnings("ignore:.*is deprecated")
-@pins("torch.nn.Module._forward_pre_hooks", REBUILDS)
-@pins("torch.nn.utils.prune.BasePruningMethod._tensor_name", REBUILDS)
-@pins("torch.nn.utils.prune._orig", REBUILDS)
-@pins("torch.nn.utils.prune._mask", REBUILDS)
-@pins("torch.nn.utils.weight_norm._g", REBUILDS)
-@pins("torch.nn.utils.weight_norm._v", REBUILDS)
-@pins("torch.nn.utils.spectral_norm._u", REBUILDS)
-def test_hooks_that_rebuild_a_tensor():
-    from torch.nn.utils import prune, spectral_norm, weight_norm
-
-    from metamask_ext.torch_private import is_of_parametrization, rebuilding_hook
-
-    def pruned(layer):
-        return prune.l1_unstructured(layer, "weight", 0.5)
-
-    for tool in (pruned, weight_norm, spectral_norm):
-        layer = tool(torch.nn.Linear(4, 3)).eval()
-        layer(torch.ones(1, 4))
-        hook = rebuilding_hook(layer, "weight")
-        assert torch.equal(hook.compute(), layer.weight) and rebuilding_hook(layer, "bias") is None
-        added = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]} - {"bias"}
-        assert set(hook.sources) == added
-        kept = [*layer._forward_pre_hooks.values(), *layer._state_dict_hooks.values(), *layer._load_state_dict_pre_hooks.values()]
-        assert kept and all(hook.made(each) for each in kept)
-    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3))
-    assert all(is_of_parametrization(hook) for hook in layer._load_state_dict_pre_hooks.values())
-
-
-@pytest.mark.filterwarnings("ignore:.*is deprecated")
-@pins("torch.nn.utils.prune.BasePruningMethod.apply", "weights that depend on the task are not taken for parameters")
-def test_tools_that_reparametrise():
-    from torch.nn.utils import parametrize, prune, weight_norm
-
-    from metamask_ext.torch_private import reparametrises, synchronises
-
-    seen = []
-
-    class Layer(torch.nn.BatchNorm1d):
-        def __getattr__(self, name):
-            if name == "weight":
-                seen.append((reparametrises(sys._getframe(1)), synchronises(sys._getframe(1))))
-            return super().__getattr__(name)
-
-    for tool in (
-        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-        lambda layer: parametrize.register_parametrization(layer, "weight", torch.nn.Identity()),
-        lambda layer: weight_norm(layer, dim=0),
-    ):
-        seen.clear()
-        with contextlib.suppress(IndexError):  # a norm of a vector
-            tool(Layer(4))
-        assert (True, False) in seen
-    seen.clear()
-    torch.nn.SyncBatchNorm.convert_sync_batchnorm(Layer(4))
-    assert (False, True) in seen
-
-
 @pins("torch.nn.Module._named_members", "it walks the modules for parameters() and buffers(), with the function get_members_fn")
 def test_named_members():
-    import sys
 
     from metamask_ext.torch_private import members_of_caller
 
@@ -627,5 +470,5 @@ def test_every_symbol_is_pinned():
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and PRIVATE.fullmatch(node.value):
             used.add(node.value)
     modules = {"_functorch", "_autograd", "_C"}
-    assert used - modules <= PINNED, f"no test pins {sorted(used - modules - PINNED)}"
+    assert used - modules <= pinned(), f"no test pins {sorted(used - modules - pinned())}"
     assert {"_disable_dynamo", "maybe_current_level", "_forward_cls", "lazy_load_decompositions"} <= used, "the scan finds uses"

@@ -75,7 +75,7 @@ class AdaptedModel:
             for attribute, module in holder._modules.items()
             if module is not None and module in self.norms
         ]
-        """Where the batch norms are."""
+        """The places of the batch norms."""
         read_through = any(isinstance(layer, (ReadThroughLinear, ReadThroughConv2d)) for layer in self._masks)
         self.mixed = not self._others and not read_through
         # Sample by sample, the tasks of one beside each other: they are then groups of channels of convolutions and batch norms,

@@ -74,6 +74,11 @@ class MaskedLayer(TaskLayer):
     ) -> None:
         """Make a torch layer into a masked one: its attributes and the masks of ``tasks``."""
         resolve_gate(gate, temperature, threshold)
+        if self.plain_type.get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(
+                f"a {self.plain_type.__name__} cannot be masked: it has extra state of its own, where the gate is saved. "
+                "Leave it plain with exclude"
+            )
         weight, bias = self._shared()
         if weight.dtype not in DTYPES:
             raise TypeError(f"weight must be float64, float32, bfloat16 or float16, got {weight.dtype}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -200,6 +201,11 @@ class TaskDict(nn.ParameterDict):
             apply(function, recurse)
         CHANGES.note()  # torch may be told to replace parameters here
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        inference = {key: value for key, value in state_dict.items() if isinstance(value, Tensor) and value.is_inference()}
+        state_dict |= {key: _lasting(value) for key, value in inference.items()}  # with assign=True they stay
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
         self._fetch_all()

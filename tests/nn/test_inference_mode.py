@@ -1,4 +1,4 @@
-"""What stays of a call under ``inference_mode`` is no inference tensor: a later call may train."""
+"""Nothing that stays of a call under ``inference_mode`` is an inference tensor: a later call may train."""
 
 from __future__ import annotations
 
@@ -187,3 +187,17 @@ def test_momentum_of_a_step_inside_is_used_outside():
 
     for got, wanted in zip(run(True), run(False), strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+def test_a_state_that_was_made_inside_is_taken_over(assign):
+    saved, model = nn.Sequential(MaskedLinear(4, 3)), nn.Sequential(MaskedLinear(4, 3))
+    add_task(saved, "b")
+    MaskBank(saved).pack("b")
+    with torch.inference_mode():
+        state = {key: value.clone() if "masks" in key else value for key, value in saved.state_dict().items()}
+        model.load_state_dict(state, assign=assign)
+    assert _inference_tensors(model) == []
+    for name in ("default", "b"):
+        with using_task(model, name):
+            model(torch.ones(2, 4)).sum().backward()

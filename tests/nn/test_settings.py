@@ -134,6 +134,33 @@ def test_copies_and_averaged_models_keep_them():
         assert (each.gate, each.threshold) == ("hard", 0.4)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.999])
+def test_averages_of_state_dicts_are_states(decay):
+    """An exponential mean, by assignment, in place of what the copy gives, and of what is a floating-point number."""
+    model = nn.Sequential(MaskedLinear(3, 2, gate="hard", threshold=0.25), TaskBatchNorm2d(2))
+    copied = copy.deepcopy(model)
+    averaged = {key: decay * value + (1 - decay) * model.state_dict()[key] for key, value in copied.state_dict().items()}
+    copied.load_state_dict(averaged)
+    assert copied[0].gate == "hard" and copied[0].threshold == pytest.approx(0.25)
+    state = copied.state_dict()
+    for key, value in state.items():
+        if value.dtype.is_floating_point:
+            value *= decay
+            value += (1 - decay) * model.state_dict()[key]
+    copied.load_state_dict(state)
+    assert copied[0].gate == "hard" and copied[0].threshold == pytest.approx(0.25)
+    for value, given in zip(copied.state_dict().values(), model.state_dict().values(), strict=True):
+        value.copy_(given)
+    assert copied[0].gate == "hard"
+
+
+def test_safetensors_files_of_models(tmp_path):
+    saved, loaded = nn.Sequential(MaskedLinear(3, 2, temperature=0.125)), nn.Sequential(MaskedLinear(3, 2))
+    safetensors.torch.save_model(saved, str(tmp_path / "model.safetensors"))
+    assert safetensors.torch.load_model(loaded, str(tmp_path / "model.safetensors")) == (set(), [])
+    assert loaded[0].temperature == 0.125
+
+
 def test_a_compiled_model_sees_a_loaded_and_a_changed_temperature():
     model = nn.Sequential(MaskedLinear(4, 3))
     compiled = torch.compile(model, backend="eager")
@@ -247,3 +274,14 @@ def test_a_task_of_each_kind_reads_them_anew():
     x = torch.randn(2, 4)
     with using_task(saved, ["b", "default"]), using_task(loaded, ["b", "default"]):
         assert torch.equal(loaded(x), saved(x))
+
+
+def test_a_layer_with_extra_state_of_its_own_stays_plain():
+    class Counting(nn.Linear):
+        def get_extra_state(self):
+            return torch.ones(1)
+
+    model = nn.Sequential(Counting(3, 2), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="extra state of its own"):
+        metamask_ext.convert(model)
+    assert [type(module) for module in model] == [Counting, nn.Linear]
