@@ -106,7 +106,8 @@ class TaskBatch(Selection):
         if self.guessed and len(self.keys) > 1 and input.dim() > sample_dim + 1 and input.shape[1] == samples:
             raise RuntimeError(
                 f"{type(layer).__name__} was called with an input of shape {list(input.shape)}: the first or the second dimension "
-                f"may be the batch's, since other modules of the model have batch_first=False. {_ADVICE}"
+                f"may be the batch's, since other modules of the model have batch_first=False, or torch.fx traced it and left out "
+                f"those that may have had it. {_ADVICE}"
             )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -56,6 +59,13 @@ VALUES = {
     "stacked": lambda w: torch.stack([torch.ones(2, 3), w]),
     "compared": lambda w: torch.equal(w, torch.ones(2, 3)),
     "written to": lambda w: w.data.zero_(),
+    "made a tensor of": lambda w: torch.tensor(w),
+    "taken as a tensor": lambda w: torch.as_tensor(w) + 1,
+    "new of it": lambda w: torch.ones(1).new_tensor(w),
+    "array": lambda w: numpy.asarray(w),
+    "by dlpack": lambda w: torch.from_dlpack(w),
+    "saved": lambda w: torch.save(w, io.BytesIO()),
+    "a parameter of it": lambda w: nn.Parameter(w) + 1,
 }
 
 

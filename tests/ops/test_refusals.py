@@ -64,7 +64,7 @@ def _arguments():
 
 
 def _made(make, tensor):
-    """What ``make`` makes of a tensor; None where there is no such thing."""
+    """A tensor of another kind, by ``make``; None where there is no such thing."""
     try:
         return make(tensor)
     except Exception:
