@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from metamask_ext.files.atomic import write_atomic
 from metamask_ext.ops.linear import raw as linear_raw
 from metamask_ext.ops.weight import raw as weight_raw
 
@@ -131,7 +132,8 @@ def main() -> None:
     text = table(results_json.read(given.results), measure(), given.cache << 20)
     print(text)
     if given.update:
-        given.update.write_text(between_marks(given.update.read_text(), "bench:cpu:cost-shares", text, given.update.name))
+        updated = between_marks(given.update.read_text(), "bench:cpu:cost-shares", text, given.update.name)
+        write_atomic(given.update, updated.encode())
 
 
 if __name__ == "__main__":

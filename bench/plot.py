@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from metamask_ext.files.atomic import write_atomic
 
 from .problem import METAMASK
 from .results_json import Results, Row
@@ -46,7 +49,9 @@ def plot(results: Results, path: Path) -> None:
         axis.set_visible(False)
     _draw_legend(figure, styles, list({row["allocator"]: None for row in results["rows"]}))
     figure.suptitle("Above the line metamask is faster", fontsize=11)
-    figure.savefig(path)
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix.removeprefix("."))
+    write_atomic(path, image.getbuffer())
 
 
 def _styles(results: Results) -> Styles:

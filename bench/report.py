@@ -8,6 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from metamask_ext.files.atomic import write_atomic
+
 from . import results_json, targets
 from .plot import plot
 from .results_json import Results
@@ -49,9 +51,9 @@ def write(results: Results, out: Path, console: Console) -> None:
 
 def _write_files(results: Results, out: Path) -> None:
     plot(results, out / "ratios.png")
-    (out / "table.md").write_text(markdown(results))
+    write_atomic(out / "table.md", markdown(results).encode())
     if results["suite"] in targets.TARGETS:
-        (out / "details.md").write_text(details(results))
+        write_atomic(out / "details.md", details(results).encode())
 
 
 def update(path: Path, results: Results) -> None:
@@ -70,7 +72,7 @@ def update(path: Path, results: Results) -> None:
             found = True
     if not found:
         raise ValueError(f"{path.name} must have a line <!-- bench:{results['suite']} --> and, after it, its end")
-    path.write_text(text)
+    write_atomic(path, text.encode())
 
 
 def between_marks(text: str, name: str, new: str, file: str) -> str:

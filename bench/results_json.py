@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from metamask_ext.files.atomic import write_atomic
+from metamask_ext.files.read import read_json
 
 from .problem import METAMASK
 
@@ -100,7 +101,7 @@ Value = TypeVar("Value")
 
 def read(path: Path) -> Results:
     """Reads results.json, of any format, under the names of today."""
-    results: Results = json.loads(path.read_text())
+    results: Results = read_json(path)
     if results["format"] == 1:
         results["rows"] = [_renamed_row(row) for row in results["rows"]]
     return results

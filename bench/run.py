@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import platform
 import subprocess
@@ -22,6 +21,7 @@ from rich.console import Console
 from metamask_ext import build_info
 from metamask_ext.files.atomic import prepare_folder
 from metamask_ext.files.errors import OutputError
+from metamask_ext.files.read import read_json
 
 from . import report, targets
 from .cases import SUITES, Case
@@ -198,7 +198,7 @@ def _measure_once(case: Case, allocator: str) -> Any:
         if child.returncode != 0:
             console.print(child.stdout, markup=False, highlight=False)
             raise CaseError(_reason(child))
-        return json.loads(output.read_text())["benchmarks"][0]["extra_info"]
+        return read_json(output)["benchmarks"][0]["extra_info"]
 
 
 def combined(runs: list[Timed]) -> Timed:

@@ -15,6 +15,7 @@ from torch.optim.optimizer import StateDict
 from .loss_scale import is_scaled
 from .nn.masked_layer import MaskedLayer
 from .nn.names import escape
+from .nn.paths import plain_path
 from .nn.task_dict import CHANGES, TaskDict
 from .nn.tasks import tasks
 from .nn.wrappers import averaged_parameters, is_sharded, place_shards
@@ -112,6 +113,7 @@ class FusedMaskedSGD(torch.optim.SGD):
         self._remember()
         # Not by a step of our own around torch's: each of the two would call the hooks of users.
         self.register_step_pre_hook(_find_new_tasks)
+        self.register_step_post_hook(_keep_outside)
 
     def __getstate__(self) -> StateDict:
         return {**super().__getstate__(), "model": self.model}
@@ -194,6 +196,7 @@ class FusedMaskedSGD(torch.optim.SGD):
                 which = f"{sorted(differing)} are in one only" if differing else "the order differs"
                 raise ValueError(f"state_dict has other parameters in group {index} than the model: {which}")
         super().load_state_dict(state_dict)
+        _keep_outside(self)
         self._remember()
 
     def _remember(self) -> None:
@@ -312,9 +315,19 @@ def _find_new_tasks(optimizer: FusedMaskedSGD, *_: object) -> None:
     optimizer._find_new_tasks()
 
 
+def _keep_outside(optimizer: FusedMaskedSGD, *_: object) -> None:
+    """Put copies in the place of momentum that was made under ``inference_mode``: a later step writes to it."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            for state in optimizer.state.values():
+                state.update(
+                    {key: value.clone() for key, value in state.items() if isinstance(value, Tensor) and value.is_inference()}
+                )
+
+
 def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """The parameters that all tasks share, and the masks, by name; the masks task after task, so that a new task's come last."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {parameter: plain_path(model, name) for name, parameter in model.named_parameters()}
     of_tasks = [module for module in model.modules() if isinstance(module, TaskDict)]
     found = {task: [tensors._parameters.get(escape(task)) for tensors in of_tasks] for task in tasks(model)}
     masks = {names[parameter]: parameter for of_task in found.values() for parameter in of_task if parameter is not None}

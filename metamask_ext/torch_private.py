@@ -7,10 +7,11 @@ tests/test_torch_private.py pins each one: a torch upgrade that changes a symbol
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from types import FrameType, FunctionType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch._compile import _disable_dynamo
 from torch._functorch.predispatch import lazy_load_decompositions
 from torch.amp.grad_scaler import GradScaler
 from torch.autograd import Function, forward_ad
+from torch.fx import Proxy, Tracer, _symbolic_trace
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
@@ -67,6 +69,57 @@ def set_node_default(function: type[Function], name: str, value: object) -> None
 def function_of(node: object) -> type[Function] | None:
     """The Function whose node this is; None for any other node of a graph."""
     return getattr(type(node), "_forward_cls", None)
+
+
+fx_trace = _symbolic_trace
+"""The module of torch.fx's tracer. Every forward reads its ``_is_fx_tracing_flag``, True while a trace runs: a call would take ten
+times as long."""
+
+
+def symbolic_tracer() -> Tracer | None:
+    """The tracer of the symbolic trace that runs this code; None without one, and inside make_fx, which runs it on tensors.
+
+    Only the frame of its ``trace`` knows the tracer. Dynamo, once it is imported, has a frame of its own around that.
+    """
+    if not fx_trace.is_fx_symbolic_tracing():
+        return None
+    frame = inspect.currentframe()
+    while frame is not None and not (frame.f_code.co_name == "trace" and isinstance(frame.f_locals.get("self"), Tracer)):
+        frame = frame.f_back
+    tracer: Tracer | None = None if frame is None else frame.f_locals["self"]
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return None if proxies is not None and isinstance(tracer, proxies.PythonKeyTracer) else tracer
+
+
+def traced_call(module: torch.nn.Module, *inputs: Any, **options: Any) -> Tensor | None:
+    """A call of ``module`` in the graph of torch.fx that is being traced, as one of torch's own layers has; None without a trace.
+
+    The tracer looks at the package of a module's class to tell layers from what it traces into.
+    """
+    tracer = symbolic_tracer()
+    return (
+        None if tracer is None else _as_tensor(tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, options))
+    )
+
+
+def traced_attribute(module: torch.nn.Module, name: str) -> Tensor | None:
+    """A read of an attribute in the graph of torch.fx that is being traced, done anew in every run; None without a trace."""
+    tracer = symbolic_tracer()
+    if tracer is None:
+        return None
+    owner = tracer.create_proxy("get_attr", tracer.path_of_module(module), (), {})
+    return _as_tensor(tracer.create_proxy("call_function", getattr, (owner, name), {}))
+
+
+def traced_function(function: Callable[..., object], arguments: dict[str, Any]) -> Tensor | None:
+    """A call of ``function`` in the graph of torch.fx that is being traced; None where no argument is a part of one."""
+    proxy = next((value for value in tree_leaves(arguments) if isinstance(value, Proxy)), None)
+    return None if proxy is None else _as_tensor(proxy.tracer.create_proxy("call_function", function, (), dict(arguments)))
+
+
+def _as_tensor(proxy: Proxy) -> Tensor:
+    """A proxy, by the type of what it stands for."""
+    return cast(Tensor, proxy)
 
 
 BatchNorm = _BatchNorm

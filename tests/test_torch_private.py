@@ -327,6 +327,25 @@ def test_foreach_copy():
     assert [tensor.tolist() for tensor in tensors] == [[1.0] * 2, [1.0] * 3]
 
 
+@pins("torch.fx._symbolic_trace._is_fx_tracing_flag", "masked layers are leaves of torch.fx's graphs")
+def test_fx_trace():
+    import torch._dynamo  # wraps the tracer
+    from torch.fx import _symbolic_trace
+
+    from metamask_ext.torch_private import symbolic_tracer
+
+    seen = []
+
+    def look(x):
+        seen.append((_symbolic_trace._is_fx_tracing_flag, type(symbolic_tracer())))
+        return x + 1
+
+    torch.fx.symbolic_trace(look)
+    torch.fx.experimental.proxy_tensor.make_fx(look)(torch.ones(2))
+    look(torch.ones(2))
+    assert seen == [(True, torch.fx.Tracer), (True, type(None)), (False, type(None))]
+
+
 @pins("torch.nn.modules.batchnorm._BatchNorm", "batch norms of every dimension are found by it")
 def test_batch_norm_base():
     base = torch.nn.modules.batchnorm._BatchNorm

@@ -60,6 +60,13 @@ inline Type type_of(at::ScalarType type) {
   }
 }
 
+inline bool is_16_bit(at::ScalarType type) { return type == at::kBFloat16 || type == at::kHalf; }
+
+// The types of a weight and its logits, which check_pair has seen.
+inline ParamTypes types_of(const at::Tensor& weight, const at::Tensor& mask_logits) {
+  return {type_of(weight.scalar_type()), type_of(mask_logits.scalar_type())};
+}
+
 // The arithmetic of float64 parameters is float64, of all others float32.
 inline at::ScalarType compute_type(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -72,11 +79,20 @@ inline void check_masked_type(const char* name, const at::Tensor& tensor) {
                    tensor.scalar_type());
 }
 
+// float32 logits go with any weight but one of float64.
+inline bool is_mask_type(at::ScalarType mask, at::ScalarType weight) {
+  return mask == weight || (mask == at::kFloat && is_16_bit(weight));
+}
+
+inline void check_mask_type(const char* mask_name, at::ScalarType mask, const char* weight_name, at::ScalarType weight) {
+  TORCH_CHECK_TYPE(is_mask_type(mask, weight), mask_name, " must have the dtype of ", weight_name,
+                   is_16_bit(weight) ? ", or float32 beside " : ", ", weight, ", got ", mask);
+}
+
 inline void check_pair(const at::Tensor& weight, const at::Tensor& mask_logits, const char* weight_name = "weight",
                        const char* mask_name = "mask_logits") {
   check_masked_type(weight_name, weight);
-  TORCH_CHECK_TYPE(mask_logits.scalar_type() == weight.scalar_type(), mask_name, " must have the dtype of ", weight_name, ", ",
-                   weight.scalar_type(), ", got ", mask_logits.scalar_type());
+  check_mask_type(mask_name, mask_logits.scalar_type(), weight_name, weight.scalar_type());
   check_sizes(weight_name, weight.sizes());
   TORCH_CHECK_VALUE(mask_logits.sizes() == weight.sizes(), mask_name, " must have the shape of ", weight_name, ", ", weight.sizes(),
                     ", got ", mask_logits.sizes());
@@ -268,11 +284,12 @@ inline Sink sink(const Update& update, const at::Tensor& parameter, const at::Te
           mutable_data_in_order("momentum_buffer", update.momentum_buffer, parameter), update.sgd};
 }
 
-// Returns the cotangent of a parameter's gradient, in its dtype and in the memory order of `weight`; undefined if not given.
-inline at::Tensor cotangent(const char* name, const std::optional<at::Tensor>& given, const at::Tensor& weight) {
+// Returns the cotangent of the gradient of `parameter` (a weight, or logits in its memory order), in its dtype and memory order;
+// undefined if not given.
+inline at::Tensor cotangent(const char* name, const std::optional<at::Tensor>& given, const at::Tensor& parameter) {
   if (!is_given(given)) return at::Tensor();
-  check_like(name, *given, weight);
-  return laid_out_as(resolved(*given).to(weight.scalar_type()), weight);
+  check_like(name, *given, parameter);
+  return laid_out_as(resolved(*given).to(parameter.scalar_type()), parameter);
 }
 
 }  // namespace metamask

@@ -91,7 +91,7 @@ struct MaskedLinear {
     const at::Tensor dy = matrix(grad, grad.scalar_type()), x = matrix(input, grad.scalar_type());
     const at::Tensor w = weight.contiguous(), m = mask_logits.contiguous();
     at::Tensor dw = output_mask[1] && !updates[0].wanted ? Device::gradient_like(w) : at::Tensor();
-    at::Tensor dm = output_mask[2] && !updates[1].wanted ? Device::gradient_like(w) : at::Tensor();
+    at::Tensor dm = output_mask[2] && !updates[1].wanted ? Device::gradient_like(m) : at::Tensor();
     // Without weights, an empty sum.
     at::Tensor dx = w.numel() == 0 ? (output_mask[0] ? at::zeros_like(x) : at::Tensor())
                                    : Device::linear_backward(dy, x, w, m, gate, output_mask[0], sink(updates[0], w, dw),
@@ -101,7 +101,9 @@ struct MaskedLinear {
     at::Tensor db, dbm;
     const bool masked_bias = is_given(bias_mask_logits);
     if (is_given(bias) && (output_mask[3] || (masked_bias && (output_mask[4] || updates[2].wanted || updates[3].wanted)))) {
-      db = dy.sum(0);
+      // What becomes the gradient of float32 logits is not rounded to 16 bits.
+      const bool widened = masked_bias && bias_mask_logits->scalar_type() != bias->scalar_type();
+      db = dy.sum(0, false, widened ? at::kFloat : dy.scalar_type());
       if (masked_bias) {
         std::tie(db, dbm) = MaskedWeight<Device>::backward_or_update(db, *bias, *bias_mask_logits, gate,
                                                                      {output_mask[3], output_mask[4]}, updates[2], updates[3]);

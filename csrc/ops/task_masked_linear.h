@@ -24,6 +24,7 @@ struct TaskArrays {
   std::vector<at::Tensor> tensors;
   bool stacked = false;
   int64_t tasks = 0, bytes = 0;  // bytes: of one task's array
+  Type type = Type::kFloat32;    // of all of them
 
   bool given() const { return !tensors.empty(); }
 
@@ -44,11 +45,12 @@ struct TaskArrays {
 inline TaskArrays task_arrays(const char* name, const char* like_name, at::TensorList given, const at::Tensor& like) {
   TaskArrays arrays;
   arrays.stacked = given.size() == 1 && given[0].dim() == like.dim() + 1;
-  arrays.bytes = like.numel() * like.element_size();
+  const at::ScalarType type = given.empty() ? like.scalar_type() : given[0].scalar_type();
+  arrays.type = type_of(type);
+  arrays.bytes = like.numel() * bytes_of(arrays.type);
   if (arrays.stacked) {
     const at::Tensor& all = given[0];
-    TORCH_CHECK_TYPE(all.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name, ", ", like.scalar_type(),
-                     ", got ", all.scalar_type());
+    check_mask_type(name, type, like_name, like.scalar_type());
     TORCH_CHECK_VALUE(all.sizes().slice(1) == like.sizes(), name, " must be T masks of the shape of ", like_name, ", ",
                       like.sizes(), ", got ", all.sizes());
     check_sizes(name, all.sizes());
@@ -63,11 +65,14 @@ inline TaskArrays task_arrays(const char* name, const char* like_name, at::Tenso
   }
   arrays.tasks = int64_t(given.size());
   arrays.tensors.reserve(given.size());
+  const bool fits = is_mask_type(type, like.scalar_type());
   for (int64_t task = 0; task < arrays.tasks; ++task) {
     const at::Tensor& one = given[task];
     // Builds the name only for a mask that is refused.
-    if (one.scalar_type() != like.scalar_type() || one.sizes() != like.sizes() || one.device() != like.device()) {
+    if (!fits || one.scalar_type() != type || one.sizes() != like.sizes() || one.device() != like.device()) {
       check_pair(like, one, like_name, (std::string(name) + "[" + std::to_string(task) + "]").c_str());
+      TORCH_CHECK_TYPE(one.scalar_type() == type, name, "[", task, "] must have the dtype of ", name, "[0], ", type, ", got ",
+                       one.scalar_type());
     }
     arrays.tensors.push_back(one.is_contiguous() ? one : one.contiguous());
   }
@@ -78,7 +83,7 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 // Checks and returns the cotangents of the gradients of `masks`, in their form and dtype; nothing if none is given.
 inline TaskArrays task_cotangents(const char* name, const OptionalTensors& given, const TaskArrays& masks) {
-  TaskArrays arrays{{}, masks.stacked, masks.tasks, masks.bytes};
+  TaskArrays arrays{{}, masks.stacked, masks.tasks, masks.bytes, masks.type};
   bool any = false;
   TORCH_CHECK_VALUE(given.empty() || given.size() == masks.tensors.size(), "expected ", masks.tensors.size(), " ", name,
                     " tensors, one per mask, or none, got ", given.size());

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import check_pair, nan_flag
-from ..ops.dispatch import fit_logits
 from ..ops.gate import resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import unpack_mask
 from ..ops.weight import reference as weight_reference
-from .index import INDEX, BankError, JsonObject
+from .index import INDEX, BankError
 from .per_task import full_name
+from .settings import LayerSettings, layer_settings
 from .store import Store
 
 BITS, LOGITS, STATE = "bits/", "logits/", "state/"
@@ -30,6 +30,11 @@ def task_state(store: Store, name: str) -> dict[str, Tensor]:
         BankError: a file is damaged; a mask is missing, does not fit its weight or belongs to none; ``meta`` does not describe
             the layers.
     """
+    with torch.inference_mode(False):
+        return _task_state(store, name)
+
+
+def _task_state(store: Store, name: str) -> dict[str, Tensor]:
     shared, task = store.shared(), dict(store.task(name))
     state = dict(shared)
     for key, (layer, shape) in _masked(store).items():
@@ -47,11 +52,10 @@ def task_state(store: Store, name: str) -> dict[str, Tensor]:
             elif logits is not None:
                 if bool(nan_flag(logits)):
                     raise ValueError(f"the logits of task {name!r} hold NaN")
-                gate = resolve_gate(layer["gate"], layer["temperature"], layer["threshold"])
-                logits = fit_logits(weight, logits, *gate)
+                gate = resolve_gate(layer.gate, layer.temperature, layer.threshold)
                 check_pair(weight, logits, key, LOGITS + key)
                 state[key] = weight_reference.masked_weight(weight, logits, *gate)
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise BankError(f"{store.path(name)}: {key}: {error}") from error
     for key, tensor in task.items():
         if not key.startswith(STATE):
@@ -60,17 +64,14 @@ def task_state(store: Store, name: str) -> dict[str, Tensor]:
     return state
 
 
-def _masked(store: Store) -> dict[str, tuple[JsonObject, torch.Size]]:
+def _masked(store: Store) -> dict[str, tuple[LayerSettings, torch.Size]]:
     """Map every masked weight's and bias's state_dict name to its layer's settings and its shape."""
-    try:
-        return {
-            full_name(layer, part): (settings, torch.Size(shape))
-            for layer, settings in store.meta["layers"].items()
-            for part, shape in (("weight", settings["weight"]), ("bias", settings.get("bias")))
-            if part == "weight" or shape is not None
-        }
-    except (AttributeError, KeyError, TypeError) as error:
-        raise BankError(f"{store.directory / INDEX}: meta does not describe the masked layers ({error!r})") from error
+    return {
+        full_name(path, part): (layer, torch.Size(shape))
+        for path, layer in layer_settings(store.directory / INDEX, store.meta).items()
+        for part, shape in (("weight", layer.weight), ("bias", layer.bias))
+        if shape is not None
+    }
 
 
 def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:

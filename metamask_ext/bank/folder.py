@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..nn.masked_layer import MaskedLayer
 from ..nn.names import escape
+from ..nn.paths import plain_modules
 from ..nn.per_task import PerTask, keep_per_task
 from ..nn.structure import structure
 from ..nn.task_dict import TaskDict
@@ -24,6 +26,7 @@ from ..ops.geometry import packed_shape
 from .export import BITS, LOGITS, STATE
 from .index import INDEX, BankError, JsonObject
 from .per_task import full_name, shared_tensors
+from .settings import LayerSettings, layer_settings, names_per_task
 from .store import Store
 from .writer import TaskSource
 from .writer import save as write_store
@@ -67,8 +70,12 @@ def load(store: Store, model: nn.Module) -> None:
     """Make ``model`` hold what the store does; BankError, and nothing has changed, if it cannot."""
     index = store.directory / INDEX
     per_task = _check_model(index, store.meta, model)
+    settings = layer_settings(index, store.meta)
     names = store.tasks
     present = [name for name in names if name is not None]
+    for name in present:
+        if not isinstance(packed := store.info(name).get("packed", False), bool):
+            raise BankError(f"{index}: packed of task {name!r} must be true or false, got {packed!r:.60}")
     if not present:
         raise BankError(f"{index}: the bank has no task, and a masked layer needs one")
     shared = store.shared()
@@ -83,26 +90,45 @@ def load(store: Store, model: nn.Module) -> None:
         for each in kept:
             each.check(store, name, tensors)
     check_not_sharded(model.modules(), "the tasks of a bank cannot be taken in")
-    made = any(not isinstance(model.get_submodule(path), PerTask) for path in per_task)
+    modules = dict(plain_modules(model, remove_duplicate=False))
+    made = any(not isinstance(modules[path], PerTask) for path in per_task)
     if made or any(each.makes_parameter(name, tensors) for name, tensors in read.items() for each in kept):
         check_may_grow((layer for _, layer in task_layers(model)), "new tasks of a bank cannot be taken in")
 
     # From here on nothing fails.
     for path, of_module in per_task.items():
-        module = model.get_submodule(path)
+        module = modules[path]
         if not isinstance(module, PerTask):
             keep_per_task(module, of_module, slots(model))
-    for path, layer in masked_layers(model):
+    kept = _kept(model)
+    held = [{name: each.tensors._held(escape(name)) for name in each.tensors} for each in kept]
+    layers = [(layer, settings[path]) for path, layer in masked_layers(model)]
+    shared_pairs = [(tensor, shared[full]) for full, tensor in targets.items()]
+    take_in = partial(_take_in, layers, shared_pairs, store, list(zip(kept, held)), read)
+    try:
+        take_in()
+    except BaseException:  # Ctrl-C amid the layers would leave a model of two banks
+        take_in()
+        raise
+
+
+def _take_in(
+    layers: Iterable[tuple[MaskedLayer, LayerSettings]],
+    shared: Iterable[tuple[Tensor, Tensor]],
+    store: Store,
+    kept: Sequence[tuple[_Kept, Mapping[str, Tensor | None]]],
+    read: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Fill layers, shared tensors (each with its new value) and TaskDicts (each with the tensors it held). Repeatable."""
+    for layer, of_layer in layers:
         for setting in SETTINGS:
-            setattr(layer, setting, store.meta["layers"][path][setting])
+            setattr(layer, setting, getattr(of_layer, setting))
+    source = _Source(store, [each for each, _ in kept])
     with torch.inference_mode(False), torch.no_grad():
-        for full, tensor in targets.items():
-            _fill(tensor, shared[full])
-        kept = _kept(model)
-        source = _Source(store, kept)
-        for each in kept:
-            held = {name: each.tensors._held(escape(name)) for name in each.tensors}
-            each.tensors._wait_for(names, _Fetch(source, each))
+        for tensor, value in shared:
+            _fill(tensor, value)
+        for each, held in kept:
+            each.tensors._wait_for(store.tasks, _Fetch(source, each))
             for name, tensors in read.items():
                 key = each.key_in(tensors)
                 if not key.startswith(BITS):
@@ -196,8 +222,9 @@ def _kept(model: nn.Module, per_task: dict[str, list[str]] | None = None) -> lis
         elif isinstance(layer, PerTask):
             for name, tensors in layer._own().items():
                 add(full_name(path, name), tensors, False, tensors[next(iter(tensors))])
+    modules = dict(plain_modules(model, remove_duplicate=False)) if per_task else {}
     for path, names in (per_task or {}).items():
-        module = model.get_submodule(path)
+        module = modules[path]
         if not isinstance(module, PerTask):
             for name in names:
                 add(full_name(path, name), TaskDict(buffers=name in module._buffers), False, getattr(module, name))
@@ -253,8 +280,8 @@ def _layers(model: nn.Module) -> dict[str, JsonObject]:
             "weight": list(weight.shape),
             "bias": None if bias is None else list(bias.shape),
             "gate": layer.gate,
-            "temperature": layer.temperature,
-            "threshold": layer.threshold,
+            "temperature": float(layer.temperature),
+            "threshold": float(layer.threshold),
             "dtype": str(weight.dtype).removeprefix("torch."),
         }
         for path, layer in masked_layers(model)
@@ -268,13 +295,8 @@ def _per_task(model: nn.Module) -> dict[str, list[str]]:
 
 def _check_model(index: Path, meta: JsonObject, model: nn.Module) -> dict[str, list[str]]:
     """Return what the bank keeps per task, by module; BankError if its layers are not the model's."""
-    try:
-        saved, per_task = dict(meta["layers"]), {path: list(names) for path, names in meta["per_task"].items()}
-        described = {
-            path: {name: layer[name] for name in ("weight", "bias", "gate", "dtype", *SETTINGS)} for path, layer in saved.items()
-        }
-    except (AttributeError, KeyError, TypeError) as error:
-        raise BankError(f"{index}: meta does not describe the masked layers ({error!r})") from error
+    described = {path: vars(layer) for path, layer in layer_settings(index, meta).items()}
+    per_task = names_per_task(index, meta)
     own = _layers(model)
     if described.keys() != own.keys():
         raise BankError(f"{index}: the bank's masked layers are {sorted(described)}, the model's are {sorted(own)}")
@@ -282,7 +304,7 @@ def _check_model(index: Path, meta: JsonObject, model: nn.Module) -> dict[str, l
         for name in ("gate", "weight", "bias", "dtype"):
             if layer[name] != own[path][name]:
                 raise BankError(f"{index}: the bank's {path!r} has {name} {layer[name]!r}, the model's has {own[path][name]!r}")
-    modules = dict(model.named_modules())
+    modules = dict(plain_modules(model))
     for path, names in {**_per_task(model), **per_task}.items():
         module = modules.get(path)
         if isinstance(module, PerTask):

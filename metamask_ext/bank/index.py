@@ -16,13 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ..files.read import MAX_BYTES, parse_json, read_file, regular_size
 from ..nn.names import escape
 
 INDEX, TASKS = "bank.json", "tasks"
@@ -116,18 +116,20 @@ def _checksum_line(rest: bytes) -> bytes:
 
 
 def read_index(directory: Path) -> Index:
-    """Read and check ``bank.json``.
+    """Read and check ``bank.json``, which may be a link: download caches make them.
 
     Raises:
         BankNotFoundError: there is none.
-        BankError: a byte of it changed or is missing, it is of another format, or it names a file as no bank does.
+        BankError: it cannot be read, a byte of it changed or is missing, it is of another format, larger or more deeply nested than
+            any, or it names a file as no bank does.
     """
     path = directory / INDEX
     try:
-        regular_file(directory, INDEX)
-        data = path.read_bytes()
+        data = read_file(path, MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BankNotFoundError(f"{path}: there is no bank here ({error.strerror})") from error
+    except OSError as error:
+        raise BankError(f"{path}: cannot be read: {error.strerror}") from error
     return decode(path, data)
 
 
@@ -142,10 +144,10 @@ def decode(path: Path, data: bytes) -> Index:
     if data[len(_FIRST_LINE) : end] != _checksum_line(rest):
         raise BankError(f"{path}: damaged (its SHA-256 is not the one written in it)")
     try:
-        body = json.loads(data)
+        body = parse_json(data)
         meta, commit = body["meta"], body["commit"]
-        if not isinstance(meta, dict) or not isinstance(commit, int):
-            raise BankError(f"{path}: meta must be an object and commit an integer")
+        if not isinstance(meta, dict) or not _is_count(commit):
+            raise BankError(f"{path}: meta must be an object and commit an integer, at least 0")
         shared = _file(path, body["shared"], SHARED_FILE)
         tasks = [None if task is None else _task(path, task) for task in body["tasks"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -168,7 +170,7 @@ def _task(path: Path, described: JsonObject) -> Task:
 def _file(path: Path, described: JsonObject, pattern: re.Pattern[str]) -> File:
     """Read a file's entry. The file must have the name that its checksum gives it: no name leads out of the folder."""
     file, sha256, size = described["file"], described["sha256"], described["bytes"]
-    if not isinstance(size, int) or size < 0 or not _SHA256.fullmatch(sha256):
+    if not _is_count(size) or not _SHA256.fullmatch(sha256):
         raise BankError(f"{path}: bytes and sha256 of {file!r} must be a size and 64 hexadecimal digits, got {size!r}, {sha256!r}")
     named = pattern.fullmatch(file)
     if named is None or named[1] != sha256[:_HASH_DIGITS]:
@@ -176,12 +178,21 @@ def _file(path: Path, described: JsonObject, pattern: re.Pattern[str]) -> File:
     return File(file, sha256, size)
 
 
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
 def regular_file(directory: Path, relative: str) -> int:
-    """Return the size of a file of the bank. BankError if it is no file, or if a link would lead out of the folder."""
+    """Return the size of a file of the bank, or of the one that a link in its place leads to: its checksum tells if it is right.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is none.
+        BankError: it is a folder, a pipe or a device, or cannot be looked at.
+    """
     path = directory / relative
-    if path.parent != directory and path.parent.is_symlink():
-        raise BankError(f"{path.parent}: a symbolic link; a bank's folder must hold its own files")
-    status = path.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise BankError(f"{path}: not a regular file; a bank's folder must hold its own files, not links")
-    return status.st_size
+    try:
+        return regular_size(path, path.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise BankError(f"{path}: {error.strerror}") from error

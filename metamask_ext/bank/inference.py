@@ -156,6 +156,7 @@ def infer(model: nn.Module, x: Tensor, method: str, per_sample: bool, sums: Sums
     if x.dim() == 0 or len(x) == 0:
         raise ValueError(f"x must be [B, ...] with at least one sample, got shape {list(x.shape)}")
     with torch.inference_mode(False), torch.enable_grad():
+        x = x.clone() if x.is_inference() else x
         snapshot = Snapshot(model, sums)
         names = snapshot.names
         try:

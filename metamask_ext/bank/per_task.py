@@ -8,7 +8,9 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from ..nn.masked_layer import MaskedLayer
+from ..nn.paths import plain_modules
 from ..nn.per_task import PerTask, keep_per_task
+from ..nn.structure import unchanged_on_error
 from ..nn.task_dict import TaskDict
 from ..nn.tasks import slots
 
@@ -19,9 +21,9 @@ def full_name(path: str, name: str) -> str:
 
 
 def shared_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Yield every parameter and saved buffer that belongs to no task: state_dict name, module, name there, and the tensor."""
+    """Yield every parameter and saved buffer that belongs to no task: plain path, module, name there, and the tensor."""
     inside = {tensor for module in model.modules() if isinstance(module, TaskDict) for tensor in module.modules()}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in plain_modules(model, remove_duplicate=False):
         if module in inside:
             continue
         unsaved = module._non_persistent_buffers_set
@@ -33,7 +35,7 @@ def shared_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tens
 
 def per_task_names(model: nn.Module) -> list[str]:
     """List what :func:`keep_matching` has made belong to tasks, and what does in layers made for it."""
-    modules = [(path, module) for path, module in model.named_modules() if isinstance(module, PerTask)]
+    modules = [(path, module) for path, module in plain_modules(model) if isinstance(module, PerTask)]
     return [full_name(path, name) for path, module in modules for name in module._own()]
 
 
@@ -57,5 +59,6 @@ def keep_matching(model: nn.Module, patterns: str | Iterable[str]) -> None:
                 )
             found.setdefault(module, {})[name] = None
     by_slot = slots(model)
-    for module, names in found.items():
-        keep_per_task(module, names, by_slot)
+    with unchanged_on_error(found):
+        for module, names in found.items():
+            keep_per_task(module, names, by_slot)

@@ -5,16 +5,23 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from weakref import ref
 
+import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..files.read import parse_json, read_file
 from ..nn.names import plain
 from .index import INDEX, BankError, BankNotFoundError, File, Index, JsonObject, Task, read_index, regular_file
 
 _CHUNK = 1 << 20
+COPIED = 1 << 18
+"""Files of up to this many bytes are read: a mapping saves them nothing, and a process has 65,530 (``vm.max_map_count``)."""
+MAPPED = 4096
 
 
 class Store:
@@ -33,6 +40,10 @@ class Store:
         self._opened = self._index = index
         self._slots = {task.name: slot for slot, task in enumerate(index.tasks) if task is not None}
         self._checked: set[str] = set()
+        self.max_mapped = MAPPED
+        """The most files that are mapped at once; what is used beyond them is read into memory."""
+        self._mapped: list[list[ref[Tensor]]] = []
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Store:
@@ -153,34 +164,71 @@ class Store:
                 self._index = newer
 
     def _load(self, file: File, of: str | None = None) -> dict[str, Tensor]:
-        """Map the tensors of ``file``; ``of``: the SHA-256 of the shared weights that it must belong to."""
+        """Return the tensors of ``file``; ``of``: the SHA-256 of the shared weights that it must belong to."""
         path = self.directory / file.path
+        try:
+            large = file.bytes > COPIED and self._may_map()
+            belongs, tensors = self._map(path, file) if large else _read(path, file)
+        except (FileNotFoundError, NotADirectoryError, BankError):
+            raise
+        except OSError as error:
+            raise BankError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:  # a dtype that safetensors does not know is a KeyError
+            raise BankError(f"{path}: not a safetensors file ({error})") from error
+        if belongs != of:
+            raise BankError(f"{path}: belongs to the shared weights {belongs!r:.100}, the bank has {of}")
+        return tensors
+
+    def _may_map(self) -> bool:
+        with self._lock:
+            if len(self._mapped) >= self.max_mapped:
+                self._mapped = [refs for refs in self._mapped if any(ref() is not None for ref in refs)]
+            return len(self._mapped) < self.max_mapped
+
+    def _map(self, path: Path, file: File) -> tuple[str | None, dict[str, Tensor]]:
         if file.path not in self._checked:
-            self._check(file)
+            _check(path, file)
             self._checked.add(file.path)
         try:
             with safe_open(path, "pt") as opened:
                 belongs = (opened.metadata() or {}).get("shared")
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  not a dict
-        except (FileNotFoundError, RuntimeError) as error:
+        except RuntimeError as error:
             # safetensors opens the file, then torch maps it by name: deleted in between, it is a RuntimeError.
-            if path.exists():
-                raise
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
-        except SafetensorError as error:
-            raise BankError(f"{path}: not a safetensors file ({error})") from error
-        if belongs != of:
-            raise BankError(f"{path}: belongs to the shared weights {belongs}, the bank has {of}")
-        return tensors
+            if not path.exists():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+            raise BankError(f"{path}: cannot be mapped: {' '.join(str(error).split())}") from error
+        with self._lock:
+            self._mapped.append([ref(tensor) for tensor in tensors.values()])
+        return belongs, tensors
 
-    def _check(self, file: File) -> None:
-        path = self.directory / file.path
-        size = regular_file(self.directory, file.path)
-        if size != file.bytes:
-            raise BankError(f"{path}: damaged, {size} bytes instead of {file.bytes}")
-        digest = hashlib.sha256()
-        with open(path, "rb") as opened:
-            while chunk := opened.read(_CHUNK):
-                digest.update(chunk)
-        if digest.hexdigest() != file.sha256:
-            raise BankError(f"{path}: damaged, its SHA-256 is {digest.hexdigest()} instead of {file.sha256}")
+
+def _read(path: Path, file: File) -> tuple[str | None, dict[str, Tensor]]:
+    """Read a file that need not, or may not, be mapped; the bytes that are used are those that are checked."""
+    _check_size(path, file, regular_file(path.parent, path.name))
+    data = read_file(path, file.bytes)
+    _check_size(path, file, len(data))
+    _check_sha256(path, file, hashlib.sha256(data))
+    tensors = safetensors.torch.load(data)
+    # The header is sound by now: 8 bytes of length, then JSON.
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header.get("__metadata__", {}).get("shared"), tensors
+
+
+def _check(path: Path, file: File) -> None:
+    _check_size(path, file, regular_file(path.parent, path.name))
+    digest = hashlib.sha256()
+    with open(path, "rb") as opened:
+        while chunk := opened.read(_CHUNK):
+            digest.update(chunk)
+    _check_sha256(path, file, digest)
+
+
+def _check_size(path: Path, file: File, size: int) -> None:
+    if size != file.bytes:
+        raise BankError(f"{path}: damaged, {size} bytes instead of {file.bytes}")
+
+
+def _check_sha256(path: Path, file: File, digest: hashlib._Hash) -> None:
+    if digest.hexdigest() != file.sha256:
+        raise BankError(f"{path}: damaged, its SHA-256 is {digest.hexdigest()} instead of {file.sha256}")

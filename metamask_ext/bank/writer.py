@@ -18,7 +18,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -26,8 +26,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..files.atomic import sync
+from ..files.atomic import TEMPORARY, sync, write_temporary
 from ..files.lock import locked
+from ..files.read import read_file
 from ..nn.names import check_name
 from .index import (
     INDEX,
@@ -48,9 +49,8 @@ from .index import (
 from .store import Store
 
 LOCK = "bank.lock"
-_TEMPORARY = ".tmp"
-_ROOT_FILES = re.compile(rf"({SHARED_FILE.pattern}|{re.escape(INDEX)})(\.tmp)?")
-_TASK_FILES = re.compile(rf"{TASK_FILE.pattern}(\.tmp)?")
+_ROOT_FILES = re.compile(rf"({SHARED_FILE.pattern}|{re.escape(INDEX)})({TEMPORARY})?")
+_TASK_FILES = re.compile(rf"{TASK_FILE.pattern}({TEMPORARY})?")
 
 DTYPES = frozenset(
     {
@@ -100,7 +100,7 @@ def save(
             ``bank.json`` is damaged (delete it to start anew); a referenced file is damaged or missing; a reference into this
             folder is from a store opened before the last save, which would be undone.
         TypeError, ValueError: a task's name, tensor, info or ``meta`` cannot be stored, or a name occurs twice.
-        OSError: the files cannot be written (disk full). The old bank is whole, and what was written is removed.
+        OSError: the files cannot be written (disk full); it names the file. The old bank is whole, and what was written is removed.
     """
     tasks = [None if task is None else (check_name(task[0]), task[1]) for task in tasks]
     for name, count in Counter(task[0] for task in tasks if task is not None).items():
@@ -113,7 +113,10 @@ def save(
         sync(path.parent)
     with locked_bank(folder):
         if (folder / TASKS).is_symlink():
-            raise BankError(f"{folder / TASKS}: a symbolic link; a bank's folder must hold its own files")
+            raise BankError(
+                f"{folder / TASKS}: a symbolic link, through which nothing is written: save into a folder of its own, or put a "
+                "folder in its place"
+            )
         before = _committed(folder)
         if before is not None and seen is not None and before.state not in seen:
             raise BankError(
@@ -125,7 +128,9 @@ def save(
             index = _Writer(folder, before).commit(meta, shared, tasks)
         except BaseException:
             # Where the last fsync failed, the rename of bank.json may be on the disk or not: the files of both states stay.
-            _sweep(folder, before, _committed(folder))
+            # Where this fails too, the error above is the one to know, and the next save deletes what is left.
+            with suppress(OSError, BankError):
+                _sweep(folder, before, _committed(folder))
             raise
         _sweep(folder, index)
     return Store(folder, index)
@@ -170,7 +175,8 @@ class _Writer:
         self.folder = folder
         self.before = before
         self.present = set() if before is None else before.paths()
-        self.new: dict[str, None] = {}  # in order, each once: two tasks may have one file
+        self.new: dict[str, Path] = {}
+        """The temporary names of new files by their own, in order, each once: two tasks may have one file."""
 
     def commit(self, meta: Mapping[str, object], shared: Mapping[str, Tensor], tasks: Slots) -> Index:
         """Write what is new, then ``bank.json``; return the new index."""
@@ -182,15 +188,15 @@ class _Writer:
         index = decode(self.folder / INDEX, data)
 
         # All written before the first is synced: the file system then has many to put on the disk at once.
-        for path in self.new:
-            sync(self._temporary(path))
-        for path in self.new:
-            os.replace(self._temporary(path), self.folder / path)
+        for temporary in self.new.values():
+            sync(temporary)
+        for path, temporary in self.new.items():
+            os.replace(temporary, self.folder / path)
         sync(self.folder / TASKS)
         sync(self.folder)
-        self._write(INDEX, data)
-        sync(self._temporary(INDEX))
-        os.replace(self._temporary(INDEX), self.folder / INDEX)
+        temporary = self._write(INDEX, data)
+        sync(temporary)
+        os.replace(temporary, self.folder / INDEX)
         sync(self.folder)
         return index
 
@@ -215,8 +221,14 @@ class _Writer:
         return Task(name, self._add(lambda sha256: task_path(name, sha256), serialised), info)
 
     def _kept(self, file: File) -> File:
+        """Keep a file of the committed bank. A link is replaced by a file of the folder's own: its target may go away."""
         try:
             size = regular_file(self.folder, file.path)
+            if size == file.bytes and (self.folder / file.path).is_symlink() and file.path not in self.new:
+                data = read_file(self.folder / file.path)
+                if hashlib.sha256(data).hexdigest() != file.sha256:
+                    raise BankError(f"{self.folder / file.path}: damaged, its SHA-256 is not {file.sha256}")
+                self.new[file.path] = self._write(file.path, data)
         except FileNotFoundError as error:
             raise BankError(f"{self.folder / file.path}: missing, and {INDEX} names it") from error
         if size != file.bytes:
@@ -228,23 +240,19 @@ class _Writer:
         sha256 = hashlib.sha256(data).hexdigest()
         file = File(name(sha256), sha256, len(data))
         if file.path not in self.new and not (file.path in self.present and self._holds(file.path, data)):
-            self.new[file.path] = None
-            self._write(file.path, data)
+            self.new[file.path] = self._write(file.path, data)
         return file
 
     def _holds(self, path: str, data: bytes) -> bool:
-        """Compare a file with ``data``: a damaged one is mended by saving the task again."""
+        """Compare a file with ``data``: a damaged one is mended by saving the task again, a link replaced."""
         try:
-            return regular_file(self.folder, path) == len(data) and (self.folder / path).read_bytes() == data
+            own = not (self.folder / path).is_symlink()
+            return own and regular_file(self.folder, path) == len(data) and read_file(self.folder / path) == data
         except FileNotFoundError:
             return False
 
-    def _temporary(self, path: str) -> Path:
-        return self.folder / (path + _TEMPORARY)
-
-    def _write(self, path: str, data: bytes) -> None:
-        with open(self._temporary(path), "wb") as file:
-            file.write(data)
+    def _write(self, path: str, data: bytes) -> Path:
+        return write_temporary(self.folder / path, data, synced=False)
 
 
 def serialise(owner: str, tensors: Mapping[str, Tensor], shared: str | None) -> bytes:

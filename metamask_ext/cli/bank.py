@@ -13,6 +13,7 @@ from ..bank.export import task_state
 from ..bank.index import BankError
 from ..bank.store import Store
 from ..bank.writer import TaskSource, save, serialise
+from ..files.atomic import write_new
 from ..nn.names import escape
 from .terminal import fail, show
 
@@ -111,10 +112,4 @@ def export(
         store = Store.open(directory)
         _check_known(store, [name])
         data = serialise(f"task {name!r}", task_state(store, name), None)
-        with open(file, "xb") as opened:
-            try:
-                opened.write(data)
-                opened.flush()
-            except BaseException:
-                file.unlink()
-                raise
+        write_new(file, data)

@@ -16,6 +16,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from ..nn import MaskedLayer
 from ..nn.names import check_name, describe, plain
+from ..nn.paths import plain_modules
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
@@ -146,7 +147,7 @@ def name_of(function: object) -> str:
 def describe_data_and_model(tasks: Mapping[str, TaskData], shared: Mapping[str, nn.Parameter], model: nn.Module) -> dict[str, str]:
     """Describe the shared parameters by their shapes, the layers by their gates, the data by their checksums."""
     described = {f"shape of {name}": f"{list(parameter.shape)} {parameter.dtype}" for name, parameter in shared.items()}
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         if isinstance(module, MaskedLayer):
             described[f"gate of {name or 'the model'}"] = f"{module.gate}, {module.temperature:g}, {module.threshold:g}"
     for name, data in tasks.items():

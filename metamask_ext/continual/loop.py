@@ -24,6 +24,7 @@ from ..files.lock import locked_run
 from ..files.metrics import METRICS, MetricsFile
 from ..nn import MaskedLayer
 from ..nn.names import DEFAULT_TASK, check_name, describe, escape, plain
+from ..nn.paths import own_state, plain_path, plain_state
 from ..nn.structure import structure
 from ..nn.task_dict import TaskDict
 from ..nn.tasks import add_task, masked_layers, remove_task
@@ -343,7 +344,7 @@ class TaskLoop:
 
     def _state(self) -> LoopState:
         with structure():  # other threads may add and remove tasks
-            tasks, model = model_tasks(self.model) if self._masked else [], self.model.state_dict()
+            tasks, model = model_tasks(self.model) if self._masked else [], plain_state(self.model)
         return {
             "settings": self._settings,
             "round": self.round,
@@ -366,7 +367,11 @@ class TaskLoop:
             return self.config.new_optimizer(parameters, of_masks=of_masks)
 
         checks = Checks(path, self.model, self._settings, self._common, self._masked, new_optimizer)
-        return checks.checked(load_checkpoint(path), self._shared.values())
+        state = load_checkpoint(path)
+        model = state.get("model")
+        if isinstance(model, dict) and all(isinstance(key, str) for key in model):
+            state["model"] = own_state(self.model, model)
+        return checks.checked(state, self._shared.values())
 
     def _take_over(self, state: LoopState) -> None:
         """Become what the loop was whose checkpoint has this state, which was checked."""
@@ -412,9 +417,10 @@ def _mask_parameters(model: nn.Module, task: str) -> list[nn.Parameter]:
 
 
 def _shared_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Collect every parameter that belongs to no task, by name."""
+    """Collect every parameter that belongs to no task, by plain path."""
     of_tasks = {id(parameter) for tensors in _task_dicts(model) for parameter in tensors.parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in of_tasks}
+    named = ((plain_path(model, name), parameter) for name, parameter in model.named_parameters())
+    return {name: parameter for name, parameter in named if id(parameter) not in of_tasks}
 
 
 def _has_tensorboard() -> bool:

@@ -143,10 +143,13 @@ class Checks:
             self._refuse(f"model must be a state dict, got {type(model).__name__}")
         dicts = _dicts(self.model)
         own = self.model.state_dict()
+        self._check_gates(model)
         given = {_key(key, dicts): tensor for key, tensor in model.items() if not _is_extra(key, own)}
         if given.keys() != forms.keys():
             lacks, more = sorted(forms.keys() - given.keys()), sorted(given.keys() - forms.keys())
-            self._refuse_model("; ".join(f"{what} {describe(keys)}" for what, keys in (("it lacks", lacks), ("it has", more)) if keys))
+            self._refuse_model(
+                "; ".join(f"{what} {describe(keys)}" for what, keys in (("it lacks", lacks), ("it has", more)) if keys)
+            )
         for path, _ in masked_layers(self.model):
             key = f"{path}.{EXTRA_STATE}".lstrip(".")
             try:
@@ -162,6 +165,15 @@ class Checks:
             if (key in parameters or key.rpartition(".")[0] in dicts) and bool(tensor.isnan().any()):
                 self._refuse(f"{key} holds NaN: the training had diverged")
         return cast(dict[str, Tensor], given)
+
+    def _check_gates(self, model: Mapping[str, object]) -> None:
+        for path, layer in self.model.named_modules(remove_duplicate=False):
+            key = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
+            if isinstance(layer, MaskedLayer) and key in model:
+                try:
+                    decoded(model[key])
+                except ValueError as error:
+                    self._refuse_model(f"{key} {error}")
 
     def _refuse_model(self, why: str) -> NoReturn:
         self._refuse(f"the model does not fit the checkpoint: {why}")
@@ -234,6 +246,6 @@ def _forms_of(model: nn.Module, tensors: TaskDict) -> list[_Form]:
             for shared, masks in layer._groups():
                 if masks is tensors:
                     logits = [(dtype, shared.shape) for dtype in layer._dtypes_of_logits()]
-                    return [*logits, (torch.uint8, packed_shape(shared.shape))]
+                    return [*logits, (torch.uint8, torch.Size(packed_shape(shared.shape)))]
     like = tensors[next(iter(tensors))]
     return [(like.dtype, like.shape)]

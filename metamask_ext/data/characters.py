@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import unicodedata
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._cached import download_whole, read_original
 from ._download import try_download
 from ._torchvision import import_torchvision
 from .digits import default_root, shown_path
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.ft2font import FT2Font
     from torchvision.datasets import Omniglot
 
+ARCHIVES = "images_background", "images_evaluation"
+"""The names of Omniglot's archives."""
 SIZE = 28
 DRAWINGS = 20
 TRAIN_CHARACTERS = 1200
@@ -54,15 +59,17 @@ def load_characters(root: str | Path | None = None, download: bool = True) -> Ch
     (2015): 1,623 characters of 50 alphabets, 20 drawings each. 1,200 of them, always the same, are for training.
 
     Args:
-        root: torchvision's root, with ``omniglot-py`` in it; None: ``METAMASK_DATA``, or ``~/.cache/metamask_ext``.
+        root: torchvision's root, with the archives of ``omniglot-py`` in it, which are used only if they are the originals, by
+            their MD5 sums; None: ``METAMASK_DATA``, or ``~/.cache/metamask_ext``.
         download: whether to try; without an answer in a few seconds there is none.
 
     Raises:
         ImportError: the files are there and torchvision is not, or matplotlib is not; says what to install.
-        RuntimeError: the files are there and damaged.
+        RuntimeError: an archive is there and is damaged, or not Omniglot's: delete it, and it is downloaded again.
     """
     root = default_root() if root is None else Path(root)
-    there = (root / "omniglot-py").is_dir()
+    folder = root / "omniglot-py"
+    there = all((folder / f"{name}.zip").exists() for name in ARCHIVES)
     reason = f"no Omniglot in {shown_path(root)!r}"
     if not there and not download:
         return glyphs(note=f"{reason}, download off")
@@ -72,27 +79,43 @@ def load_characters(root: str | Path | None = None, download: bool = True) -> Ch
         if there:
             raise ImportError(f"{str(root)!r} has Omniglot, and to read it: {error}") from error
         return glyphs(note=f"{reason}, torchvision is not installed")
-    if not there:
-        url = f"{omniglot.download_url_prefix}/images_background.zip"
-        failure = try_download(url, lambda: [omniglot(root, background, download=True) for background in (True, False)])
-        if failure is not None:
-            return glyphs(note=f"{reason}, download failed: {failure}")
-    drawn = torch.cat([_drawings(omniglot(root, background)) for background in (True, False)])
+    if not there and (failure := _download(omniglot, folder)) is not None:
+        return glyphs(note=f"{reason}, download failed: {failure}")
+    drawn = torch.cat([_drawings(folder / f"{name}.zip", omniglot.zips_md5[name]) for name in ARCHIVES])
     order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))
     train = TRAIN_CHARACTERS * len(drawn) // 1623
     return Characters(drawn[order[:train]], drawn[order[train:]], "Omniglot (torchvision)")
 
 
-def _drawings(data: Omniglot) -> Tensor:
-    """Scale torchvision's images, 105 x 105, ink 0, to ``[characters, drawings, 28, 28]``, ink 255."""
-    import numpy
+def _download(omniglot: type[Omniglot], folder: Path) -> str | None:
+    """Try torchvision's source, once; return the reason why it failed, or None."""
+    from torchvision.datasets.utils import download_url
 
-    found: dict[int, list[Tensor]] = {}
-    for image, character in data:
-        pixels = 255 - torch.from_numpy(numpy.array(image)).float()
-        small = F.interpolate(pixels[None, None], (SIZE, SIZE), mode="area")
-        found.setdefault(character, []).append(small[0, 0].round().to(torch.uint8))
-    return torch.stack([torch.stack(found[character]) for character in sorted(found)])
+    def download(made: Path) -> None:
+        for name in ARCHIVES:
+            download_url(f"{omniglot.download_url_prefix}/{name}.zip", str(made), f"{name}.zip", omniglot.zips_md5[name])
+
+    files = {f"{name}.zip": omniglot.zips_md5[name] for name in ARCHIVES}
+    url = f"{omniglot.download_url_prefix}/{ARCHIVES[0]}.zip"
+    return try_download(url, lambda: download_whole(folder, download, files, "Omniglot"))
+
+
+def _drawings(archive: Path, md5: str) -> Tensor:
+    """Scale the images of an archive, 105 x 105, ink 0, to ``[characters, drawings, 28, 28]``, ink 255.
+
+    The archive itself is read: what was extracted of it has no checksum. Alphabets and characters are in alphabetical order.
+    """
+    import numpy
+    from PIL import Image
+
+    found: dict[str, list[Tensor]] = {}
+    with zipfile.ZipFile(io.BytesIO(read_original(archive, md5, "Omniglot"))) as opened:
+        for name in sorted(opened.namelist()):
+            if name.endswith(".png"):
+                pixels = 255 - torch.from_numpy(numpy.array(Image.open(io.BytesIO(opened.read(name))).convert("L"))).float()
+                small = F.interpolate(pixels[None, None], (SIZE, SIZE), mode="area")
+                found.setdefault(name.rpartition("/")[0], []).append(small[0, 0].round().to(torch.uint8))
+    return torch.stack([torch.stack(drawings) for drawings in found.values()])
 
 
 def glyphs(seed: int = 0, note: str = "") -> Characters:

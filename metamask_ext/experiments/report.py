@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from ..files.atomic import prepare_folder, write_atomic
+from ..files.atomic import output_errors, prepare_folder, write_atomic
 from ..files.errors import OutputError
+from ..files.read import read_file
 from .catalogue import module_of, settings_of
 from .engine.claims import Metrics
 from .engine.figures import write_figures
 from .engine.jobs import flat
-from .engine.settings import OptionError, as_json
+from .engine.settings import as_json
 from .engine.tables import Rows, Tables, duration_text, seeds_text, table_of
 from .suite import finished, runs
 
@@ -64,7 +65,7 @@ def report(folder: str | Path, out: str | Path = "docs/results") -> tuple[Path, 
             prepare_folder(out / run)
             files = _files(module, metrics, folder / run, out / run)
             sections.append(_section(run, module, metrics, files))
-        except (KeyError, OptionError) as error:
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:  # what it says is used as it comes
             raise OutputError(f"{str(folder / run / 'metrics.json')!r} is not of this version: {_fault(error)}") from error
     page = [_head(done, missing), *_questions(found), *sections]
     write_atomic(out / PAGE, ("\n\n".join(page) + "\n").encode())
@@ -143,7 +144,9 @@ def _fault(error: Exception) -> str:
 
 def _files(module: ModuleType, metrics: Metrics, run: Path, out: Path) -> list[str]:
     """Copy or make the files of a run; their names."""
-    write_atomic(out / "metrics.json", (run / "metrics.json").read_bytes())
+    with output_errors(run / "metrics.json", "read"):
+        data = read_file(run / "metrics.json")
+    write_atomic(out / "metrics.json", data)
     figures = write_figures(out, metrics["experiment"], module.figures(metrics))
     documents = module.documents(metrics) if hasattr(module, "documents") else {}
     for name, text in documents.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .catalogue import EXPERIMENTS, module_of, run
-from .engine.jobs import Json, read_json
+from .engine.jobs import Json, read_results
 from .engine.tables import estimate_text
 
 MINUTES = {
@@ -54,7 +54,7 @@ def run_all(
 def finished(folder: Path) -> Json | None:
     """The metrics of the run in ``folder``; None if there is no finished one."""
     path = folder / "metrics.json"
-    return read_json(path) if path.exists() else None
+    return read_results(path) if path.exists() else None
 
 
 def _minutes(folder: str) -> float:

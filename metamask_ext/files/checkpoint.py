@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .atomic import write_atomic
 from .errors import CheckpointError
@@ -56,7 +57,27 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def not_ours(path: Path, why: str) -> CheckpointError:
     """Make the error for a checkpoint whose checksum is right and whose contents cannot be."""
-    return CheckpointError(f"the checkpoint {str(path)!r} cannot be of this run: {why}. Use another folder, or delete it to start again")
+    advice = "Use another folder, or delete it to start again"
+    return CheckpointError(f"the checkpoint {str(path)!r} cannot be of this run: {why}. {advice}")
+
+
+def take_over_state_dict(path: Path, given: object, model: nn.Module) -> None:
+    """Load a state dict, unless ``model`` cannot take it over whole: torch's ``load_state_dict`` changes it before it complains.
+
+    Raises:
+        CheckpointError: it is none, or a tensor is missing, too much, of another shape or dtype, or holds NaN. Nothing has changed.
+    """
+    own = model.state_dict()
+    if not isinstance(given, dict) or given.keys() != own.keys():
+        raise not_ours(path, "its model has other tensors")
+    for name, wanted in own.items():
+        tensor = given[name]
+        if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (wanted.dtype, wanted.shape):
+            got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise not_ours(path, f"{name} must be {wanted.dtype} {list(wanted.shape)}, got {got}")
+        if bool(tensor.isnan().any()):
+            raise not_ours(path, f"{name} holds NaN")
+    model.load_state_dict(given)
 
 
 def check_same_settings(path: Path, then: Mapping[str, object], now: Mapping[str, object]) -> None:

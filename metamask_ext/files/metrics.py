@@ -108,7 +108,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         OutputError: there are none to read, or a line is no JSON object.
     """
     path = Path(folder) / METRICS
-    lines = []
+    lines: list[dict[str, Any]] = []
     with output_errors(path, "read"), open(path, "rb", opener=_without_waiting) as file:
         regular_size(path, os.fstat(file.fileno()))
         while data := file.readline(_LONGEST_LINE):

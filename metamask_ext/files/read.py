@@ -49,8 +49,8 @@ def parse_json(data: bytes) -> Any:
     """Return the value of a JSON text, in UTF-8.
 
     Raises:
-        ValueError: it is none, or holds NaN, an infinity, more than 64 MiB, about 4,000,000 values, or lists and objects within more
-            than 100 others.
+        ValueError: it is none, holds NaN or an infinity, has more than 64 MiB or about 4,000,000 values, or lists and objects
+            within more than 100 others.
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"{len(data):,} bytes of JSON, at most {MAX_BYTES:,} are read")

@@ -12,6 +12,7 @@ from ..nn.context import run_selected
 from ..nn.layers import MaskedConv2d
 from ..nn.masked_layer import MaskedLayer
 from ..nn.names import describe, escape, plain
+from ..nn.paths import plain_path
 from ..nn.read_through import ReadThroughConv2d, ReadThroughLinear
 from ..nn.selection import GivenMasks, Superposition
 from ..nn.task_dict import TaskDict
@@ -65,6 +66,7 @@ class AdaptedModel:
         self._masks: dict[MaskedLayer, list[int | None]] = {}
         """For each layer with an adapted mask the positions of the weight's and of the bias's among the adapted tensors."""
         self._others: dict[str, int] = {}
+        """By the name in ``named_parameters()``."""
         self._choose(adapt)
         self.norms = batch_norm.prepare(model, policy)
         read_through = any(isinstance(layer, (ReadThroughLinear, ReadThroughConv2d)) for layer in self._masks)
@@ -109,7 +111,7 @@ class AdaptedModel:
 
         for path, module in self.model.named_modules():
             if isinstance(module, MaskedLayer):
-                found = [self._place_mask(place, path, module, kind) for kind in module._dicts()]
+                found = [self._place_mask(place, plain_path(self.model, path), module, kind) for kind in module._dicts()]
                 if any(position is not None for position in found):
                     self._masks[module] = [*found, None][:2]
         for path, module in self.model.named_modules():
@@ -119,9 +121,10 @@ class AdaptedModel:
                 if parameter is None or (isinstance(module, TaskDict) and key not in self._keys()):
                     continue
                 before = len(self.names)
-                place(_joined(path, key), False, parameter, _Stored(module, key))
+                name = _joined(path, key)
+                place(plain_path(self.model, name), False, parameter, _Stored(module, key))
                 if len(self.names) > before:
-                    self._others[self.names[before]] = before
+                    self._others[name] = before
                     if isinstance(module, TaskDict) and not isinstance(self.start, str):
                         raise ValueError(f"adapt selects {self.names[before]!r}, of which a start from several tasks has a mixture")
         if not self.names:

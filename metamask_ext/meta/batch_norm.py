@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..nn.batch_norm import TaskBatchNorm2d
 from ..nn.context import selection_of
+from ..nn.paths import plain_modules
 from ..nn.selection import GivenMasks
 from ..torch_private import BatchNorm, InstanceNorm
 
@@ -55,7 +56,7 @@ def prepare(model: nn.Module, policy: str) -> dict[nn.Module, str]:
     if policy not in POLICIES:
         raise ValueError(f"batch_norm must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
     found: dict[nn.Module, str] = {}
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         if isinstance(module, InstanceNorm) and module.track_running_stats:
             raise ValueError(f"the tasks would all update the statistics of {name!r}: use track_running_stats=False there")
         if not isinstance(module, BatchNorm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from .adapted import Adapt, AdaptedModel, Output, Start
 from .batch_norm import Statistics
 from .steps import Rates, recomputed_steps, updated
 
+Tree = TypeVar("Tree")
 LossFunction = Callable[[Output, PyTree], Tensor]
 Samples = tuple[Tensor, PyTree] | tuple[Tensor, PyTree, Tensor]
 
@@ -52,7 +54,7 @@ class MAML(nn.Module):
         inner_steps: their number, 0 or more.
         adapt: ``"masks"``: the masks of the weights and biases of masked layers; ``"weights"``: every other parameter (of what
             belongs to tasks, that of ``start``); ``"all"``: both; or a function of a parameter's name, as in
-            ``model.named_parameters()``, that says whether it is adapted.
+            ``named_parameters()`` of the model without wrappers, that says whether it is adapted.
         first_order: take the inner gradients as constants (arXiv:1703.03400, section 5.2): no graph of the inner steps is kept.
         learn_inner_lr: make ``inner_lr`` a parameter, a rate for each adapted tensor (as Antoniou et al., arXiv:1810.09502,
             section 4, for each layer).
@@ -94,7 +96,9 @@ class MAML(nn.Module):
         self.inner_steps, self.first_order, self.checkpoint = inner_steps, first_order, checkpoint
         first = self._adapted.first()
         if learn_inner_lr:
-            self.inner_lr = nn.Parameter(torch.full((len(first),), float(inner_lr), dtype=first[0].dtype, device=first[0].device))
+            with torch.inference_mode(False):
+                rates = torch.full((len(first),), float(inner_lr), dtype=first[0].dtype, device=first[0].device)
+            self.inner_lr = nn.Parameter(rates)
         else:
             self.inner_lr = float(inner_lr)
 
@@ -131,6 +135,8 @@ class MAML(nn.Module):
     ) -> TaskParameters:
         """Each task's parameters after the inner steps, differentiable for the meta-parameters unless grad mode is off.
 
+        Under ``torch.inference_mode`` it runs outside it, in no-grad mode, on copies of what was made inside.
+
         Args:
             loss_fn, support: as in :meth:`forward`.
             steps: how many, instead of ``inner_steps``.
@@ -139,6 +145,10 @@ class MAML(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`forward`.
         """
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                kept = None if parameters is None else TaskParameters(_outside(dict(parameters)), _outside(parameters.statistics))
+                return self.adapt(loss_fn, _outside(support), steps=steps, parameters=kept)
         x, y, weights = _checked("support", support)
         if steps is None:
             steps = self.inner_steps
@@ -227,7 +237,9 @@ class Learner:
         if maml._adapted.policy == "per task" and maml._adapted.norms:
             raise ValueError("batch_norm='per task' needs support sets, which a learner does not see: use maml.adapt")
         self._maml = maml
-        self.parameters = {name: _alias(tensor) for name, tensor in zip(maml._adapted.names, maml._adapted.first())}
+        grad = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            self.parameters = {name: _alias(tensor) for name, tensor in zip(maml._adapted.names, maml._adapted.first())}
 
     def __call__(self, x: Tensor) -> Output:
         """The model's output for one task's samples ``[K, ...]``."""
@@ -245,9 +257,17 @@ class Learner:
         self.parameters = dict(zip(self.parameters, updated(state, grads, self._maml._rates())))
 
 
+def _outside(tree: Tree) -> Tree:
+    """The same tree with copies of what was made under ``inference_mode``, which no gradient could pass; called outside it."""
+    copied: Tree = torch_private.tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf, tree
+    )
+    return copied
+
+
 def _alias(tensor: Tensor) -> Tensor:
     """The same values as no leaf: its gradient in an inner step is its own, also where the model reads the parameter elsewhere."""
-    aliased = tensor.view_as(tensor)
+    aliased = tensor.view_as(tensor) if torch.is_grad_enabled() else tensor.detach()
     return aliased if aliased.requires_grad else aliased.requires_grad_()
 
 

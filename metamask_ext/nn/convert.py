@@ -14,6 +14,7 @@ from ..ops.checks import DTYPES
 from .layers import MaskedConv2d, MaskedLinear
 from .masked_layer import MaskedLayer, MaskInit
 from .names import DEFAULT_TASK
+from .paths import plain_path
 from .per_task import PerTask, keep_per_task, plain_copy
 from .read_through import ReadThroughConv2d, ReadThroughLinear
 from .reads import forget, is_read
@@ -64,7 +65,7 @@ def convert(
 
     Args:
         model: any module; a Linear or Conv2d itself too.
-        include: glob patterns of qualified names of layers (``"layer4.*"``); None: all.
+        include: glob patterns of qualified names of layers (``"layer4.*"``), without the prefixes of wrappers; None: all.
         exclude: patterns of names to leave plain.
         mask_init: see :class:`metamask_ext.nn.MaskedLinear`; +4 unless given, which keeps the output near the original's.
         mask_dtype: see :class:`metamask_ext.nn.MaskedLinear`. None: masks are float32 (float64 for float64 weights), in a model of
@@ -99,15 +100,16 @@ def convert(
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, kinds):
             names.setdefault(module, []).append(name)
-    selected = [module for module in _select(names, include, exclude) if not isinstance(module, TaskLayer)]
+    plain = {module: [plain_path(model, name) for name in given] for module, given in names.items()}
+    selected = [module for module in _select(plain, include, exclude) if not isinstance(module, TaskLayer)]
     chosen = [module for module in selected if not isinstance(module, nn.BatchNorm2d)]
     for module in chosen:
-        _check_convertible(names[module][0], module)
+        _check_convertible(plain[module][0], module)
         if (weight := module._parameters["weight"]) is not None:
-            check_mask_dtype(mask_dtype, weight.dtype, names[module][0])
+            check_mask_dtype(mask_dtype, weight.dtype, plain[module][0])
     normalising = [module for module in selected if isinstance(module, nn.BatchNorm2d)]
     for module in normalising:
-        _check_batch_norm(names[module][0], module)
+        _check_batch_norm(plain[module][0], module)
 
     check_may_grow(selected, f"{type(model).__name__} cannot be converted")
 
@@ -161,6 +163,11 @@ def merge(model: Model, task: str) -> Model:
     task_keys(task_layers(model), task)
     layers = [layer for _, layer in task_layers(model)]
     refuse_nan(model, [task], "merged")
+    with torch.inference_mode(False):
+        return _merged(model, layers, task)
+
+
+def _merged(model: Model, layers: list[TaskLayer], task: str) -> Model:
     plains = [layer.plain_type.__new__(layer.plain_type) for layer in layers]
     memo: dict[int, object] = {id(layer): plain for layer, plain in zip(layers, plains)}
     baked: dict[tuple[object, ...], nn.Parameter] = {}

@@ -14,6 +14,7 @@ from ..ops.linear.functional import masked_linear
 from ..ops.mixed_task.functional import task_masked_conv2d, task_masked_linear
 from ..ops.packed.functional import packed_masked_conv2d, packed_masked_linear
 from ..ops.weight.functional import masked_weight
+from ..torch_private import fx_trace, traced_call
 from .masked_layer import MaskedLayer, MaskInit
 
 ConvArguments = tuple[tuple[int, int], str | int | tuple[int, int], tuple[int, int], int]
@@ -68,6 +69,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         self._init_masked(gate, temperature, threshold, mask_init, mask_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        if fx_trace._is_fx_tracing_flag and (traced := traced_call(self, input)) is not None:
+            return traced
         active = self._active()
         if isinstance(active, tuple):
             return self._masked(input, *active)
@@ -143,6 +146,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         self._init_masked(gate, temperature, threshold, mask_init, mask_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        if fx_trace._is_fx_tracing_flag and (traced := traced_call(self, input)) is not None:
+            return traced
         active = self._active()
         if isinstance(active, tuple):
             return self._masked(input, *active)

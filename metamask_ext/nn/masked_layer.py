@@ -14,7 +14,7 @@ from ..ops.gate import compute_dtype, gate_values, resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import pack_mask, unpack_mask
 from ..ops.weight.functional import masked_weight
-from ..torch_private import disable_dynamo
+from ..torch_private import disable_dynamo, fx_trace, traced_attribute
 from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .guarded import raise_folded
 from .names import DEFAULT_TASK, escape, plain
@@ -417,11 +417,15 @@ class MaskedLayer(TaskLayer):
     @property
     def mask_logits(self) -> Tensor:
         """The active task's mask logits ``M``, of the shape of ``weight``."""
+        if fx_trace._is_fx_tracing_flag and (traced := traced_attribute(self, "mask_logits")) is not None:
+            return traced
         return self._active_logits()[0]
 
     @property
     def bias_mask_logits(self) -> Tensor | None:
         """The active task's logits of the bias, ``M_b``; None without a bias."""
+        if fx_trace._is_fx_tracing_flag and (traced := traced_attribute(self, "bias_mask_logits")) is not None:
+            return traced
         return self._active_logits()[1]
 
     def _gate(self) -> Gate:

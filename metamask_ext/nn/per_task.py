@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.gate import compute_dtype
-from ..torch_private import BatchNorm, disable_dynamo
+from ..torch_private import BatchNorm, disable_dynamo, fx_trace, traced_attribute, traced_call
 from .context import AmbiguousTaskError
 from .guarded import AmbiguousTensor
 from .names import DEFAULT_TASK
@@ -76,6 +76,8 @@ class PerTask(TaskLayer):
         own: nn.ModuleDict | None = self.__dict__.get("_modules", {}).get("per_task")
         if own is None or name not in own._modules:
             return super().__getattr__(name)
+        if fx_trace._is_fx_tracing_flag and (traced := traced_attribute(self, name)) is not None:
+            return traced
         if torch.compiler.is_dynamo_compiling():
             return _read_in_eager(self, name)
         try:
@@ -88,6 +90,8 @@ class PerTask(TaskLayer):
         return _new, (self.plain_type,), self.__dict__
 
     def forward(self, *inputs: object, **options: object) -> Output:
+        if fx_trace._is_fx_tracing_flag and (traced := traced_call(self, *inputs, **options)) is not None:
+            return traced
         if torch.compiler.is_dynamo_compiling():
             return _forward_in_eager(self, *inputs, **options)
         selected = self._selected()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.weight.functional import masked_weight
-from ..torch_private import disable_dynamo, in_transform
+from ..torch_private import disable_dynamo, fx_trace, in_transform, traced_attribute
 from .context import AmbiguousTaskError
 from .guarded import AmbiguousTensor, ComputedTensor
 from .layers import MaskedConv2d, MaskedLinear
@@ -58,6 +58,8 @@ class _ReadThrough(MaskedLayer):
 
 
 def _guarded(layer: MaskedLayer, what: str) -> Tensor | None:
+    if fx_trace._is_fx_tracing_flag and (traced := traced_attribute(layer, what)) is not None:
+        return traced
     if torch.compiler.is_dynamo_compiling():
         return _read(layer, what)
     shared = layer._group(what)[0]

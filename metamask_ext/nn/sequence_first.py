@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .names import describe
+from .paths import plain_modules
 from .selection import TaskBatch
 from .task_layer import TaskLayer
 
@@ -37,7 +38,7 @@ def batch_views(model: nn.Module, batch: TaskBatch) -> dict[nn.Module, TaskBatch
     """
     layers = batch_first_layers(model)
     if len(batch.keys) > 1 and None in layers.values():
-        both = [name for name, module in model.named_modules() if layers.get(module, True) is None]
+        both = [name for name, module in plain_modules(model) if layers.get(module, True) is None]
         raise ValueError(
             f"layers of the model are used below a module with batch_first=False and elsewhere: {describe(both)}. Give batch_dim"
         )

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from threading import RLock
+
+from torch import nn
 
 _lock = RLock()
 
@@ -15,6 +19,31 @@ def structure() -> RLock:
     while a model runs.
     """
     return _lock
+
+
+@contextmanager
+def unchanged_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give modules back their types, parameters, buffers and children where an error, or Ctrl-C, ends a change of them midway."""
+    kept = [
+        (
+            module,
+            type(module),
+            {name: (value, value.copy() if isinstance(value, dict) else None) for name, value in vars(module).items()},
+        )
+        for module in modules
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes in kept:
+            module.__class__ = kind
+            vars(module).clear()
+            for name, (value, entries) in attributes.items():
+                vars(module)[name] = value
+                if entries is not None:
+                    value.clear()
+                    value.update(entries)
+        raise
 
 
 def _renew() -> None:

@@ -61,6 +61,7 @@ class TaskDict(nn.ParameterDict):
         key = escape(name)
         if not isinstance(value, Tensor):
             raise TypeError(f"what belongs to task {name!r} must be a tensor, got {type(value).__name__}")
+        value = _lasting(value)
         buffer = self._only_buffers or value.dtype == torch.uint8
         check_entry(self, None if buffer else value, f"task {name!r} cannot be {'changed' if name in self._keys else 'added'}")
         if buffer:
@@ -187,7 +188,8 @@ class TaskDict(nn.ParameterDict):
         # What is still to be fetched would come on the device and in the dtype of before.
         self._fetch_all()
         apply: Callable[..., object] = super()._apply
-        apply(function, recurse)
+        with torch.inference_mode(False):
+            apply(function, recurse)
         CHANGES.note()  # torch may be told to replace parameters here
         return self
 
@@ -205,3 +207,12 @@ class TaskDict(nn.ParameterDict):
 
     def extra_repr(self) -> str:
         return f"{len(self)} tasks: {describe(self)}"
+
+
+def _lasting(value: Tensor) -> Tensor:
+    """The same values in a tensor that may be trained one day, also where ``value`` was made under ``inference_mode``."""
+    if not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        copied = value.detach().clone()
+        return nn.Parameter(copied, value.requires_grad) if isinstance(value, nn.Parameter) else copied

@@ -12,6 +12,7 @@ from ..torch_private import loads_strictly
 from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .names import check_name, describe, escape, unescape
 from .pairing import Memo, NamedModules, is_noted, noted_layer
+from .paths import plain_path
 from .selection import GivenMasks, ObservedSuperposition, Superposition
 from .task_dict import TaskDict
 from .wrappers import may_have_missed
@@ -218,10 +219,10 @@ def _entries(tensors: TaskDict) -> Iterator[tuple[str, Tensor | None]]:
 
 
 def task_layers(model: nn.Module) -> list[tuple[str, TaskLayer]]:
-    """The layers of ``model`` with tensors of tasks, masked ones and others, with their names, each once. ValueError if none."""
+    """The layers of ``model`` with tensors of tasks, masked ones and others, by plain paths, each once. ValueError if none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, TaskLayer)]
+    layers = [(plain_path(model, name), layer) for name, layer in model.named_modules() if isinstance(layer, TaskLayer)]
     return layers or raise_no_layer(model)
 
 

@@ -83,11 +83,7 @@ def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "ran
 def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> None:
     name = check_name(name)
     layers = task_layers(model)
-    known, partial = _known(layers)
-    if name in known:
-        raise ValueError(f"task {name!r} exists; the model has {describe(known)}")
-    if name not in partial:
-        same_tasks(layers)
+    known, partial = _known_for(layers, name)
     amounts, source = _resolve_init(known, init)
 
     check_may_grow((layer for _, layer in layers), f"task {name!r} cannot be added")
@@ -117,11 +113,8 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
         if bad is not None:
             raise ValueError(f"init gives NaN for task {name!r} in layer {checked[bad][0]!r}: it combines NaN, or +inf with -inf")
     _put_in(name, [(tensors, tensor) for _, tensors, tensor in new])
-    for layer in [layer for _, layer in layers if name in partial and isinstance(layer, MaskedLayer)]:
-        bits = layer._bits(name)
-        if 0 < len(bits) < len(layer._dicts()):
-            for masks, packed in bits:
-                masks[name] = packed
+    if name in partial:
+        _pack_beside_bits([layer for _, layer in layers], name)
 
 
 def _put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]]) -> None:
@@ -136,15 +129,34 @@ def _put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]]) -> None:
         raise
 
 
-def _known(layers: Iterable[tuple[str, TaskLayer]]) -> tuple[list[str], set[str]]:
-    """The tasks that all of these layers have, oldest first, and those that only some have."""
+def _pack_beside_bits(layers: Iterable[TaskLayer], name: str) -> None:
+    """Pack a task's mask of a weight or bias beside bits of the other."""
+    for layer in layers:
+        if isinstance(layer, MaskedLayer):
+            bits = layer._bits(name)
+            if len(bits) < len(layer._dicts()):
+                for masks, packed in bits:
+                    masks[name] = packed
+
+
+def _known_for(layers: Iterable[tuple[str, TaskLayer]], name: str) -> tuple[list[str], set[str]]:
+    """The tasks that all of these layers have, oldest first, and those that only some have.
+
+    ValueError if ``name`` cannot be added.
+    """
+    layers = list(layers)
     kept = [tensors.keys() for _, layer in layers for tensors in layer._dicts().values()]
     known, every = set(kept[0]), set(kept[0])
     for names in kept:
         if names != known:  # mostly they are the same, and many
             known &= names
             every |= names
-    return [task for task in kept[0] if task in known], every - known
+    ordered, partial = [task for task in kept[0] if task in known], every - known
+    if name in known:
+        raise ValueError(f"task {name!r} exists; the model has {describe(ordered)}")
+    if name not in partial:
+        same_tasks(layers)
+    return ordered, partial
 
 
 def _resolve_init(known: list[str], init: str | Mapping[str, float]) -> tuple[dict[str, float | Tensor] | None, str | None]:

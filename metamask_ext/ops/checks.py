@@ -12,17 +12,26 @@ from torch import Tensor
 
 from metamask_ext import torch_private
 
+from .gate import SIXTEEN_BITS
 from .geometry import MOST_ELEMENTS, check_rows, check_sizes, check_tasks, packed_bytes, packed_shape
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of weights and logits."""
 
 
+def check_mask_dtype(weight: Tensor, mask_logits: Tensor, weight_name: str, mask_name: str) -> None:
+    """Refuse logits that are not in the dtype of ``weight``, nor float32 beside one of 16 bits."""
+    if mask_logits.dtype == weight.dtype or (mask_logits.dtype == torch.float32 and weight.dtype in SIXTEEN_BITS):
+        return
+    wanted = f"or float32 beside {weight.dtype}" if weight.dtype in SIXTEEN_BITS else str(weight.dtype)
+    raise TypeError(f"{mask_name} must have the dtype of {weight_name}, {wanted}, got {mask_logits.dtype}")
+
+
 def check_pair(weight: Tensor, mask_logits: Tensor, weight_name: str = "weight", mask_name: str = "mask_logits") -> None:
     """Refuse a weight and its logits that do not belong together.
 
     Raises:
-        TypeError: not tensors, not floating point of 16 bits or more, or of two dtypes.
+        TypeError: not tensors, not floating point of 16 bits or more, or of two dtypes other than 16 bits and float32 logits.
         ValueError: of two shapes or on two devices.
     """
     for name, tensor in ((weight_name, weight), (mask_name, mask_logits)):
@@ -30,8 +39,7 @@ def check_pair(weight: Tensor, mask_logits: Tensor, weight_name: str = "weight",
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if weight.dtype not in DTYPES:
         raise TypeError(f"{weight_name} must be float64, float32, bfloat16 or float16, got {weight.dtype}")
-    if mask_logits.dtype != weight.dtype:
-        raise TypeError(f"{mask_name} must have the dtype of {weight_name}, {weight.dtype}, got {mask_logits.dtype}")
+    check_mask_dtype(weight, mask_logits, weight_name, mask_name)
     if mask_logits.shape != weight.shape:
         raise ValueError(f"{mask_name} must have the shape of {weight_name}, {list(weight.shape)}, got {list(mask_logits.shape)}")
     if mask_logits.device != weight.device:
@@ -39,7 +47,7 @@ def check_pair(weight: Tensor, mask_logits: Tensor, weight_name: str = "weight",
 
 
 def check_pairs(weight: Sequence[Tensor], mask_logits: Sequence[Tensor]) -> None:
-    """Refuse weights and logits that are not as many, or not of one dtype and device; errors as :func:`check_pair`."""
+    """Refuse weights and logits that are not as many, or not each of one dtype and device; errors as :func:`check_pair`."""
     if not isinstance(mask_logits, Sequence):
         raise TypeError(f"mask_logits must be a sequence of tensors as weight is, got {type(mask_logits).__name__}")
     if len(weight) == 0:
@@ -52,6 +60,7 @@ def check_pairs(weight: Sequence[Tensor], mask_logits: Sequence[Tensor]) -> None
         check_pair(one, mask, name, f"mask_logits[{index}]")
         if one.dtype != first.dtype:
             raise TypeError(f"{name} must have the dtype of weight[0], {first.dtype}, got {one.dtype}")
+        _check_one_dtype(mask_logits, index, "mask_logits")
         if one.device != first.device:
             raise ValueError(f"{name} must be on the device of weight[0], {first.device}, got {one.device}")
 
@@ -71,6 +80,13 @@ def check_flags(name: str, flags: Sequence[bool], count: int) -> None:
 def check_pixels(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
+
+
+def _check_one_dtype(masks: Sequence[Tensor], index: int, name: str) -> None:
+    """Refuse logits of 16 bits among those of float32; the functions widen them before (:func:`dispatch.of_one_dtype`)."""
+    first, one = masks[0].dtype, masks[index].dtype
+    if one != first:
+        raise TypeError(f"{name}[{index}] must have the dtype of {name}[0], {first}, got {one}")
 
 
 def check_input(input: Tensor, weight: Tensor) -> None:
@@ -163,17 +179,17 @@ def check_masks(masks: Sequence[Tensor], weight: Tensor, name: str = "masks", we
     """Refuse masks that do not belong to ``weight``.
 
     Raises:
-        TypeError: not tensors, not floating point of 16 bits or more, or of another dtype than ``weight``.
+        TypeError: not tensors, not floating point of 16 bits or more, or of a dtype that does not go with that of ``weight``.
         ValueError: of another shape or device.
     """
     check_pair(weight, weight, weight_name, weight_name)
     if not is_stacked(masks, weight):
         for index, mask in enumerate(masks):
             check_pair(weight, mask, weight_name, f"{name}[{index}]")
+            _check_one_dtype(masks, index, name)
         return
     (mask,) = masks
-    if mask.dtype != weight.dtype:
-        raise TypeError(f"{name} must have the dtype of {weight_name}, {weight.dtype}, got {mask.dtype}")
+    check_mask_dtype(weight, mask, weight_name, name)
     if mask.shape[1:] != weight.shape:
         raise ValueError(f"{name} must be T masks of the shape of {weight_name}, {list(weight.shape)}, got {list(mask.shape)}")
     check_sizes(name, mask.shape)

@@ -112,7 +112,7 @@ def test_it_says_what_it_is_where_it_is_printed():
 
 
 class _Casts(nn.Module):
-    """Converts the input as ViT, CLIP and T5 of transformers do before a layer."""
+    """Casts its input to a layer's dtype, as ViT, CLIP and T5 of transformers do."""
 
     def __init__(self):
         super().__init__()

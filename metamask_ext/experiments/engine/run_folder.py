@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metamask_ext._info import build_info
-from metamask_ext.files.atomic import prepare_folder, write_atomic
+from metamask_ext.files.atomic import output_errors, prepare_folder, sweep, write_atomic
 from metamask_ext.files.checkpoint import check_same_settings
 from metamask_ext.files.errors import OutputError
 from metamask_ext.files.lock import locked_run
@@ -23,7 +24,19 @@ from metamask_ext.files.lock import locked_run
 from .claims import Metrics
 from .executors import Processes, cores
 from .figures import Figures, write_figures
-from .jobs import Job, Json, Key, file_name, flat, json_bytes, read_json
+from .jobs import (
+    CHECKSUM,
+    Job,
+    Json,
+    Key,
+    checked_bytes,
+    file_name,
+    flat,
+    json_bytes,
+    read_json,
+    read_results,
+    without_checksum,
+)
 from .settings import OptionError, RunSettings, as_json
 from .statistics import summarized
 from .tables import estimate_text, seeds_text, table_of
@@ -32,6 +45,8 @@ from .tracking import Tracking
 Scores = dict[str, dict[str, list[float]]]
 """By method and name of a number (with its unit), the values of each seed."""
 ELAPSED = "elapsed.json"
+SHOWN = "seeds", "results", "baselines", "budget"
+"""The entries of the metrics, beside the run's identity, that are shown."""
 
 
 class RunFolder:
@@ -40,6 +55,7 @@ class RunFolder:
     ``run.json`` (written first) says which run it is: experiment, seed, settings, versions, data. ``metrics.json`` (written last)
     says the same and the results; where it is, the run is finished. Between them lie ``<experiment>.png``, the results of the jobs
     in ``seed-<seed>`` and ``elapsed.json``, how long the run has taken so far. A run resumes after a kill, with identical results.
+    Results have a checksum each: one that was edited is refused, and one without, of an earlier version, is computed again.
 
     Args:
         experiment: its name.
@@ -107,6 +123,10 @@ class RunFolder:
         """
         prepare_folder(self.path)
         self._lock.enter_context(locked_run(self.path))
+        with output_errors(self.path):
+            for folder in (self.path, *self.path.glob("seed-*")):
+                if folder.is_dir() and not folder.is_symlink():
+                    sweep(folder, lambda name: name.endswith((".json", ".png", ".pt")))
         info = build_info()
         self.identity |= {
             "data": data,
@@ -117,22 +137,44 @@ class RunFolder:
         self.say(f"data: {data}" + (f" ({note})" if note else ""))
         run, results = self.path / "run.json", self.path / "metrics.json"
         if run.exists():
-            check_same_settings(run, flat(read_json(run)), flat(self.identity))
+            check_same_settings(run, flat(without_checksum(read_json(run))), flat(self.identity))
             if results.exists():
                 self.say(f"{str(self.path)!r} holds this run, finished: nothing is computed again")
-                metrics = read_json(results)
+                metrics = self._same_run(results)
                 self.show(metrics)
                 return metrics
             self.resumed = self._unfinished = True
-            elapsed = self.path / ELAPSED
-            self._before = read_json(elapsed)["seconds"] if elapsed.exists() else 0.0
+            self._before = self._read_elapsed()
             self.say(f"resuming the run in {str(self.path)!r}")
             return None
         if results.exists():
             raise OutputError(f"{str(results)!r} exists without run.json beside it: use another folder")
-        write_atomic(run, json_bytes(self.identity))
+        write_atomic(run, checked_bytes(self.identity))
         self._unfinished = True
         return None
+
+    def _same_run(self, results: Path) -> Json:
+        """The metrics of this run, finished. OutputError if they are another's, or not whole."""
+        metrics = read_results(results)
+        if missing := [name for name in (*self.identity, *SHOWN) if name not in metrics]:
+            raise OutputError(f"{str(results)!r} is not of this version: it lacks {missing[0]!r}")
+        check_same_settings(results, flat({name: metrics[name] for name in self.identity}), flat(self.identity))
+        return metrics
+
+    def _read_elapsed(self) -> float:
+        """The seconds that the run has taken so far. That number is for people: where it is damaged the run goes on without it."""
+        path = self.path / ELAPSED
+        if not path.exists():
+            return 0.0
+        try:
+            seconds = read_json(path).get("seconds")
+        except OutputError as error:
+            self.say(f"{error}; the time of the run so far is not known")
+            return 0.0
+        if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+            self.say(f"{str(path)!r} has the seconds {seconds!r}; the time of the run so far is not known")
+            return 0.0
+        return float(seconds)
 
     def __enter__(self) -> RunFolder:
         return self
@@ -167,7 +209,8 @@ class RunFolder:
         paths = {(seed, name): self.path / f"seed-{seed}" / f"{file_name(name)}.json" for seed, name in jobs}
         if len({*paths.values()}) != len(paths):
             raise ValueError(f"jobs must have names of different files, got {list(jobs)}")
-        todo = {key: job for key, job in jobs.items() if not paths[key].exists()}
+        found = {key: piece for key, path in paths.items() if (piece := _read_piece(path)) is not None}
+        todo = {key: job for key, job in jobs.items() if key not in found}
         self._jobs_done += len(jobs) - len(todo)
         total = self._jobs_done + len(todo) + later
         started, before = time.monotonic(), self._computing
@@ -178,13 +221,15 @@ class RunFolder:
                 if result is None:
                     continue
                 key, data = result
-                paths[key].parent.mkdir(exist_ok=True)
-                write_atomic(paths[key], data)
+                with output_errors(paths[key].parent):
+                    paths[key].parent.mkdir(exist_ok=True)
+                found[key] = json.loads(data)
+                write_atomic(paths[key], checked_bytes(found[key]))
                 self._jobs_done += 1
                 self._jobs_computed += 1
                 left = (total - self._jobs_done) * self._computing / self._jobs_computed
                 self.say(f"{self._jobs_done} of {total} jobs" + (f", {estimate_text(left)} left" if left else ""))
-        return {key: read_json(path) for key, path in paths.items()}
+        return {key: found[key] for key in paths}
 
     def finish(
         self,
@@ -220,7 +265,7 @@ class RunFolder:
             "duration_s": round(self._elapsed(), 3),
             "resumed": self.resumed,
         }
-        metrics: Json = json.loads(json_bytes(described))
+        metrics: Json = json.loads(checked_bytes(described))
         files = write_figures(self.path, self.experiment, figures(metrics))
         write_atomic(self.path / "metrics.json", json_bytes(metrics))
         self._unfinished = False
@@ -249,6 +294,12 @@ class RunFolder:
 
     def _save_elapsed(self) -> None:
         write_atomic(self.path / ELAPSED, json_bytes({"seconds": round(self._elapsed(), 3)}))
+
+
+def _read_piece(path: Path) -> Json | None:
+    """The result of a job; None if there is none, or one without a checksum, which is computed again."""
+    value = read_json(path) if os.path.lexists(path) else {}
+    return without_checksum(value) if CHECKSUM in value else None
 
 
 def machine() -> Json:

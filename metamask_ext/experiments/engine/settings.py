@@ -14,6 +14,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from metamask_ext.files.read import MAX_BYTES, read_file
+
 from .claims import Metrics
 from .jobs import Json, flat
 
@@ -83,10 +85,10 @@ def read_toml(path: Path) -> Json:
         except ImportError as error:
             raise ImportError('tomli is not installed: pip install "metamask_ext[experiments]"') from error
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_file(path, MAX_BYTES).decode())
     except OSError as error:
         raise OptionError(f"config must be a TOML file, cannot read {str(path)!r}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, a number of too many digits; nested too deeply
         raise OptionError(f"config must be a TOML file, {str(path)!r} is none: {error}") from error
 
 

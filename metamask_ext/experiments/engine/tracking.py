@@ -13,6 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from metamask_ext.files.atomic import open_new
+
 from .settings import OptionError
 
 KINDS = ("csv", "tensorboard")
@@ -58,7 +60,8 @@ def recording(tracking: Tracking, seed: int, job: str) -> Iterator[None]:
     elif tracking.kind == "csv":
         path = tracking.folder / f"seed-{seed}" / f"{job}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="") as file:
+        path.unlink(missing_ok=True)
+        with open(open_new(path), "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("step", "name", "value"))
             with _recording(lambda step, numbers: writer.writerows((step, *item) for item in numbers.items())):

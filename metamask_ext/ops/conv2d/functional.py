@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metamask_ext.torch_private import bare_apply
+from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
 from ..checks import check_bias, check_conv2d, check_pair
-from ..dispatch import autocast_dtype, check_input_dtype, fit_parameters, use_reference
+from ..dispatch import autocast_dtype, check_input_dtype, use_reference
 from ..gate import resolve_gate
 from ..geometry import Geometry, check_most, output_size
 from ..weight.functional import theta
@@ -55,9 +55,10 @@ def masked_conv2d(
     Raises:
         TypeError, ValueError: as :func:`masked_weight`; also when ``input`` does not fit ``weight``.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(masked_conv2d, locals())) is not None:
+        return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
-    parameters = fit_parameters(weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param)
-    _, mask_logits, _, bias_mask_logits = parameters
+    parameters = (weight, mask_logits, bias, bias_mask_logits)
     check_pair(weight, mask_logits)
     check_conv2d(input, weight, groups)
     for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation)):

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metamask_ext.torch_private import bare_apply
+from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
 from ..checks import check_linear, check_pair
-from ..dispatch import FLOAT32, autocast_dtype, check_input_dtype, fit_parameters, use_reference, worded
+from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
 from ..gate import resolve_gate
 from . import raw, reference
 from .autograd import MaskedLinear
@@ -45,17 +45,15 @@ def masked_linear(
     Raises:
         TypeError, ValueError: as :func:`masked_weight`; also when ``input`` does not fit ``weight``.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(masked_linear, locals())) is not None:
+        return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
     parameters = (weight, mask_logits, bias, bias_mask_logits)
     if use_reference():
-        parameters = fit_parameters(*parameters, gate_id, gate_param)
         _check(input, *parameters)
         return reference.masked_linear(input, *parameters, gate_id, gate_param)
     try:
-        kind = weight.dtype
-        if kind is not FLOAT32:
-            parameters = _, mask_logits, _, bias_mask_logits = fit_parameters(*parameters, gate_id, gate_param)
-        if input.dtype != kind:
+        if input.dtype != weight.dtype:
             check_input_dtype(input, weight)
         dtype = autocast_dtype(weight)
         if torch.is_grad_enabled() and (

@@ -91,7 +91,7 @@ if BACKEND != "reference":
         _check(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param)
         _check_grad(grad, input, weight)
         check_flags("output_mask", output_mask, 5)
-        return _gradients(input, weight, bias, bias_mask_logits, output_mask)
+        return _gradients(input, weight, mask_logits, bias, bias_mask_logits, output_mask)
 
     @torch.library.register_fake("metamask::masked_linear_backward_sgd_")
     def _(
@@ -132,7 +132,7 @@ if BACKEND != "reference":
                 raise ValueError(f"{name} must be contiguous to be updated in place, got strides {list(parameter.stride())}")
         check_apart(parameters, {"grad": grad, "input": input})
         left = [output_mask[0], *(need and not update for need, update in zip(output_mask[1:], updates))]
-        return _gradients(input, weight, bias, bias_mask_logits, left)
+        return _gradients(input, weight, mask_logits, bias, bias_mask_logits, left)
 
     def _check(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param):
         check_gate(gate_id, gate_param)
@@ -149,11 +149,11 @@ if BACKEND != "reference":
         if grad.device != weight.device:
             raise ValueError(f"grad must be on the device of weight, {weight.device}, got {grad.device}")
 
-    def _gradients(input, weight, bias, bias_mask_logits, output_mask):
+    def _gradients(input, weight, mask_logits, bias, bias_mask_logits, output_mask):
         return (
             input.new_empty(input.shape) if output_mask[0] else None,
             weight.new_empty(weight.shape) if output_mask[1] else None,
-            weight.new_empty(weight.shape) if output_mask[2] else None,
+            mask_logits.new_empty(mask_logits.shape) if output_mask[2] else None,
             bias.new_empty(bias.shape) if bias is not None and output_mask[3] else None,
-            bias.new_empty(bias.shape) if bias_mask_logits is not None and output_mask[4] else None,
+            bias_mask_logits.new_empty(bias.shape) if bias_mask_logits is not None and output_mask[4] else None,
         )

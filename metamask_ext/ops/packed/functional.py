@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from metamask_ext.torch_private import fx_trace, traced_function
+
 from ..checks import (
     as_list,
     check_conv2d,
@@ -47,6 +49,8 @@ def pack_mask(mask_logits: Tensor, *, threshold: float = 0.0) -> Tensor:
         ValueError: ``mask_logits`` is a scalar or holds NaN, for which there is no bit, or ``threshold`` is NaN. Where values
             cannot be looked at (under torch.compile, in transforms of torch.func) NaN becomes 0.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(pack_mask, locals())) is not None:
+        return traced
     check_mask_logits(mask_logits, threshold)
     if has_values(mask_logits) and bool(nan_flag(mask_logits)):
         raise ValueError(f"mask_logits must not hold NaN, got {int(mask_logits.isnan().sum())} of {mask_logits.numel()}")
@@ -62,6 +66,8 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
         TypeError: ``packed`` is no tensor or not uint8.
         ValueError: ``packed`` is not the shape of a packed mask of ``shape``.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(unpack_mask, locals())) is not None:
+        return traced
     check_shape(packed, shape)
     if use_reference():
         return reference.unpack_mask(packed, shape)
@@ -95,6 +101,8 @@ def packed_masked_linear(
         TypeError: an argument is no tensor, or of the wrong dtype.
         ValueError: shapes or devices do not fit, or a slot is no task's.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(packed_masked_linear, locals())) is not None:
+        return traced
     return _linear(input, slots, weight, packed, bias, packed_bias, 1)
 
 
@@ -127,6 +135,8 @@ def packed_masked_conv2d(
         TypeError, ValueError: as :func:`packed_masked_linear`; also when ``input`` does not fit ``weight`` or ``padding`` is no
             padding.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(packed_masked_conv2d, locals())) is not None:
+        return traced
     check_conv2d(input, weight, groups)
     images = input if input.dim() == 4 else input[None]
     images, geometry, size = resolve_geometry(images, weight.shape[2:], stride, padding, dilation)

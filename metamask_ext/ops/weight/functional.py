@@ -13,10 +13,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from metamask_ext.torch_private import bare_apply
+from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
 from ..checks import check_pair, check_pairs
-from ..dispatch import FLOAT32, fit_logits, use_reference
+from ..dispatch import of_one_dtype, use_reference
 from ..gate import resolve_gate
 from . import raw, reference
 from .autograd import MaskedWeight, MaskedWeightList
@@ -62,9 +62,8 @@ def masked_weight(
     Args:
         weight: ``W``, of any shape; floating point. Or a sequence of them, all of one dtype and on one device.
         mask_logits: ``M``, of the shape and device of ``weight`` and of its dtype, or float32 beside a weight of 16 bits; for a
-            sequence, a sequence of as many. Updates that 16 bits would round away add up in float32 logits. The sigmoid is that of
-            the logits rounded to the dtype of ``weight``, as it would be with logits of 16 bits; their gradient is float32. A hard
-            gate compares the logits as they are.
+            sequence, a sequence of as many. Updates that 16 bits would round away add up in float32 logits: the gate is that of
+            the logits as they are, and their gradient is float32.
         gate: ``"sigmoid"`` or ``"hard"``.
         temperature: ``t > 0``, in units of a logit; used by ``"sigmoid"``.
         threshold: ``c``, in units of a logit; used by ``"hard"``.
@@ -77,15 +76,15 @@ def masked_weight(
         ValueError: the shapes or devices differ, the gate is unknown, or the temperature is not positive; a sequence is empty, or
             the two are not as long.
     """
+    if fx_trace._is_fx_tracing_flag and (traced := traced_function(masked_weight, locals())) is not None:
+        return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
     logits: Any = mask_logits
     if isinstance(weight, Sequence):
-        if isinstance(logits, Sequence) and len(logits) == len(weight):
-            logits = [fit_logits(one, mask, gate_id, gate_param) for one, mask in zip(weight, logits)]
+        if weight and isinstance(logits, Sequence):
+            logits = of_one_dtype(weight[0], list(logits))
         check_pairs(weight, logits)
         return theta_list(weight, logits, gate_id, gate_param, None)
-    if getattr(weight, "dtype", FLOAT32) is not FLOAT32:
-        logits = fit_logits(weight, logits, gate_id, gate_param)
     check_pair(weight, logits)
     if use_reference():
         return reference.masked_weight(weight, logits, gate_id, gate_param)

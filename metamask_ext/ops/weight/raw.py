@@ -143,7 +143,7 @@ if BACKEND != "reference":
         check_flags("output_mask", output_mask, 2)
         _check(weight, mask_logits, gate_id, gate_param)
         check_like("grad", grad, weight)
-        return tuple(torch.empty_like(weight) if need else None for need in output_mask)
+        return _gradients(weight, mask_logits, output_mask)
 
     @torch.library.register_fake("metamask::masked_weight_backward_sgd_")
     def _(grad, weight, mask_logits, weight_buffer, mask_buffer, gate_id, gate_param, output_mask, updates, *settings):
@@ -163,7 +163,7 @@ if BACKEND != "reference":
                 f"got {list(mask_logits.stride())}"
             )
         check_apart(parameters, {"grad": grad})
-        return tuple(torch.empty_like(weight) if need and not update else None for need, update in zip(output_mask, updates))
+        return _gradients(weight, mask_logits, [need and not update for need, update in zip(output_mask, updates)])
 
     @torch.library.register_fake("metamask::masked_weight_double_backward")
     def _(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate_id, gate_param, output_mask=(True, True, True)):
@@ -173,7 +173,12 @@ if BACKEND != "reference":
         for name, cotangent in (("cotangent_weight", cotangent_weight), ("cotangent_mask", cotangent_mask)):
             if cotangent is not None:
                 check_like(name, cotangent, weight)
-        dtypes = (grad.dtype, weight.dtype, weight.dtype)
+        to_grad = torch.empty_like(weight, dtype=grad.dtype) if output_mask[0] else None
+        return to_grad, *_gradients(weight, mask_logits, output_mask[1:])
+
+    def _gradients(weight, mask_logits, output_mask):
+        """Those of the logits are in the memory order of the weight too."""
+        dtypes = (weight.dtype, mask_logits.dtype)
         return tuple(torch.empty_like(weight, dtype=dtype) if need else None for need, dtype in zip(output_mask, dtypes))
 
     @torch.library.register_fake("metamask::masked_weight_list")
@@ -187,7 +192,7 @@ if BACKEND != "reference":
         check_flags("output_mask", output_mask, 2)
         _check_list(weight, mask_logits, gate_id, gate_param)
         _check_grads(grad, weight)
-        return tuple([torch.empty_like(one) for one in weight] if need else [] for need in output_mask)
+        return _list_gradients(weight, mask_logits, output_mask)
 
     @torch.library.register_fake("metamask::masked_weight_list_double_backward")
     def _(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate_id, gate_param, output_mask=(True, True, True)):
@@ -197,7 +202,11 @@ if BACKEND != "reference":
         for name, cotangents in (("cotangent_weight", cotangent_weight), ("cotangent_mask", cotangent_mask)):
             if cotangents:
                 check_each_like(name, cotangents, weight)
-        dtypes = (grad[0].dtype, weight[0].dtype, weight[0].dtype)
+        to_grad = [torch.empty_like(one, dtype=grad[0].dtype) for one in weight] if output_mask[0] else []
+        return to_grad, *_list_gradients(weight, mask_logits, output_mask[1:])
+
+    def _list_gradients(weight, mask_logits, output_mask):
+        dtypes = (weight[0].dtype, mask_logits[0].dtype)
         return tuple(
             [torch.empty_like(one, dtype=dtype) for one in weight] if need else [] for need, dtype in zip(output_mask, dtypes)
         )

@@ -17,14 +17,14 @@ from metamask_ext.bank import MaskBank
 from metamask_ext.bank.index import INDEX
 from metamask_ext.data import Digits, PermutedImages, RotatedImages
 from metamask_ext.files.atomic import write_atomic
-from metamask_ext.files.checkpoint import load_checkpoint, save_checkpoint
+from metamask_ext.files.checkpoint import load_checkpoint, not_ours, save_checkpoint, take_over_state_dict
 from metamask_ext.files.errors import OutputError
 from metamask_ext.nn import MaskedLinear
 from metamask_ext.nn.names import DEFAULT_TASK
 from metamask_ext.nn.using_task import using_task
 
 from ...engine.data import digits
-from ...engine.jobs import Json, json_bytes, read_json
+from ...engine.jobs import Json, checked_bytes, read_results, without_checksum
 from ...engine.tracking import track
 from ...engine.training import seeded
 from .settings import Settings, TestSettings
@@ -136,7 +136,7 @@ def learn_masks(folder: Path, seed: int, settings: Settings) -> Json:
     model = seeded(seed, partial(network, True, settings.widths))
     if (saved / INDEX).exists():
         bank = MaskBank.load(saved, model)
-        learned, progress = len(bank.tasks), read_json(path)
+        learned, progress = len(bank.tasks), _read_progress(path)
     else:
         bank = MaskBank(model)
         learned, progress = 0, {"packing": {}, "points": {}}
@@ -148,19 +148,27 @@ def learn_masks(folder: Path, seed: int, settings: Settings) -> Json:
             for task in range(learned, stop):
                 progress["packing"][names[task]] = _learn_one(bank, names[task], data, task, settings, seeds[task])
             # Before the bank: after a kill between the two, what is here too much is learned and written again.
-            write_atomic(path, json_bytes(progress))
+            write_atomic(path, checked_bytes(progress))
             bank.save(saved)
             learned = stop
         if stop == learned and stop in points and str(stop) not in progress["points"]:
             measured = _measure(bank, data, settings.test, seed)
             progress["points"][str(stop)] = measured
-            write_atomic(path, json_bytes(progress))
+            write_atomic(path, checked_bytes(progress))
             _track(stop, measured)
             _say(stop, {method: numbers[ACCURACY] for method, numbers in measured.items()})
     missing = {*map(str, points)} - progress["points"].keys() or set(bank.tasks) - progress["packing"].keys()
     if missing:
         raise OutputError(f"{str(path)!r} lacks {sorted(missing)}, which the bank beside it is past: use another folder")
     return {"points": progress["points"], **_packing(bank, progress["packing"], saved)}
+
+
+def _read_progress(path: Path) -> Json:
+    """What was measured so far. OutputError if that is not what was written."""
+    progress = without_checksum(read_results(path))
+    if progress.keys() != {"packing", "points"} or not all(isinstance(part, dict) for part in progress.values()):
+        raise OutputError(f"{str(path)!r} must have 'packing' and 'points', got {list(progress)}: use another folder")
+    return progress
 
 
 def _packing(bank: MaskBank, measured: dict[str, list[float]], saved: Path) -> Json:
@@ -236,11 +244,9 @@ def learn_sequence(folder: Path, seed: int, settings: Settings) -> Json:
     path = folder / "sequence.pt"
     folder.mkdir(parents=True, exist_ok=True)
     model = seeded(seed, partial(network, False, settings.widths))
-    learned, curve = 0, []
+    learned, curve = 0, list[float]()
     if path.exists():
-        state = load_checkpoint(path)
-        learned, curve = state["learned"], state["curve"]
-        model.load_state_dict(state["model"])
+        learned, curve = _take_over(path, model, points)
     for point, accuracy in zip(points, curve):
         _track(point, {"sequence": {ACCURACY: accuracy}})
     seeds = _seeds(seed, points[-1])
@@ -253,6 +259,19 @@ def learn_sequence(folder: Path, seed: int, settings: Settings) -> Json:
         _track(stop, {"sequence": {ACCURACY: curve[-1]}})
         _say(stop, {"sequence": curve[-1]})
     return {"curve": curve}
+
+
+def _take_over(path: Path, model: nn.Module, points: Sequence[int]) -> tuple[int, list[float]]:
+    """Fill ``model`` from a checkpoint; the number of tasks it has learned, and the accuracies so far. CheckpointError, and nothing
+    has changed, if they are not of this run."""
+    state = load_checkpoint(path)
+    learned, curve, given = (state.get(name) for name in ("learned", "curve", "model"))
+    if not isinstance(curve, list) or not all(isinstance(value, float) and 0 <= value <= 100 for value in curve):
+        raise not_ours(path, "curve must be a list of accuracies in percent")
+    if not 0 < len(curve) <= len(points) or learned != points[len(curve) - 1]:
+        raise not_ours(path, f"{len(curve)} accuracies cannot be of {learned!r:.60} tasks")
+    take_over_state_dict(path, given, model)
+    return points[len(curve) - 1], curve
 
 
 def _classes(model: nn.Module, x: Tensor, task: str | Sequence[str] | None = None) -> Tensor:

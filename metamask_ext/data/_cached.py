@@ -1,0 +1,70 @@
+"""Data sets in the user's cache: files that are used only if they are the originals, and downloads that are whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from ..files.errors import OutputError
+from ..files.lock import locked_run
+from ..files.read import read_file
+
+_UNFINISHED = "download-"
+
+
+def read_original(path: Path, md5: str, what: str) -> bytes:
+    """Return the bytes of a data set's file.
+
+    Raises:
+        RuntimeError: it cannot be read, or its MD5 is another: it is damaged, was not extracted whole, or is of another data set.
+    """
+    try:
+        data = read_file(path)
+    except OSError as error:
+        raise RuntimeError(f"cannot read {str(path)!r}: {error.strerror}. Delete it, and {what} is downloaded again") from error
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise RuntimeError(
+            f"{str(path)!r} is damaged, or not {what}: {len(data)} bytes with the MD5 {found} instead of {md5}. Delete it, and "
+            f"{what} is downloaded again"
+        )
+    return data
+
+
+def download_whole(folder: Path, download: Callable[[Path], None], files: Mapping[str, str], what: str) -> None:
+    """Call ``download`` with a new folder beside ``folder``, check the files that it leaves there, and move them.
+
+    A download that is killed leaves nothing in ``folder``; the next one removes what it left.
+
+    Args:
+        folder: the place of the files; made if it is not there.
+        download: puts the files, and others perhaps, into the folder that it is given.
+        files: MD5 sums by the files' names.
+        what: the data set, for messages.
+
+    Raises:
+        RuntimeError: a file is not there, or not the original.
+        OSError: the files cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(folder)
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder, ignore_cleanup_errors=True) as name:
+        made = Path(name)
+        with locked_run(made):
+            download(made)
+            for file, md5 in files.items():
+                read_original(made / file, md5, what)
+            for file in files:
+                os.replace(made / file, folder / file)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        # Whoever downloads holds the lock of its folder.
+        with suppress(OutputError), locked_run(path):
+            shutil.rmtree(path, ignore_errors=True)
