@@ -71,13 +71,7 @@ def load(store: Store, model: nn.Module) -> None:
     index = store.directory / INDEX
     per_task = _check_model(index, store.meta, model)
     settings = layer_settings(index, store.meta)
-    names = store.tasks
-    present = [name for name in names if name is not None]
-    for name in present:
-        if not isinstance(packed := store.info(name).get("packed", False), bool):
-            raise BankError(f"{index}: packed of task {name!r} must be true or false, got {packed!r:.60}")
-    if not present:
-        raise BankError(f"{index}: the bank has no task, and a masked layer needs one")
+    present = _checked_tasks(store)
     shared = store.shared()
     own = {full_name(path, name) for path, of_module in per_task.items() for name in of_module}
     targets = {full: tensor for full, _, _, tensor in shared_tensors(model) if full not in own}
@@ -133,6 +127,17 @@ def _take_in(
                 key = each.key_in(tensors)
                 if not key.startswith(BITS):
                     each.tensors[name] = each.filled(held.get(name), tensors[key])
+
+
+def _checked_tasks(store: Store) -> list[str]:
+    """Return the names of the bank's tasks. BankError if there are none, or ``bank.json`` does not say if one is packed."""
+    index, present = store.directory / INDEX, [name for name in store.tasks if name is not None]
+    for name in present:
+        if not isinstance(packed := store.info(name).get("packed", False), bool):
+            raise BankError(f"{index}: packed of task {name!r} must be true or false, got {packed!r:.60}")
+    if not present:
+        raise BankError(f"{index}: the bank has no task, and a masked layer needs one")
+    return present
 
 
 def _fill(tensor: Tensor, given: Tensor) -> None:

@@ -194,9 +194,9 @@ class _Writer:
             os.replace(temporary, self.folder / path)
         sync(self.folder / TASKS)
         sync(self.folder)
-        temporary = self._write(INDEX, data)
-        sync(temporary)
-        os.replace(temporary, self.folder / INDEX)
+        self._write(INDEX, data)
+        sync(self.new[INDEX])
+        os.replace(self.new[INDEX], self.folder / INDEX)
         sync(self.folder)
         return index
 
@@ -228,7 +228,7 @@ class _Writer:
                 data = read_file(self.folder / file.path)
                 if hashlib.sha256(data).hexdigest() != file.sha256:
                     raise BankError(f"{self.folder / file.path}: damaged, its SHA-256 is not {file.sha256}")
-                self.new[file.path] = self._write(file.path, data)
+                self._write(file.path, data)
         except FileNotFoundError as error:
             raise BankError(f"{self.folder / file.path}: missing, and {INDEX} names it") from error
         if size != file.bytes:
@@ -240,7 +240,7 @@ class _Writer:
         sha256 = hashlib.sha256(data).hexdigest()
         file = File(name(sha256), sha256, len(data))
         if file.path not in self.new and not (file.path in self.present and self._holds(file.path, data)):
-            self.new[file.path] = self._write(file.path, data)
+            self._write(file.path, data)
         return file
 
     def _holds(self, path: str, data: bytes) -> bool:
@@ -251,8 +251,8 @@ class _Writer:
         except FileNotFoundError:
             return False
 
-    def _write(self, path: str, data: bytes) -> Path:
-        return write_temporary(self.folder / path, data, synced=False)
+    def _write(self, path: str, data: bytes) -> None:
+        self.new[path] = write_temporary(self.folder / path, data, synced=False)
 
 
 def serialise(owner: str, tensors: Mapping[str, Tensor], shared: str | None) -> bytes:
