@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-instruction-sets bench lint format types emulate faults mutate cuda-check cuda-report gpu install-check clean
+.PHONY: help demo test test-instruction-sets bench lint format types emulate faults mutate sanitize cuda-check cuda-report gpu install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -83,6 +83,10 @@ faults: $(VENV)/.test  ## each call of a save and of a training loop fails, kill
 MUTANTS ?= --all
 mutate: $(VENV)/.test  ## remove each barrier, wait and bounds check of the CUDA kernels, one at a time: a test must fail; needs nvcc
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/mutate.py $(MUTANTS)
+
+FUZZED ?= --cases 20000
+sanitize: $(VENV)/.test  ## 20,000 cases of the ops' fuzzer under ASan and UBSan, on every instruction set; needs g++
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/sanitize.py $(FUZZED)
 
 cuda-check: $(VENV)/.torch  ## compile the CUDA sources for every architecture; needs nvcc, no GPU
 	$(BIN)/python tools/cuda_check.py
