@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -179,11 +179,13 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._unfinished:
-            self._save_elapsed()
-        self._executor.close()
-        self._lock.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        with self._lock:
+            self._executor.close()
+            if self._unfinished:
+                # Where the run ended by an error, that is the one to know.
+                with nullcontext() if kind is None else suppress(OutputError):
+                    self._save_elapsed()
 
     def compute(self, jobs: Mapping[Key, Job], later: int = 0) -> dict[Key, Json]:
         """Compute jobs, by seed and name, except those whose results are in the folder already.
