@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-instruction-sets bench lint format types emulate mutate cuda-check cuda-report gpu install-check clean
+.PHONY: help demo test test-instruction-sets bench lint format types emulate faults mutate cuda-check cuda-report gpu install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -76,6 +76,9 @@ types: $(VENV)/.test  ## mypy on metamask_ext
 
 emulate: $(VENV)/.test  ## the CUDA kernels on this machine's CPU, under the checker, and the emulator's own tests; needs nvcc, no GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m emulated tests/ops tests/emulator
+
+faults: $(VENV)/.test  ## each call of a save and of a training loop fails, kills or is interrupted once; power failures; needs gcc
+	cd tests && $(abspath $(BIN))/python -m faults
 
 MUTANTS ?= --all
 mutate: $(VENV)/.test  ## remove each barrier, wait and bounds check of the CUDA kernels, one at a time: a test must fail; needs nvcc

@@ -6,6 +6,7 @@ sees its torch.
 
 METAMASK_BACKEND=cpu|cuda|reference   what to build; by default cuda where torch and a toolkit have it, else cpu
 TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"    CUDA architectures; no GPU is needed to build
+METAMASK_SANITIZE=1                   with checks of memory and of undefined behaviour; see tools/sanitize.py, which runs it
 MAX_JOBS=2                            how many compilers run at a time
 """
 
@@ -143,7 +144,9 @@ class BuildExtension(build_ext):
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         # A place that stays, so that a second build compiles only what changed.
-        build = ROOT / "build" / f"{BACKEND}-torch-{TORCH['version']}-{sys.implementation.cache_tag}"
+        sanitize = os.environ.get("METAMASK_SANITIZE") == "1"
+        kind = f"{BACKEND}-sanitize" if sanitize else BACKEND
+        build = ROOT / "build" / f"{kind}-torch-{TORCH['version']}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         definitions = {
             "CMAKE_MAKE_PROGRAM": ninja,
@@ -154,6 +157,7 @@ class BuildExtension(build_ext):
             "PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
             "PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output.parent,
+            "METAMASK_SANITIZE": "ON" if sanitize else "OFF",
         }
         if BACKEND == "cuda":
             nvcc = find_nvcc()

@@ -10,8 +10,9 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import FrameType, FunctionType
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ from torch.fx import Proxy, Tracer, _symbolic_trace
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree
 
 R = TypeVar("R")
@@ -309,3 +314,53 @@ def wrapped_attribute(module: torch.nn.Module) -> str | None:
     By the names of its classes: importing the wrappers takes seconds, and two of them are private.
     """
     return next(filter(None, (_WRAPPED.get(f"{base.__module__}.{base.__qualname__}") for base in type(module).__mro__)), None)
+
+
+class RebuildingHook(NamedTuple):
+    """One of torch's hooks that compute a tensor of a module before each forward."""
+
+    hook: object
+    compute: Callable[[], Tensor]
+    """Gives the tensor of now; nothing changes."""
+    sources: tuple[str, ...]
+    """The names of the parameters and buffers that it is computed of."""
+
+    def made(self, hook: object) -> bool:
+        """True for the hook, and for those that torch registered for its state dict with it."""
+        hook = getattr(hook, "hook", hook)
+        return hook is self.hook or getattr(hook, "fn", None) is self.hook
+
+
+def is_of_parametrization(hook: object) -> bool:
+    """True for the hook that lets a module with ``parametrizations.weight_norm`` load states of the old one."""
+    return getattr(getattr(hook, "hook", hook), "__module__", "") == "torch.nn.utils.parametrizations"
+
+
+def rebuilding_hook(module: torch.nn.Module, name: str) -> RebuildingHook | None:
+    """The hook by which torch.nn.utils.prune, weight_norm or spectral_norm computes the tensor ``name``; None if there is none."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
+            return RebuildingHook(hook, partial(hook.apply_mask, module), (f"{name}_orig", f"{name}_mask"))
+        if isinstance(hook, WeightNorm) and hook.name == name:
+            return RebuildingHook(hook, partial(hook.compute_weight, module), (f"{name}_g", f"{name}_v"))
+        if isinstance(hook, SpectralNorm) and hook.name == name:
+            compute = partial(hook.compute_weight, module, do_power_iteration=False)
+            return RebuildingHook(hook, compute, (f"{name}_orig", f"{name}_u", f"{name}_v"))
+    return None
+
+
+_REPARAMETRISE = frozenset(
+    inspect.unwrap(function).__code__  # some are deprecated, by a decorator
+    for function in (BasePruningMethod.apply, WeightNorm.apply, register_parametrization)
+)
+_SYNCHRONISE = torch.nn.SyncBatchNorm.convert_sync_batchnorm.__code__
+
+
+def reparametrises(frame: FrameType) -> bool:
+    """True if the frame is that of a tool which puts other parameters in the place of the one that it reads."""
+    return frame.f_code in _REPARAMETRISE
+
+
+def synchronises(frame: FrameType) -> bool:
+    """True if the frame is that of ``SyncBatchNorm.convert_sync_batchnorm``."""
+    return frame.f_code is _SYNCHRONISE

@@ -6,6 +6,7 @@ metamask_ext is imported in the tests only: where a symbol is gone, its import f
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import re
 import sys
@@ -471,6 +472,67 @@ def test_wrapped_attributes():
     known = {type(made[0]), DataParallel, AveragedModel, ActivationWrapper, DistributedDataParallel, FullyShardedDataParallel}
     assert {f"{kind.__module__}.{kind.__qualname__}" for kind in known} == _WRAPPED.keys()
     assert wrapped_attribute(layer()) is None
+
+
+REBUILDS = "merge bakes in what a hook computes of these, and leaves them behind"
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@pins("torch.nn.Module._forward_pre_hooks", REBUILDS)
+@pins("torch.nn.utils.prune.BasePruningMethod._tensor_name", REBUILDS)
+@pins("torch.nn.utils.prune._orig", REBUILDS)
+@pins("torch.nn.utils.prune._mask", REBUILDS)
+@pins("torch.nn.utils.weight_norm._g", REBUILDS)
+@pins("torch.nn.utils.weight_norm._v", REBUILDS)
+@pins("torch.nn.utils.spectral_norm._u", REBUILDS)
+def test_hooks_that_rebuild_a_tensor():
+    from torch.nn.utils import prune, spectral_norm, weight_norm
+
+    from metamask_ext.torch_private import is_of_parametrization, rebuilding_hook
+
+    def pruned(layer):
+        return prune.l1_unstructured(layer, "weight", 0.5)
+
+    for tool in (pruned, weight_norm, spectral_norm):
+        layer = tool(torch.nn.Linear(4, 3)).eval()
+        layer(torch.ones(1, 4))
+        hook = rebuilding_hook(layer, "weight")
+        assert torch.equal(hook.compute(), layer.weight) and rebuilding_hook(layer, "bias") is None
+        added = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]} - {"bias"}
+        assert set(hook.sources) == added
+        kept = [*layer._forward_pre_hooks.values(), *layer._state_dict_hooks.values(), *layer._load_state_dict_pre_hooks.values()]
+        assert kept and all(hook.made(each) for each in kept)
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3))
+    assert all(is_of_parametrization(hook) for hook in layer._load_state_dict_pre_hooks.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@pins("torch.nn.utils.prune.BasePruningMethod.apply", "weights that depend on the task are not taken for parameters")
+def test_tools_that_reparametrise():
+    from torch.nn.utils import parametrize, prune, weight_norm
+
+    from metamask_ext.torch_private import reparametrises, synchronises
+
+    seen = []
+
+    class Layer(torch.nn.BatchNorm1d):
+        def __getattr__(self, name):
+            if name == "weight":
+                seen.append((reparametrises(sys._getframe(1)), synchronises(sys._getframe(1))))
+            return super().__getattr__(name)
+
+    for tool in (
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: parametrize.register_parametrization(layer, "weight", torch.nn.Identity()),
+        lambda layer: weight_norm(layer, dim=0),
+    ):
+        seen.clear()
+        with contextlib.suppress(IndexError):  # a norm of a vector
+            tool(Layer(4))
+        assert (True, False) in seen
+    seen.clear()
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(Layer(4))
+    assert (False, True) in seen
 
 
 @pins("torch.nn.Module._named_members", "it walks the modules for parameters() and buffers(), with the function get_members_fn")

@@ -7,6 +7,14 @@ namespace metamask {
 
 enum class Type : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
+constexpr int64_t bytes_of(Type type) { return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2; }
+
+// The types that a weight and its logits are stored in: one, or float32 logits beside a weight of 16 bits. What belongs to one of
+// them (gradient, momentum buffer, cotangent) has its type.
+struct ParamTypes {
+  Type weight, mask;
+};
+
 // A gate and its parameter: the temperature of the sigmoid, or the threshold of the hard gate.
 struct Gate {
   GateKind kind;

@@ -6,9 +6,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
-#include "ops/memory.h"
+#include "ops/checks.h"
 
 namespace metamask::cpu {
 namespace {
@@ -23,17 +24,21 @@ struct Windows {
   Windows(at::IntArrayRef size, at::IntArrayRef kernel_, at::IntArrayRef stride_, at::IntArrayRef padding_,
           at::IntArrayRef dilation_)
       : channels(size[1]), height(size[2]), width(size[3]) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     for (const auto& [name, values, least] : {std::tuple{"kernel", kernel_, 1}, std::tuple{"stride", stride_, 1},
                                               std::tuple{"padding", padding_, 0}, std::tuple{"dilation", dilation_, 1}}) {
       TORCH_CHECK_VALUE(values.size() == 2 && values[0] >= least && values[1] >= least, name, " must be two integers of at least ",
                         least, ", got ", values);
+      TORCH_CHECK_VALUE(std::max(values[0], values[1]) <= kMost, name, " must be at most ", kMost, ", got ", values);
     }
+    check_sizes("images", size);
     for (int i = 0; i < 2; ++i) {
       kernel[i] = kernel_[i], stride[i] = stride_[i], padding[i] = padding_[i], dilation[i] = dilation_[i];
       out[i] = (size[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) / stride[i] + 1;
       TORCH_CHECK_VALUE(size[2 + i] + 2 * padding[i] > dilation[i] * (kernel[i] - 1), "input must not be smaller than the kernel ",
                         kernel_, " with dilation ", dilation_, ", got ", size);
     }
+    check_sizes("the rows of all places", {size[0], out[0], out[1], channels, kernel[0], kernel[1]});
   }
 
   int64_t places() const { return out[0] * out[1]; }
@@ -41,6 +46,11 @@ struct Windows {
   int64_t pixels() const { return height * width; }
   int64_t row() const { return channels * taps(); }
 };
+
+void check_pixels(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, name,
+                   " must be float32 or float64, got ", tensor.scalar_type());
+}
 
 // The taps of one place that lie in the image: the column in a channel's part of the row, and the pixel.
 struct Taps {
@@ -69,11 +79,13 @@ struct Taps {
 
 at::Tensor im2col(const at::Tensor& input, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                   at::IntArrayRef dilation) {
+  check_pixels("input", input);
   TORCH_CHECK_VALUE(input.dim() == 4, "input must be [N, C, H, W], got shape ", input.sizes());
   const Windows windows(input.sizes(), kernel, stride, padding, dilation);
   const int64_t places = windows.places(), taps = windows.taps(), row = windows.row(), pixels = windows.pixels();
   const at::Tensor images = input.contiguous();
   at::Tensor rows = at::empty({input.size(0), places, row}, images.options());
+  if (rows.numel() == 0) return rows;
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "im2col", [&] {
     const scalar_t* from = data<scalar_t>("input", images);
     scalar_t* to = mutable_data<scalar_t>("rows", rows);
@@ -96,7 +108,9 @@ at::Tensor im2col(const at::Tensor& input, at::IntArrayRef kernel, at::IntArrayR
 
 at::Tensor col2im(const at::Tensor& grad, at::IntArrayRef size, at::IntArrayRef kernel, at::IntArrayRef stride,
                   at::IntArrayRef padding, at::IntArrayRef dilation) {
-  TORCH_CHECK_VALUE(size.size() == 4, "size must be that of images, [N, C, H, W], got ", size);
+  check_pixels("grad", grad);
+  TORCH_CHECK_VALUE(size.size() == 4 && *std::min_element(size.begin(), size.end()) >= 0,
+                    "size must be that of images, [N, C, H, W], got ", size);
   const Windows windows(size, kernel, stride, padding, dilation);
   const int64_t places = windows.places(), taps = windows.taps(), row = windows.row(), pixels = windows.pixels();
   const std::vector<int64_t> wanted = {size[0], places, row};
@@ -104,6 +118,7 @@ at::Tensor col2im(const at::Tensor& grad, at::IntArrayRef size, at::IntArrayRef 
                     ", got ", grad.sizes());
   const at::Tensor rows = grad.contiguous();
   at::Tensor images = at::empty(size, rows.options());
+  if (images.numel() == 0) return images;
   AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "col2im", [&] {
     const scalar_t* from = data<scalar_t>("grad", rows);
     scalar_t* to = mutable_data<scalar_t>("gradient of images", images);

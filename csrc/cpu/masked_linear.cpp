@@ -33,14 +33,14 @@ struct Linear {
 
   const at::Tensor w, m;
   const Gate gate;
-  const int64_t out = w.size(0), in = w.size(1), bytes = w.element_size();
-  const Type param = type_of(w.scalar_type());
+  const int64_t out = w.size(0), in = w.size(1), bytes = w.element_size(), mask_bytes = m.element_size();
+  const ParamTypes types = types_of(w, m);
   const void *weight = data("weight", w), *mask = data("mask_logits", m);
 
   void build_theta(const Tile& tile, T* theta) const {
     tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
-      masked_weight_kernels().forward(gate, param, kType<T>, at_element(weight, element, bytes), at_element(mask, element, bytes),
-                                      theta + at, 0, n);
+      masked_weight_kernels().forward(gate, types, kType<T>, at_element(weight, element, bytes),
+                                      at_element(mask, element, mask_bytes), theta + at, 0, n);
     });
   }
 
@@ -95,9 +95,9 @@ struct Linear {
         if (needs_g) {
           gemm_kernels<T>().gemm_nn(dy_data + first, 1, out, x.data + column, x.row, g, tile_row, rows, batch, wide, false);
           tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
-            masked_weight_kernels().backward(gate, param, kType<T>, g + at, at_element(weight, element, bytes),
-                                             at_element(mask, element, bytes), needs_dx ? theta + at : nullptr,
-                                             at_element(dw, element, bytes), at_element(dm, element, bytes), 0, n);
+            masked_weight_kernels().backward(gate, types, kType<T>, g + at, at_element(weight, element, bytes),
+                                             at_element(mask, element, mask_bytes), needs_dx ? theta + at : nullptr,
+                                             at_element(dw, element, bytes), at_element(dm, element, mask_bytes), 0, n);
           });
         } else {
           build_theta(tile, theta);

@@ -31,13 +31,13 @@ struct Linear {
   const Gate gate;
   const BFloat16Kernels& kernels = *bfloat16_kernels();
   const GemmKernels<Pair, float>& product = gemm_table().bfloat16;
-  const int64_t out = w.size(0), in = w.size(1), bytes = w.element_size();
-  const Type param = type_of(w.scalar_type());
+  const int64_t out = w.size(0), in = w.size(1), bytes = w.element_size(), mask_bytes = m.element_size();
+  const ParamTypes types = types_of(w, m);
   const void *weight = data("weight", w), *mask = data("mask_logits", m);
 
   void build_theta(const Tile& tile, BFloat16* theta) const {
     tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
-      kernels.theta(gate, param, at_element(weight, element, bytes), at_element(mask, element, bytes), theta + at, n);
+      kernels.theta(gate, types, at_element(weight, element, bytes), at_element(mask, element, mask_bytes), theta + at, n);
     });
   }
 
@@ -99,8 +99,9 @@ struct Linear {
         if (needs_g) {
           product.gemm_nn(dy_pairs, 1, dy_row, x_pairs.data + column, wide_row, g, tile_row, rows, batch_pairs, wide, false);
           tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
-            kernels.backward(gate, param, g + at, at_element(weight, element, bytes), at_element(mask, element, bytes),
-                             needs_dx ? theta + at : nullptr, at_element(dw, element, bytes), at_element(dm, element, bytes), n);
+            kernels.backward(gate, types, g + at, at_element(weight, element, bytes), at_element(mask, element, mask_bytes),
+                             needs_dx ? theta + at : nullptr, at_element(dw, element, bytes), at_element(dm, element, mask_bytes),
+                             n);
           });
         } else {
           build_theta(tile, theta);

@@ -38,41 +38,41 @@ struct Cpu {
     return gradient;
   }
 
-  static void forward(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t n) {
+  static void forward(Gate gate, ParamTypes types, Type out, const void* w, const void* m, void* theta, int64_t n) {
     at::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {  //
-      masked_weight_kernels().forward(gate, param, out, w, m, theta, begin, end);
+      masked_weight_kernels().forward(gate, types, out, w, m, theta, begin, end);
     });
   }
 
-  static void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, const Sink& dw,
+  static void backward(Gate gate, ParamTypes types, Type grad, const void* g, const void* w, const void* m, const Sink& dw,
                        const Sink& dm, int64_t n) {
     at::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {  //
-      masked_weight_kernels().backward(gate, param, grad, g, w, m, nullptr, dw, dm, begin, end);
+      masked_weight_kernels().backward(gate, types, grad, g, w, m, nullptr, dw, dm, begin, end);
     });
   }
 
-  static void double_backward(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
+  static void double_backward(Gate gate, ParamTypes types, Type grad, const void* a, const void* b, const void* g, const void* w,
                               const void* m, void* dg, void* dw, void* dm, int64_t n) {
     at::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
-      masked_weight_kernels().double_backward(gate, param, grad, a, b, g, w, m, dg, dw, dm, begin, end);
+      masked_weight_kernels().double_backward(gate, types, grad, a, b, g, w, m, dg, dw, dm, begin, end);
     });
   }
 
-  static void forward_list(Gate gate, Type param, Type out, const std::vector<ForwardArrays>& list) {
+  static void forward_list(Gate gate, ParamTypes types, Type out, const std::vector<ForwardArrays>& list) {
     share_list(list, [&](const ForwardArrays& of, int64_t begin, int64_t end) {
-      masked_weight_kernels().forward(gate, param, out, of.w, of.m, of.theta, begin, end);
+      masked_weight_kernels().forward(gate, types, out, of.w, of.m, of.theta, begin, end);
     });
   }
 
-  static void backward_list(Gate gate, Type param, Type grad, const std::vector<BackwardArrays>& list) {
+  static void backward_list(Gate gate, ParamTypes types, Type grad, const std::vector<BackwardArrays>& list) {
     share_list(list, [&](const BackwardArrays& of, int64_t begin, int64_t end) {
-      masked_weight_kernels().backward(gate, param, grad, of.g, of.w, of.m, nullptr, Sink{of.dw}, Sink{of.dm}, begin, end);
+      masked_weight_kernels().backward(gate, types, grad, of.g, of.w, of.m, nullptr, Sink{of.dw}, Sink{of.dm}, begin, end);
     });
   }
 
-  static void double_backward_list(Gate gate, Type param, Type grad, const std::vector<DoubleBackwardArrays>& list) {
+  static void double_backward_list(Gate gate, ParamTypes types, Type grad, const std::vector<DoubleBackwardArrays>& list) {
     share_list(list, [&](const DoubleBackwardArrays& of, int64_t begin, int64_t end) {
-      masked_weight_kernels().double_backward(gate, param, grad, of.a, of.b, of.g, of.w, of.m, of.dg, of.dw, of.dm, begin, end);
+      masked_weight_kernels().double_backward(gate, types, grad, of.a, of.b, of.g, of.w, of.m, of.dg, of.dw, of.dm, begin, end);
     });
   }
 

@@ -20,6 +20,7 @@ float value(S x) {
 
 template <class Row>
 void each_row(int64_t rows, int64_t columns, const Row& row) {
+  if (columns == 0) return;
   at::parallel_for(0, rows, std::max<int64_t>(kGrain / std::max<int64_t>(columns, 1), 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) row(i);
   });

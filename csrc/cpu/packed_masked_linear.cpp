@@ -165,7 +165,8 @@ struct Arguments : PackedArguments {
             const OptionalTensor& bias, const OptionalList& packed_bias_list, int64_t groups)
       : PackedArguments(input, slots, weight, packed_list, bias, packed_bias_list, groups) {
     const auto values = slots.accessor<int64_t, 1>();
-    for (int64_t i = 0; i < values.size(0); ++i) check_slot(values[i], packed.tasks(), i);
+    const int64_t count = values.stride(0) == 0 ? std::min<int64_t>(values.size(0), 1) : values.size(0);
+    for (int64_t i = 0; i < count; ++i) check_slot(values[i], packed.tasks(), i);
   }
 };
 
@@ -200,11 +201,14 @@ at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots
   check_storage("dtype", out_type, weight);
   const NoAutocast no_autocast;
   const at::ScalarType type = compute_type(weight);
+  const std::vector<int64_t> sizes = with_last(input, weight.size(0));
+  // Rows without columns take no memory, and there may be any number of them.
+  if (c10::multiply_integers(sizes) == 0) return at::empty(sizes, input.options().dtype(out_type));
   const Batch batch(slots, arguments.packed, rows_per_sample(input));
-  at::Tensor y = zeros_or_bias(batch, arguments, slots, bias, with_last(input, weight.size(0)), type);
+  at::Tensor y = zeros_or_bias(batch, arguments, slots, bias, sizes, type);
   AT_DISPATCH_FLOATING_TYPES(type, "packed_masked_linear", [&] {
     const PackedRows<scalar_t> x(input.to(out_type), batch.order, batch.rows, groups, weight.size(1));
-    if (y.numel() > 0) PackedLinear<scalar_t>(weight, groups, batch).forward(x, mutable_data<scalar_t>("y", y));
+    PackedLinear<scalar_t>(weight, groups, batch).forward(x, mutable_data<scalar_t>("y", y));
   });
   if (!batch.order.empty()) {
     const at::Tensor order = at::tensor(batch.order, slots.options());
@@ -248,7 +252,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_masked_linear_backward(con
   at::Tensor dx, dw, db;
   if (output_mask[0]) dx = at::empty(input.sizes(), input.options().dtype(type));
   if (output_mask[1]) dw = Cpu::gradient_like(weight.contiguous());
-  if (output_mask[0] || output_mask[1]) {
+  if (weight.numel() == 0 && output_mask[0]) dx.zero_();
+  if (weight.numel() > 0 && (output_mask[0] || output_mask[1])) {
     const Batch batch(slots, arguments.packed, rows);
     AT_DISPATCH_FLOATING_TYPES(type, "packed_masked_linear_backward", [&] {
       const PackedRows<scalar_t> dy(grad, batch.order, rows, 1, weight.size(0), 1);
@@ -256,8 +261,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_masked_linear_backward(con
       PackedLinear<scalar_t>(weight, groups, batch)
           .backward(dy, x, mutable_data<scalar_t>("gradient of input", dx), mutable_data("gradient of weight", dw));
     });
-    if (output_mask[0]) dx = dx.to(input.scalar_type());
   }
+  if (output_mask[0]) dx = dx.to(input.scalar_type());
   if (output_mask[2] && is_given(bias)) db = bias_gradient(grad, slots, arguments, rows, *bias);
   return {dx, dw, db};
 }

@@ -31,7 +31,7 @@ class PackedRows {
         copied_(!order.empty() || group != columns),
         copy_(copied_ ? rows * row : 0) {
     data_ = data<T>("rows", source_);
-    if (!copied_) return;
+    if (!copied_ || row == 0) return;
     at::parallel_for(0, rows, std::max<int64_t>(kGrain / std::max<int64_t>(row, 1), 1), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t source = order.empty() ? i : order[i / rows_each] * rows_each + i % rows_each;

@@ -69,8 +69,9 @@ at::Tensor packed_superposition_gradient(const at::Tensor& grad, const at::Tenso
   check_packed_weight(weight, groups);
   check_batch_input(input, weight, groups);
   const PackedMasks packed = packed_weight_masks(packed_list, weight);
-  check_batch_grad(grad, input, weight);
+  check_superposition(grad, input, weight, packed);
   const NoAutocast no_autocast;
+  if (weight.numel() == 0) return at::zeros({input.size(0), packed.tasks()}, grad.options());
   return weight.scalar_type() == at::kDouble ? gradient<double>(grad, input, weight, packed, groups)
                                              : gradient<float>(grad, input, weight, packed, groups);
 }

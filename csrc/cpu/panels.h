@@ -46,7 +46,7 @@ struct Panels {
     columns = std::clamp<int64_t>(row_bytes / element, 1, std::max<int64_t>(in, 1));
     const int64_t fits = std::max<int64_t>(tile_bytes / (columns * element), 1);
     // Below about 10 microseconds of work, waking another thread costs more than it does.
-    const double nanoseconds = double(out) * double(in) * (0.25 * double(masks) + 0.01 * double(batch));
+    const double nanoseconds = std::min(double(out) * double(in) * (0.25 * double(masks) + 0.01 * double(batch)), 1e18);
     const int64_t pool = at::in_parallel_region() || nanoseconds < 10000 ? 1 : at::get_num_threads();
     // Several panels for each thread, so that a late one costs little. A small layer has one, which needs the fewest calls.
     const int64_t pieces = pool > 1 ? std::clamp<int64_t>(int64_t(nanoseconds / 5000), pool, 4 * pool) : 1;
@@ -171,6 +171,7 @@ struct Tile {
 // finish(row number, sums) for each row.
 template <class T, class Finish>
 void add_threads(T* dx, int64_t threads, int64_t batch, int64_t row, int64_t in, const Finish& finish) {
+  if (in == 0) return;
   const auto add_up = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* sum = dx + i * row;

@@ -53,6 +53,7 @@ class Segments {
   // Calls work(row of the order, row of the batch) for all rows, of `columns` elements each.
   template <class Work>
   void each_row(int64_t columns, const Work& work) const {
+    if (columns == 0) return;
     const auto some = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) work(i, source(i));
     };

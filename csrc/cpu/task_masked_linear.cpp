@@ -21,7 +21,7 @@ T* offset(T* base, int64_t elements) {
 
 // Returns uninitialised gradients in the form of `masks`, with zeros for the tasks that the batch does not have.
 TaskArrays gradients_like(const TaskArrays& masks, const Segments& segments) {
-  TaskArrays made{{}, masks.stacked, masks.tasks, masks.bytes};
+  TaskArrays made{{}, masks.stacked, masks.tasks, masks.bytes, masks.type};
   if (masks.stacked) {
     made.tensors.push_back(Cpu::gradient_like(masks.tensors[0], at::MemoryFormat::Contiguous));  // it may be expanded
     for (int64_t task = 0; task < masks.tasks; ++task) {
@@ -73,7 +73,8 @@ struct TaskLinear {
   const Gate gate = given.gate;
   const int64_t out = given.weight.size(0), in = given.weight.size(1), bytes = given.weight.element_size(), groups = given.groups;
   const int64_t group_out = std::max<int64_t>(out / groups, 1);
-  const Type param = type_of(given.weight.scalar_type());
+  const ParamTypes types{type_of(given.weight.scalar_type()), given.masks.type}, bias_types{types.weight, given.bias_masks.type};
+  const int64_t mask_bytes = bytes_of(types.mask), bias_mask_bytes = bytes_of(bias_types.mask);
   const void *weight = data("weight", given.weight), *bias = data("bias", given.bias);
   const Segments segments{given.slots, given.masks.tasks, given.rows_per_sample};
   const std::vector<const void*> masks = of_segments(given.masks, segments), bias_masks = of_segments(given.bias_masks, segments);
@@ -116,17 +117,17 @@ struct TaskLinear {
 
   void build_theta(const Tile& tile, int64_t task, T* theta) const {
     each_piece(tile, {}, {theta}, [&](int64_t element, int64_t at, int64_t n) {
-      masked_weight_kernels().forward(gate, param, kType<T>, at_element(weight, element, bytes),
-                                      at_element(masks[task], element, bytes), theta + at, 0, n);
+      masked_weight_kernels().forward(gate, types, kType<T>, at_element(weight, element, bytes),
+                                      at_element(masks[task], element, mask_bytes), theta + at, 0, n);
     });
   }
 
   // Takes the gradient g of theta through the gate: adds to dw, writes dm, and makes theta.
   void backward_tile(const Tile& tile, int64_t task, T* g, T* theta, T* dw, void* dm) const {
     each_piece(tile, {g}, {theta}, [&](int64_t element, int64_t at, int64_t n) {
-      masked_weight_kernels().backward_add(gate, param, g + at, at_element(weight, element, bytes),
-                                           at_element(masks[task], element, bytes), offset(theta, at), offset(dw, element),
-                                           at_element(dm, element, bytes), n);
+      masked_weight_kernels().backward_add(gate, types, g + at, at_element(weight, element, bytes),
+                                           at_element(masks[task], element, mask_bytes), offset(theta, at), offset(dw, element),
+                                           at_element(dm, element, mask_bytes), n);
     });
   }
 
@@ -213,8 +214,8 @@ struct TaskLinear {
       T *theta = thread_tiles<T>(scratch_size), *row = theta + tile_size;
       for (int64_t task = 0; task < segments.size(); ++task) {
         if (masked_bias) {
-          masked_weight_kernels().forward(gate, param, kType<T>, at_element(bias, first, bytes),
-                                          at_element(bias_masks[task], first, bytes), row, 0, rows);
+          masked_weight_kernels().forward(gate, bias_types, kType<T>, at_element(bias, first, bytes),
+                                          at_element(bias_masks[task], first, bias_mask_bytes), row, 0, rows);
         }
         fill(task, first, rows, masked_bias ? row : offset(plain, first), y_data);
       }
@@ -252,9 +253,9 @@ struct TaskLinear {
       for (int64_t task = 0; needs_bias && task < segments.size(); ++task) {
         sum_rows(task, first, rows, dy, row);
         if (masked_bias) {
-          masked_weight_kernels().backward_add(gate, param, row, at_element(bias, first, bytes),
-                                               at_element(bias_masks[task], first, bytes), nullptr, offset(db_data, first),
-                                               at_element(dbm[task], first, bytes), rows);
+          masked_weight_kernels().backward_add(gate, bias_types, row, at_element(bias, first, bytes),
+                                               at_element(bias_masks[task], first, bias_mask_bytes), nullptr,
+                                               offset(db_data, first), at_element(dbm[task], first, bias_mask_bytes), rows);
         } else {
           for (int64_t j = 0; j < rows; ++j) db_data[first + j] += row[j];
         }
@@ -324,9 +325,9 @@ struct TaskLinear {
         if (masked_bias) {
           sum_rows(task, first, rows, dy, row);
           masked_weight_kernels().second_backward_add(
-              gate, param, at_element(a_bias, first, bytes), at_element(b_bias[task], first, bytes), row, nullptr,
-              at_element(bias, first, bytes), at_element(bias_masks[task], first, bytes), nullptr, c_row, offset(db_data, first),
-              at_element(dbm[task], first, bytes), rows);
+              gate, bias_types, at_element(a_bias, first, bytes), at_element(b_bias[task], first, bias_mask_bytes), row, nullptr,
+              at_element(bias, first, bytes), at_element(bias_masks[task], first, bias_mask_bytes), nullptr, c_row,
+              offset(db_data, first), at_element(dbm[task], first, bias_mask_bytes), rows);
         }
         if (output_mask[0]) fill(task, first, rows, masked_bias ? c_row : offset(plain, first), ddy_data);
       }
@@ -338,9 +339,9 @@ struct TaskLinear {
           if (needs_h) gradient(tile, task, dy, *cx, h);
           each_piece(tile, {g, h}, {theta, c}, [&](int64_t element, int64_t at, int64_t n) {
             masked_weight_kernels().second_backward_add(
-                gate, param, at_element(a, element, bytes), at_element(b[task], element, bytes), offset(g, at), offset(h, at),
-                at_element(weight, element, bytes), at_element(masks[task], element, bytes), offset(theta, at), offset(c, at),
-                offset(dw_data, element), at_element(dm[task], element, bytes), n);
+                gate, types, at_element(a, element, bytes), at_element(b[task], element, mask_bytes), offset(g, at), offset(h, at),
+                at_element(weight, element, bytes), at_element(masks[task], element, mask_bytes), offset(theta, at), offset(c, at),
+                offset(dw_data, element), at_element(dm[task], element, mask_bytes), n);
           });
           if (needs_theta) multiply(tile, task, *cx, theta, ddy_data);
           if (needs_c && output_mask[0]) multiply(tile, task, x, c, ddy_data);

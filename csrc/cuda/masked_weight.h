@@ -24,35 +24,35 @@ struct Cuda {
 
   static at::Tensor gradient_like(const at::Tensor& parameter) { return at::empty_like(parameter); }
 
-  static void forward(Gate gate, Type param, Type out, const void* w, const void* m, void* theta, int64_t n) {
-    masked_weight(gate, param, out, w, m, theta, n, c10::cuda::getCurrentCUDAStream());
+  static void forward(Gate gate, ParamTypes types, Type out, const void* w, const void* m, void* theta, int64_t n) {
+    masked_weight(gate, types, out, w, m, theta, n, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  static void backward(Gate gate, Type param, Type grad, const void* g, const void* w, const void* m, const Sink& dw,
+  static void backward(Gate gate, ParamTypes types, Type grad, const void* g, const void* w, const void* m, const Sink& dw,
                        const Sink& dm, int64_t n) {
-    masked_weight_backward(gate, param, grad, g, w, m, dw, dm, n, c10::cuda::getCurrentCUDAStream());
+    masked_weight_backward(gate, types, grad, g, w, m, dw, dm, n, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  static void double_backward(Gate gate, Type param, Type grad, const void* a, const void* b, const void* g, const void* w,
+  static void double_backward(Gate gate, ParamTypes types, Type grad, const void* a, const void* b, const void* g, const void* w,
                               const void* m, void* dg, void* dw, void* dm, int64_t n) {
-    masked_weight_double_backward(gate, param, grad, a, b, g, w, m, dg, dw, dm, n, c10::cuda::getCurrentCUDAStream());
+    masked_weight_double_backward(gate, types, grad, a, b, g, w, m, dg, dw, dm, n, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  static void forward_list(Gate gate, Type param, Type out, const std::vector<ForwardArrays>& list) {
-    masked_weight_list(gate, param, out, list, c10::cuda::getCurrentCUDAStream());
+  static void forward_list(Gate gate, ParamTypes types, Type out, const std::vector<ForwardArrays>& list) {
+    masked_weight_list(gate, types, out, list, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  static void backward_list(Gate gate, Type param, Type grad, const std::vector<BackwardArrays>& list) {
-    masked_weight_list_backward(gate, param, grad, list, c10::cuda::getCurrentCUDAStream());
+  static void backward_list(Gate gate, ParamTypes types, Type grad, const std::vector<BackwardArrays>& list) {
+    masked_weight_list_backward(gate, types, grad, list, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  static void double_backward_list(Gate gate, Type param, Type grad, const std::vector<DoubleBackwardArrays>& list) {
-    masked_weight_list_double_backward(gate, param, grad, list, c10::cuda::getCurrentCUDAStream());
+  static void double_backward_list(Gate gate, ParamTypes types, Type grad, const std::vector<DoubleBackwardArrays>& list) {
+    masked_weight_list_double_backward(gate, types, grad, list, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };

@@ -103,9 +103,10 @@ struct CudaPacked {
     check_packed_weight(weight, groups);
     check_batch_input(input, weight, groups);
     const PackedMasks packed = packed_weight_masks(packed_list, weight);
-    check_batch_grad(grad, input, weight);
+    check_superposition(grad, input, weight, packed);
     const Cuda::Guard guard(weight);
     const NoAutocast no_autocast;
+    if (weight.numel() == 0) return at::zeros({input.size(0), packed.tasks()}, grad.options());
     const PackedCase given = case_of(input, weight, packed, groups);
     const at::Tensor dy = matrix(grad, compute_type(weight)), x = matrix(input, compute_type(weight)), w = weight.contiguous();
     const Bits bits(packed, weight);

@@ -25,9 +25,8 @@ struct TaskCall {
     int64_t* const memory = mutable_data<int64_t>("rows", rows);
     const SortedRows sorted{samples, given.rows_per_sample, tasks, memory, memory + count, memory + 2 * count};
     const bool tf32 = product == at::kFloat && at::globalContext().allowTF32CuBLAS();
-    kernel = {given.gate,           type_of(given.weight.scalar_type()),
-              type_of(product),     tf32,
-              given.groups,         given.weight.size(0),
+    const ParamTypes types{type_of(given.weight.scalar_type()), given.masks.type};
+    kernel = {given.gate,           types, given.bias_masks.type, type_of(product), tf32, given.groups, given.weight.size(0),
               given.weight.size(1), sorted};
     parameters = {data("weight", given.weight), per_task(given.masks, given.weight, masks_table), data("bias", given.bias),
                   per_task(given.bias_masks, given.weight, bias_masks_table)};
@@ -39,17 +38,18 @@ struct TaskCall {
     TaskLinearCase made = kernel;
     made.in = made.groups = 1;
     made.tf32 = false;
+    made.types.mask = given.bias_masks.type;
     return made;
   }
   TaskParameters bias_parameters() const { return {parameters.bias, parameters.bias_masks}; }
 
   // Returns uninitialised gradients in the form of `like`, with zeros for the tasks that the batch does not have.
   TaskArrays gradients_like(const TaskArrays& like, PerTask& pointers, at::Tensor& table) const {
-    TaskArrays made{{}, like.stacked, like.tasks, like.bytes};
+    TaskArrays made{{}, like.stacked, like.tasks, like.bytes, like.type};
     for (const at::Tensor& mask : like.tensors) made.tensors.push_back(at::empty_like(mask, at::MemoryFormat::Contiguous));
     if (!made.given()) return made;
     pointers = per_task(made, given.weight, table);
-    clear_unused(kernel.param, pointers, like.tasks, data<int64_t>("used", used), like.bytes / given.weight.element_size(), stream);
+    clear_unused(like.type, pointers, like.tasks, data<int64_t>("used", used), like.bytes / bytes_of(like.type), stream);
     return made;
   }
 };
@@ -182,9 +182,9 @@ struct CudaTaskLinear : Cuda {
   static at::Tensor widened(const at::Tensor& tensor) { return tensor.defined() ? tensor.to(at::kFloat) : tensor; }
 
   static TaskArrays widened(const TaskArrays& arrays) {
-    TaskArrays made{{}, arrays.stacked, arrays.tasks, arrays.bytes};
+    const int64_t bytes = arrays.bytes / bytes_of(arrays.type) * bytes_of(Type::kFloat32);
+    TaskArrays made{{}, arrays.stacked, arrays.tasks, bytes, Type::kFloat32};
     for (const at::Tensor& tensor : arrays.tensors) {
-      if (tensor.defined()) made.bytes = arrays.bytes / tensor.element_size() * int64_t(sizeof(float));
       made.tensors.push_back(tensor.defined() ? tensor.to(at::kFloat, false, false, at::MemoryFormat::Contiguous) : tensor);
     }
     return made;
@@ -199,12 +199,18 @@ struct CudaTaskLinear : Cuda {
     return {widened(given.input), widened(given.weight), widened(given.masks), widened(given.bias), widened(given.bias_masks)};
   }
 
+  static void narrow(TaskArrays& gradients, const TaskArrays& to) {
+    for (size_t i = 0; i < gradients.tensors.size(); ++i) {
+      gradients.tensors[i] = gradients.tensors[i].to(to.tensors[i].scalar_type());
+    }
+  }
+
   static TaskGradients narrowed(TaskGradients made, const TaskArguments& to) {
     const at::ScalarType type = to.weight.scalar_type();
     if (made.weight.defined()) made.weight = made.weight.to(type);
     if (made.bias.defined()) made.bias = made.bias.to(type);
-    for (at::Tensor& mask : made.masks.tensors) mask = mask.to(type);
-    for (at::Tensor& mask : made.bias_masks.tensors) mask = mask.to(type);
+    narrow(made.masks, to.masks);
+    narrow(made.bias_masks, to.bias_masks);
     return made;
   }
 };

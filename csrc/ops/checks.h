@@ -4,14 +4,40 @@
 
 #include <ATen/ATen.h>
 
+#include <initializer_list>
 #include <limits>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "core/types.h"
 #include "ops/memory.h"
 
 namespace metamask {
+
+// The most elements of an argument or a result. Of an empty tensor too, whose sizes nothing else bounds: strides, counts of bytes
+// and numbers of rows then fit int64_t, and so do sums of a few.
+constexpr int64_t kMostElements = int64_t(1) << 48;
+// The most tasks. One mask expanded for all tasks costs no memory, and a count of rows for each does.
+constexpr int64_t kMostTasks = int64_t(1) << 24;
+
+// Returns the number of elements, a size of 0 counted as 1; more than kMostElements if it is more.
+inline int64_t bounded_elements(at::IntArrayRef sizes) {
+  int64_t all = 1;
+  for (const int64_t n : sizes) {
+    if (n > 1 && (__builtin_mul_overflow(all, n, &all) || all > kMostElements)) return kMostElements + 1;
+  }
+  return all;
+}
+
+inline void check_sizes(const char* name, at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(bounded_elements(sizes) <= kMostElements, name,
+                    " must have at most 2**48 elements, with 1 for each size of 0, got ", sizes);
+}
+
+inline void check_tasks(const char* name, int64_t tasks) {
+  TORCH_CHECK_VALUE(tasks <= kMostTasks, name, " must hold at most 2**24 tasks, got ", tasks);
+}
 
 inline void check_gate(int64_t gate_id, double gate_param) {
   TORCH_CHECK_VALUE(gate_id == kSigmoid || gate_id == kHard, "gate must be 0 (sigmoid) or 1 (hard), got ", gate_id);
@@ -34,6 +60,13 @@ inline Type type_of(at::ScalarType type) {
   }
 }
 
+inline bool is_16_bit(at::ScalarType type) { return type == at::kBFloat16 || type == at::kHalf; }
+
+// The types of a weight and its logits, which check_pair has seen.
+inline ParamTypes types_of(const at::Tensor& weight, const at::Tensor& mask_logits) {
+  return {type_of(weight.scalar_type()), type_of(mask_logits.scalar_type())};
+}
+
 // The arithmetic of float64 parameters is float64, of all others float32.
 inline at::ScalarType compute_type(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -46,11 +79,21 @@ inline void check_masked_type(const char* name, const at::Tensor& tensor) {
                    tensor.scalar_type());
 }
 
+// float32 logits go with any weight but one of float64.
+inline bool is_mask_type(at::ScalarType mask, at::ScalarType weight) {
+  return mask == weight || (mask == at::kFloat && is_16_bit(weight));
+}
+
+inline void check_mask_type(const char* mask_name, at::ScalarType mask, const char* weight_name, at::ScalarType weight) {
+  TORCH_CHECK_TYPE(is_mask_type(mask, weight), mask_name, " must have the dtype of ", weight_name,
+                   is_16_bit(weight) ? ", or float32 beside " : ", ", weight, ", got ", mask);
+}
+
 inline void check_pair(const at::Tensor& weight, const at::Tensor& mask_logits, const char* weight_name = "weight",
                        const char* mask_name = "mask_logits") {
   check_masked_type(weight_name, weight);
-  TORCH_CHECK_TYPE(mask_logits.scalar_type() == weight.scalar_type(), mask_name, " must have the dtype of ", weight_name, ", ",
-                   weight.scalar_type(), ", got ", mask_logits.scalar_type());
+  check_mask_type(mask_name, mask_logits.scalar_type(), weight_name, weight.scalar_type());
+  check_sizes(weight_name, weight.sizes());
   TORCH_CHECK_VALUE(mask_logits.sizes() == weight.sizes(), mask_name, " must have the shape of ", weight_name, ", ", weight.sizes(),
                     ", got ", mask_logits.sizes());
   TORCH_CHECK_VALUE(mask_logits.device() == weight.device(), mask_name, " must be on the device of ", weight_name, ", ",
@@ -96,12 +139,22 @@ inline void check_bias(const at::Tensor& weight, const at::Tensor& bias) {
                     bias.device());
 }
 
+// Checks the sizes of an input, [..., in], and of the output that it has with a weight of `out` rows.
+inline void check_rows(const at::Tensor& input, int64_t out) {
+  check_sizes("input", input.sizes());
+  const int64_t rows = bounded_elements(input.sizes().slice(0, input.dim() - 1));
+  TORCH_CHECK_VALUE(rows <= kMostElements / std::max<int64_t>(out, 1),
+                    "the output must have at most 2**48 elements, with 1 for each size of 0, got input ", input.sizes(),
+                    " with out = ", out);
+}
+
 inline void check_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                          const std::optional<at::Tensor>& bias_mask_logits) {
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [out, in], got shape ", weight.sizes());
   check_storage("input", input.scalar_type(), weight);
   TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == weight.size(1), "input must be [..., in] with in = ", weight.size(1),
                     " as in weight ", weight.sizes(), ", got ", input.sizes());
+  check_rows(input, weight.size(0));
   TORCH_CHECK_VALUE(input.device() == weight.device(), "input must be on the device of weight, ", weight.device(), ", got ",
                     input.device());
   if (is_given(bias)) check_bias(weight, *bias);
@@ -114,9 +167,13 @@ inline void check_linear(const at::Tensor& input, const at::Tensor& weight, cons
 // Checks the input of a mixed-task batch, [B, ..., groups * in].
 inline void check_batch_input(const at::Tensor& input, const at::Tensor& weight, int64_t groups) {
   check_storage("input", input.scalar_type(), weight);
+  TORCH_CHECK_VALUE(groups <= kMostElements / std::max<int64_t>(weight.size(1), 1),
+                    "groups times the columns of weight must be at most 2**48, got groups=", groups, " and weight ",
+                    weight.sizes());
   TORCH_CHECK_VALUE(input.dim() > 1 && input.size(-1) == groups * weight.size(1),
                     "input must be [B, ..., in] with in = ", groups * weight.size(1), " as in weight ", weight.sizes(),
                     " with groups=", groups, ", got ", input.sizes());
+  check_rows(input, weight.size(0));
   TORCH_CHECK_VALUE(input.device() == weight.device(), "input must be on the device of weight, ", weight.device(), ", got ",
                     input.device());
 }
@@ -186,6 +243,36 @@ inline Update update(const char* name, bool wanted, const std::optional<at::Tens
   return made;
 }
 
+struct Argument {
+  const char* name;
+  const at::Tensor& tensor;
+};
+
+// Refuses to update a parameter, with its momentum buffer, that shares memory with another argument: what is read there would
+// depend on the order of the work. `parameters` are all of the op's, with their updates.
+inline void check_apart(std::initializer_list<std::pair<Argument, const Update&>> parameters,
+                        std::initializer_list<Argument> others) {
+  const auto refuse_shared = [](const Argument& updated, const Argument& other) {
+    TORCH_CHECK_VALUE(!shares_memory(updated.tensor, other.tensor), updated.name, " must not share memory with ", other.name,
+                      " to be updated in place");
+  };
+  for (auto one = parameters.begin(); one != parameters.end(); ++one) {
+    if (!one->second.wanted) continue;
+    const Argument buffer{"its momentum buffer", one->second.momentum_buffer};
+    refuse_shared(one->first, buffer);
+    for (const Argument& other : others) {
+      refuse_shared(one->first, other);
+      refuse_shared({"a momentum buffer", buffer.tensor}, other);
+    }
+    for (auto other = parameters.begin(); other != parameters.end(); ++other) {
+      if (other == one) continue;
+      refuse_shared(one->first, other->first);
+      refuse_shared({"a momentum buffer", buffer.tensor}, other->first);
+      if (other->second.wanted) refuse_shared({"a momentum buffer", buffer.tensor}, {"another", other->second.momentum_buffer});
+    }
+  }
+}
+
 // Returns the destination of a parameter's gradient: the parameter, or `gradient` if that is defined, or none. Bumps the version of
 // what the op writes: autograd does not see an op write to its arguments, and those who saved the parameter must notice.
 inline Sink sink(const Update& update, const at::Tensor& parameter, const at::Tensor& gradient) {
@@ -197,11 +284,12 @@ inline Sink sink(const Update& update, const at::Tensor& parameter, const at::Te
           mutable_data_in_order("momentum_buffer", update.momentum_buffer, parameter), update.sgd};
 }
 
-// Returns the cotangent of a parameter's gradient, in its dtype and in the memory order of `weight`; undefined if not given.
-inline at::Tensor cotangent(const char* name, const std::optional<at::Tensor>& given, const at::Tensor& weight) {
+// Returns the cotangent of the gradient of `parameter` (a weight, or logits in its memory order), in its dtype and memory order;
+// undefined if not given.
+inline at::Tensor cotangent(const char* name, const std::optional<at::Tensor>& given, const at::Tensor& parameter) {
   if (!is_given(given)) return at::Tensor();
-  check_like(name, *given, weight);
-  return laid_out_as(resolved(*given).to(weight.scalar_type()), weight);
+  check_like(name, *given, parameter);
+  return laid_out_as(resolved(*given).to(parameter.scalar_type()), parameter);
 }
 
 }  // namespace metamask

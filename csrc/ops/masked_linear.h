@@ -63,6 +63,11 @@ struct MaskedLinear {
       TORCH_CHECK_VALUE(!updated || parameter.is_contiguous(), name, " must be contiguous to be updated in place, got strides ",
                         parameter.strides());
     }
+    check_apart({{{"weight", weight}, made[0]},
+                 {{"mask_logits", mask_logits}, made[1]},
+                 {{"bias", bias.value_or(at::Tensor())}, made[2]},
+                 {{"bias_mask_logits", bias_mask_logits.value_or(at::Tensor())}, made[3]}},
+                {{"grad", grad}, {"input", input}});
     return backward_or_update(resolved(grad), resolved(input), resolved(weight), resolved(mask_logits), resolved(bias),
                               resolved(bias_mask_logits), Gate{GateKind(gate_id), gate_param}, output_mask, made);
   }
@@ -79,19 +84,27 @@ struct MaskedLinear {
     const std::vector<int64_t> sizes = with_last(input, weight.size(0));
     TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(sizes), "grad must be [..., out] = ", at::IntArrayRef(sizes), ", got ",
                       grad.sizes());
+    TORCH_CHECK_VALUE(grad.device() == weight.device(), "grad must be on the device of weight, ", weight.device(), ", got ",
+                      grad.device());
     const typename Device::Guard guard(weight);
     const NoAutocast no_autocast;
     const at::Tensor dy = matrix(grad, grad.scalar_type()), x = matrix(input, grad.scalar_type());
     const at::Tensor w = weight.contiguous(), m = mask_logits.contiguous();
     at::Tensor dw = output_mask[1] && !updates[0].wanted ? Device::gradient_like(w) : at::Tensor();
-    at::Tensor dm = output_mask[2] && !updates[1].wanted ? Device::gradient_like(w) : at::Tensor();
-    at::Tensor dx = Device::linear_backward(dy, x, w, m, gate, output_mask[0], sink(updates[0], w, dw), sink(updates[1], m, dm));
+    at::Tensor dm = output_mask[2] && !updates[1].wanted ? Device::gradient_like(m) : at::Tensor();
+    // Without weights, an empty sum.
+    at::Tensor dx = w.numel() == 0 ? (output_mask[0] ? at::zeros_like(x) : at::Tensor())
+                                   : Device::linear_backward(dy, x, w, m, gate, output_mask[0], sink(updates[0], w, dw),
+                                                             sink(updates[1], m, dm));
     if (output_mask[0] && input.dim() != 2) dx = dx.view(input.sizes());
     if (output_mask[0] && dx.scalar_type() != input.scalar_type()) dx = dx.to(input.scalar_type());
     at::Tensor db, dbm;
-    if (is_given(bias) && (output_mask[3] || output_mask[4])) {
-      db = dy.sum(0);
-      if (is_given(bias_mask_logits)) {
+    const bool masked_bias = is_given(bias_mask_logits);
+    if (is_given(bias) && (output_mask[3] || (masked_bias && (output_mask[4] || updates[2].wanted || updates[3].wanted)))) {
+      // What becomes the gradient of float32 logits is not rounded to 16 bits.
+      const bool widened = masked_bias && bias_mask_logits->scalar_type() != bias->scalar_type();
+      db = dy.sum(0, false, widened ? at::kFloat : dy.scalar_type());
+      if (masked_bias) {
         std::tie(db, dbm) = MaskedWeight<Device>::backward_or_update(db, *bias, *bias_mask_logits, gate,
                                                                      {output_mask[3], output_mask[4]}, updates[2], updates[3]);
       } else {

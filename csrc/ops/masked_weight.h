@@ -2,8 +2,8 @@
 // same on every device.
 //
 // Device::Guard makes the tensors' device current; Device::gradient_like allocates an array for a parameter's gradient.
-// Device::forward, backward and double_backward work on `n` elements in one order; `param` is the type of weight, mask and their
-// gradients. A null input is zero, a null output is not computed. backward gives each parameter's gradient to a Sink.
+// Device::forward, backward and double_backward work on `n` elements in one order; `types` are those of weight and mask. A null
+// input is zero, a null output is not computed. backward gives each parameter's gradient to a Sink.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -28,7 +28,7 @@ struct MaskedWeight {
     const typename Device::Guard guard(weight);
     const at::Tensor w = dense(weight), m = laid_out_as(mask_logits, w);
     at::Tensor theta = at::empty_like(w, w.options().dtype(out));
-    Device::forward(Gate{GateKind(gate_id), gate_param}, type_of(w.scalar_type()), type_of(out), data_in_order("weight", w, w),
+    Device::forward(Gate{GateKind(gate_id), gate_param}, types_of(w, m), type_of(out), data_in_order("weight", w, w),
                     data_in_order("mask_logits", m, w), mutable_data_in_order("theta", theta, w), w.numel());
     return theta;
   }
@@ -50,6 +50,7 @@ struct MaskedWeight {
     check_pair(weight, mask_logits);
     const Update weight_update = update("weight", updates[0], weight_momentum_buffer, weight_settings, weight);
     const Update mask_update = update("mask_logits", updates[1], mask_momentum_buffer, mask_settings, mask_logits);
+    check_apart({{{"weight", weight}, weight_update}, {{"mask_logits", mask_logits}, mask_update}}, {{"grad", grad}});
     return backward_or_update(resolved(grad), resolved(weight), resolved(mask_logits), Gate{GateKind(gate_id), gate_param},
                               output_mask, weight_update, mask_update);
   }
@@ -67,10 +68,9 @@ struct MaskedWeight {
                       "mask_logits must have the strides of weight to be updated in place, ", weight.strides(), ", got ",
                       mask_logits.strides());
     at::Tensor dw = output_mask[0] && !weight_update.wanted ? Device::gradient_like(w) : at::Tensor();
-    at::Tensor dm = output_mask[1] && !mask_update.wanted ? Device::gradient_like(w) : at::Tensor();
-    Device::backward(gate, type_of(w.scalar_type()), type_of(g.scalar_type()), data_in_order("grad", g, w),
-                     data_in_order("weight", w, w), data_in_order("mask_logits", m, w), sink(weight_update, w, dw),
-                     sink(mask_update, m, dm), w.numel());
+    at::Tensor dm = output_mask[1] && !mask_update.wanted ? Device::gradient_like(m) : at::Tensor();
+    Device::backward(gate, types_of(w, m), type_of(g.scalar_type()), data_in_order("grad", g, w), data_in_order("weight", w, w),
+                     data_in_order("mask_logits", m, w), sink(weight_update, w, dw), sink(mask_update, m, dm), w.numel());
     return {dw, dm};
   }
 
@@ -84,11 +84,11 @@ struct MaskedWeight {
     check_like("grad", grad, weight);
     const typename Device::Guard guard(weight);
     const at::Tensor w = dense(weight), m = laid_out_as(mask_logits, w), g = laid_out_as(grad, w);
-    const at::Tensor a = cotangent("cotangent_weight", cotangent_weight, w), b = cotangent("cotangent_mask", cotangent_mask, w);
+    const at::Tensor a = cotangent("cotangent_weight", cotangent_weight, w), b = cotangent("cotangent_mask", cotangent_mask, m);
     at::Tensor dg = output_mask[0] ? at::empty_like(w, w.options().dtype(g.scalar_type())) : at::Tensor();
     at::Tensor dw = output_mask[1] ? Device::gradient_like(w) : at::Tensor();
-    at::Tensor dm = output_mask[2] ? Device::gradient_like(w) : at::Tensor();
-    Device::double_backward(Gate{GateKind(gate_id), gate_param}, type_of(w.scalar_type()), type_of(g.scalar_type()),
+    at::Tensor dm = output_mask[2] ? Device::gradient_like(m) : at::Tensor();
+    Device::double_backward(Gate{GateKind(gate_id), gate_param}, types_of(w, m), type_of(g.scalar_type()),
                             data_in_order("cotangent_weight", a, w), data_in_order("cotangent_mask", b, w),
                             data_in_order("grad", g, w), data_in_order("weight", w, w), data_in_order("mask_logits", m, w),
                             mutable_data_in_order("gradient of grad", dg, w), mutable_data_in_order("gradient of weight", dw, w),

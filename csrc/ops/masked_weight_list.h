@@ -1,5 +1,5 @@
 // masked_weight and its derivatives for a list of weights, as masked_weight.h for one: the layers of a small net together. All
-// weights of a list have one dtype, and one device; each has its own shape and memory order.
+// weights of a list have one dtype, and one device, and all logits one dtype; each has its own shape and memory order.
 //
 // Device::forward_list, backward_list and double_backward_list work on the arrays of a whole list.
 #pragma once
@@ -37,7 +37,7 @@ struct MaskedWeightList {
       arrays.push_back({data_in_order("weight", w, w), data_in_order("mask_logits", pairs.m[i], w),
                         mutable_data_in_order("theta", theta, w), w.numel()});
     }
-    Device::forward_list(pairs.gate, pairs.type(), type_of(out), arrays);
+    Device::forward_list(pairs.gate, pairs.types(), type_of(out), arrays);
     return thetas;
   }
 
@@ -46,14 +46,14 @@ struct MaskedWeightList {
     const Pairs pairs(weight, mask_logits, gate_id, gate_param);
     const Tensors g = pairs.gradients(grad);
     const typename Device::Guard guard(weight[0]);
-    Tensors dw = gradients_like(pairs.w, output_mask[0]), dm = gradients_like(pairs.w, output_mask[1]);
+    Tensors dw = gradients_like(pairs.w, output_mask[0]), dm = gradients_like(pairs.m, output_mask[1]);
     std::vector<BackwardArrays> arrays;
     for (size_t i = 0; i < weight.size(); ++i) {
       const at::Tensor& w = pairs.w[i];
       arrays.push_back({data_in_order("grad", g[i], w), data_in_order("weight", w, w), data_in_order("mask_logits", pairs.m[i], w),
                         made(dw, i, w), made(dm, i, w), w.numel()});
     }
-    Device::backward_list(pairs.gate, pairs.type(), type_of(g[0].scalar_type()), arrays);
+    Device::backward_list(pairs.gate, pairs.types(), type_of(g[0].scalar_type()), arrays);
     return {dw, dm};
   }
 
@@ -64,9 +64,9 @@ struct MaskedWeightList {
     const Pairs pairs(weight, mask_logits, gate_id, gate_param);
     const Tensors g = pairs.gradients(grad);
     const typename Device::Guard guard(weight[0]);
-    const Tensors a = pairs.cotangents("cotangent_weight", cotangent_weight),
-                  b = pairs.cotangents("cotangent_mask", cotangent_mask);
-    Tensors dg, dw = gradients_like(pairs.w, output_mask[1]), dm = gradients_like(pairs.w, output_mask[2]);
+    const Tensors a = pairs.cotangents("cotangent_weight", cotangent_weight, pairs.w),
+                  b = pairs.cotangents("cotangent_mask", cotangent_mask, pairs.m);
+    Tensors dg, dw = gradients_like(pairs.w, output_mask[1]), dm = gradients_like(pairs.m, output_mask[2]);
     std::vector<DoubleBackwardArrays> arrays;
     for (size_t i = 0; i < weight.size(); ++i) {
       const at::Tensor& w = pairs.w[i];
@@ -75,7 +75,7 @@ struct MaskedWeightList {
                         data_in_order("grad", g[i], w), data_in_order("weight", w, w), data_in_order("mask_logits", pairs.m[i], w),
                         made(dg, i, w), made(dw, i, w), made(dm, i, w), w.numel()});
     }
-    Device::double_backward_list(pairs.gate, pairs.type(), type_of(g[0].scalar_type()), arrays);
+    Device::double_backward_list(pairs.gate, pairs.types(), type_of(g[0].scalar_type()), arrays);
     return {dg, dw, dm};
   }
 
@@ -108,6 +108,9 @@ struct MaskedWeightList {
         check_pair(weight[i], mask_logits[i], name.c_str(), entry("mask_logits", i).c_str());
         TORCH_CHECK_TYPE(weight[i].scalar_type() == first.scalar_type(), name, " must have the dtype of weight[0], ",
                          first.scalar_type(), ", got ", weight[i].scalar_type());
+        TORCH_CHECK_TYPE(mask_logits[i].scalar_type() == mask_logits[0].scalar_type(), entry("mask_logits", i),
+                         " must have the dtype of mask_logits[0], ", mask_logits[0].scalar_type(), ", got ",
+                         mask_logits[i].scalar_type());
         TORCH_CHECK_VALUE(weight[i].device() == first.device(), name, " must be on the device of weight[0], ", first.device(),
                           ", got ", weight[i].device());
         w.push_back(dense(weight[i]));
@@ -115,7 +118,7 @@ struct MaskedWeightList {
       }
     }
 
-    Type type() const { return type_of(w[0].scalar_type()); }
+    ParamTypes types() const { return types_of(w[0], m[0]); }
 
     Tensors gradients(at::TensorList grad) const {
       check_count("grad", grad.size(), w.size());
@@ -131,11 +134,13 @@ struct MaskedWeightList {
     }
 
     // An empty list of cotangents means zeros.
-    Tensors cotangents(const char* name, const OptionalTensors& given) const {
-      if (given.empty()) return Tensors(w.size());
-      check_count(name, given.size(), w.size());
+    static Tensors cotangents(const char* name, const OptionalTensors& given, const Tensors& parameters) {
+      if (given.empty()) return Tensors(parameters.size());
+      check_count(name, given.size(), parameters.size());
       Tensors made;
-      for (size_t i = 0; i < w.size(); ++i) made.push_back(cotangent(entry(name, i).c_str(), given.get(i), w[i]));
+      for (size_t i = 0; i < parameters.size(); ++i) {
+        made.push_back(cotangent(entry(name, i).c_str(), given.get(i), parameters[i]));
+      }
       return made;
     }
   };

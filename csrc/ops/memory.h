@@ -5,13 +5,31 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <type_traits>
+#include <utility>
 
 namespace metamask {
 
 // A view may be negated lazily (the imaginary part of a conjugate), and a tensor of zeros may have no memory.
 inline bool holds_its_values(const at::Tensor& tensor) { return !tensor.is_neg() && !tensor._is_zerotensor(); }
+
+// Whether two tensors may have elements in the same memory: one begins before the other's last element ends, and ends after it
+// begins.
+inline bool shares_memory(const at::Tensor& a, const at::Tensor& b) {
+  const auto extent = [](const at::Tensor& tensor) {
+    if (!tensor.defined() || tensor.numel() == 0 || tensor._is_zerotensor()) return std::pair<uintptr_t, uintptr_t>(0, 0);
+    int64_t last = 0;
+    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    return std::pair<uintptr_t, uintptr_t>(begin, begin + (last + 1) * tensor.element_size());
+  };
+  const auto [a_begin, a_end] = extent(a);
+  const auto [b_begin, b_end] = extent(b);
+  return std::max(a_begin, b_begin) < std::min(a_end, b_end);
+}
 
 // Returns `tensor` with its values in memory. The dispatcher does that for the arguments of all ops but those that update some, and
 // not for lists of optional tensors.
@@ -91,8 +109,11 @@ inline const void* data_of_part(const char* name, const at::Tensor& tensor, int6
   return static_cast<const char*>(tensor.const_data_ptr()) + i * tensor.stride(0) * tensor.element_size();
 }
 
-// Returns `tensor` as one dense block of memory, in any order of dimensions: a channels-last weight stays as it is.
-inline at::Tensor dense(const at::Tensor& tensor) { return tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous(); }
+// Returns `tensor` as one dense block of memory, in any order of dimensions: a channels-last weight stays as it is. What is not
+// dense gets the order that torch's empty_like has, in which the fake kernels see the results.
+inline at::Tensor dense(const at::Tensor& tensor) {
+  return tensor.is_non_overlapping_and_dense() ? tensor : at::empty_like(tensor).copy_(tensor);
+}
 
 // Returns `tensor` with its elements in the memory order of `order`, which is dense.
 inline at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& order) {

@@ -24,6 +24,10 @@ class PackedMasks {
       const at::IntArrayRef sizes = stacked_ ? tensor.sizes().slice(1) : tensor.sizes();
       TORCH_CHECK_VALUE(sizes == at::IntArrayRef(task), which, " must be ", stacked_ ? "[tasks, " : "[", task_words,
                         "], a task's being ", at::IntArrayRef(task), ", got ", tensor.sizes());
+      if (stacked_) {
+        check_sizes(name, tensor.sizes());
+        check_tasks(name, tensor.size(0));
+      }
       TORCH_CHECK_VALUE(tensor.device() == weight.device(), which, " must be on the device of weight, ", weight.device(), ", got ",
                         tensor.device());
     }
@@ -56,6 +60,7 @@ inline PackedMasks packed_bias_masks(at::TensorList packed, const at::Tensor& we
 
 inline void check_packed_weight(const at::Tensor& weight, int64_t groups) {
   check_masked_type("weight", weight);
+  check_sizes("weight", weight.sizes());
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [out, in], got shape ", weight.sizes());
   TORCH_CHECK_VALUE(groups >= 1 && weight.size(0) % groups == 0, "groups must be at least 1 and divide out = ", weight.size(0),
                     ", got ", groups);
@@ -89,6 +94,12 @@ struct PackedArguments {
   }
 };
 
+inline void check_superposition(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
+                                const PackedMasks& packed) {
+  check_batch_grad(grad, input, weight);
+  check_sizes("the result", {input.size(0), packed.tasks()});
+}
+
 // Rows and columns of a packed mask: a vector is one row; otherwise each index of the first dimension is a row.
 inline int64_t packed_rows(at::IntArrayRef shape) { return shape.size() == 1 ? 1 : shape[0]; }
 inline int64_t packed_columns(at::IntArrayRef shape) { return c10::multiply_integers(shape.size() == 1 ? shape : shape.slice(1)); }
@@ -100,6 +111,7 @@ inline std::vector<int64_t> packed_shape(at::IntArrayRef shape) {
 inline void check_pack_mask(const at::Tensor& mask_logits, double threshold) {
   check_masked_type("mask_logits", mask_logits);
   TORCH_CHECK_VALUE(mask_logits.dim() > 0, "mask_logits must be [out, ...] or [n], got a scalar");
+  check_sizes("mask_logits", mask_logits.sizes());
   TORCH_CHECK_VALUE(threshold == threshold, "threshold must be a number, got nan");
 }
 
@@ -107,6 +119,7 @@ inline void check_unpack_mask(const at::Tensor& packed, at::IntArrayRef shape) {
   TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, "packed must be uint8, as pack_mask gives it, got ", packed.scalar_type());
   TORCH_CHECK_VALUE(!shape.empty() && std::all_of(shape.begin(), shape.end(), [](int64_t n) { return n >= 0; }),
                     "shape must be [out, ...] or [n], got ", shape);
+  check_sizes("shape", shape);
   TORCH_CHECK_VALUE(packed.sizes() == at::IntArrayRef(packed_shape(shape)), "packed must be ", at::IntArrayRef(packed_shape(shape)),
                     " for the shape ", shape, ", got ", packed.sizes());
 }

@@ -24,6 +24,7 @@ struct TaskArrays {
   std::vector<at::Tensor> tensors;
   bool stacked = false;
   int64_t tasks = 0, bytes = 0;  // bytes: of one task's array
+  Type type = Type::kFloat32;    // of all of them
 
   bool given() const { return !tensors.empty(); }
 
@@ -44,13 +45,16 @@ struct TaskArrays {
 inline TaskArrays task_arrays(const char* name, const char* like_name, at::TensorList given, const at::Tensor& like) {
   TaskArrays arrays;
   arrays.stacked = given.size() == 1 && given[0].dim() == like.dim() + 1;
-  arrays.bytes = like.numel() * like.element_size();
+  const at::ScalarType type = given.empty() ? like.scalar_type() : given[0].scalar_type();
+  arrays.type = type_of(type);
+  arrays.bytes = like.numel() * bytes_of(arrays.type);
   if (arrays.stacked) {
     const at::Tensor& all = given[0];
-    TORCH_CHECK_TYPE(all.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name, ", ", like.scalar_type(),
-                     ", got ", all.scalar_type());
+    check_mask_type(name, type, like_name, like.scalar_type());
     TORCH_CHECK_VALUE(all.sizes().slice(1) == like.sizes(), name, " must be T masks of the shape of ", like_name, ", ",
                       like.sizes(), ", got ", all.sizes());
+    check_sizes(name, all.sizes());
+    check_tasks(name, all.size(0));
     TORCH_CHECK_VALUE(all.device() == like.device(), name, " must be on the device of ", like_name, ", ", like.device(), ", got ",
                       all.device());
     arrays.tasks = all.size(0);
@@ -61,11 +65,14 @@ inline TaskArrays task_arrays(const char* name, const char* like_name, at::Tenso
   }
   arrays.tasks = int64_t(given.size());
   arrays.tensors.reserve(given.size());
+  const bool fits = is_mask_type(type, like.scalar_type());
   for (int64_t task = 0; task < arrays.tasks; ++task) {
     const at::Tensor& one = given[task];
     // Builds the name only for a mask that is refused.
-    if (one.scalar_type() != like.scalar_type() || one.sizes() != like.sizes() || one.device() != like.device()) {
+    if (!fits || one.scalar_type() != type || one.sizes() != like.sizes() || one.device() != like.device()) {
       check_pair(like, one, like_name, (std::string(name) + "[" + std::to_string(task) + "]").c_str());
+      TORCH_CHECK_TYPE(one.scalar_type() == type, name, "[", task, "] must have the dtype of ", name, "[0], ", type, ", got ",
+                       one.scalar_type());
     }
     arrays.tensors.push_back(one.is_contiguous() ? one : one.contiguous());
   }
@@ -76,7 +83,7 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 // Checks and returns the cotangents of the gradients of `masks`, in their form and dtype; nothing if none is given.
 inline TaskArrays task_cotangents(const char* name, const OptionalTensors& given, const TaskArrays& masks) {
-  TaskArrays arrays{{}, masks.stacked, masks.tasks, masks.bytes};
+  TaskArrays arrays{{}, masks.stacked, masks.tasks, masks.bytes, masks.type};
   bool any = false;
   TORCH_CHECK_VALUE(given.empty() || given.size() == masks.tensors.size(), "expected ", masks.tensors.size(), " ", name,
                     " tensors, one per mask, or none, got ", given.size());
@@ -85,6 +92,7 @@ inline TaskArrays task_cotangents(const char* name, const OptionalTensors& given
     arrays.tensors.emplace_back();
     if (!is_given(one)) continue;
     any = true;
+    check_storage((std::string(name) + "[" + std::to_string(i) + "]").c_str(), one->scalar_type(), masks.tensors[i]);
     TORCH_CHECK_VALUE(one->sizes() == masks.tensors[i].sizes() && one->device() == masks.tensors[i].device(), name, "[", i,
                       "] must have the shape and device of its mask, ", masks.tensors[i].sizes(), " on ", masks.tensors[i].device(),
                       ", got ", one->sizes(), " on ", one->device());
@@ -155,14 +163,19 @@ struct TaskMaskedLinear {
       check_storage("cotangent_input", cotangent_input->scalar_type(), weight);
       TORCH_CHECK_VALUE(cotangent_input->sizes() == input.sizes(), "cotangent_input must have the shape of input, ", input.sizes(),
                         ", got ", cotangent_input->sizes());
+      TORCH_CHECK_VALUE(cotangent_input->device() == input.device(), "cotangent_input must be on the device of input, ",
+                        input.device(), ", got ", cotangent_input->device());
       cotangents.input = matrix(*cotangent_input, product);
     }
     cotangents.weight = cotangent("cotangent_weight", cotangent_weight, arguments.weight);
     cotangents.masks = task_cotangents("cotangent_masks", cotangent_masks, arguments.masks);
     if (is_given(cotangent_bias)) {
       TORCH_CHECK_VALUE(is_given(bias), "cotangent_bias needs a bias, got bias=None");
+      check_storage("cotangent_bias", cotangent_bias->scalar_type(), weight);
       TORCH_CHECK_VALUE(cotangent_bias->sizes() == bias->sizes(), "cotangent_bias must have the shape of bias, ", bias->sizes(),
                         ", got ", cotangent_bias->sizes());
+      TORCH_CHECK_VALUE(cotangent_bias->device() == bias->device(), "cotangent_bias must be on the device of bias, ",
+                        bias->device(), ", got ", cotangent_bias->device());
       cotangents.bias = cotangent_bias->to(bias->scalar_type()).contiguous();
     }
     cotangents.bias_masks = task_cotangents("cotangent_bias_masks", cotangent_bias_masks, arguments.bias_masks);

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import check_pair, nan_flag
-from ..ops.dispatch import fit_logits
 from ..ops.gate import resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import unpack_mask
@@ -57,7 +56,6 @@ def _task_state(store: Store, name: str) -> dict[str, Tensor]:
                 if bool(nan_flag(logits)):
                     raise ValueError(f"the logits of task {name!r} hold NaN")
                 gate = resolve_gate(*gate_settings(store.meta["layers"][layer]))
-                logits = fit_logits(weight, logits, *gate)
                 check_pair(weight, logits, key, LOGITS + key)
                 state[key] = weight_reference.masked_weight(weight, logits, *gate)
         except (TypeError, ValueError) as error:

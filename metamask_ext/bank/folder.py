@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +26,7 @@ from ..ops.geometry import packed_shape
 from .export import BITS, LOGITS, STATE
 from .index import INDEX, BankError, JsonObject
 from .per_task import full_name, shared_tensors
-from .settings import layer_settings, names_per_task
+from .settings import LayerSettings, layer_settings, names_per_task
 from .store import Store
 from .writer import TaskSource
 from .writer import save as write_store
@@ -70,7 +71,6 @@ def load(store: Store, model: nn.Module) -> None:
     index = store.directory / INDEX
     per_task = _check_model(index, store.meta, model)
     settings = layer_settings(index, store.meta)
-    names = store.tasks
     present = _checked_tasks(store)
     shared = store.shared()
     own = {full_name(path, name) for path, of_module in per_task.items() for name in of_module}
@@ -95,23 +95,10 @@ def load(store: Store, model: nn.Module) -> None:
         if not isinstance(module, PerTask):
             keep_per_task(module, of_module, slots(model))
     kept = _kept(model)
-    source = _Source(store, kept)
     held = [{name: each.tensors._held(escape(name)) for name in each.tensors} for each in kept]
-
-    def take_in() -> None:
-        for path, layer in masked_layers(model):
-            for setting in SETTINGS:
-                setattr(layer, setting, getattr(settings[path], setting))
-        with torch.inference_mode(False), torch.no_grad():
-            for full, tensor in targets.items():
-                _fill(tensor, shared[full])
-            for each, before in zip(kept, held):
-                each.tensors._wait_for(names, _Fetch(source, each))
-                for name, tensors in read.items():
-                    key = each.key_in(tensors)
-                    if not key.startswith(BITS):
-                        each.tensors[name] = each.filled(before.get(name), tensors[key])
-
+    layers = [(layer, settings[path]) for path, layer in masked_layers(model)]
+    shared_pairs = [(tensor, shared[full]) for full, tensor in targets.items()]
+    take_in = partial(_take_in, layers, shared_pairs, store, list(zip(kept, held)), read)
     try:
         take_in()
     except BaseException:  # Ctrl-C amid the layers would leave a model of two banks
@@ -128,6 +115,29 @@ def _checked_tasks(store: Store) -> list[str]:
     if not present:
         raise BankError(f"{index}: the bank has no task, and a masked layer needs one")
     return present
+
+
+def _take_in(
+    layers: Iterable[tuple[MaskedLayer, LayerSettings]],
+    shared: Iterable[tuple[Tensor, Tensor]],
+    store: Store,
+    kept: Sequence[tuple[_Kept, Mapping[str, Tensor | None]]],
+    read: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Fill layers, shared tensors (each with its new value) and TaskDicts (each with the tensors it held). Repeatable."""
+    for layer, of_layer in layers:
+        for setting in SETTINGS:
+            setattr(layer, setting, getattr(of_layer, setting))
+    source = _Source(store, [each for each, _ in kept])
+    with torch.inference_mode(False), torch.no_grad():
+        for tensor, value in shared:
+            _fill(tensor, value)
+        for each, held in kept:
+            each.tensors._wait_for(store.tasks, _Fetch(source, each))
+            for name, tensors in read.items():
+                key = each.key_in(tensors)
+                if not key.startswith(BITS):
+                    each.tensors[name] = each.filled(held.get(name), tensors[key])
 
 
 def _fill(tensor: Tensor, given: Tensor) -> None:

@@ -17,7 +17,6 @@ from ..nn import MaskedLayer
 from ..nn.names import describe, escape, unescape
 from ..nn.settings import decoded
 from ..nn.task_dict import TaskDict
-from ..nn.tasks import masked_layers
 from ..ops.geometry import packed_shape
 from ..torch_private import EXTRA_STATE
 
@@ -150,13 +149,6 @@ class Checks:
             self._refuse_model(
                 "; ".join(f"{what} {describe(keys)}" for what, keys in (("it lacks", lacks), ("it has", more)) if keys)
             )
-        for path, _ in masked_layers(self.model):
-            key = f"{path}.{EXTRA_STATE}".lstrip(".")
-            try:
-                if key in model:  # a version before it saved none
-                    decoded(model[key])
-            except ValueError as error:
-                self._refuse(f"{key} {error}")
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for key, allowed in forms.items():
             tensor = given[key]

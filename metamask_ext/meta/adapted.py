@@ -69,6 +69,13 @@ class AdaptedModel:
         """By the name in ``named_parameters()``."""
         self._choose(adapt)
         self.norms = batch_norm.prepare(model, policy)
+        self._norms_in = [
+            (holder, attribute, module)
+            for holder in model.modules()
+            for attribute, module in holder._modules.items()
+            if module is not None and module in self.norms
+        ]
+        """Where the batch norms are."""
         read_through = any(isinstance(layer, (ReadThroughLinear, ReadThroughConv2d)) for layer in self._masks)
         self.mixed = not self._others and not read_through
         # Sample by sample, the tasks of one beside each other: they are then groups of channels of convolutions and batch norms,
@@ -222,6 +229,12 @@ class AdaptedModel:
         function: Callable[..., R],
         *arguments: object,
     ) -> R:
+        for holder, attribute, norm in self._norms_in:
+            if holder._modules.get(attribute) is not norm:
+                raise RuntimeError(
+                    f"batch norm {self.norms[norm]!r} was replaced after MAML was made, which does not know the one that is there: "
+                    "make a MAML of the model as it is to be (it refuses a SyncBatchNorm, whose statistics are of several tasks)"
+                )
         if not self._active:
             return function(*arguments)
         masks: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}

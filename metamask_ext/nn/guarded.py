@@ -77,6 +77,9 @@ class ComputedTensor(GuardedTensor):
             target = target or _first(kwargs["out"])
         if target is not None:
             raise RuntimeError(target._words)
+        if name in ("__deepcopy__", "__reduce_ex__"):  # what is copied or saved is a tensor like any other
+            copied: T = getattr(args[0].as_subclass(Tensor), name)(*args[1:])  # type: ignore[attr-defined]  # a ComputedTensor
+            return copied
         with without_torch_function():
             result = func(*args, **kwargs)
         if isinstance(result, Tensor):
@@ -138,4 +141,12 @@ def raise_folded(layer: nn.Module, name: str) -> NoReturn:
         f"{name} of this copy of a {type(layer).__name__} is masked; another Parameter in its place would be masked too. For tools "
         "that fold or fuse layers use metamask_ext.merge(model, task) first; to change its values write to them in place; to share "
         "a Parameter, assign it in the original"
+    )
+
+
+def raise_taken(layer: nn.Module, name: str) -> NoReturn:
+    """Refuse to have a tensor that depends on the task replaced by parameters that no task owns."""
+    raise RuntimeError(
+        f"{name} of {type(layer).__name__} depends on the task: prune, weight_norm, spectral_norm and parametrize would take that "
+        "of the active one for the parameter. Use metamask_ext.merge(model, task) first"
     )

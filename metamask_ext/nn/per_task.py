@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
+import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..ops.gate import compute_dtype
-from ..torch_private import BatchNorm, disable_dynamo, fx_trace, traced_attribute, traced_call
+from ..torch_private import BatchNorm, disable_dynamo, fx_trace, synchronises, traced_attribute, traced_call
 from .context import AmbiguousTaskError
-from .guarded import AmbiguousTensor
+from .guarded import AmbiguousTensor, raise_taken
 from .names import DEFAULT_TASK
 from .selection import GivenMasks, Selection, Superposition, TaskBatch
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
-from .using_task import using_task
+from .using_task import run_each_task, using_task
+
+_TAKEN = re.compile(r"_(orig|g|v)$")
+"""The end of the names that torch's tools give to what they put in the place of a parameter."""
 
 Output = Any
 """A module's output: torch leaves its type open."""
@@ -83,7 +89,55 @@ class PerTask(TaskLayer):
         try:
             return self._read(name, self._selected())
         except AmbiguousTaskError as error:
+            if synchronises(sys._getframe(1)):
+                _raise_synchronised()
             return AmbiguousTensor.like(_first(self._own()[name]), str(error))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_own(name):
+            self._write(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            raise_taken(self, name)
+        super().__delattr__(name)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if self._is_own(name):
+            self._write(name, tensor)
+        else:
+            super().register_buffer(name, tensor, persistent)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if self._is_own(name):
+            self._write(name, param)
+            return
+        taken = _TAKEN.sub("", name)
+        if taken != name and self._is_own(taken):
+            if not self._own()[taken]._only_buffers:
+                self._parameters.setdefault(taken, None)  # weight_norm has deleted it
+            raise_taken(self, taken)
+        super().register_parameter(name, param)
+
+    def _is_own(self, name: str) -> bool:
+        """True if a tensor for each task has this name."""
+        own = self.__dict__.get("_modules", {}).get("per_task")
+        return own is not None and name in own._modules
+
+    def _write(self, name: str, value: object) -> None:
+        """Give the active task another tensor ``name``, as an assignment to a plain module's attribute does."""
+        tensors = self._own()[name]
+        selected = self._selected()
+        if not isinstance(selected, str):
+            raise RuntimeError(f"{name} of {type(self).__name__} belongs to tasks, and several are active: it cannot be set")
+        wanted = Tensor if tensors._only_buffers else nn.Parameter
+        if not isinstance(value, wanted):
+            raise TypeError(f"{name} of {type(self).__name__}, a task's, must be a {wanted.__name__}, got {type(value).__name__}")
+        task = tensors._names[tensors._slots[selected]]
+        assert task is not None
+        tensors[task] = value
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         # The class is made at run time.
@@ -119,19 +173,7 @@ class PerTask(TaskLayer):
         return super().forward(*inputs, **options)
 
     def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Output:
-        # Of no sample: any task gives the shape.
-        names = batch.names or [next(iter(self._task_dict()))]
-        if len(names) == 1:
-            with using_task(self, names[0]):
-                return self._plain_forward(input)
-        # The samples stay along their dimension: the module may have a batch_first of its own.
-        dim = batch.dim
-        groups, back = batch.groups(input.device)
-        parts = []
-        for name, rows in zip(names, groups, strict=True):
-            with using_task(self, name):
-                parts.append(self._plain_forward(input.index_select(dim, rows)))
-        return torch.cat(parts, dim).index_select(dim, back)
+        return run_each_task(self, batch, input, self._plain_forward)
 
     def _sample_dim(self, input: Tensor) -> int:
         """The number of dimensions of one sample, at least: one of features, none where they are integers (tokens)."""
@@ -255,3 +297,22 @@ def _forward_in_eager(module: PerTask, *inputs: object, **options: object) -> Ou
 @disable_dynamo
 def _read_in_eager(module: PerTask, name: str) -> object:
     return getattr(module, name)
+
+
+def _raise_synchronised() -> NoReturn:
+    raise RuntimeError(
+        "a batch norm with tensors for each task cannot become a SyncBatchNorm, or another class, which would keep those of one. "
+        "It computes the statistics of each process by itself: leave it as it is, and convert the other batch norms one by one, "
+        "setattr(parent, name, torch.nn.SyncBatchNorm.convert_sync_batchnorm(module))"
+    )
+
+
+def _refuse_taken(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Keep tools that replace a module by another class, and move its children there, from dropping what belongs to tasks."""
+    if name != "per_task" or isinstance(module, PerTask) or not isinstance(child, nn.ModuleDict):
+        return
+    if any(isinstance(tensors, TaskDict) for tensors in child._modules.values()):
+        _raise_synchronised()
+
+
+register_module_module_registration_hook(_refuse_taken)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.weight.functional import masked_weight
-from ..torch_private import disable_dynamo, fx_trace, in_transform, traced_attribute
+from ..torch_private import disable_dynamo, fx_trace, in_transform, reparametrises, traced_attribute
 from .context import AmbiguousTaskError
-from .guarded import AmbiguousTensor, ComputedTensor
+from .guarded import AmbiguousTensor, ComputedTensor, raise_taken
 from .layers import MaskedConv2d, MaskedLinear
 from .masked_layer import MaskedLayer
 
 
-class _ReadThrough(MaskedLayer):
+class ReadThrough(MaskedLayer):
     """For a layer whose parameters other code reads past forward: there ``weight`` and ``bias`` are the masked ones.
 
     The parameters themselves, in ``state_dict``, ``parameters()`` and optimisers, are the shared ones as everywhere; torch's own
@@ -26,8 +26,11 @@ class _ReadThrough(MaskedLayer):
 
     plain_type: Any  # its methods run on what _as_plain gives
 
-    def _as_plain(self) -> SimpleNamespace:
-        return SimpleNamespace(**{**self.__dict__, **self._parameters})
+    def _as_plain(self) -> Any:
+        """A layer of the plain class over the same parameters, for the methods of that class."""
+        plain = self.plain_type.__new__(self.plain_type)
+        plain.__dict__.update(self.__dict__)
+        return plain
 
     def extra_repr(self) -> str:
         return f"{self.plain_type.extra_repr(self._as_plain())}, {self._mask_repr()}"
@@ -44,6 +47,11 @@ class _ReadThrough(MaskedLayer):
             self._parameters[name] = param
         else:
             super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        if name in ("weight", "bias"):
+            raise_taken(self, name)
+        super().__delattr__(name)
 
     def _shared(self) -> tuple[Tensor, Tensor | None]:
         return cast(Tensor, self._parameters["weight"]), self._parameters["bias"]
@@ -63,6 +71,8 @@ def _guarded(layer: MaskedLayer, what: str) -> Tensor | None:
     if torch.compiler.is_dynamo_compiling():
         return _read(layer, what)
     shared = layer._group(what)[0]
+    if reparametrises(sys._getframe(2)):
+        raise_taken(layer, what)
     try:
         read = _read(layer, what)
     except AmbiguousTaskError as error:
@@ -91,9 +101,9 @@ def _read_in_eager(layer: MaskedLayer, what: str) -> Tensor | None:
     return _read(layer, what)
 
 
-class ReadThroughLinear(_ReadThrough, MaskedLinear):  # type: ignore[misc, override]  # computed, not assigned
+class ReadThroughLinear(ReadThrough, MaskedLinear):  # type: ignore[misc, override]  # computed, not assigned
     """A MaskedLinear inside a module that reads its ``weight`` (``MultiheadAttention``'s ``out_proj``)."""
 
 
-class ReadThroughConv2d(_ReadThrough, MaskedConv2d):  # type: ignore[override]  # computed, not assigned
+class ReadThroughConv2d(ReadThrough, MaskedConv2d):  # type: ignore[override]  # computed, not assigned
     """A MaskedConv2d inside a module that reads its ``weight``."""

@@ -40,8 +40,13 @@ class Settings(NamedTuple):
 
 def decoded(state: object) -> Settings:
     """The settings of a tensor that :meth:`Settings.encoded` made. ValueError if it is another."""
-    if not isinstance(state, Tensor) or state.shape != (4,) or not state.is_floating_point():
-        got = f"{state.dtype} {list(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
+    is_dense = isinstance(state, Tensor) and state.layout == torch.strided and state.device.type != "meta"
+    if not isinstance(state, Tensor) or not is_dense or state.shape != (4,) or not state.is_floating_point():
+        got = (
+            f"{state.dtype} {list(state.shape)}, {state.layout}, on {state.device}"
+            if isinstance(state, Tensor)
+            else type(state).__name__
+        )
         raise ValueError(f"must be a floating-point tensor [4] (gate, temperature, threshold, tasks), got {got}")
     number, temperature, threshold, tasks = state.detach().to("cpu", torch.float64).tolist()
     if not (math.isfinite(number) and abs(number - round(number)) < _ROUNDING and round(number) in _NAMES):

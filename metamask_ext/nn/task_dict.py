@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .names import check_name, describe, escape, plain
 from .pairing import Memo, NamedModules, is_noted, noted_tensors
+from .replicas import as_replica
 from .structure import structure
 from .wrappers import check_entry, check_not_sharded
 
@@ -142,13 +143,13 @@ class TaskDict(nn.ParameterDict):
 
     def _wait_for(self, names: Sequence[str | None], fetch: Callable[[str], Tensor]) -> None:
         """Have these tasks and no other, by slot; ``fetch(name)`` gives the tensor of one, a buffer, when it is used."""
+        slots = {escape(name): slot for slot, name in enumerate(names) if name is not None}
+        keys = {name: None for name in names if name is not None}
+        # What was there goes last: interrupted in between, every task is there or can be fetched.
+        self._waiting, self._fetch = dict(keys), fetch
+        self._names, self._slots, self._keys = list(names), slots, keys
         self._parameters.clear()
         self._buffers.clear()
-        self._names = list(names)
-        self._slots = {escape(name): slot for slot, name in enumerate(names) if name is not None}
-        self._keys = {name: None for name in names if name is not None}
-        self._waiting = dict(self._keys)
-        self._fetch = fetch
         self._count()
         CHANGES.note()
 
@@ -178,6 +179,13 @@ class TaskDict(nn.ParameterDict):
     def _fetch_all(self) -> None:
         for name in list(self._waiting):
             self._fetch_now(escape(name))
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        replicate: Callable[[], TaskDict] = super()._replicate_for_data_parallel
+        replica = replicate()
+        as_replica(replica)
+        replica._waiting = dict(self._waiting)
+        return replica
 
     def named_modules(self, memo: Memo | None = None, prefix: str = "", remove_duplicate: bool = True) -> NamedModules:
         memo = set() if memo is None else memo

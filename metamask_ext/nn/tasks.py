@@ -140,7 +140,7 @@ def _pack_beside_bits(layers: Iterable[TaskLayer], name: str) -> None:
 
 
 def _known_for(layers: Iterable[tuple[str, TaskLayer]], name: str) -> tuple[list[str], set[str]]:
-    """The tasks that all of these layers have, oldest first, and those that only some have. ValueError if ``name`` cannot be added."""
+    """The tasks that all of these layers have, and those that only some have. ValueError if ``name`` cannot be added."""
     layers = list(layers)
     kept = [tensors.keys() for _, layer in layers for tensors in layer._dicts().values()]
     known, every = set(kept[0]), set(kept[0])

@@ -12,17 +12,26 @@ from torch import Tensor
 
 from metamask_ext import torch_private
 
-from .geometry import packed_bytes, packed_shape
+from .gate import SIXTEEN_BITS
+from .geometry import MOST_ELEMENTS, check_rows, check_sizes, check_tasks, packed_bytes, packed_shape
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of weights and logits."""
+
+
+def check_mask_dtype(weight: Tensor, mask_logits: Tensor, weight_name: str, mask_name: str) -> None:
+    """Refuse logits that are not in the dtype of ``weight``, nor float32 beside one of 16 bits."""
+    if mask_logits.dtype == weight.dtype or (mask_logits.dtype == torch.float32 and weight.dtype in SIXTEEN_BITS):
+        return
+    wanted = f"or float32 beside {weight.dtype}" if weight.dtype in SIXTEEN_BITS else str(weight.dtype)
+    raise TypeError(f"{mask_name} must have the dtype of {weight_name}, {wanted}, got {mask_logits.dtype}")
 
 
 def check_pair(weight: Tensor, mask_logits: Tensor, weight_name: str = "weight", mask_name: str = "mask_logits") -> None:
     """Refuse a weight and its logits that do not belong together.
 
     Raises:
-        TypeError: not tensors, not floating point of 16 bits or more, or of two dtypes.
+        TypeError: not tensors, not floating point of 16 bits or more, or of two dtypes other than 16 bits and float32 logits.
         ValueError: of two shapes or on two devices.
     """
     for name, tensor in ((weight_name, weight), (mask_name, mask_logits)):
@@ -30,8 +39,7 @@ def check_pair(weight: Tensor, mask_logits: Tensor, weight_name: str = "weight",
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if weight.dtype not in DTYPES:
         raise TypeError(f"{weight_name} must be float64, float32, bfloat16 or float16, got {weight.dtype}")
-    if mask_logits.dtype != weight.dtype:
-        raise TypeError(f"{mask_name} must have the dtype of {weight_name}, {weight.dtype}, got {mask_logits.dtype}")
+    check_mask_dtype(weight, mask_logits, weight_name, mask_name)
     if mask_logits.shape != weight.shape:
         raise ValueError(f"{mask_name} must have the shape of {weight_name}, {list(weight.shape)}, got {list(mask_logits.shape)}")
     if mask_logits.device != weight.device:
@@ -39,7 +47,7 @@ def check_pair(weight: Tensor, mask_logits: Tensor, weight_name: str = "weight",
 
 
 def check_pairs(weight: Sequence[Tensor], mask_logits: Sequence[Tensor]) -> None:
-    """Refuse weights and logits that are not as many, or not of one dtype and device; errors as :func:`check_pair`."""
+    """Refuse weights and logits that are not as many, or not each of one dtype and device; errors as :func:`check_pair`."""
     if not isinstance(mask_logits, Sequence):
         raise TypeError(f"mask_logits must be a sequence of tensors as weight is, got {type(mask_logits).__name__}")
     if len(weight) == 0:
@@ -52,8 +60,33 @@ def check_pairs(weight: Sequence[Tensor], mask_logits: Sequence[Tensor]) -> None
         check_pair(one, mask, name, f"mask_logits[{index}]")
         if one.dtype != first.dtype:
             raise TypeError(f"{name} must have the dtype of weight[0], {first.dtype}, got {one.dtype}")
+        _check_one_dtype(mask_logits, index, "mask_logits")
         if one.device != first.device:
             raise ValueError(f"{name} must be on the device of weight[0], {first.device}, got {one.device}")
+
+
+def check_storage(name: str, dtype: torch.dtype, weight: Tensor) -> None:
+    """Refuse a dtype that is not computed with that of ``weight``: float64 goes with float64, and only there."""
+    if dtype not in DTYPES or (dtype == torch.float64) != (weight.dtype == torch.float64):
+        wanted = "float64 as weight is" if weight.dtype == torch.float64 else "float32, bfloat16 or float16"
+        raise TypeError(f"{name} must be {wanted}, got {dtype}")
+
+
+def check_flags(name: str, flags: Sequence[bool], count: int) -> None:
+    if len(flags) != count:
+        raise ValueError(f"{name} must be {count} flags, got {len(flags)}")
+
+
+def check_pixels(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
+
+
+def _check_one_dtype(masks: Sequence[Tensor], index: int, name: str) -> None:
+    """Refuse logits of 16 bits among those of float32; the functions widen them before (:func:`dispatch.of_one_dtype`)."""
+    first, one = masks[0].dtype, masks[index].dtype
+    if one != first:
+        raise TypeError(f"{name}[{index}] must have the dtype of {name}[0], {first}, got {one}")
 
 
 def check_input(input: Tensor, weight: Tensor) -> None:
@@ -70,6 +103,8 @@ def check_bias(weight: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | N
         if bias_mask_logits is not None:
             raise ValueError("bias_mask_logits needs a bias, got bias=None")
         return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor, got {type(bias).__name__}")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [out] = {list(weight.shape[:1])}, got {list(bias.shape)}")
     if bias.device != weight.device:
@@ -89,6 +124,7 @@ def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, bias_mask_l
         raise ValueError(
             f"input must be [..., in] with in = {weight.shape[1]} as in weight {list(weight.shape)}, got {list(input.shape)}"
         )
+    check_rows(input.shape, weight.shape[0])
     check_bias(weight, bias, bias_mask_logits)
 
 
@@ -107,6 +143,8 @@ def check_conv2d(input: Tensor, weight: Tensor, groups: int) -> None:
 
 
 def check_like(name: str, tensor: Tensor, weight: Tensor) -> None:
+    """Refuse a gradient or cotangent of ``weight`` in another shape, or in a dtype that it is not computed with."""
+    check_storage(name, tensor.dtype, weight)
     if tensor.shape != weight.shape:
         raise ValueError(f"{name} must have the shape of weight, {list(weight.shape)}, got {list(tensor.shape)}")
     if tensor.device != weight.device:
@@ -143,19 +181,21 @@ def check_masks(masks: Sequence[Tensor], weight: Tensor, name: str = "masks", we
     """Refuse masks that do not belong to ``weight``.
 
     Raises:
-        TypeError: not tensors, not floating point of 16 bits or more, or of another dtype than ``weight``.
+        TypeError: not tensors, not floating point of 16 bits or more, or of a dtype that does not go with that of ``weight``.
         ValueError: of another shape or device.
     """
     check_pair(weight, weight, weight_name, weight_name)
     if not is_stacked(masks, weight):
         for index, mask in enumerate(masks):
             check_pair(weight, mask, weight_name, f"{name}[{index}]")
+            _check_one_dtype(masks, index, name)
         return
     (mask,) = masks
-    if mask.dtype != weight.dtype:
-        raise TypeError(f"{name} must have the dtype of {weight_name}, {weight.dtype}, got {mask.dtype}")
+    check_mask_dtype(weight, mask, weight_name, name)
     if mask.shape[1:] != weight.shape:
         raise ValueError(f"{name} must be T masks of the shape of {weight_name}, {list(weight.shape)}, got {list(mask.shape)}")
+    check_sizes(name, mask.shape)
+    check_tasks(name, mask.shape[0])
     if mask.device != weight.device:
         raise ValueError(f"{name} must be on the device of {weight_name}, {weight.device}, got {mask.device}")
 
@@ -185,9 +225,12 @@ def check_slot_values(slots: Tensor, tasks: int) -> None:
     seen = torch_private.concrete(slots)
     if seen is None:
         return
-    for position, slot in enumerate(seen.tolist()):
-        if not 0 <= slot < tasks:
-            raise ValueError(f"slots must be in [0, {tasks}), got {slot} at position {position}")
+    if seen.stride() == (0,):  # one slot for a batch of any size
+        seen = seen[:1]
+    bad = (seen < 0) | (seen >= tasks)
+    if bool(bad.any()):
+        position = int(bad.to(torch.uint8).argmax())
+        raise ValueError(f"slots must be in [0, {tasks}), got {int(seen[position])} at position {position}")
 
 
 def check_task_bias(weight: Tensor, masks: Sequence[Tensor], bias: Tensor | None, bias_masks: Sequence[Tensor] | None) -> None:
@@ -215,17 +258,12 @@ def check_task_linear(
 ) -> None:
     """Refuse arguments of :func:`task_masked_linear` that do not fit, all but the values of ``slots``."""
     check_masks(masks, weight)
+    check_sizes("weight", weight.shape)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the rows of weight, {weight.shape[0]}, got {groups}")
-    check_input(input, weight)
-    columns = groups * weight.shape[1]
-    if input.dim() < 2 or input.shape[-1] != columns:
-        raise ValueError(
-            f"input must be [B, ..., in] with in = {columns} as in weight {list(weight.shape)} with groups={groups}, "
-            f"got {list(input.shape)}"
-        )
+    check_batch_input(input, weight, groups)
     check_slots(slots, input, weight)
     check_task_bias(weight, masks, bias, bias_masks)
 
@@ -238,6 +276,7 @@ def check_mask_logits(mask_logits: Tensor, threshold: float) -> None:
         raise TypeError(f"mask_logits must be float64, float32, bfloat16 or float16, got {mask_logits.dtype}")
     if mask_logits.dim() == 0:
         raise ValueError("mask_logits must be [out, ...] or [n], got a scalar")
+    check_sizes("mask_logits", mask_logits.shape)
     if not isinstance(threshold, (int, float)):
         raise TypeError(f"threshold must be a number, got {threshold!r}")
     if threshold != threshold:
@@ -276,6 +315,7 @@ def check_shape(packed: Tensor, shape: Sequence[int]) -> None:
         raise TypeError(f"packed must be uint8, as pack_mask gives it, got {packed.dtype}")
     if len(shape) == 0 or any(n < 0 for n in shape):
         raise ValueError(f"shape must be [out, ...] or [n], got {list(shape)}")
+    check_sizes("shape", shape)
     if tuple(packed.shape) != packed_shape(shape):
         raise ValueError(f"packed must be {list(packed_shape(shape))} for the shape {list(shape)}, got {list(packed.shape)}")
 
@@ -293,6 +333,9 @@ def _check_packed_masks(name: str, packed: Sequence[Tensor], task: tuple[int, ..
         if tuple(tensor.shape[1:] if stacked else tensor.shape) != task:
             start = "[tasks, " if stacked else "["
             raise ValueError(f"{which} must be {start}{words}], a task's being {list(task)}, got {list(tensor.shape)}")
+        if stacked:
+            check_sizes(name, tensor.shape)
+            check_tasks(name, tensor.shape[0])
         if tensor.device != weight.device:
             raise ValueError(f"{which} must be on the device of weight, {weight.device}, got {tensor.device}")
     return packed[0].shape[0] if stacked else len(packed)
@@ -304,6 +347,7 @@ def check_packed_weight(weight: Tensor, packed: Sequence[Tensor], groups: int) -
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
     if weight.dtype not in DTYPES:
         raise TypeError(f"weight must be float64, float32, bfloat16 or float16, got {weight.dtype}")
+    check_sizes("weight", weight.shape)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
     if groups < 1 or weight.shape[0] % groups:
@@ -311,24 +355,27 @@ def check_packed_weight(weight: Tensor, packed: Sequence[Tensor], groups: int) -
     return _check_packed_masks("packed", packed, packed_shape(weight.shape), "out, ceil(in / 8)", weight)
 
 
-def check_packed_input(input: Tensor, weight: Tensor, groups: int) -> None:
-    """Refuse an input that does not fit the weight."""
+def check_batch_input(input: Tensor, weight: Tensor, groups: int) -> None:
+    """Refuse the input of a mixed-task batch that does not fit the weight."""
     check_input(input, weight)
     wanted = groups * weight.shape[1]
+    if groups * max(weight.shape[1], 1) > MOST_ELEMENTS:
+        raise ValueError(
+            f"groups times the columns of weight must be at most 2**48, got groups={groups} and weight {list(weight.shape)}"
+        )
     if input.dim() < 2 or input.shape[-1] != wanted:
         raise ValueError(
             f"input must be [B, ..., in] with in = {wanted} as in weight {list(weight.shape)} with groups={groups}, "
             f"got {list(input.shape)}"
         )
+    check_rows(input.shape, weight.shape[0])
 
 
-def check_packed_grad(grad: Tensor, input: Tensor, weight: Tensor) -> None:
+def check_batch_grad(grad: Tensor, input: Tensor, weight: Tensor) -> None:
     """Refuse a gradient of the output, ``[B, ..., out]``, that does not fit."""
     if not isinstance(grad, Tensor):
         raise TypeError(f"grad must be a tensor, got {type(grad).__name__}")
-    if grad.dtype not in DTYPES or (grad.dtype == torch.float64) != (weight.dtype == torch.float64):
-        wanted = "float64 as weight is" if weight.dtype == torch.float64 else "float32, bfloat16 or float16"
-        raise TypeError(f"grad must be {wanted}, got {grad.dtype}")
+    check_storage("grad", grad.dtype, weight)
     wanted_shape = (*input.shape[:-1], weight.shape[0])
     if grad.shape != wanted_shape:
         raise ValueError(f"grad must be [B, ..., out] = {list(wanted_shape)}, got {list(grad.shape)}")
@@ -367,9 +414,52 @@ def check_packed_linear(
 ) -> int:
     """Refuse arguments of :func:`packed_masked_linear` that do not fit, all but the values of ``slots``; the number of tasks."""
     tasks = check_packed_weight(weight, packed, groups)
-    check_packed_input(input, weight, groups)
+    check_batch_input(input, weight, groups)
     check_slots(slots, input, weight)
     if tasks == 0 and len(slots) > 0:
         raise ValueError("packed must hold at least one task, got none")
     check_packed_bias(weight, bias, packed_bias, tasks)
     return tasks
+
+
+def check_superposition(grad: Tensor, input: Tensor, weight: Tensor, packed: Sequence[Tensor], groups: int) -> int:
+    """Refuse arguments of :func:`superposition_gradient` that do not fit; the number of tasks."""
+    check_dense(grad=grad, input=input, weight=weight, packed=packed)
+    tasks = check_packed_weight(weight, packed, groups)
+    check_batch_input(input, weight, groups)
+    check_batch_grad(grad, input, weight)
+    check_sizes("the result", (input.shape[0], tasks))
+    return tasks
+
+
+def check_dense(**arguments: object) -> None:
+    """Refuse tensors, also in sequences, that the kernels cannot read: sparse, nested and quantised ones, and oneDNN's own layout.
+
+    Raises:
+        TypeError: names the argument, its layout, and the function that makes it a dense tensor.
+    """
+    for name, given in arguments.items():
+        for index, tensor in enumerate(given if isinstance(given, (list, tuple)) else [given]):
+            if not isinstance(tensor, Tensor):
+                continue
+            which = f"{name}[{index}]" if isinstance(given, (list, tuple)) else name
+            if tensor.is_nested:
+                got, instead = "a nested one", "pad it (torch.nested.to_padded_tensor), or give its parts one by one"
+            elif tensor.is_quantized:
+                got, instead = f"a quantised one, {tensor.dtype}", f"use {which}.dequantize()"
+            elif tensor.layout is not torch.strided:
+                got, instead = f"one of layout {tensor.layout}", f"use {which}.to_dense()"
+            else:
+                continue
+            raise TypeError(f"{which} must be a dense tensor, got {got}: {instead}")
+
+
+def check_layer_input(input: object, device: torch.device) -> None:
+    """Refuse an input of a layer that is no dense tensor of floating point on its device."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+    check_dense(input=input)
+    if input.dtype not in DTYPES:
+        raise TypeError(f"input must be float64, float32, bfloat16 or float16, got {input.dtype}")
+    if input.device != device:
+        raise ValueError(f"input must be on the device of the layer, {device}, got {input.device}")

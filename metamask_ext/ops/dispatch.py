@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from metamask_ext._build import BACKEND
 from metamask_ext.torch_private import in_transform, is_any_autocast_enabled
 
-from .gate import HARD, SIXTEEN_BITS
+from .gate import SIXTEEN_BITS
 
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _no_kernels = BACKEND == "reference"
@@ -27,48 +26,17 @@ def use_reference() -> bool:
     return _no_kernels or _is_compiling() or in_transform()
 
 
-FLOAT32 = torch.float32
-"""Masks fit a weight of this dtype as they are: a small layer asks no further."""
+def of_one_dtype(weight: Tensor, masks: list[Tensor]) -> list[Tensor]:
+    """Logits for weights of one dtype, in float32 where some are and others have the weights' 16 bits: an op takes one dtype.
 
-Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""Weight, logits, bias and logits of the bias."""
-
-
-def fit_logits(weight: Tensor, mask_logits: Tensor, gate_id: int, gate_param: float) -> Tensor:
-    """float32 logits of a 16-bit weight, in its dtype; all others as they are, fitting or not.
-
-    The kernels take one dtype for both. The conversion is differentiable: the logits' gradient is computed in 16 bits and comes to
-    them in float32. A hard gate keeps its side of the threshold, which rounding could cross.
+    Nothing is rounded, and the conversion is differentiable.
     """
     dtype = getattr(weight, "dtype", None)
-    if dtype not in SIXTEEN_BITS or not isinstance(mask_logits, Tensor) or mask_logits.dtype != torch.float32:
-        return mask_logits
-    return _beside(mask_logits, gate_param, dtype) if gate_id == HARD else mask_logits.to(dtype)
-
-
-def _beside(mask_logits: Tensor, threshold: float, dtype: torch.dtype) -> Tensor:
-    """Values of ``dtype`` on the logits' sides of ``threshold``, and well away from it, with the derivative of the logits."""
-    limit = torch.finfo(dtype).max
-    near = max(min(threshold, limit), -limit)
-    above = min(near + 1 + abs(near), limit) if threshold < limit else math.inf
-    below = max(near - 1 - abs(near), -limit) if threshold >= -limit else -math.inf
-    sides = torch.where(mask_logits > threshold, above, below).to(dtype)
-    # Zeros with the derivative 1, as gate_values makes them.
-    return sides + (mask_logits - mask_logits.detach()).nan_to_num().to(dtype)
-
-
-def fit_each(weight: Tensor, masks: Sequence[Tensor], gate_id: int, gate_param: float) -> list[Tensor]:
-    """:func:`fit_logits` of each task's logits of one weight."""
-    return [fit_logits(weight, mask, gate_id, gate_param) for mask in masks]
-
-
-def fit_parameters(
-    weight: Tensor, mask_logits: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | None, gate_id: int, gate_param: float
-) -> Parameters:
-    """The parameters of a layer, with :func:`fit_logits` of both logits."""
-    if bias_mask_logits is not None:
-        bias_mask_logits = fit_logits(weight, bias_mask_logits, gate_id, gate_param)
-    return weight, fit_logits(weight, mask_logits, gate_id, gate_param), bias, bias_mask_logits
+    if dtype not in SIXTEEN_BITS or len({getattr(mask, "dtype", None) for mask in masks}) < 2:
+        return masks
+    if not any(isinstance(mask, Tensor) and mask.dtype == torch.float32 for mask in masks):
+        return masks
+    return [mask.float() if isinstance(mask, Tensor) and mask.dtype == dtype else mask for mask in masks]
 
 
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:

@@ -53,6 +53,16 @@ def resolve_gate(gate: str, temperature: float, threshold: float) -> tuple[int, 
     raise ValueError(f"gate must be one of {sorted(GATES)}, got {gate!r}")
 
 
+def check_gate(gate_id: int, gate_param: float) -> None:
+    """Refuse what :func:`resolve_gate` does not give; ValueError in the ops' words."""
+    if gate_id not in (SIGMOID, HARD):
+        raise ValueError(f"gate must be 0 (sigmoid) or 1 (hard), got {gate_id}")
+    if gate_id == SIGMOID and not SMALLEST_TEMPERATURE <= gate_param < math.inf:
+        raise ValueError(f"temperature must be finite and greater than 0, got {gate_param} (the least is 2**-126)")
+    if gate_param != gate_param:
+        raise ValueError("threshold must be a number, got nan")
+
+
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 """The dtypes whose arithmetic is float32's."""
 

@@ -1,5 +1,6 @@
 // Preloaded into a process, counts the calls that change or sync files below one folder, and makes the nth of them fail with an
-// errno, kill the process, or interrupt it. A failing or killing write writes half of its bytes first. It can also log every change.
+// errno, kill the process, or interrupt it. A failing or killing write writes half of its bytes first. It can also log every
+// change.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -32,8 +33,8 @@ void shim_log(const char* path) {
   log_file = path ? (int)syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_TRUNC, 0600) : -1;
 }
 
-#define REAL(name)                             \
-  static __typeof__(&name) real;               \
+#define REAL(name)               \
+  static __typeof__(&name) real; \
   if (!real) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
 
 // The absolute path of one relative to an open folder.
@@ -101,13 +102,13 @@ static int opened(int (*real)(int, const char*, int, ...), int at, const char* g
   }
   return descriptor;
 }
-#define MODE                                      \
-  mode_t mode = 0;                                \
+#define MODE                                                   \
+  mode_t mode = 0;                                             \
   if ((flags & O_CREAT) || (flags & O_TMPFILE) == O_TMPFILE) { \
-    va_list rest;                                 \
-    va_start(rest, flags);                        \
-    mode = va_arg(rest, mode_t);                  \
-    va_end(rest);                                 \
+    va_list rest;                                              \
+    va_start(rest, flags);                                     \
+    mode = va_arg(rest, mode_t);                               \
+    va_end(rest);                                              \
   }
 static int (*real_openat(void))(int, const char*, int, ...) {
   REAL(openat);
@@ -127,7 +128,7 @@ ssize_t write(int descriptor, const void* data, size_t length) {
   char path[PATH_MAX];
   int is_below = of_descriptor(descriptor, path);
   if (is_below && fails()) {
-    if (length > 1) real(descriptor, data, length / 2);
+    if (length > 1 && action != EINTR) real(descriptor, data, length / 2);  // EINTR says that nothing was written
     return die_or_fail();
   }
   ssize_t written = real(descriptor, data, length);

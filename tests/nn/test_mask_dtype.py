@@ -313,3 +313,16 @@ def test_fused_steps_of_float32_masks_beside_16_bit_weights_are_torchs(dtype):
         return nn.Sequential(MaskedLinear(5, 6), nn.Tanh(), MaskedLinear(6, 3)).to(dtype)
 
     compare(make, {"lr": 0.1, "momentum": 0.9, "mask_weight_decay": 0.1}, tolerance=50 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=lambda dtype: str(dtype)[6:])
+def test_float32_masks_beside_frozen_16_bit_weights_step_inside_the_backward(dtype):
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(MaskedLinear(5, 6), nn.Tanh(), MaskedLinear(6, 3)).to(dtype)
+        for layer in (model[0], model[2]):
+            layer.weight.requires_grad_(False), layer.bias.requires_grad_(False)
+        return model
+
+    names = compare(make, {"lr": 0.1, "momentum": 0.9, "mask_weight_decay": 0.1}, tolerance=1e-6)
+    assert set(names) == {"metamask::masked_linear_backward_sgd_"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.linear_checks import inputs
 from support.paths import ROOT
-from support.samples import DTYPES
+from support.samples import DTYPES, PAIR_IDS, PAIRS
 from support.strides import (
     FIRST,
     GATE,
@@ -86,8 +86,19 @@ def in_the_emulator(op, sizes, dtype, **_):
 def test_a_raw_op_sees_strides(op, sizes, dtype, request):
     if op in ("im2col", "col2im") and dtype not in (torch.float32, torch.float64):
         pytest.skip("for float32 and float64")
-    run, arguments = RAW[op](Make(SIZES[sizes], dtype))
-    emulated = request.node.callspec.params["_device"] == "emulated"
+    check_raw_op(op, Make(SIZES[sizes], dtype), request.node.callspec.params["_device"] == "emulated")
+
+
+@pytest.mark.every_device(emulated_if=lambda op, sizes, dtype, **_: in_the_emulator(op, sizes, dtype) and sizes != "many")
+@pytest.mark.parametrize(("dtype", "mask_dtype"), PAIRS, ids=PAIR_IDS)
+@pytest.mark.parametrize("sizes", ["whole", "ragged", "many"])
+@pytest.mark.parametrize("op", [op for op in RAW if op.startswith(("masked", "task"))])
+def test_a_raw_op_with_logits_of_float32_sees_strides(op, sizes, dtype, mask_dtype, request):
+    check_raw_op(op, Make(SIZES[sizes], dtype, mask_dtype), request.node.callspec.params["_device"] == "emulated")
+
+
+def check_raw_op(op, make, emulated):
+    run, arguments = RAW[op](make)
 
     def refused(given, layout):
         try:
@@ -100,7 +111,7 @@ def test_a_raw_op_sees_strides(op, sizes, dtype, request):
 
     # A CUDA kernel for tensors that are not aligned adds up in another order.
     exact = EXACT.search(op) is not None and not emulated
-    if emulated and dtype == torch.float32:
+    if emulated and make.dtype == torch.float32:
         found = sweep(refused, arguments, exact, EMULATED)
     else:
         found = sweep(refused, arguments, exact, each=not emulated)
@@ -111,7 +122,17 @@ def test_a_raw_op_sees_strides(op, sizes, dtype, request):
 @pytest.mark.parametrize("sizes", ["whole", "ragged"])
 @pytest.mark.parametrize("function", PUBLIC)
 def test_a_public_function_and_its_gradients_see_strides(function, sizes, dtype):
-    run, arguments = PUBLIC[function](Make(SIZES[sizes], dtype))
+    check_public(function, Make(SIZES[sizes], dtype))
+
+
+@pytest.mark.parametrize(("dtype", "mask_dtype"), PAIRS, ids=PAIR_IDS)
+@pytest.mark.parametrize("function", [function for function in PUBLIC if function.startswith(("masked", "task"))])
+def test_a_public_function_of_float32_logits_and_its_gradients_see_strides(function, dtype, mask_dtype):
+    check_public(function, Make(SIZES["ragged"], dtype, mask_dtype))
+
+
+def check_public(function, make):
+    run, arguments = PUBLIC[function](make)
     found = sweep(lambda given, layout: with_gradients(run, given, layout), arguments, False)
     assert not found, "\n".join(found)
 

@@ -39,17 +39,19 @@ TASKS = 6
 class Batch:
     """Arguments of the op: input, slots, weight, masks, bias, bias masks and a gradient; the masks stacked, or a list."""
 
-    def __init__(self, case, dtype=torch.float64, stacked=True, bias=True, tasks=TASKS, seed=0, device="cpu"):
+    def __init__(self, case, dtype=torch.float64, stacked=True, bias=True, tasks=TASKS, seed=0, device="cpu", mask_dtype=None):
         self.shape, self.groups, columns, out, slots = CASES[case] if isinstance(case, str) else case
         generator = torch.Generator().manual_seed(seed)
 
-        def random(*shape):
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        def random(*shape, kind=dtype):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, kind)
+
+        mask_dtype = mask_dtype or dtype
 
         self.input = random(*self.shape, self.groups * columns)
         self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
-        self.weight, masks = random(out, columns), random(tasks, out, columns)
-        self.bias, bias_masks = (random(out), random(tasks, out)) if bias else (None, None)
+        self.weight, masks = random(out, columns), random(tasks, out, columns, kind=mask_dtype)
+        self.bias, bias_masks = (random(out), random(tasks, out, kind=mask_dtype)) if bias else (None, None)
         self.grad = random(*self.shape, out)
         self.masks = [masks] if stacked else list(masks)
         self.bias_masks = [] if bias_masks is None else [bias_masks] if stacked else list(bias_masks)
@@ -124,8 +126,8 @@ def leaves(tree):
     return [leaf for leaf in tree_leaves(tree) if leaf is not None]
 
 
-def check(case, gate, dtype, stacked, bias=True, device="cpu"):
-    batch = Batch(case, dtype, stacked, bias, device=device)
+def check(case, gate, dtype, stacked, bias=True, device="cpu", mask_dtype=None):
+    batch = Batch(case, dtype, stacked, bias, device=device, mask_dtype=mask_dtype)
     double = batch.double()
     arguments, terms = batch.arguments(gate), terms_of(batch)
     y = mixed_task_raw.task_masked_linear(*arguments)
@@ -134,8 +136,8 @@ def check(case, gate, dtype, stacked, bias=True, device="cpu"):
     grads = leaves(mixed_task_raw.task_masked_linear_backward(batch.grad, *arguments))
     wanted = plain_gradients(double, gate)
     assert len(grads) == len(wanted) == len(batch.tensors())
-    for index, (one, other) in enumerate(zip(grads, wanted)):
-        assert one.dtype == dtype
+    for index, (one, other, argument) in enumerate(zip(grads, wanted, batch.tensors())):
+        assert one.dtype == argument.dtype
         assert_near(one, other, terms, f"gradient {index}")
 
 
@@ -148,8 +150,8 @@ def cotangents_of(batch, seed=1):
     return (dx, dw, rest[:n], rest[n], rest[n + 1 :]) if batch.bias is not None else (dx, dw, rest, None, [])
 
 
-def check_double_backward(case, gate, dtype, stacked, bias=True, device="cpu"):
-    batch = Batch(case, dtype, stacked, bias, device=device)
+def check_double_backward(case, gate, dtype, stacked, bias=True, device="cpu", mask_dtype=None):
+    batch = Batch(case, dtype, stacked, bias, device=device, mask_dtype=mask_dtype)
     cotangents = cotangents_of(batch)
     got = leaves(mixed_task_raw.task_masked_linear_double_backward(*cotangents, batch.grad, *batch.arguments(gate)))
     double = batch.double()
@@ -164,8 +166,8 @@ def check_double_backward(case, gate, dtype, stacked, bias=True, device="cpu"):
         if total.requires_grad:
             wanted = torch.autograd.grad(total, primals, materialize_grads=True)
     assert len(got) == len(wanted)
-    for index, (one, two) in enumerate(zip(got, wanted)):
-        assert one.dtype == dtype
+    for index, (one, two, argument) in enumerate(zip(got, wanted, (batch.grad, *batch.tensors()))):
+        assert one.dtype == argument.dtype
         assert_near(one, two.detach(), terms_of(batch), f"second gradient {index}")
 
 

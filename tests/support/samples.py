@@ -15,6 +15,9 @@ from metamask_ext import build_info
 from metamask_ext.ops.gate import HARD, SIGMOID
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# A weight's, and that of its logits: those that two dtypes may have
+PAIRS = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))
+PAIR_IDS = ["bfloat16-float32", "float16-float32"]
 GATES = ((SIGMOID, 1.0), (SIGMOID, 0.5), (HARD, 0.0), (HARD, 0.25))
 GATE_IDS = ["sigmoid", "sigmoid-t0.5", "hard", "hard-c0.25"]
 
@@ -32,15 +35,21 @@ class Sample:
     mask_layout: Callable[[Tensor], Tensor] | None = None
     scale: float = 2.0
 
-    def tensors(self, count: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Tensor]:
-        """``count`` tensors of this shape: the weight, its logits (the second), and more of the weight's kind."""
+    def tensors(
+        self, count: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0, mask_dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
+        """``count`` tensors of this shape: the weight, its logits (the second), and more of the weight's kind.
+
+        The logits are of ``mask_dtype``, if that is given.
+        """
         generator = torch.Generator().manual_seed(seed)
         made = []
         for index in range(count):
             tensor = torch.randn(self.shape, generator=generator, dtype=torch.float64)
             tensor = tensor * self.scale if index == 1 else tensor
             layout = self.mask_layout if index == 1 and self.mask_layout is not None else self.layout
-            made.append(layout(tensor.to(device=device, dtype=dtype)))
+            kind = mask_dtype if index == 1 and mask_dtype is not None else dtype
+            made.append(layout(tensor.to(device=device, dtype=kind)))
             assert made[-1].shape == self.shape
         return made
 

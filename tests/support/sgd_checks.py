@@ -29,8 +29,8 @@ def near(got, wanted, dtype, what):
     assert difference <= bound, f"{what}: {difference:.3g} off, allowed {bound:.3g}"
 
 
-def check(shape, out, gate, dtype, momentum=True, device="cpu"):
-    x, w, m, b, bm, grad = inputs(shape, out, dtype, device)
+def check(shape, out, gate, dtype, momentum=True, device="cpu", mask_dtype=None):
+    x, w, m, b, bm, grad = inputs(shape, out, dtype, device, mask_dtype)
     parameters = [w, m, b, bm]
     settings = [its if momentum else (*its[:2], 0.0) for its in SETTINGS]
     momentum_buffers = [torch.full_like(p, 0.25) if momentum else None for p in parameters]
@@ -44,9 +44,9 @@ def check(shape, out, gate, dtype, momentum=True, device="cpu"):
         ["W", "M", "b", "Mb"], parameters, before, grads[1:], momentum_buffers, settings
     ):
         expected, v = descend(start, grad_p, torch.zeros_like(p) if momentum_buffer is None else torch.full_like(p, 0.25), its)
-        near(p, expected, dtype, name)
+        near(p, expected, p.dtype, name)
         if momentum_buffer is not None:
-            near(momentum_buffer, v, dtype, f"momentum of {name}")
+            near(momentum_buffer, v, p.dtype, f"momentum of {name}")
 
 
 SHAPES = {"ragged": ((3, 129), 257), "3-d": ((2, 5, 17), 33), "panels": ((40, 96), 1134)}

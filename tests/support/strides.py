@@ -136,21 +136,25 @@ Case = tuple[Callable[..., object], Arguments]
 class Make:
     """Random tensors of one case."""
 
-    def __init__(self, sizes: Sizes, dtype: torch.dtype) -> None:
-        self.sizes, self.dtype = sizes, dtype
+    def __init__(self, sizes: Sizes, dtype: torch.dtype, mask_dtype: torch.dtype | None = None) -> None:
+        self.sizes, self.dtype, self.mask_dtype = sizes, dtype, mask_dtype or dtype
         self.generator = torch.Generator().manual_seed(3)
 
-    def random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype or self.dtype)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """That of the logits, and of what belongs to them, by the argument's name."""
+        return self.mask_dtype if "mask" in name else self.dtype
 
     def slots(self) -> Tensor:
         return torch.tensor([(i * i + 1) % self.sizes.tasks for i in range(self.sizes.batch)])
 
     def weights(self, *names: str) -> Arguments:
-        return {name: self.random(self.sizes.outputs, self.sizes.inputs) for name in names}
+        return {name: self.random(self.sizes.outputs, self.sizes.inputs, dtype=self.dtype_of(name)) for name in names}
 
     def biases(self, *names: str) -> Arguments:
-        return {name: self.random(self.sizes.outputs) for name in names}
+        return {name: self.random(self.sizes.outputs, dtype=self.dtype_of(name)) for name in names}
 
     def input(self) -> Tensor:
         return self.random(self.sizes.batch, self.sizes.rows, self.sizes.inputs)
@@ -166,7 +170,7 @@ class Make:
         }
 
     def masks(self, *shape: int) -> list[Tensor]:
-        return [self.random(*shape) for _ in range(self.sizes.tasks)]
+        return [self.random(*shape, dtype=self.mask_dtype) for _ in range(self.sizes.tasks)]
 
     def packed(self, *shape: int) -> list[Tensor]:
         return [packed_reference.pack_mask(mask, 0.0) for mask in self.masks(*shape)]
@@ -192,7 +196,8 @@ def _masked_weight_double_backward(make: Make) -> Case:
 
 def _lists(make: Make, *names: str) -> Arguments:
     outputs, inputs = make.sizes.outputs, make.sizes.inputs
-    return {name: [make.random(outputs, inputs), make.random(outputs), make.random(2, 1, 3, 3)] for name in names}
+    shapes = ((outputs, inputs), (outputs,), (2, 1, 3, 3))
+    return {name: [make.random(*shape, dtype=make.dtype_of(name)) for shape in shapes] for name in names}
 
 
 def _masked_weight_list(make: Make) -> Case:
@@ -408,17 +413,11 @@ RAW: dict[str, Callable[[Make], Case]] = {
 
 
 def _conv_weights(make: Make, *names: str) -> Arguments:
-    return {name: make.random(make.sizes.outputs, 2, 3, 3) for name in names}
+    return {name: make.random(make.sizes.outputs, 2, 3, 3, dtype=make.dtype_of(name)) for name in names}
 
 
 def _images(make: Make) -> Tensor:
     return make.random(make.sizes.batch, 2, 4, 5)
-
-
-def _with_wide_logits(arguments: Arguments) -> Arguments:
-    return {
-        name: one.to(torch.promote_types(one.dtype, torch.float32)) if "mask" in name else one for name, one in arguments.items()
-    }
 
 
 def _packed_conv(make: Make) -> list[Tensor]:
@@ -431,7 +430,6 @@ PUBLIC: dict[str, Callable[[Make], Case]] = {
     "masked_weight of a sequence": lambda make: (mm.masked_weight, _lists(make, "weight", "mask_logits")),
     "masked_linear": lambda make: (mm.masked_linear, _linear_arguments(make)),
     "masked_linear plain bias": lambda make: (mm.masked_linear, dict(list(_linear_arguments(make).items())[:-1])),
-    "masked_linear logits of float32": lambda make: (mm.masked_linear, _with_wide_logits(_linear_arguments(make))),
     "masked_conv2d": lambda make: (
         mm.masked_conv2d,
         {"input": _images(make), **_conv_weights(make, "weight", "mask_logits"), **make.biases("bias", "bias_mask_logits")},

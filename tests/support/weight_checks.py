@@ -23,8 +23,8 @@ def as_double(*tensors):
     return [tensor.double().cpu() for tensor in tensors]
 
 
-def check_forward(sample, gate, dtype, device, out_dtype=None):
-    weight, mask = sample.tensors(2, dtype, device)
+def check_forward(sample, gate, dtype, device, out_dtype=None, mask_dtype=None):
+    weight, mask = sample.tensors(2, dtype, device, mask_dtype=mask_dtype)
     got = weight_raw.masked_weight(weight, mask, *gate, out_dtype)
     expected = weight_reference.masked_weight(*as_double(weight, mask), *gate)
     assert got.dtype == (out_dtype or dtype)
@@ -33,35 +33,35 @@ def check_forward(sample, gate, dtype, device, out_dtype=None):
     return weight, got
 
 
-def check_backward(sample, gate, dtype, device, grad_dtype=None):
-    weight, mask, grad = sample.tensors(3, dtype, device)
+def check_backward(sample, gate, dtype, device, grad_dtype=None, mask_dtype=None):
+    weight, mask, grad = sample.tensors(3, dtype, device, mask_dtype=mask_dtype)
     grad = grad.to(grad_dtype or dtype)
     got = weight_raw.masked_weight_backward(grad, weight, mask, *gate)
     expected = weight_reference.masked_weight_backward(*as_double(grad, weight, mask), *gate)
-    for name, one, other in zip(("dW", "dM"), got, expected):
-        assert one.dtype == dtype
+    for name, one, other, kind in zip(("dW", "dM"), got, expected, (dtype, mask.dtype)):
+        assert one.dtype == kind
         assert_close(one.cpu(), other, name)
 
 
-def check_double_backward(sample, gate, dtype, device, grad_dtype=None):
-    weight, mask, grad, a, b = sample.tensors(5, dtype, device)
-    grad = grad.to(grad_dtype or dtype)
+def check_double_backward(sample, gate, dtype, device, grad_dtype=None, mask_dtype=None):
+    weight, mask, grad, a, b = sample.tensors(5, dtype, device, mask_dtype=mask_dtype)
+    grad, b = grad.to(grad_dtype or dtype), b.to(mask.dtype)
     got = weight_raw.masked_weight_double_backward(a, b, grad, weight, mask, *gate)
     double = as_double(a, b, grad, weight, mask)
     expected = weight_reference.masked_weight_double_backward(*double, *gate)
     # Each output is a sum of two terms: their sizes, one by one
     sizes = [term.abs() for term in double[:4]]
     scale = weight_reference.masked_weight_double_backward(*sizes, double[4], *gate)[0].abs(), 0.0, terms_to_mask(*double, *gate)
-    for name, one, other, terms, kind in zip(("dG", "dW", "dM"), got, expected, scale, (grad.dtype, dtype, dtype)):
+    for name, one, other, terms, kind in zip(("dG", "dW", "dM"), got, expected, scale, (grad.dtype, dtype, mask.dtype)):
         assert one.dtype == kind
         assert_close(one.cpu(), other, name, terms)
 
 
-def check(sample, gate, dtype, device="cpu", other=None):
+def check(sample, gate, dtype, device="cpu", other=None, mask_dtype=None):
     """Output, gradients and second gradients; ``other`` is the dtype of the output and of its gradient."""
-    check_forward(sample, gate, dtype, device, other)
-    check_backward(sample, gate, dtype, device, other)
-    check_double_backward(sample, gate, dtype, device, other)
+    check_forward(sample, gate, dtype, device, other, mask_dtype)
+    check_backward(sample, gate, dtype, device, other, mask_dtype)
+    check_double_backward(sample, gate, dtype, device, other, mask_dtype)
 
 
 def terms_to_mask(a, b, grad, weight, mask, gate, parameter):
@@ -86,8 +86,8 @@ LISTS = {
 }
 
 
-def columns(listed, count, dtype=torch.float64, device="cpu"):
+def columns(listed, count, dtype=torch.float64, device="cpu", mask_dtype=None):
     """For each role (weight, logits, and more of the weight's kind) the tensors of all weights."""
     samples = listed if isinstance(listed, tuple) else LISTS[listed]
-    made = [sample.tensors(count, dtype, device, seed) for seed, sample in enumerate(samples)]
+    made = [sample.tensors(count, dtype, device, seed, mask_dtype) for seed, sample in enumerate(samples)]
     return [list(column) for column in zip(*made)]

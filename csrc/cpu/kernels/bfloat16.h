@@ -11,8 +11,8 @@ namespace metamask::cpu {
 struct BFloat16Kernels {
   // forward and backward of cpu/kernels/masked_weight.h on the first n elements: the gradient g is float32, theta bfloat16. The
   // forward's sigmoid is right to 7e-5, a thirtieth of the error of rounding theta; backward's to 3e-6.
-  void (*theta)(Gate gate, Type param, const void* w, const void* m, BFloat16* theta, int64_t n);
-  void (*backward)(Gate gate, Type param, const float* g, const void* w, const void* m, BFloat16* theta, const Sink& dw,
+  void (*theta)(Gate gate, ParamTypes types, const void* w, const void* m, BFloat16* theta, int64_t n);
+  void (*backward)(Gate gate, ParamTypes types, const float* g, const void* w, const void* m, BFloat16* theta, const Sink& dw,
                    const Sink& dm, int64_t n);
   // Makes rows 2i and 2i + 1 of a matrix row i of pairs; an odd last row is paired with zeros. A row of pairs is filled with zeros
   // to the end of its last vector.

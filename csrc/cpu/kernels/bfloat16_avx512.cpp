@@ -12,17 +12,13 @@ constexpr int64_t kLanes = 32;
 // Processors stop prefetching at the end of a page of 4 KiB: the next rows of W and M are prefetched two pages ahead.
 constexpr int64_t kAhead = 8192;
 
-// 32 elements: those of even index, those of odd index. In this order a vector of bfloat16 is widened by a shift and a mask.
+// 32 elements: the first 16 and the other 16; or, in the functions by_pairs, those of even index and those of odd index.
 struct Lanes {
-  __m512 even, odd;
+  __m512 one, other;
 };
 
 METAMASK_INLINE __mmask32 first(int64_t n) { return n < kLanes ? (__mmask32(1) << n) - 1 : ~__mmask32(0); }
 
-alignas(64) constexpr int32_t kEven[16] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-alignas(64) constexpr int32_t kOdd[16] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-alignas(64) constexpr int32_t kLow[16] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-alignas(64) constexpr int32_t kHigh[16] = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 alignas(64) constexpr int16_t kLowWords[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 alignas(64) constexpr int16_t kHighWords[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
@@ -31,14 +27,10 @@ alignas(64) constexpr int16_t kHighWords[32] = {16, 48, 17, 49, 18, 50, 19, 51, 
 alignas(64) constexpr int16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
-METAMASK_INLINE Lanes split(__m512 low, __m512 high) {
-  return {_mm512_permutex2var_ps(low, _mm512_load_si512(kEven), high), _mm512_permutex2var_ps(low, _mm512_load_si512(kOdd), high)};
-}
-
 template <bool whole>
 METAMASK_INLINE Lanes load(const float* from, __mmask32 some) {
-  if constexpr (whole) return split(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16));
-  return split(_mm512_maskz_loadu_ps(__mmask16(some), from), _mm512_maskz_loadu_ps(__mmask16(some >> 16), from + 16));
+  if constexpr (whole) return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)};
+  return {_mm512_maskz_loadu_ps(__mmask16(some), from), _mm512_maskz_loadu_ps(__mmask16(some >> 16), from + 16)};
 }
 
 template <bool whole>
@@ -46,30 +38,37 @@ METAMASK_INLINE __m512i load_words(const void* from, __mmask32 some) {
   return whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(some, from);
 }
 
+METAMASK_INLINE __m512 widened(BFloat16, __m256i words) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+METAMASK_INLINE __m512 widened(Float16, __m256i words) { return _mm512_cvtph_ps(words); }
+
+template <bool whole, class S>
+METAMASK_INLINE Lanes load(const S* from, __mmask32 some) {
+  if constexpr (whole) {
+    const __m256i* const halves = reinterpret_cast<const __m256i*>(from);
+    return {widened(S{}, _mm256_loadu_si256(halves)), widened(S{}, _mm256_loadu_si256(halves + 1))};
+  }
+  const __m512i words = load_words<whole>(from, some);
+  return {widened(S{}, _mm512_castsi512_si256(words)), widened(S{}, _mm512_extracti64x4_epi64(words, 1))};
+}
+
+// A vector of bfloat16 is widened by a shift and a mask.
 template <bool whole>
-METAMASK_INLINE Lanes load(const BFloat16* from, __mmask32 some) {
+METAMASK_INLINE Lanes load_by_pairs(const BFloat16* from, __mmask32 some) {
   const __m512i words = load_words<whole>(from, some);
   return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
           _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000u))))};
 }
 
 template <bool whole>
-METAMASK_INLINE Lanes load(const Float16* from, __mmask32 some) {
-  const __m512i words = load_words<whole>(from, some);
-  return split(_mm512_cvtph_ps(_mm512_castsi512_si256(words)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1)));
-}
-
-METAMASK_INLINE __m512 low_half(Lanes x) { return _mm512_permutex2var_ps(x.even, _mm512_load_si512(kLow), x.odd); }
-METAMASK_INLINE __m512 high_half(Lanes x) { return _mm512_permutex2var_ps(x.even, _mm512_load_si512(kHigh), x.odd); }
-
-template <bool whole>
 METAMASK_INLINE void store(float* to, Lanes x, __mmask32 some) {
   if constexpr (whole) {
-    _mm512_storeu_ps(to, low_half(x));
-    _mm512_storeu_ps(to + 16, high_half(x));
+    _mm512_storeu_ps(to, x.one);
+    _mm512_storeu_ps(to + 16, x.other);
   } else {
-    _mm512_mask_storeu_ps(to, __mmask16(some), low_half(x));
-    _mm512_mask_storeu_ps(to + 16, __mmask16(some >> 16), high_half(x));
+    _mm512_mask_storeu_ps(to, __mmask16(some), x.one);
+    _mm512_mask_storeu_ps(to + 16, __mmask16(some >> 16), x.other);
   }
 }
 
@@ -81,15 +80,20 @@ METAMASK_INLINE void store_words(void* to, __m512i words, __mmask32 some) {
 
 template <bool whole>
 METAMASK_INLINE void store(BFloat16* to, Lanes x, __mmask32 some) {
-  const __m512i halves = __m512i(_mm512_cvtne2ps_pbh(x.odd, x.even));
+  store_words<whole>(to, __m512i(_mm512_cvtne2ps_pbh(x.other, x.one)), some);
+}
+
+template <bool whole>
+METAMASK_INLINE void store_by_pairs(BFloat16* to, Lanes x, __mmask32 some) {
+  const __m512i halves = __m512i(_mm512_cvtne2ps_pbh(x.other, x.one));
   store_words<whole>(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves), some);
 }
 
 template <bool whole>
 METAMASK_INLINE void store(Float16* to, Lanes x, __mmask32 some) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  const __m256i low = _mm512_cvtps_ph(low_half(x), kNearest), high = _mm512_cvtps_ph(high_half(x), kNearest);
-  store_words<whole>(to, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), some);
+  const __m256i one = _mm512_cvtps_ph(x.one, kNearest), other = _mm512_cvtps_ph(x.other, kNearest);
+  store_words<whole>(to, _mm512_inserti64x4(_mm512_castsi256_si512(one), other, 1), some);
 }
 
 // exp(x / log2(e)): the polynomial, of the least relative error, is 2^f for 0 <= f < 1; scalef multiplies it by 2^floor(x), and
@@ -117,6 +121,16 @@ METAMASK_INLINE __m512 scale_of(Gate gate) {
   return _mm512_set1_ps(gate.kind == kSigmoid ? float(-1.4426950408889634 / gate.param) : float(gate.param));
 }
 
+// Prefetches the lines of 32 elements, kAhead behind these: one of 16-bit elements, two of float32's. Into the second-level cache,
+// which waits for more lines at a time than the first.
+template <class S>
+METAMASK_INLINE void prefetch(const S* from) {
+  constexpr int kLine = 64;
+  for (int at = 0; at < kLanes * int(sizeof(S)); at += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead + at, 0, 2);
+  }
+}
+
 template <bool value>
 struct Whole {
   static constexpr bool kValue = value;
@@ -130,18 +144,30 @@ METAMASK_INLINE void each_lanes(int64_t n, Work work) {
   if (i < n) work(Whole<false>(), i, first(n - i));
 }
 
-template <class P, GateKind kind>
+// Where all arrays are bfloat16, pairs take one shuffle in all, halves two for each array that is read.
+template <class P, class M>
+constexpr bool kByPairs = false;
+template <>
+constexpr bool kByPairs<BFloat16, BFloat16> = true;
+
+template <class P, class M, GateKind kind>
 void theta_range(Gate gate, const void* weights, const void* logits, BFloat16* theta, int64_t n) {
-  const P *w = static_cast<const P*>(weights), *m = static_cast<const P*>(logits);
+  const P* w = static_cast<const P*>(weights);
+  const M* m = static_cast<const M*>(logits);
   const __m512 scale = scale_of(gate);
   each_lanes(n, [&](auto whole, int64_t i, __mmask32 some) {
     constexpr bool kWhole = decltype(whole)::kValue;
-    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
-    __builtin_prefetch(reinterpret_cast<const char*>(m + i) + kAhead);
-    const Lanes weight = load<kWhole>(w + i, some), logit = load<kWhole>(m + i, some);
-    const Lanes out = {_mm512_mul_ps(weight.even, gate_at<kind>(logit.even, scale)),
-                       _mm512_mul_ps(weight.odd, gate_at<kind>(logit.odd, scale))};
-    store<kWhole>(theta + i, out, some);
+    prefetch(w + i);
+    prefetch(m + i);
+    const auto theta_at = [&](Lanes weight, Lanes logit) -> Lanes {
+      return {_mm512_mul_ps(weight.one, gate_at<kind>(logit.one, scale)),
+              _mm512_mul_ps(weight.other, gate_at<kind>(logit.other, scale))};
+    };
+    if constexpr (kByPairs<P, M>) {
+      store_by_pairs<kWhole>(theta + i, theta_at(load_by_pairs<kWhole>(w + i, some), load_by_pairs<kWhole>(m + i, some)), some);
+    } else {
+      store<kWhole>(theta + i, theta_at(load<kWhole>(w + i, some), load<kWhole>(m + i, some)), some);
+    }
   });
 }
 
@@ -168,8 +194,8 @@ METAMASK_INLINE LaneGradients backward_at(__m512 g, __m512 w, __m512 m, __m512 s
 }
 
 METAMASK_INLINE void spread(float* to, Lanes x) {
-  _mm512_store_ps(to, x.even);
-  _mm512_store_ps(to + 16, x.odd);
+  _mm512_store_ps(to, x.one);
+  _mm512_store_ps(to + 16, x.other);
 }
 
 METAMASK_INLINE Lanes gathered(const float* from) { return {_mm512_load_ps(from), _mm512_load_ps(from + 16)}; }
@@ -177,7 +203,11 @@ METAMASK_INLINE Lanes gathered(const float* from) { return {_mm512_load_ps(from)
 // Gives one parameter's gradients g, at elements from i on, to their sink; p is the parameter there.
 template <class P, bool whole>
 METAMASK_INLINE void give(const Sink& sink, int64_t i, Lanes p, Lanes g, __mmask32 some) {
-  if (sink.gradient != nullptr) store<whole>(static_cast<P*>(sink.gradient) + i, g, some);
+  if (sink.gradient != nullptr) {
+    P* const to = static_cast<P*>(sink.gradient) + i;
+    prefetch(to);  // a store waits for its line, too
+    store<whole>(to, g, some);
+  }
   if (sink.parameter == nullptr) return;
   alignas(64) float parameter[kLanes], gradient[kLanes], momentum_buffer[kLanes] = {};
   spread(parameter, p);
@@ -190,37 +220,42 @@ METAMASK_INLINE void give(const Sink& sink, int64_t i, Lanes p, Lanes g, __mmask
   if (sink.momentum_buffer != nullptr) store<whole>(buffer, gathered(momentum_buffer), some);
 }
 
-template <class P, GateKind kind>
+template <class P, class M, GateKind kind>
 void backward_range(Gate gate, const float* g, const void* weights, const void* logits, BFloat16* theta, const Sink& dw,
                     const Sink& dm, int64_t n) {
-  const P *w = static_cast<const P*>(weights), *m = static_cast<const P*>(logits);
+  const P* w = static_cast<const P*>(weights);
+  const M* m = static_cast<const M*>(logits);
   const __m512 scale = scale_of(gate), inverse_temperature = _mm512_set1_ps(float(1.0 / gate.param));
   each_lanes(n, [&](auto whole, int64_t i, __mmask32 some) {
     constexpr bool kWhole = decltype(whole)::kValue;
+    prefetch(w + i);
+    prefetch(m + i);
     const Lanes weight = load<kWhole>(w + i, some), logit = load<kWhole>(m + i, some), grad = load<kWhole>(g + i, some);
-    const LaneGradients even = backward_at<kind>(grad.even, weight.even, logit.even, scale, inverse_temperature);
-    const LaneGradients odd = backward_at<kind>(grad.odd, weight.odd, logit.odd, scale, inverse_temperature);
-    if (theta != nullptr) store<kWhole>(theta + i, Lanes{even.theta, odd.theta}, some);
-    give<P, kWhole>(dw, i, weight, {even.w, odd.w}, some);
-    give<P, kWhole>(dm, i, logit, {even.m, odd.m}, some);
+    const LaneGradients one = backward_at<kind>(grad.one, weight.one, logit.one, scale, inverse_temperature);
+    const LaneGradients other = backward_at<kind>(grad.other, weight.other, logit.other, scale, inverse_temperature);
+    if (theta != nullptr) store<kWhole>(theta + i, Lanes{one.theta, other.theta}, some);
+    give<P, kWhole>(dw, i, weight, {one.w, other.w}, some);
+    give<M, kWhole>(dm, i, logit, {one.m, other.m}, some);
   });
 }
 
-// Calls RANGE<storage of the parameters, gate>.
-#define DISPATCH_KIND(RANGE, P, ...) gate.kind == kSigmoid ? RANGE<P, kSigmoid>(__VA_ARGS__) : RANGE<P, kHard>(__VA_ARGS__)
-#define DISPATCH(RANGE, ...)                                                  \
-  switch (param) {                                                            \
-    case Type::kBFloat16: DISPATCH_KIND(RANGE, BFloat16, __VA_ARGS__); break; \
-    case Type::kFloat16: DISPATCH_KIND(RANGE, Float16, __VA_ARGS__); break;   \
-    default: DISPATCH_KIND(RANGE, float, __VA_ARGS__); break;                 \
+// Calls RANGE<storage of W, storage of M, gate>.
+#define DISPATCH_KIND(RANGE, P, M, ...) gate.kind == kSigmoid ? RANGE<P, M, kSigmoid>(__VA_ARGS__) : RANGE<P, M, kHard>(__VA_ARGS__)
+#define DISPATCH_16(RANGE, P, ...) \
+  types.mask == Type::kFloat32 ? DISPATCH_KIND(RANGE, P, float, __VA_ARGS__) : DISPATCH_KIND(RANGE, P, P, __VA_ARGS__)
+#define DISPATCH(RANGE, ...)                                                \
+  switch (types.weight) {                                                   \
+    case Type::kBFloat16: DISPATCH_16(RANGE, BFloat16, __VA_ARGS__); break; \
+    case Type::kFloat16: DISPATCH_16(RANGE, Float16, __VA_ARGS__); break;   \
+    default: DISPATCH_KIND(RANGE, float, float, __VA_ARGS__); break;        \
   }
 
-void theta(Gate gate, Type param, const void* w, const void* m, BFloat16* theta, int64_t n) {
+void theta(Gate gate, ParamTypes types, const void* w, const void* m, BFloat16* theta, int64_t n) {
   DISPATCH(theta_range, gate, w, m, theta, n)
 }
 
-void backward(Gate gate, Type param, const float* g, const void* w, const void* m, BFloat16* theta, const Sink& dw, const Sink& dm,
-              int64_t n) {
+void backward(Gate gate, ParamTypes types, const float* g, const void* w, const void* m, BFloat16* theta, const Sink& dw,
+              const Sink& dm, int64_t n) {
   DISPATCH(backward_range, gate, g, w, m, theta, dw, dm, n)
 }
 

@@ -1,6 +1,9 @@
 // Parts of the launchers: pointers and types known at run time, and the number of blocks that share a sum.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "cuda/kernels/device.cuh"
 
 namespace metamask::cuda {
@@ -49,6 +52,16 @@ void with_alignment(bool packs, Run run) {
 inline int64_t compute_bytes(Type param) { return param == Type::kFloat64 ? sizeof(double) : sizeof(float); }
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// The grid of a launch. A device takes this many blocks; a number beyond it would be cut off without a word.
+inline dim3 grid_of(int64_t x, int64_t y = 1, int64_t z = 1) {
+  if (x > 0x7fffffff || y > 0xffff || z > 0xffff) {
+    throw std::length_error("the tensors are too large for one launch: it would take " + std::to_string(x) + " x " +
+                            std::to_string(y) + " x " + std::to_string(z) +
+                            " blocks, and a device takes 2147483647 x 65535 x 65535");
+  }
+  return dim3(unsigned(x), unsigned(y), unsigned(z));
+}
 
 // The shares of a sum over `length`: `count` blocks, `each` of it a block.
 struct Share {

@@ -186,12 +186,12 @@ DEVICE_INLINE void add_warps(Sum (&total)[kRows][kColumns], const Product& produ
   }
 }
 
-// w, m: [out, in] of P; x: [batch, in], bias: [out] or null, y: [batch, out], all of X. With `split_k_sums` [gridDim.y, batch, out]
-// the sums go there instead. A batch too large for a lane's sums is cut into windows: the blocks of a tile's windows run side by
-// side, so that W and M come from memory once.
-template <GateKind kind, bool kAligned, class P, class Product>
+// w: [out, in] of P; m: [out, in] of M; x: [batch, in], bias: [out] or null, y: [batch, out], all of X. With `split_k_sums`
+// [gridDim.y, batch, out] the sums go there instead. A batch too large for a lane's sums is cut into windows: the blocks of a
+// tile's windows run side by side, so that W and M come from memory once.
+template <GateKind kind, bool kAligned, class P, class M, class Product>
 __global__ void __launch_bounds__(kBlock)
-    masked_linear_kernel(Compute<P> gate_param, const typename Product::X* x, const P* w, const P* m,
+    masked_linear_kernel(Compute<P> gate_param, const typename Product::X* x, const P* w, const M* m,
                          const typename Product::X* bias, typename Product::X* y, typename Product::Sum* split_k_sums, int batch,
                          int64_t out, int64_t in, int64_t columns_each) {
   using Sum = typename Product::Sum;

@@ -1,5 +1,5 @@
 // Launchers of masked_linear and its gradients for small batches, on raw device pointers to contiguous arrays: x, dx [batch, in],
-// y, dy, [batch, out], w, m [out, in], bias [out]. w, m and what the sinks point to are of type `param`, the rest of type
+// y, dy, [batch, out], w, m [out, in], bias [out]. w and m, and what their sinks point to, are of `types`, the rest of type
 // `product`.
 #pragma once
 
@@ -13,7 +13,8 @@ namespace metamask::cuda {
 
 struct LinearCase {
   Gate gate;
-  Type param, product;
+  ParamTypes types;
+  Type product;
   bool tf32;  // whether float32 products may use tensor cores
   int64_t batch, out, in;
 };

@@ -201,12 +201,13 @@ DEVICE_INLINE void store_chunk(T* to, int64_t i, int64_t end, bool add, const Co
   }
 }
 
-// dy: [batch, out], x and dx: [batch, in], of X; w, m and what the sinks point to: [out, in] of P. dx null: it is not wanted. With
+// dy: [batch, out], x and dx: [batch, in], of X; w and what dw points to: [out, in] of P; m and what dm
+// points to: [out, in] of M. dx null: it is not wanted. With
 // `split_k_sums` [gridDim.y, batch, in] the sums of dx go there instead.
-template <GateKind kind, bool kAligned, class P, class Product>
+template <GateKind kind, bool kAligned, class P, class M, class Product>
 __global__ void __launch_bounds__(kBlock)
     masked_linear_backward_kernel(Compute<P> gate_param, const typename Product::X* dy, const typename Product::X* x, const P* w,
-                                  const P* m, Sink dw, Sink dm, typename Product::X* dx, typename Product::Sum* split_k_sums,
+                                  const M* m, Sink dw, Sink dm, typename Product::X* dx, typename Product::Sum* split_k_sums,
                                   int batch, int64_t out, int64_t in, int64_t rows_each) {
   using Sum = typename Product::Sum;
   constexpr int kRows = Product::kRows, kColumns = Product::kColumns, kStrip = 8 * kColumns;
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kBlock)
         dm_[j] = both.m;
       }
       store_or_descend_chunk<kAligned, P>(dw, begin + column, begin + columns, w_, dw_);
-      store_or_descend_chunk<kAligned, P>(dm, begin + column, begin + columns, m_, dm_);
+      store_or_descend_chunk<kAligned, M>(dm, begin + column, begin + columns, m_, dm_);
     }
     if (dx != nullptr) product.add_dx(theta, rows_of_dy, step, batch, out);
   }

@@ -12,9 +12,9 @@ DEVICE_INLINE int64_t first_element(unsigned block) {
   return (int64_t(block) * kThreads + threadIdx.x) * N;
 }
 
-// theta of the pack at i. w, m: [n] of P; theta: [n] of O
-template <GateKind kind, int N, class P, class O>
-DEVICE_INLINE void forward_pack(Compute<P> gate_param, const P* w, const P* m, O* theta, int64_t i, int64_t n) {
+// theta of the pack at i. w: [n] of P; m: [n] of M; theta: [n] of O
+template <GateKind kind, int N, class P, class M, class O>
+DEVICE_INLINE void forward_pack(Compute<P> gate_param, const P* w, const M* m, O* theta, int64_t i, int64_t n) {
   Compute<P> w_[N], m_[N], theta_[N];
   load<N>(w, i, n, w_);
   load<N>(m, i, n, m_);
@@ -22,9 +22,10 @@ DEVICE_INLINE void forward_pack(Compute<P> gate_param, const P* w, const P* m, O
   store<N>(theta, i, n, theta_);
 }
 
-// g: [n] of O; w, m and what the sinks point to: [n] of P. A sink's parameter is w, or m: no other thread reads these elements.
-template <GateKind kind, int N, class P, class O>
-DEVICE_INLINE void backward_pack(Compute<P> gate_param, const O* g, const P* w, const P* m, const Sink& dw, const Sink& dm,
+// g: [n] of O; w and what dw points to: [n] of P; m and what dm points to: [n] of M. A sink's parameter is w, or m: no other thread
+// reads these elements.
+template <GateKind kind, int N, class P, class M, class O>
+DEVICE_INLINE void backward_pack(Compute<P> gate_param, const O* g, const P* w, const M* m, const Sink& dw, const Sink& dm,
                                  int64_t i, int64_t n) {
   Compute<P> g_[N], w_[N], m_[N], dw_[N], dm_[N];
   load<N>(g, i, n, g_);
@@ -36,13 +37,13 @@ DEVICE_INLINE void backward_pack(Compute<P> gate_param, const O* g, const P* w, 
     dm_[k] = out.m;
   }
   store_or_descend<N, P>(dw, i, n, w_, dw_);
-  store_or_descend<N, P>(dm, i, n, m_, dm_);
+  store_or_descend<N, M>(dm, i, n, m_, dm_);
 }
 
-// a, b, w, m, dw, dm: [n] of P; g, dg: [n] of O
-template <GateKind kind, int N, class P, class O>
-DEVICE_INLINE void double_backward_pack(Compute<P> gate_param, const P* a, const P* b, const O* g, const P* w, const P* m, O* dg,
-                                        P* dw, P* dm, int64_t i, int64_t n) {
+// a, w, dw: [n] of P; b, m, dm: [n] of M; g, dg: [n] of O
+template <GateKind kind, int N, class P, class M, class O>
+DEVICE_INLINE void double_backward_pack(Compute<P> gate_param, const P* a, const M* b, const O* g, const P* w, const M* m, O* dg,
+                                        P* dw, M* dm, int64_t i, int64_t n) {
   Compute<P> a_[N], b_[N], g_[N], w_[N], m_[N], dg_[N], dw_[N], dm_[N];
   load_or_zero<N>(a, i, n, a_);
   load_or_zero<N>(b, i, n, b_);
@@ -60,20 +61,20 @@ DEVICE_INLINE void double_backward_pack(Compute<P> gate_param, const P* a, const
   store<N>(dm, i, n, dm_);
 }
 
-template <GateKind kind, int N, class P, class O>
-__global__ void masked_weight_kernel(Compute<P> gate_param, const P* w, const P* m, O* theta, int64_t n) {
+template <GateKind kind, int N, class P, class M, class O>
+__global__ void masked_weight_kernel(Compute<P> gate_param, const P* w, const M* m, O* theta, int64_t n) {
   forward_pack<kind, N>(gate_param, w, m, theta, first_element<N>(blockIdx.x), n);
 }
 
-template <GateKind kind, int N, class P, class O>
-__global__ void masked_weight_backward_kernel(Compute<P> gate_param, const O* g, const P* w, const P* m, Sink dw, Sink dm,
+template <GateKind kind, int N, class P, class M, class O>
+__global__ void masked_weight_backward_kernel(Compute<P> gate_param, const O* g, const P* w, const M* m, Sink dw, Sink dm,
                                               int64_t n) {
   backward_pack<kind, N>(gate_param, g, w, m, dw, dm, first_element<N>(blockIdx.x), n);
 }
 
-template <GateKind kind, int N, class P, class O>
-__global__ void masked_weight_double_backward_kernel(Compute<P> gate_param, const P* a, const P* b, const O* g, const P* w,
-                                                     const P* m, O* dg, P* dw, P* dm, int64_t n) {
+template <GateKind kind, int N, class P, class M, class O>
+__global__ void masked_weight_double_backward_kernel(Compute<P> gate_param, const P* a, const M* b, const O* g, const P* w,
+                                                     const M* m, O* dg, P* dw, M* dm, int64_t n) {
   double_backward_pack<kind, N>(gate_param, a, b, g, w, m, dg, dw, dm, first_element<N>(blockIdx.x), n);
 }
 
@@ -102,29 +103,29 @@ DEVICE_INLINE int find_weight(const ListPart<Arrays>& part, int64_t& i) {
   return low;
 }
 
-template <GateKind kind, int N, class P, class O>
+template <GateKind kind, int N, class P, class M, class O>
 __global__ void masked_weight_list_kernel(Compute<P> gate_param, const __grid_constant__ ListPart<ForwardArrays> part) {
   int64_t i;
   const ForwardArrays& of = part.at[find_weight<N>(part, i)];
-  forward_pack<kind, N>(gate_param, static_cast<const P*>(of.w), static_cast<const P*>(of.m), static_cast<O*>(of.theta), i, of.n);
+  forward_pack<kind, N>(gate_param, static_cast<const P*>(of.w), static_cast<const M*>(of.m), static_cast<O*>(of.theta), i, of.n);
 }
 
-template <GateKind kind, int N, class P, class O>
+template <GateKind kind, int N, class P, class M, class O>
 __global__ void masked_weight_list_backward_kernel(Compute<P> gate_param, const __grid_constant__ ListPart<BackwardArrays> part) {
   int64_t i;
   const BackwardArrays& of = part.at[find_weight<N>(part, i)];
-  backward_pack<kind, N>(gate_param, static_cast<const O*>(of.g), static_cast<const P*>(of.w), static_cast<const P*>(of.m),
+  backward_pack<kind, N>(gate_param, static_cast<const O*>(of.g), static_cast<const P*>(of.w), static_cast<const M*>(of.m),
                          Sink{of.dw}, Sink{of.dm}, i, of.n);
 }
 
-template <GateKind kind, int N, class P, class O>
+template <GateKind kind, int N, class P, class M, class O>
 __global__ void masked_weight_list_double_backward_kernel(Compute<P> gate_param,
                                                           const __grid_constant__ ListPart<DoubleBackwardArrays> part) {
   int64_t i;
   const DoubleBackwardArrays& of = part.at[find_weight<N>(part, i)];
-  double_backward_pack<kind, N>(gate_param, static_cast<const P*>(of.a), static_cast<const P*>(of.b), static_cast<const O*>(of.g),
-                                static_cast<const P*>(of.w), static_cast<const P*>(of.m), static_cast<O*>(of.dg),
-                                static_cast<P*>(of.dw), static_cast<P*>(of.dm), i, of.n);
+  double_backward_pack<kind, N>(gate_param, static_cast<const P*>(of.a), static_cast<const M*>(of.b), static_cast<const O*>(of.g),
+                                static_cast<const P*>(of.w), static_cast<const M*>(of.m), static_cast<O*>(of.dg),
+                                static_cast<P*>(of.dw), static_cast<M*>(of.dm), i, of.n);
 }
 
 }  // namespace metamask::cuda

@@ -39,15 +39,15 @@ void pack_mask(Type type, const void* logits, double threshold, uint8_t* packed,
   const int64_t n = rows * ceil_div(columns, 8);
   if (n == 0) return;
   with_type(type, [&]<class P>(Tag<P>) {
-    launch(pack_mask_kernel<P>, dim3(unsigned(ceil_div(n, kThreads))), dim3(kThreads), 0, stream, in<P>(logits),
-           Compute<P>(threshold), packed, rows, columns);
+    launch(pack_mask_kernel<P>, grid_of(ceil_div(n, kThreads)), dim3(kThreads), 0, stream, in<P>(logits), Compute<P>(threshold),
+           packed, rows, columns);
   });
 }
 
 void unpack_mask(const uint8_t* packed, bool* mask, int64_t rows, int64_t columns, cudaStream_t stream) {
   const int64_t n = rows * columns;
   if (n == 0) return;
-  launch(unpack_mask_kernel, dim3(unsigned(ceil_div(n, kThreads))), dim3(kThreads), 0, stream, packed, mask, rows, columns);
+  launch(unpack_mask_kernel, grid_of(ceil_div(n, kThreads)), dim3(kThreads), 0, stream, packed, mask, rows, columns);
 }
 
 int64_t packed_masked_linear_workspace(const PackedCase& given) {
@@ -74,7 +74,7 @@ void packed_masked_linear(const PackedCase& given, const int64_t* slots, const v
   with_type(given.param, [&]<class P>(Tag<P>) {
     using T = Compute<P>;
     const Share shared = forward_share(given);
-    const dim3 grid(unsigned(forward_windows(given)), unsigned(given.groups * sizes.tiles), unsigned(shared.count));
+    const dim3 grid = grid_of(forward_windows(given), given.groups * sizes.tiles, shared.count);
     T* split_k_sums = shared.count > 1 ? out<T>(workspace) : nullptr;
     with_alignment(rows_aligned<P, T>(given.in, w, x), [&]<bool kAligned>() {
       launch(packed_masked_linear_kernel<kAligned, P>, grid, dim3(kBlock), 0, stream, sizes, slots, in<P>(w), bits, in<T>(bias),
@@ -91,7 +91,7 @@ void packed_input_gradient(const PackedCase& given, const int64_t* slots, const 
   with_type(given.param, [&]<class P>(Tag<P>) {
     using T = Compute<P>;
     const Share shared = backward_share(given);
-    const dim3 grid(unsigned(backward_blocks(given)), unsigned(shared.count), unsigned(given.groups));
+    const dim3 grid = grid_of(backward_blocks(given), shared.count, given.groups);
     T* split_k_sums = shared.count > 1 ? out<T>(workspace) : nullptr;
     with_alignment(rows_aligned<P, T>(given.in, w), [&]<bool kAligned>() {
       launch(packed_input_gradient_kernel<kAligned, P>, grid, dim3(kBlock), 0, stream, sizes, slots, in<P>(w), bits, in<T>(dy),
@@ -108,8 +108,7 @@ void packed_weight_gradient(const PackedCase& given, const int64_t* slots, const
   if (sizes.out == 0 || sizes.in == 0) return;
   with_type(given.param, [&]<class P>(Tag<P>) {
     using T = Compute<P>;
-    const dim3 grid(unsigned(ceil_div(given.in, 8 * kChunk)), unsigned(ceil_div(given.out / given.groups, kWarps * 4 * 2)),
-                    unsigned(given.groups));
+    const dim3 grid = grid_of(ceil_div(given.in, 8 * kChunk), ceil_div(given.out / given.groups, kWarps * 4 * 2), given.groups);
     with_alignment(rows_aligned<P, T>(given.in, x, dw), [&]<bool kAligned>() {
       launch(packed_weight_gradient_kernel<kAligned, P>, grid, dim3(kBlock), 0, stream, sizes, slots, bits, in<T>(dy), in<T>(x),
              out<P>(dw));
@@ -124,8 +123,7 @@ void packed_superposition_gradient(const PackedCase& given, const void* w, const
   with_type(given.param, [&]<class P>(Tag<P>) {
     using T = Compute<P>;
     const Share shared = superposition_share(given);
-    const dim3 grid(unsigned(ceil_div(given.tasks, kSuperposedTasks)), unsigned(ceil_div(given.samples, kSuperposedSamples)),
-                    unsigned(shared.count));
+    const dim3 grid = grid_of(ceil_div(given.tasks, kSuperposedTasks), ceil_div(given.samples, kSuperposedSamples), shared.count);
     T* split_k_sums = out<T>(workspace);
     launch(packed_superposition_kernel<P>, grid, dim3(kBlock), 0, stream, sizes, in<P>(w), bits, in<T>(dy), in<T>(x), split_k_sums,
            given.samples, shared.each);

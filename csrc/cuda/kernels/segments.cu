@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
 
 void sort_by_task(const int64_t* slots, const SortedRows& sorted, int64_t* used, cudaStream_t stream) {
   if (sorted.samples == 0) return;
-  launch(sort_by_task_kernel, dim3(unsigned(ceil_div(sorted.samples, kThreads))), dim3(kThreads), 0, stream, slots, sorted, used);
+  launch(sort_by_task_kernel, grid_of(ceil_div(sorted.samples, kThreads)), dim3(kThreads), 0, stream, slots, sorted, used);
 }
 
 void fill_table(void* const* pointers, int64_t count, void** table, cudaStream_t stream) {
@@ -72,7 +72,7 @@ void clear_unused(Type type, const PerTask& arrays, int64_t tasks, const int64_t
   constexpr int64_t kMost = 64;  // blocks for a task: most tasks have rows, and their blocks end at once
   const int64_t blocks = ceil_div(n, kThreads), each = blocks < kMost ? blocks : kMost;
   with_type(type, [&]<class P>(Tag<P>) {
-    launch(clear_unused_kernel<P>, dim3(unsigned(tasks * each)), dim3(kThreads), 0, stream, arrays, used, n, each);
+    launch(clear_unused_kernel<P>, grid_of(tasks * each), dim3(kThreads), 0, stream, arrays, used, n, each);
   });
 }
 

@@ -21,7 +21,7 @@ template <class X, class Sum>
 void add_split_k(const Sum* split_k_sums, const void* bias, void* result, int count, int64_t rows, int64_t columns,
                  cudaStream_t stream) {
   const int64_t n = rows * columns;
-  launch(add_split_k_kernel<X, Sum>, dim3(unsigned(ceil_div(n, kThreads))), dim3(kThreads), 0, stream, split_k_sums, in<X>(bias),
+  launch(add_split_k_kernel<X, Sum>, grid_of(ceil_div(n, kThreads)), dim3(kThreads), 0, stream, split_k_sums, in<X>(bias),
          out<X>(result), count, n, columns);
 }
 

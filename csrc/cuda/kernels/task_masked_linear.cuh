@@ -17,6 +17,7 @@ constexpr int kTaskRoom = 16;
 // The part of a TaskLinearCase that the kernels take.
 struct TaskSizes {
   GateKind gate;
+  Type bias_mask;
   int64_t rows, groups, out, in, tiles;  // tiles: of a group's rows of W
   const int64_t *source, *task, *end;    // of SortedRows
 
@@ -44,16 +45,17 @@ DEVICE_INLINE Compute<P> bias_of(const TaskSizes& sizes, Compute<P> gate_param, 
                                  int64_t task, int64_t row) {
   if (bias == nullptr) return 0;
   const Compute<P> b = to_compute(bias[row]);
-  const P* const masks = array_of<P>(bias_masks, task);
-  if (masks == nullptr) return b;
-  const Compute<P> m = to_compute(masks[row]);
+  if (array_of<P>(bias_masks, task) == nullptr) return b;
+  // float32, or the type of the bias: one number for each output, which needs no kernel of its own.
+  const bool wide = sizes.bias_mask == Type::kFloat32;
+  const Compute<P> m = wide ? Compute<P>(array_of<float>(bias_masks, task)[row]) : to_compute(array_of<P>(bias_masks, task)[row]);
   return sizes.gate == kSigmoid ? theta_of<kSigmoid>(b, m, gate_param) : theta_of<kHard>(b, m, gate_param);
 }
 
 // With kSecond y is the gradient for dy of <cotangents, first derivatives>: theta meets the cotangent of dx, and what the
 // cotangents of dW and dM make of W and M (V = A s + B W d) meets x. x or the cotangent of dx may be null then. With `split_k_sums`
 // [gridDim.z, rows, out] the sums go there instead.
-template <bool kSecond, bool kAligned, class P, class Product>
+template <bool kSecond, bool kAligned, class P, class M, class Product>
 __global__ void __launch_bounds__(kBlock)
     task_masked_linear_kernel(TaskSizes sizes, Compute<P> gate_param, TaskParameters given, TaskCotangents cotangents,
                               const typename Product::X* x, typename Product::X* y, typename Product::Sum* split_k_sums,
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(kBlock)
     for (int begin = 0, end; begin < count; begin = end) {
       const int64_t task = sizes.task[window + begin], left = sizes.end[window + begin] - window;
       end = left < count ? int(left) : count;
-      const P *const m = array_of<P>(given.masks, task), *const dm = array_of<P>(cotangents.masks, task);
+      const M *const m = array_of<M>(given.masks, task), *const dm = array_of<M>(cotangents.masks, task);
       Sum theta[2][kChunk], second[2][kChunk];
       for (int r = 0; r < 2; ++r) {
         const int64_t row = first_row + g + 8 * r, columns = IN_BOUNDS(row < end_row) ? in : 0;

@@ -1,6 +1,6 @@
 // Launchers of task_masked_linear and its derivatives, on raw device pointers to contiguous arrays: x, dx [rows, groups * in], y,
-// dy [rows, out], w [out, in], masks [out, in] for each task, bias [out], with rows = samples * rows_per_sample. w, the masks and
-// the bias are of type `param`, x, y, dx and dy of type `product`.
+// dy [rows, out], w [out, in], masks [out, in] for each task, bias [out], with rows = samples * rows_per_sample. w and the
+// bias are of type `types.weight`, the masks of `types.mask`, those of the bias of `bias_mask`, x, y, dx and dy of `product`.
 #pragma once
 
 #include "cuda/kernels/segments.h"
@@ -9,15 +9,16 @@ namespace metamask::cuda {
 
 struct TaskLinearCase {
   Gate gate;
-  Type param, product;
+  ParamTypes types;
+  Type bias_mask, product;
   bool tf32;  // whether float32 products may use tensor cores
   int64_t groups, out, in;
   SortedRows sorted;
 };
 
-// There are kernels for parameters and products of one type, and for float32 parameters with products of 16 bits.
-constexpr bool has_task_kernel(Type param, Type product) {
-  return param == product || (param == Type::kFloat32 && product != Type::kFloat64);
+// There are kernels for weights and products of one type, and for float32 weights with products of 16 bits.
+constexpr bool has_task_kernel(Type weight, Type product) {
+  return weight == product || (weight == Type::kFloat32 && product != Type::kFloat64);
 }
 
 struct TaskParameters {
@@ -41,7 +42,7 @@ int64_t task_masked_linear_backward_workspace(const TaskLinearCase& given, bool 
 void task_masked_linear(const TaskLinearCase& given, const TaskParameters& parameters, const void* x, void* y, void* workspace,
                         cudaStream_t stream);
 
-// dw is in the type of the arithmetic (float, or double), dm of type `param`. What is null is not wanted.
+// dw is in the type of the arithmetic (float, or double), dm of type `types.mask`. What is null is not wanted.
 void task_masked_linear_backward(const TaskLinearCase& given, const TaskParameters& parameters, const void* dy, const void* x,
                                  void* dw, const PerTask& dm, void* dx, void* workspace, cudaStream_t stream);
 

@@ -9,12 +9,12 @@
 
 namespace metamask::cuda {
 
-// dw: [out, in] of the type of the arithmetic; dm: of P; dx: [rows, groups * in]. What is null is not wanted. With `split_k_sums`
+// dw: [out, in] of the type of the arithmetic; dm: of M; dx: [rows, groups * in]. What is null is not wanted. With `split_k_sums`
 // [gridDim.y, rows, groups * in] the sums of dx go there instead.
 //
 // With kSecond they are the gradients of <cotangents, first derivatives>: V takes the place of theta, and H = dy^T (cotangent of
 // dx) is a second gradient of theta, which reaches W and M as G does in the first backward.
-template <bool kSecond, bool kAligned, class P, class Product>
+template <bool kSecond, bool kAligned, class P, class M, class Product>
 __global__ void __launch_bounds__(kBlock)
     task_masked_linear_backward_kernel(TaskSizes sizes, Compute<P> gate_param, TaskParameters given, TaskCotangents cotangents,
                                        const typename Product::X* dy, const typename Product::X* x, Compute<P>* dw, PerTask dm,
@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kBlock)
   for (int64_t segment = 0, segment_end; segment < sizes.rows; segment = segment_end) {
     const int64_t task = sizes.task[segment];
     segment_end = sizes.end[segment];
-    const P *const m = array_of<P>(given.masks, task), *const b = array_of<P>(cotangents.masks, task);
-    P* const dm_of_task = array_of<P>(dm, task);
+    const M *const m = array_of<M>(given.masks, task), *const b = array_of<M>(cotangents.masks, task);
+    M* const dm_of_task = array_of<M>(dm, task);
     for (int64_t begin = segment; begin < segment_end; begin += Product::kBatch) {
       const auto some_of = [&](int64_t from) {
         return int(segment_end - from < Product::kBatch ? segment_end - from : Product::kBatch);

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from metamask_ext._build import BACKEND
 
-from ..geometry import Pair, output_size
+from ..checks import check_pixels
+from ..geometry import Pair, check_windows
 
 if TYPE_CHECKING:
 
@@ -28,9 +29,17 @@ if BACKEND != "reference":
 
     @torch.library.register_fake("metamask::im2col")
     def _(input, kernel, stride, padding, dilation):
-        height, width = output_size(input.shape, kernel, stride, padding, dilation)
-        return input.new_empty((input.shape[0], height * width, input.shape[1] * kernel[0] * kernel[1]))
+        check_pixels("input", input)
+        if input.dim() != 4:
+            raise ValueError(f"input must be [N, C, H, W], got shape {list(input.shape)}")
+        return input.new_empty(check_windows(input.shape, kernel, stride, padding, dilation))
 
     @torch.library.register_fake("metamask::col2im")
     def _(grad, size, kernel, stride, padding, dilation):
+        check_pixels("grad", grad)
+        if len(size) != 4 or min(size) < 0:
+            raise ValueError(f"size must be that of images, [N, C, H, W], got {list(size)}")
+        rows = check_windows(size, kernel, stride, padding, dilation)
+        if grad.shape != rows:
+            raise ValueError(f"grad must be [N, places, values] = {list(rows)}, got {list(grad.shape)}")
         return grad.new_empty(size)

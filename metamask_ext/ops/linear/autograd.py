@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from metamask_ext.torch_private import set_node_default
 
-from ..weight.autograd import bias_gradients, theta_of, weight_gradients
+from ..weight.autograd import bias_gradients, sum_dtype, theta_of, weight_gradients
 from . import raw
 
 
@@ -70,6 +70,8 @@ def _differentiable_backward(
         dx = (grad @ theta).to(input.dtype)
     if output_mask[1] or output_mask[2]:
         inputs = input.flatten(0, -2) if input.dim() > 1 else input[None]
-        product = rows.t() @ inputs.to(grad.dtype)
+        dtype = sum_dtype(grad, weight, mask_logits)
+        product = rows.t().to(dtype) @ inputs.to(dtype)
         dw, dm = weight_gradients(product, weight, mask_logits, gate_id, gate_param, output_mask[1:3])
-    return dx, dw, dm, *bias_gradients(rows.sum(0), bias, bias_mask_logits, gate_id, gate_param, output_mask[3:5])
+    total = rows.sum(0, dtype=sum_dtype(grad, bias, bias_mask_logits))
+    return dx, dw, dm, *bias_gradients(total, bias, bias_mask_logits, gate_id, gate_param, output_mask[3:5])

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
-from ..checks import check_linear, check_pair
-from ..dispatch import FLOAT32, autocast_dtype, check_input_dtype, fit_parameters, use_reference, worded
+from ..checks import check_dense, check_linear, check_pair
+from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
 from ..gate import resolve_gate
 from . import raw, reference
 from .autograd import MaskedLinear
@@ -50,14 +50,10 @@ def masked_linear(
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
     parameters = (weight, mask_logits, bias, bias_mask_logits)
     if use_reference():
-        parameters = fit_parameters(*parameters, gate_id, gate_param)
         _check(input, *parameters)
         return reference.masked_linear(input, *parameters, gate_id, gate_param)
     try:
-        kind = weight.dtype
-        if kind is not FLOAT32:
-            parameters = _, mask_logits, _, bias_mask_logits = fit_parameters(*parameters, gate_id, gate_param)
-        if input.dtype != kind:
+        if input.dtype != weight.dtype:
             check_input_dtype(input, weight)
         dtype = autocast_dtype(weight)
         if torch.is_grad_enabled() and (
@@ -74,6 +70,7 @@ def masked_linear(
 
 
 def _check(input: Tensor, weight: Tensor, mask_logits: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | None) -> None:
+    check_dense(input=input, weight=weight, mask_logits=mask_logits, bias=bias, bias_mask_logits=bias_mask_logits)
     check_pair(weight, mask_logits)
     check_linear(input, weight, bias, bias_mask_logits)
     check_input_dtype(input, weight)

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from metamask_ext._build import BACKEND
 
-from ..checks import check_linear, check_pair
+from ..checks import check_flags, check_linear, check_pair, check_storage
+from ..gate import check_gate
+from ..geometry import check_sizes
+from ..sgd_checks import Updated, check_apart, check_update
 from ..weight.raw import SgdSettings
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -79,28 +82,78 @@ if BACKEND != "reference":
 
     @torch.library.register_fake("metamask::masked_linear")
     def _(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, dtype=None):
-        check_pair(weight, mask_logits)
-        check_linear(input, weight, bias, bias_mask_logits)
+        _check(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param)
+        check_storage("dtype", dtype or weight.dtype, weight)
         return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or weight.dtype)
 
     @torch.library.register_fake("metamask::masked_linear_backward")
     def _(grad, input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, output_mask=(True,) * 5):
+        _check(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param)
+        _check_grad(grad, input, weight)
+        check_flags("output_mask", output_mask, 5)
         return _gradients(input, weight, mask_logits, bias, bias_mask_logits, output_mask)
 
     @torch.library.register_fake("metamask::masked_linear_backward_sgd_")
     def _(
-        grad, input, weight, mask_logits, bias, bias_mask_logits, v_w, v_m, v_b, v_bm, gate_id, gate_param, output_mask, updates, _
+        grad,
+        input,
+        weight,
+        mask_logits,
+        bias,
+        bias_mask_logits,
+        v_w,
+        v_m,
+        v_b,
+        v_bm,
+        gate_id,
+        gate_param,
+        output_mask,
+        updates,
+        settings,
     ):
+        check_flags("output_mask", output_mask, 5)
+        check_flags("updates", updates, 4)
+        if len(settings) != 12:
+            raise ValueError(f"settings must be lr, weight_decay and momentum of four parameters, got {len(settings)} numbers")
+        _check(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param)
+        _check_grad(grad, input, weight)
+        if (updates[2] or updates[3]) and bias_mask_logits is None:
+            raise ValueError("bias must have logits to be updated here")
+        parameters = [
+            Updated("weight", weight, updates[0], v_w, settings[0:3]),
+            Updated("mask_logits", mask_logits, updates[1], v_m, settings[3:6]),
+            Updated("bias", bias, updates[2], v_b, settings[6:9]),
+            Updated("bias_mask_logits", bias_mask_logits, updates[3], v_bm, settings[9:12]),
+        ]
+        for of in parameters:
+            check_update(of)
+        for name, update, parameter in (("weight", updates[0], weight), ("mask_logits", updates[1], mask_logits)):
+            if update and not parameter.is_contiguous():
+                raise ValueError(f"{name} must be contiguous to be updated in place, got strides {list(parameter.stride())}")
+        check_apart(parameters, {"grad": grad, "input": input})
         left = [output_mask[0], *(need and not update for need, update in zip(output_mask[1:], updates))]
         return _gradients(input, weight, mask_logits, bias, bias_mask_logits, left)
 
-    def _gradients(input, weight, mask_logits, bias, bias_mask_logits, output_mask):
+    def _check(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param):
+        check_gate(gate_id, gate_param)
         check_pair(weight, mask_logits)
+        check_sizes("weight", weight.shape)
+        check_storage("input", input.dtype, weight)
         check_linear(input, weight, bias, bias_mask_logits)
+
+    def _check_grad(grad, input, weight):
+        check_storage("grad", grad.dtype, weight)
+        wanted = (*input.shape[:-1], weight.shape[0])
+        if grad.shape != wanted:
+            raise ValueError(f"grad must be [..., out] = {list(wanted)}, got {list(grad.shape)}")
+        if grad.device != weight.device:
+            raise ValueError(f"grad must be on the device of weight, {weight.device}, got {grad.device}")
+
+    def _gradients(input, weight, mask_logits, bias, bias_mask_logits, output_mask):
         return (
             input.new_empty(input.shape) if output_mask[0] else None,
             weight.new_empty(weight.shape) if output_mask[1] else None,
-            weight.new_empty(weight.shape) if output_mask[2] else None,
+            mask_logits.new_empty(mask_logits.shape) if output_mask[2] else None,
             bias.new_empty(bias.shape) if bias is not None and output_mask[3] else None,
-            bias.new_empty(bias.shape) if bias_mask_logits is not None and output_mask[4] else None,
+            bias_mask_logits.new_empty(bias.shape) if bias_mask_logits is not None and output_mask[4] else None,
         )

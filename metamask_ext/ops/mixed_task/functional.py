@@ -7,6 +7,7 @@ sample of a batch names its task is ours. All functions can be differentiated an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from metamask_ext.torch_private import fx_trace, traced_function
 from ..checks import (
     as_list,
     check_conv2d,
+    check_dense,
     check_masks,
     check_slot_values,
     check_slots,
@@ -25,8 +27,8 @@ from ..checks import (
     count_tasks,
     is_stacked,
 )
-from ..dispatch import autocast_dtype, check_input_dtype, fit_each, use_reference, worded
-from ..gate import SIXTEEN_BITS, resolve_gate
+from ..dispatch import autocast_dtype, check_input_dtype, of_one_dtype, use_reference, worded
+from ..gate import resolve_gate
 from ..geometry import Geometry, im2col, resolve_geometry
 from ..weight.functional import theta_list
 from . import raw, reference
@@ -58,7 +60,7 @@ def task_masked_linear(
         weight: ``W``, ``[out, in]``.
         masks: logits ``M``, on the device of ``weight`` and of its dtype, or float32 (see :func:`metamask_ext.masked_weight`): one
             tensor ``[T, out, in]``, or a sequence of ``T`` tensors ``[out, in]``. Of a sequence, only these tensors get gradients
-            (zero where the batch does not have the task).
+            (zero where the batch does not have the task), in their own dtypes.
         bias: ``b``, ``[out]``, or None.
         bias_masks: logits ``M_b``, ``[T, out]`` or a sequence of ``T`` tensors ``[out]``; None leaves the bias unmasked.
         gate, temperature, threshold: see :func:`metamask_ext.masked_weight`.
@@ -74,7 +76,7 @@ def task_masked_linear(
     if fx_trace._is_fx_tracing_flag and (traced := traced_function(task_masked_linear, locals())) is not None:
         return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
-    given, given_bias = _fitting(weight, masks, bias_masks, gate_id, gate_param)
+    given, given_bias = _as_lists(weight, masks, bias_masks)
     return _linear(input, slots, weight, given, bias, given_bias, gate_id, gate_param, 1)
 
 
@@ -119,7 +121,28 @@ def task_masked_conv2d(
     if fx_trace._is_fx_tracing_flag and (traced := traced_function(task_masked_conv2d, locals())) is not None:
         return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
-    given, given_bias = _fitting(weight, masks, bias_masks, gate_id, gate_param)
+    try:
+        return _conv2d(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, stride, padding, dilation, groups)
+    except Exception as error:
+        all_given = {"input": input, "slots": slots, "weight": weight, "masks": masks, "bias": bias, "bias_masks": bias_masks}
+        raise worded(error, partial(check_dense, **all_given)) from None
+
+
+def _conv2d(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    masks: Masks,
+    bias: Tensor | None,
+    bias_masks: Masks | None,
+    gate_id: int,
+    gate_param: float,
+    stride: int | tuple[int, int],
+    padding: str | int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
+) -> Tensor:
+    given, given_bias = _as_lists(weight, masks, bias_masks)
     check_masks(given, weight)
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the rows of weight, {weight.shape[0]}, got {groups}")
@@ -142,15 +165,10 @@ def task_masked_conv2d(
     return (y if input.dim() == 4 else y[0]).clone(memory_format=torch.contiguous_format)
 
 
-def _fitting(
-    weight: Tensor, masks: Masks, bias_masks: Masks | None, gate_id: int, gate_param: float
-) -> tuple[list[Tensor], list[Tensor] | None]:
-    """The masks as the ops take them: lists, in the dtype of ``weight`` where they may be of another."""
+def _as_lists(weight: Tensor, masks: Masks, bias_masks: Masks | None) -> tuple[list[Tensor], list[Tensor] | None]:
+    """The masks as the ops take them: lists, each of one dtype."""
     given, of_bias = as_list("masks", masks), None if bias_masks is None else as_list("bias_masks", bias_masks)
-    if getattr(weight, "dtype", None) in SIXTEEN_BITS:
-        given = fit_each(weight, given, gate_id, gate_param)
-        of_bias = None if of_bias is None else fit_each(weight, of_bias, gate_id, gate_param)
-    return given, of_bias
+    return of_one_dtype(weight, given), None if of_bias is None else of_one_dtype(weight, of_bias)
 
 
 ONE_CONVOLUTION_ON = ("cuda",)
@@ -190,7 +208,7 @@ def _one_convolution(
     weights, logits = _each_task(weight, masks, tasks)
     if bias is not None and bias_masks is not None:
         biases, bias_logits = _each_task(bias, bias_masks, tasks)
-        weights, logits = weights + biases, logits + bias_logits
+        weights, logits = weights + biases, of_one_dtype(weight, logits + bias_logits)
     thetas = theta_list(weights, logits, gate_id, gate_param, autocast_dtype(weight))
     # A negative index would count from the end: this one is out of range, which is an error also where nobody can look.
     slots = torch.where(slots < 0, tasks, slots)
@@ -252,6 +270,7 @@ def _check(
     bias_masks: list[Tensor] | None,
     groups: int,
 ) -> None:
+    check_dense(input=input, slots=slots, weight=weight, masks=masks, bias=bias, bias_masks=bias_masks)
     check_task_linear(input, slots, weight, masks, bias, bias_masks, groups)
     check_input_dtype(input, weight)
     check_slot_values(slots, count_tasks(masks, weight))

@@ -11,12 +11,13 @@ from torch import Tensor
 from metamask_ext._build import BACKEND
 
 from ..checks import (
+    check_batch_grad,
+    check_flags,
     check_mask_logits,
-    check_packed_grad,
-    check_packed_input,
     check_packed_linear,
-    check_packed_weight,
     check_shape,
+    check_storage,
+    check_superposition,
 )
 from ..geometry import packed_shape
 
@@ -80,12 +81,16 @@ if BACKEND != "reference":
     @torch.library.register_fake("metamask::packed_masked_linear")
     def _(input, slots, weight, packed, bias, packed_bias, groups, dtype=None):
         check_packed_linear(input, slots, weight, packed, bias, packed_bias, groups)
+        check_storage("input", input.dtype, weight)
+        check_storage("dtype", dtype or weight.dtype, weight)
         return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or weight.dtype)
 
     @torch.library.register_fake("metamask::packed_masked_linear_backward")
     def _(grad, input, slots, weight, packed, bias, packed_bias, groups, output_mask=(True, True, True)):
         check_packed_linear(input, slots, weight, packed, bias, packed_bias, groups)
-        check_packed_grad(grad, input, weight)
+        check_storage("input", input.dtype, weight)
+        check_batch_grad(grad, input, weight)
+        check_flags("output_mask", output_mask, 3)
         return (
             input.new_empty(input.shape) if output_mask[0] else None,
             weight.new_empty(weight.shape) if output_mask[1] else None,
@@ -94,7 +99,6 @@ if BACKEND != "reference":
 
     @torch.library.register_fake("metamask::packed_superposition_gradient")
     def _(grad, input, weight, packed, groups):
-        tasks = check_packed_weight(weight, packed, groups)
-        check_packed_input(input, weight, groups)
-        check_packed_grad(grad, input, weight)
+        tasks = check_superposition(grad, input, weight, packed, groups)
+        check_storage("input", input.dtype, weight)
         return grad.new_empty((input.shape[0], tasks))

@@ -16,6 +16,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -150,6 +151,14 @@ class MaskedWeightDoubleBackward(Function):
 
 theta_of: Callable[..., Tensor] = MaskedWeight.apply
 weight_gradients: Callable[..., tuple[Tensor | None, Tensor | None]] = MaskedWeightBackward.apply
+
+
+def sum_dtype(grad: Tensor, parameter: Tensor | None, logits: Tensor | None) -> torch.dtype:
+    """The dtype of a sum over a batch that becomes the gradient of ``theta``.
+
+    Logits of float32 beside a parameter of 16 bits get a gradient that was never rounded to 16 bits.
+    """
+    return grad.dtype if parameter is None or logits is None or logits.dtype == parameter.dtype else logits.dtype
 
 
 def bias_gradients(

@@ -8,6 +8,7 @@ computed in float32) and any strides, and can be differentiated by autograd and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
-from ..checks import check_pair, check_pairs
-from ..dispatch import FLOAT32, fit_logits, use_reference
+from ..checks import check_dense, check_pair, check_pairs
+from ..dispatch import of_one_dtype, use_reference, worded
 from ..gate import resolve_gate
 from . import raw, reference
 from .autograd import MaskedWeight, MaskedWeightList
@@ -62,9 +63,8 @@ def masked_weight(
     Args:
         weight: ``W``, of any shape; floating point. Or a sequence of them, all of one dtype and on one device.
         mask_logits: ``M``, of the shape and device of ``weight`` and of its dtype, or float32 beside a weight of 16 bits; for a
-            sequence, a sequence of as many. Updates that 16 bits would round away add up in float32 logits. The sigmoid is that of
-            the logits rounded to the dtype of ``weight``, as it would be with logits of 16 bits; their gradient is float32. A hard
-            gate compares the logits as they are.
+            sequence, a sequence of as many. Updates that 16 bits would round away add up in float32 logits: the gate is that of
+            the logits as they are, and their gradient is float32.
         gate: ``"sigmoid"`` or ``"hard"``.
         temperature: ``t > 0``, in units of a logit; used by ``"sigmoid"``.
         threshold: ``c``, in units of a logit; used by ``"hard"``.
@@ -80,14 +80,21 @@ def masked_weight(
     if fx_trace._is_fx_tracing_flag and (traced := traced_function(masked_weight, locals())) is not None:
         return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
+    try:
+        return _masked(weight, mask_logits, gate_id, gate_param)
+    except Exception as error:
+        raise worded(error, partial(check_dense, weight=weight, mask_logits=mask_logits)) from None
+
+
+def _masked(
+    weight: Tensor | Sequence[Tensor], mask_logits: Tensor | Sequence[Tensor], gate_id: int, gate_param: float
+) -> Tensor | list[Tensor]:
     logits: Any = mask_logits
     if isinstance(weight, Sequence):
-        if isinstance(logits, Sequence) and len(logits) == len(weight):
-            logits = [fit_logits(one, mask, gate_id, gate_param) for one, mask in zip(weight, logits)]
+        if weight and isinstance(logits, Sequence):
+            logits = of_one_dtype(weight[0], list(logits))
         check_pairs(weight, logits)
         return theta_list(weight, logits, gate_id, gate_param, None)
-    if getattr(weight, "dtype", FLOAT32) is not FLOAT32:
-        logits = fit_logits(weight, logits, gate_id, gate_param)
     check_pair(weight, logits)
     if use_reference():
         return reference.masked_weight(weight, logits, gate_id, gate_param)

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from metamask_ext._build import BACKEND
 
-from ..checks import check_each_like, check_like, check_pair, check_pairs
+from ..checks import check_each_like, check_flags, check_like, check_pair, check_pairs, check_storage
+from ..gate import check_gate
+from ..geometry import check_sizes
+from ..sgd_checks import Updated, check_apart, check_update
 
 SgdSettings = tuple[float, float, float]
 """Of a step of SGD: ``lr, weight_decay, momentum``."""
@@ -112,52 +115,98 @@ def masked_weight_backward_sgd_(
 
 if BACKEND != "reference":
 
+    def _check(weight, mask_logits, gate_id, gate_param):
+        check_gate(gate_id, gate_param)
+        check_pair(weight, mask_logits)
+        check_sizes("weight", weight.shape)
+
+    def _check_list(weight, mask_logits, gate_id, gate_param):
+        check_gate(gate_id, gate_param)
+        check_pairs(weight, mask_logits)
+        for index, one in enumerate(weight):
+            check_sizes(f"weight[{index}]", one.shape)
+
+    def _check_grads(grad, weight):
+        check_each_like("grad", grad, weight)
+        for index, one in enumerate(grad):
+            if one.dtype != grad[0].dtype:
+                raise TypeError(f"grad[{index}] must have the dtype of grad[0], {grad[0].dtype}, got {one.dtype}")
+
     @torch.library.register_fake("metamask::masked_weight")
     def _(weight, mask_logits, gate_id, gate_param, dtype=None):
-        check_pair(weight, mask_logits)
+        _check(weight, mask_logits, gate_id, gate_param)
+        check_storage("dtype", dtype or weight.dtype, weight)
         return torch.empty_like(weight, dtype=dtype)
 
     @torch.library.register_fake("metamask::masked_weight_backward")
     def _(grad, weight, mask_logits, gate_id, gate_param, output_mask=(True, True)):
-        check_pair(weight, mask_logits)
+        check_flags("output_mask", output_mask, 2)
+        _check(weight, mask_logits, gate_id, gate_param)
         check_like("grad", grad, weight)
-        return tuple(torch.empty_like(weight) if need else None for need in output_mask)
+        return _gradients(weight, mask_logits, output_mask)
 
     @torch.library.register_fake("metamask::masked_weight_backward_sgd_")
     def _(grad, weight, mask_logits, weight_buffer, mask_buffer, gate_id, gate_param, output_mask, updates, *settings):
-        check_pair(weight, mask_logits)
+        check_flags("output_mask", output_mask, 2)
+        check_flags("updates", updates, 2)
+        _check(weight, mask_logits, gate_id, gate_param)
         check_like("grad", grad, weight)
-        return tuple(torch.empty_like(weight) if need and not update else None for need, update in zip(output_mask, updates))
+        parameters = [
+            Updated("weight", weight, updates[0], weight_buffer, settings[0]),
+            Updated("mask_logits", mask_logits, updates[1], mask_buffer, settings[1]),
+        ]
+        for parameter in parameters:
+            check_update(parameter)
+        if updates[1] and mask_logits.numel() > 1 and mask_logits.stride() != torch.empty_like(weight).stride():
+            raise ValueError(
+                f"mask_logits must have the strides of weight to be updated in place, {list(weight.stride())}, "
+                f"got {list(mask_logits.stride())}"
+            )
+        check_apart(parameters, {"grad": grad})
+        return _gradients(weight, mask_logits, [need and not update for need, update in zip(output_mask, updates)])
 
     @torch.library.register_fake("metamask::masked_weight_double_backward")
     def _(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate_id, gate_param, output_mask=(True, True, True)):
-        check_pair(weight, mask_logits)
+        check_flags("output_mask", output_mask, 3)
+        _check(weight, mask_logits, gate_id, gate_param)
         check_like("grad", grad, weight)
         for name, cotangent in (("cotangent_weight", cotangent_weight), ("cotangent_mask", cotangent_mask)):
             if cotangent is not None:
                 check_like(name, cotangent, weight)
-        dtypes = (grad.dtype, weight.dtype, weight.dtype)
+        to_grad = torch.empty_like(weight, dtype=grad.dtype) if output_mask[0] else None
+        return to_grad, *_gradients(weight, mask_logits, output_mask[1:])
+
+    def _gradients(weight, mask_logits, output_mask):
+        """Those of the logits are in the memory order of the weight too."""
+        dtypes = (weight.dtype, mask_logits.dtype)
         return tuple(torch.empty_like(weight, dtype=dtype) if need else None for need, dtype in zip(output_mask, dtypes))
 
     @torch.library.register_fake("metamask::masked_weight_list")
     def _(weight, mask_logits, gate_id, gate_param, dtype=None):
-        check_pairs(weight, mask_logits)
+        _check_list(weight, mask_logits, gate_id, gate_param)
+        check_storage("dtype", dtype or weight[0].dtype, weight[0])
         return [torch.empty_like(one, dtype=dtype) for one in weight]
 
     @torch.library.register_fake("metamask::masked_weight_list_backward")
     def _(grad, weight, mask_logits, gate_id, gate_param, output_mask=(True, True)):
-        check_pairs(weight, mask_logits)
-        check_each_like("grad", grad, weight)
-        return tuple([torch.empty_like(one) for one in weight] if need else [] for need in output_mask)
+        check_flags("output_mask", output_mask, 2)
+        _check_list(weight, mask_logits, gate_id, gate_param)
+        _check_grads(grad, weight)
+        return _list_gradients(weight, mask_logits, output_mask)
 
     @torch.library.register_fake("metamask::masked_weight_list_double_backward")
     def _(cotangent_weight, cotangent_mask, grad, weight, mask_logits, gate_id, gate_param, output_mask=(True, True, True)):
-        check_pairs(weight, mask_logits)
-        check_each_like("grad", grad, weight)
+        check_flags("output_mask", output_mask, 3)
+        _check_list(weight, mask_logits, gate_id, gate_param)
+        _check_grads(grad, weight)
         for name, cotangents in (("cotangent_weight", cotangent_weight), ("cotangent_mask", cotangent_mask)):
             if cotangents:
                 check_each_like(name, cotangents, weight)
-        dtypes = (grad[0].dtype, weight[0].dtype, weight[0].dtype)
+        to_grad = [torch.empty_like(one, dtype=grad[0].dtype) for one in weight] if output_mask[0] else []
+        return to_grad, *_list_gradients(weight, mask_logits, output_mask[1:])
+
+    def _list_gradients(weight, mask_logits, output_mask):
+        dtypes = (weight[0].dtype, mask_logits[0].dtype)
         return tuple(
             [torch.empty_like(one, dtype=dtype) for one in weight] if need else [] for need, dtype in zip(output_mask, dtypes)
         )

@@ -14,7 +14,7 @@ from ..gate import SIGMOID, compute_dtype, gate_values
 
 
 def masked_weight(weight: Tensor, mask_logits: Tensor, gate_id: int, gate_param: float, dtype: torch.dtype | None = None) -> Tensor:
-    """``theta = W * g(M)``, in ``dtype`` (default: that of ``weight``)."""
+    """``theta = W * g(M)``, in ``dtype`` (default: that of ``weight``); ``M`` may be float32 beside a weight of 16 bits."""
     compute = compute_dtype(weight.dtype)
     logits = mask_logits.to(compute)
     # Only s: under torch.compile and in a forward nobody differentiates, d and d2 would be dead arithmetic.
@@ -36,7 +36,7 @@ def masked_weight_backward(
     s, d, _ = gate_values(mask_logits.to(compute), gate_id, gate_param)
     return (
         (g * s).to(weight.dtype) if output_mask[0] else None,
-        (g * w * d).to(weight.dtype) if output_mask[1] else None,
+        (g * w * d).to(mask_logits.dtype) if output_mask[1] else None,
     )
 
 
@@ -62,7 +62,7 @@ def masked_weight_double_backward(
     return (
         (a * s + b * w * d).to(grad.dtype) if output_mask[0] else None,
         (b * g * d).to(weight.dtype) if output_mask[1] else None,
-        (a * g * d + b * g * w * d2).to(weight.dtype) if output_mask[2] else None,
+        (a * g * d + b * g * w * d2).to(mask_logits.dtype) if output_mask[2] else None,
     )
 
 
