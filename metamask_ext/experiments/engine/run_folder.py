@@ -141,7 +141,10 @@ class RunFolder:
             if results.exists():
                 self.say(f"{str(self.path)!r} holds this run, finished: nothing is computed again")
                 metrics = self._same_run(results)
-                self.show(metrics)
+                try:
+                    self.show(metrics)
+                except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:  # what they say is used as it comes
+                    raise OutputError(f"{str(results)!r} is not of this version: {error!r:.200}") from error
                 return metrics
             self.resumed = self._unfinished = True
             self._before = self._read_elapsed()
