@@ -190,7 +190,7 @@ class MaskBank:
         """
         with self._saving:
             seen = self._seen if self._store is None else self._seen | {self._store.state}
-            self._remember(folder.save(self.model, directory, None if overwrite else seen))
+            folder.save(self.model, directory, None if overwrite else seen, self._remember)
 
     def _remember(self, store: Store) -> None:
         store.mappings = self._mappings

@@ -266,6 +266,45 @@ class TestFileSystems:
         bank.save(tmp_path)
         assert len(files(tmp_path)) == len(before) + 1, "what was left is gone"
 
+    def test_an_error_after_the_commit(self, tmp_path, monkeypatch):
+        """The folder holds what was saved: the next save is not refused as if another had saved there, and no task is lost."""
+        new_bank(tmp_path)
+        bank = MaskBank.load(tmp_path, net())
+        bank.add_task("c")
+        replace, fsync = os.replace, os.fsync
+
+        def failing(descriptor: int) -> None:
+            if committed:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            fsync(descriptor)
+
+        committed: list[object] = []
+        monkeypatch.setattr(os, "fsync", failing)
+        monkeypatch.setattr(
+            os, "replace", lambda *given: committed.append(given) if replace(*given) or "bank.json" in str(given) else None
+        )
+        with pytest.raises(OSError, match="Input/output error"):
+            bank.save(tmp_path)
+        monkeypatch.undo()
+        assert Store.open(tmp_path).tasks == ["default", "a", "b", "c"]
+        bank.remove_task("b")
+        bank.save(tmp_path)
+        assert MaskBank.load(tmp_path, net()).tasks == ["default", "a", "c"]
+
+    def test_a_clean_up_that_fails(self, tmp_path, monkeypatch):
+        bank = new_bank(tmp_path)
+        bank.remove_task("b")
+
+        def unlink(path: object, **options: object) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+        monkeypatch.setattr(os, "unlink", unlink)
+        bank.save(tmp_path)
+        monkeypatch.undo()
+        count = len(files(tmp_path))
+        bank.save(tmp_path)
+        assert Store.open(tmp_path).tasks == ["default", "a", None] and len(files(tmp_path)) == count - 1
+
     def test_temporary_names_cannot_be_prepared(self, tmp_path):
         store = new_store(tmp_path / "bank")
         (tmp_path / "victim").write_text("precious")

@@ -174,6 +174,13 @@ class TestMetrics:
         with pytest.warns(UserWarning), pytest.raises(OutputError, match=r"metrics\.json' is not of this version"):
             report.report(tmp_path / "runs", tmp_path / "docs")
 
+    @pytest.mark.parametrize("name", ["seeds", "results", "baselines"])
+    @pytest.mark.parametrize("value", [3, [], None, {"masked": 3}])
+    def test_nonsense_is_not_shown(self, folder, name, value):
+        edit(folder / "metrics.json", lambda metrics: metrics.update({name: value}), keep=False)
+        with pytest.warns(UserWarning), pytest.raises(OutputError, match=r"metrics\.json' is not of this version"):
+            again(folder)
+
     @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
     @pytest.mark.parametrize("name", ["metrics.json", "run.json"])
     def test_damaged_files(self, folder, name, damage):
