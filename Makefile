@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-instruction-sets bench lint format types emulate faults mutate cuda-check cuda-report gpu install-check clean
+.PHONY: help demo test test-instruction-sets bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -80,9 +80,16 @@ emulate: $(VENV)/.test  ## the CUDA kernels on this machine's CPU, under the che
 faults: $(VENV)/.test  ## each call of a save and of a training loop fails, kills or is interrupted once; power failures; needs gcc
 	cd tests && $(abspath $(BIN))/python -m faults
 
+soak: $(VENV)/.test  ## ten minutes of random operations on a bank beside plain torch; 5,000 calls of each part within 2 MiB
+	cd tests && $(abspath $(BIN))/python -m faults.soak
+
 MUTANTS ?= --all
 mutate: $(VENV)/.test  ## remove each barrier, wait and bounds check of the CUDA kernels, one at a time: a test must fail; needs nvcc
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/mutate.py $(MUTANTS)
+
+FUZZED ?= --cases 20000
+sanitize: $(VENV)/.test  ## 20,000 cases of the ops' fuzzer under ASan and UBSan, on every instruction set; needs g++
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/sanitize.py $(FUZZED)
 
 cuda-check: $(VENV)/.torch  ## compile the CUDA sources for every architecture; needs nvcc, no GPU
 	$(BIN)/python tools/cuda_check.py

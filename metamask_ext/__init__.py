@@ -18,6 +18,7 @@ from . import meta, nn, optim
 from .bank import MaskBank
 from .nn.convert import convert
 from .nn.merge import merge
+from .nn.report import conversion_report
 from .nn.tasks import add_task, remove_task, slots, tasks
 from .nn.using_task import using_task
 from .ops.conv2d.functional import masked_conv2d
@@ -32,6 +33,7 @@ __all__ = [
     "MaskBank",
     "add_task",
     "build_info",
+    "conversion_report",
     "convert",
     "masked_conv2d",
     "masked_linear",

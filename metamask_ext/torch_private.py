@@ -49,6 +49,18 @@ without_torch_function = torch._C.DisableTorchFunctionSubclass
 """A context in which tensor subclasses are plain tensors, as their ``__torch_function__`` needs it to call the function itself."""
 
 
+T = TypeVar("T", bound=Tensor)
+
+
+def tensor_without_memory(kind: type[T], like: Tensor) -> T:
+    """A tensor of a subclass that has the shape, strides, dtype and device of ``like``, and no values.
+
+    Without it, torch's functions that ask no subclass would read values that are of no task.
+    """
+    make: Callable[..., T] = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]  # no stub
+    return make(kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, requires_grad=like.requires_grad)
+
+
 def in_transform() -> bool:
     """True if a torch.func transform or a forward-mode AD level is active.
 

@@ -137,3 +137,18 @@ def test_tools_that_reparametrise():
     seen.clear()
     torch.nn.SyncBatchNorm.convert_sync_batchnorm(Layer(4))
     assert (False, True) in seen
+
+
+@pins("torch.Tensor._make_wrapper_subclass", "a weight of which there are several has a shape and no values")
+def test_make_wrapper_subclass():
+    from metamask_ext.torch_private import tensor_without_memory
+
+    class Refusing(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise RuntimeError("refused")
+
+    made = tensor_without_memory(Refusing, torch.ones(2, 3, dtype=torch.float64).t())
+    assert (made.shape, made.stride(), made.dtype) == ((3, 2), (1, 3), torch.float64)
+    with pytest.raises(RuntimeError, match="refused"):
+        torch.tensor(made)

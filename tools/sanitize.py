@@ -28,10 +28,14 @@ def build() -> None:
 def environment(instruction_set: str = "") -> dict[str, str]:
     """Variables of a Python with the sanitizer's runtime, which must be loaded before everything else."""
     compiler = os.environ.get("CXX", "g++")
-    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    # The runtime passes exceptions on to the C++ library, which must be there when it starts.
+    runtimes = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
     return {
         **os.environ,
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": " ".join(runtimes),
         # Python and torch keep memory to the end; a refused allocation is torch's error to raise.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",

@@ -25,7 +25,7 @@ TaskArrays gradients_like(const TaskArrays& masks, const Segments& segments) {
   if (masks.stacked) {
     made.tensors.push_back(Cpu::gradient_like(masks.tensors[0], at::MemoryFormat::Contiguous));  // it may be expanded
     for (int64_t task = 0; task < masks.tasks; ++task) {
-      if (!segments.uses(task)) std::memset(made.mutable_data(task), 0, masks.bytes);
+      if (masks.bytes > 0 && !segments.uses(task)) std::memset(made.mutable_data(task), 0, masks.bytes);
     }
     return made;
   }

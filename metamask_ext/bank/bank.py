@@ -16,6 +16,7 @@ from ..nn.using_task import using_task
 from . import folder
 from .counts import Sums
 from .inference import infer
+from .mappings import OF_PROCESS, Mappings
 from .per_task import keep_matching, per_task_names
 from .store import Store
 
@@ -50,19 +51,24 @@ class MaskBank:
         model: a module with masked layers.
         per_task: glob patterns of names of parameters and buffers (``"head.*"``). :class:`metamask_ext.nn.TaskBatchNorm2d` needs
             none.
+        max_resident: the most files of tasks in a folder that are mapped into memory at once; what is used beyond them is read
+            into memory of its own. Files of up to 256 KiB always are. None: 4,096, for all such banks together.
 
     Attributes:
         model: the model.
 
     Raises:
-        TypeError: ``model`` is no module, or a pattern no string.
-        ValueError: ``model`` has no masked layer, a pattern matches nothing, or only what a masked layer shares between its tasks.
+        TypeError: ``model`` is no module, a pattern no string, or ``max_resident`` no integer.
+        ValueError: ``model`` has no masked layer, a pattern matches nothing, or only what a masked layer shares between its tasks;
+            ``max_resident`` is negative.
     """
 
-    def __init__(self, model: nn.Module, per_task: str | Iterable[str] = ()):
+    def __init__(self, model: nn.Module, per_task: str | Iterable[str] = (), *, max_resident: int | None = None):
+        mappings = OF_PROCESS if max_resident is None else Mappings(max_resident)
         model_tasks.masked_layers(model)
         keep_matching(model, per_task)
         self.model = model
+        self._mappings = mappings
         self._store: Store | None = None
         self._seen: frozenset[str] = frozenset()
         """The states of folders that were loaded into the model, or saved from it: a save may replace them."""
@@ -184,18 +190,19 @@ class MaskBank:
         """
         with self._saving:
             seen = self._seen if self._store is None else self._seen | {self._store.state}
-            self._remember(folder.save(self.model, directory, None if overwrite else seen))
+            folder.save(self.model, directory, None if overwrite else seen, self._remember)
 
     def _remember(self, store: Store) -> None:
+        store.mappings = self._mappings
         self._store = store
         self._seen |= {store.state}
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str], model: nn.Module) -> MaskBank:
+    def load(cls, directory: str | os.PathLike[str], model: nn.Module, max_resident: int | None = None) -> MaskBank:
         """Load the bank in a folder into ``model``: its shared weights are overwritten, its tasks replaced by the bank's.
 
-        Packed tasks are mapped, and checked, when they are first used: the time does not depend on their number, unless the bank
-        keeps parameters per task (heads), which are all read. Logits come
+        Packed tasks are read or mapped, and checked, when they are first used: the time does not depend on their number, unless
+        the bank keeps parameters per task (heads), which are all read. Logits come
         in the dtype of the model's masks. Temperature, threshold and the tensors kept per task are the bank's.
 
         Optimisers made before hold what they held: the shared weights, and the logits and tensors per task of every task that the
@@ -206,13 +213,17 @@ class MaskBank:
         Args:
             directory: as given to :meth:`save`.
             model: has the masked layers that were saved, of the same names, shapes, gates and dtypes.
+            max_resident: see :class:`MaskBank`.
 
         Raises:
             BankError: no bank is there, it is damaged, or it is of another model; ``model`` has not changed.
         """
+        mappings = OF_PROCESS if max_resident is None else Mappings(max_resident)
         store = Store.open(directory)
+        store.mappings = mappings
         folder.load(store, model)
         bank = cls(model)
+        bank._mappings = mappings
         bank._remember(store)
         return bank
 

@@ -10,9 +10,10 @@ from ..ops.gate import resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import unpack_mask
 from ..ops.weight import reference as weight_reference
+from ..torch_private import EXTRA_STATE
 from .index import INDEX, BankError
 from .per_task import full_name
-from .settings import LayerSettings, layer_settings
+from .settings import gate_settings, layer_shapes
 from .store import Store
 
 BITS, LOGITS, STATE = "bits/", "logits/", "state/"
@@ -36,8 +37,10 @@ def task_state(store: Store, name: str) -> dict[str, Tensor]:
 
 def _task_state(store: Store, name: str) -> dict[str, Tensor]:
     shared, task = store.shared(), dict(store.task(name))
-    state = dict(shared)
-    for key, (layer, shape) in _masked(store).items():
+    masked = _masked(store)
+    of_masks = {full_name(layer, EXTRA_STATE) for layer, _ in masked.values()}  # settings that a plain layer does not have
+    state = {key: tensor for key, tensor in shared.items() if key not in of_masks}
+    for key, (layer, shape) in masked.items():
         weight = shared.get(key)
         if weight is None or weight.shape != shape:
             got = "none" if weight is None else str(list(weight.shape))
@@ -52,7 +55,7 @@ def _task_state(store: Store, name: str) -> dict[str, Tensor]:
             elif logits is not None:
                 if bool(nan_flag(logits)):
                     raise ValueError(f"the logits of task {name!r} hold NaN")
-                gate = resolve_gate(layer.gate, layer.temperature, layer.threshold)
+                gate = resolve_gate(*gate_settings(store.meta["layers"][layer]))
                 check_pair(weight, logits, key, LOGITS + key)
                 state[key] = weight_reference.masked_weight(weight, logits, *gate)
         except (TypeError, ValueError) as error:
@@ -64,12 +67,12 @@ def _task_state(store: Store, name: str) -> dict[str, Tensor]:
     return state
 
 
-def _masked(store: Store) -> dict[str, tuple[LayerSettings, torch.Size]]:
-    """Map every masked weight's and bias's state_dict name to its layer's settings and its shape."""
+def _masked(store: Store) -> dict[str, tuple[str, torch.Size]]:
+    """Map every masked weight's and bias's state_dict name to its layer's path and its shape."""
     return {
-        full_name(path, part): (layer, torch.Size(shape))
-        for path, layer in layer_settings(store.directory / INDEX, store.meta).items()
-        for part, shape in (("weight", layer.weight), ("bias", layer.bias))
+        full_name(path, part): (path, torch.Size(shape))
+        for path, shapes in layer_shapes(store.directory / INDEX, store.meta).items()
+        for part, shape in zip(("weight", "bias"), shapes)
         if shape is not None
     }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,8 +36,12 @@ SETTINGS = "temperature", "threshold"
 """The settings of a layer that a bank brings along; the rest of its description must be the model's."""
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str], seen: Collection[str] | None) -> Store:
+def save(
+    model: nn.Module, directory: str | os.PathLike[str], seen: Collection[str] | None, remember: Callable[[Store], object]
+) -> None:
     """Save the model's tasks; ``seen``: the states of the folder that may be replaced, None: any.
+
+    ``remember`` is called with the bank that was saved, also where an error came too late to undo that.
 
     Tasks that nobody has used since they were loaded are referred to. All others are compared with the folder by their contents:
     there are too many ways to write to a tensor for anything else to tell whether it has changed.
@@ -46,12 +51,24 @@ def save(model: nn.Module, directory: str | os.PathLike[str], seen: Collection[s
         shared = {name: tensor.detach() for name, _, _, tensor in shared_tensors(model)}
         meta = {"layers": _layers(model), "per_task": _per_task(model)}
         tasks = [None if name is None else (name, _task(kept, name, seen is None)) for name in slots(model)]
-    store = write_store(directory, meta, shared, tasks, seen=seen)
-    source = _Source(store, kept)
-    with structure():
-        for each in kept:
-            each.tensors._fetch = _Fetch(source, each) if each.tensors._waiting else None
-    return store
+    states: list[str] = []
+
+    def adopt(store: Store) -> None:
+        source = _Source(store, kept)
+        with structure():
+            for each in kept:
+                each.tensors._fetch = _Fetch(source, each) if each.tensors._waiting else None
+        remember(store)
+
+    try:
+        store = write_store(directory, meta, shared, tasks, seen=seen, committing=states.append)
+    except BaseException:
+        with suppress(OSError, BankError):  # the error above is the one to know
+            found = Store.open(directory) if states else None
+            if found is not None and found.state in states:
+                adopt(found)
+        raise
+    adopt(store)
 
 
 def _task(kept: Sequence[_Kept], name: str, anew: bool) -> TaskSource:
@@ -71,13 +88,7 @@ def load(store: Store, model: nn.Module) -> None:
     index = store.directory / INDEX
     per_task = _check_model(index, store.meta, model)
     settings = layer_settings(index, store.meta)
-    names = store.tasks
-    present = [name for name in names if name is not None]
-    for name in present:
-        if not isinstance(packed := store.info(name).get("packed", False), bool):
-            raise BankError(f"{index}: packed of task {name!r} must be true or false, got {packed!r:.60}")
-    if not present:
-        raise BankError(f"{index}: the bank has no task, and a masked layer needs one")
+    present = _checked_tasks(store)
     shared = store.shared()
     own = {full_name(path, name) for path, of_module in per_task.items() for name in of_module}
     targets = {full: tensor for full, _, _, tensor in shared_tensors(model) if full not in own}
@@ -110,6 +121,17 @@ def load(store: Store, model: nn.Module) -> None:
     except BaseException:  # Ctrl-C amid the layers would leave a model of two banks
         take_in()
         raise
+
+
+def _checked_tasks(store: Store) -> list[str]:
+    """Return the names of the bank's tasks. BankError if there are none, or ``bank.json`` does not say if one is packed."""
+    index, present = store.directory / INDEX, [name for name in store.tasks if name is not None]
+    for name in present:
+        if not isinstance(packed := store.info(name).get("packed", False), bool):
+            raise BankError(f"{index}: packed of task {name!r} must be true or false, got {packed!r:.60}")
+    if not present:
+        raise BankError(f"{index}: the bank has no task, and a masked layer needs one")
+    return present
 
 
 def _take_in(

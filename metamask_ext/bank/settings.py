@@ -28,39 +28,63 @@ def layer_settings(index: Path, meta: JsonObject) -> dict[str, LayerSettings]:
     Raises:
         BankError: it describes none, or a value cannot be: a shape, a gate, a temperature, a threshold or a dtype.
     """
+    shapes = layer_shapes(index, meta)
+    return {path: _layer(index, path, layer, *shapes[path]) for path, layer in meta["layers"].items()}
+
+
+def layer_shapes(index: Path, meta: JsonObject) -> dict[str, tuple[list[int], list[int] | None]]:
+    """Return the shapes of the layers' weights and biases. BankError as of :func:`layer_settings`."""
     layers = meta.get("layers")
     if not isinstance(layers, dict):
-        raise BankError(f"{index}: meta does not describe the masked layers (layers must be an object, got {_short(layers)})")
-    return {path: _layer(index, path, layer) for path, layer in layers.items()}
+        raise _undescribed(index, f"layers must be an object, got {_short(layers)}")
+    found: dict[str, tuple[list[int], list[int] | None]] = {}
+    for path, layer in layers.items():
+        if not isinstance(layer, dict):
+            raise _undescribed(index, f"layer {path!r} must be an object, got {_short(layer)}")
+        bias = layer.get("bias")
+        weight = _shape(index, f"weight of layer {path!r}", layer.get("weight"))
+        found[path] = weight, None if bias is None else _shape(index, f"bias of layer {path!r}", bias)
+    return found
 
 
-def _layer(index: Path, path: str, layer: object) -> LayerSettings:
-    if not isinstance(layer, dict):
-        raise BankError(f"{index}: layer {path!r} must be an object, got {_short(layer)}")
-    if missing := [name for name in LayerSettings.__annotations__ if name not in layer and name != "bias"]:
-        raise BankError(f"{index}: layer {path!r} has no {missing[0]!r}")
-    bias = layer.get("bias")
-    for name, shape in (("weight", layer["weight"]), *([] if bias is None else [("bias", bias)])):
-        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
-            raise BankError(f"{index}: {name} of layer {path!r} must be a list of sizes, got {_short(shape)}")
-    for name in ("gate", "dtype"):
-        if not isinstance(layer[name], str):
-            raise BankError(f"{index}: {name} of layer {path!r} must be a string, got {_short(layer[name])}")
-    temperature, threshold = (_number(index, f"{name} of layer {path!r}", layer[name]) for name in ("temperature", "threshold"))
+def _shape(index: Path, what: str, shape: object) -> list[int]:
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise _undescribed(index, f"{what} must be a list of sizes, got {_short(shape)}")
+    return shape
+
+
+def _layer(index: Path, path: str, layer: JsonObject, weight: list[int], bias: list[int] | None) -> LayerSettings:
+    dtype = layer.get("dtype")
     try:
-        resolve_gate(layer["gate"], temperature, threshold)
+        gate = gate_settings(layer)
+        if not isinstance(dtype, str):
+            raise ValueError(f"dtype must be a string, got {_short(dtype)}")
     except ValueError as error:
-        raise BankError(f"{index}: layer {path!r}: {error}") from error
-    return LayerSettings(layer["weight"], bias, layer["gate"], temperature, threshold, layer["dtype"])
+        raise _undescribed(index, f"layer {path!r}: {error}") from error
+    return LayerSettings(weight, bias, *gate, dtype)
 
 
-def _number(index: Path, what: str, value: object) -> float:
+def gate_settings(layer: JsonObject) -> tuple[str, float, float]:
+    """Return the gate, the temperature and the threshold of a layer. ValueError if one cannot be."""
+    gate = layer.get("gate")
+    if not isinstance(gate, str):
+        raise ValueError(f"gate must be a string, got {_short(gate)}")
+    temperature, threshold = (_number(name, layer.get(name)) for name in ("temperature", "threshold"))
+    resolve_gate(gate, temperature, threshold)
+    return gate, temperature, threshold
+
+
+def _undescribed(index: Path, why: str) -> BankError:
+    return BankError(f"{index}: meta does not describe the masked layers: {why}")
+
+
+def _number(name: str, value: object) -> float:
     try:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     except OverflowError:  # an integer that no float is near to
         pass
-    raise BankError(f"{index}: {what} must be a finite number, got {_short(value)}")
+    raise ValueError(f"{name} must be a finite number, got {_short(value)}")
 
 
 def names_per_task(index: Path, meta: JsonObject) -> dict[str, list[str]]:
@@ -73,7 +97,7 @@ def names_per_task(index: Path, meta: JsonObject) -> dict[str, list[str]]:
     for path, names in per_task.items():
         unique = isinstance(names, list) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
         if not unique:
-            raise BankError(f"{index}: per_task of {path!r} must be a list of different names, got {_short(names)}")
+            raise _undescribed(index, f"per_task of {path!r} must be a list of different names, got {_short(names)}")
     return per_task
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from weakref import ref
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -17,18 +15,17 @@ from torch import Tensor
 from ..files.read import parse_json, read_file
 from ..nn.names import plain
 from .index import INDEX, BankError, BankNotFoundError, File, Index, JsonObject, Task, read_index, regular_file
+from .mappings import OF_PROCESS
 
 _CHUNK = 1 << 20
-COPIED = 1 << 18
-"""Files of up to this many bytes are read: a mapping saves them nothing, and a process has 65,530 (``vm.max_map_count``)."""
-MAPPED = 4096
 
 
 class Store:
     """An opened bank on disk, to read.
 
-    A file is checked (its length and SHA-256) when it is first used, then mapped: its pages are read when a tensor's are touched.
-    The mapping is private: writing to a tensor changes neither the file nor what the next call returns.
+    A file is checked (its length and SHA-256) when it is first used. Up to 256 KiB it is then read; larger ones are mapped, as many
+    as ``mappings`` allows: their pages are read when a tensor's are touched. Mappings are private: writing to a tensor changes
+    neither the file nor what the next call returns. Files may be links to others, as in download caches.
 
     Other processes may save into the folder meanwhile. What is mapped stays valid. A file that is gone when it is first used makes
     the store read ``bank.json`` again: it goes on with the task's new file if the shared weights, ``meta`` and the task's slot are
@@ -40,10 +37,8 @@ class Store:
         self._opened = self._index = index
         self._slots = {task.name: slot for slot, task in enumerate(index.tasks) if task is not None}
         self._checked: set[str] = set()
-        self.max_mapped = MAPPED
-        """The most files that are mapped at once; what is used beyond them is read into memory."""
-        self._mapped: list[list[ref[Tensor]]] = []
-        self._lock = threading.Lock()
+        self.mappings = OF_PROCESS
+        """The bound on files that are mapped; what is used beyond it is read into memory."""
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Store:
@@ -167,8 +162,7 @@ class Store:
         """Return the tensors of ``file``; ``of``: the SHA-256 of the shared weights that it must belong to."""
         path = self.directory / file.path
         try:
-            large = file.bytes > COPIED and self._may_map()
-            belongs, tensors = self._map(path, file) if large else _read(path, file)
+            belongs, tensors = self._map(path, file) if self.mappings.allows(file.bytes) else _read(path, file)
         except (FileNotFoundError, NotADirectoryError, BankError):
             raise
         except OSError as error:
@@ -176,14 +170,8 @@ class Store:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:  # a dtype that safetensors does not know is a KeyError
             raise BankError(f"{path}: not a safetensors file ({error})") from error
         if belongs != of:
-            raise BankError(f"{path}: belongs to the shared weights {belongs!r:.100}, the bank has {of}")
+            raise BankError(f"{path}: belongs to the shared weights {belongs!s:.100}, the bank has {of}")
         return tensors
-
-    def _may_map(self) -> bool:
-        with self._lock:
-            if len(self._mapped) >= self.max_mapped:
-                self._mapped = [refs for refs in self._mapped if any(ref() is not None for ref in refs)]
-            return len(self._mapped) < self.max_mapped
 
     def _map(self, path: Path, file: File) -> tuple[str | None, dict[str, Tensor]]:
         if file.path not in self._checked:
@@ -198,8 +186,7 @@ class Store:
             if not path.exists():
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
             raise BankError(f"{path}: cannot be mapped: {' '.join(str(error).split())}") from error
-        with self._lock:
-            self._mapped.append([ref(tensor) for tensor in tensors.values()])
+        self.mappings.note(tensors.values())
         return belongs, tensors
 
 

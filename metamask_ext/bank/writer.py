@@ -75,6 +75,7 @@ def save(
     tasks: Slots,
     *,
     seen: Collection[str] | None = None,
+    committing: Callable[[str], object] = lambda state: None,
 ) -> Store:
     """Make the folder hold this bank, whatever it held before. Files whose contents are there already are not written again.
 
@@ -91,6 +92,7 @@ def save(
             no reading and no writing, unless ``shared`` has changed: a file says which shared weights it belongs to.
         seen: the states of the folder (:attr:`Store.state`) that may be replaced, compared under the lock of the commit: no save of
             others is undone unseen. None: any. A folder without a bank may always be written to.
+        committing: called with the new state just before it is committed: where this raises then, the folder may hold it.
 
     Returns:
         The bank, opened. Later references into this folder must be to this one: it knows the newest state.
@@ -125,14 +127,15 @@ def save(
             )
         _sweep(folder, before)
         try:
-            index = _Writer(folder, before).commit(meta, shared, tasks)
+            index = _Writer(folder, before, committing).commit(meta, shared, tasks)
         except BaseException:
             # Where the last fsync failed, the rename of bank.json may be on the disk or not: the files of both states stay.
             # Where this fails too, the error above is the one to know, and the next save deletes what is left.
             with suppress(OSError, BankError):
                 _sweep(folder, before, _committed(folder))
             raise
-        _sweep(folder, index)
+        with suppress(OSError):  # the bank is saved, and the next save deletes what is left
+            _sweep(folder, index)
     return Store(folder, index)
 
 
@@ -171,8 +174,9 @@ def _sweep(folder: Path, *keep: Index | None) -> None:
 class _Writer:
     """Makes one save: files under temporary names first, then their renames, then that of ``bank.json``."""
 
-    def __init__(self, folder: Path, before: Index | None):
+    def __init__(self, folder: Path, before: Index | None, committing: Callable[[str], object]):
         self.folder = folder
+        self.committing = committing
         self.before = before
         self.present = set() if before is None else before.paths()
         self.new: dict[str, Path] = {}
@@ -194,9 +198,10 @@ class _Writer:
             os.replace(temporary, self.folder / path)
         sync(self.folder / TASKS)
         sync(self.folder)
-        temporary = self._write(INDEX, data)
-        sync(temporary)
-        os.replace(temporary, self.folder / INDEX)
+        self._write(INDEX, data)
+        sync(self.new[INDEX])
+        self.committing(index.state)
+        os.replace(self.new[INDEX], self.folder / INDEX)
         sync(self.folder)
         return index
 
@@ -228,7 +233,7 @@ class _Writer:
                 data = read_file(self.folder / file.path)
                 if hashlib.sha256(data).hexdigest() != file.sha256:
                     raise BankError(f"{self.folder / file.path}: damaged, its SHA-256 is not {file.sha256}")
-                self.new[file.path] = self._write(file.path, data)
+                self._write(file.path, data)
         except FileNotFoundError as error:
             raise BankError(f"{self.folder / file.path}: missing, and {INDEX} names it") from error
         if size != file.bytes:
@@ -240,7 +245,7 @@ class _Writer:
         sha256 = hashlib.sha256(data).hexdigest()
         file = File(name(sha256), sha256, len(data))
         if file.path not in self.new and not (file.path in self.present and self._holds(file.path, data)):
-            self.new[file.path] = self._write(file.path, data)
+            self._write(file.path, data)
         return file
 
     def _holds(self, path: str, data: bytes) -> bool:
@@ -251,8 +256,8 @@ class _Writer:
         except FileNotFoundError:
             return False
 
-    def _write(self, path: str, data: bytes) -> Path:
-        return write_temporary(self.folder / path, data, synced=False)
+    def _write(self, path: str, data: bytes) -> None:
+        self.new[path] = write_temporary(self.folder / path, data, synced=False)
 
 
 def serialise(owner: str, tensors: Mapping[str, Tensor], shared: str | None) -> bytes:

@@ -325,7 +325,8 @@ class TaskLoop:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("tensorboard=True needs TensorBoard: pip install tensorboard") from error
-        writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.round + 1)
+        with output_errors(self.out / "tensorboard"):
+            writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.round + 1)
         stack.callback(writer.close)
 
         def record(line: Line) -> None:

@@ -21,15 +21,15 @@ def read_original(path: Path, md5: str, what: str) -> bytes:
     """Return the bytes of a data set's file.
 
     Raises:
-        RuntimeError: it cannot be read, or its MD5 is another: it is damaged, was not extracted whole, or is of another data set.
+        OutputError: it cannot be read, or its MD5 is another: it is damaged, was not extracted whole, or is of another data set.
     """
     try:
         data = read_file(path)
     except OSError as error:
-        raise RuntimeError(f"cannot read {str(path)!r}: {error.strerror}. Delete it, and {what} is downloaded again") from error
+        raise OutputError(f"cannot read {str(path)!r}: {error.strerror}. Delete it, and {what} is downloaded again") from error
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if found != md5:
-        raise RuntimeError(
+        raise OutputError(
             f"{str(path)!r} is damaged, or not {what}: {len(data)} bytes with the MD5 {found} instead of {md5}. Delete it, and "
             f"{what} is downloaded again"
         )
@@ -48,7 +48,7 @@ def download_whole(folder: Path, download: Callable[[Path], None], files: Mappin
         what: the data set, for messages.
 
     Raises:
-        RuntimeError: a file is not there, or not the original.
+        OutputError: a file is not there, or not the original.
         OSError: the files cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)

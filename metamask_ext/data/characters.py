@@ -65,7 +65,7 @@ def load_characters(root: str | Path | None = None, download: bool = True) -> Ch
 
     Raises:
         ImportError: the files are there and torchvision is not, or matplotlib is not; says what to install.
-        RuntimeError: an archive is there and is damaged, or not Omniglot's: delete it, and it is downloaded again.
+        OutputError: an archive is there and is damaged, or not Omniglot's: delete it, and it is downloaded again.
     """
     root = default_root() if root is None else Path(root)
     folder = root / "omniglot-py"

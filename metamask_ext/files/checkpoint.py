@@ -89,7 +89,7 @@ def check_same_settings(path: Path, then: Mapping[str, object], now: Mapping[str
     for key in [*now, *(key for key in then if key not in now)]:
         was, wanted = (repr(settings[key]) if key in settings else "absent" for settings in (then, now))
         if was != wanted:
+            change = f"{key} was {was:.500}, now {wanted:.500}"
             raise CheckpointError(
-                f"{str(path)!r} is of a run with other settings: {key} was {was}, now {wanted}. Use another folder, or the "
-                "same settings"
+                f"{str(path)!r} is of a run with other settings: {change}. Use another folder, or the same settings"
             )

@@ -32,9 +32,10 @@ def locked(path: Path, refuse: Callable[[OSError], Exception], *, create: bool =
         refuse: makes the exception that is raised where the lock cannot be had, of an OSError whose ``strerror`` says why.
         create: make the file if it is missing. What a link leads to is locked, but not made, and nothing is written to it.
     """
-    owner, stand_in = os.getpid(), (path / "lock.held" if path.is_dir() else path.with_name(path.name + ".held"))
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW if create and not path.is_symlink() else os.O_RDONLY | os.O_NONBLOCK
+    owner = os.getpid()
     try:
+        stand_in = path / "lock.held" if path.is_dir() else path.with_name(path.name + ".held")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW if create and not path.is_symlink() else os.O_RDONLY | os.O_NONBLOCK
         descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise refuse(error) from error

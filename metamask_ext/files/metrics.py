@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -38,6 +39,8 @@ class MetricsFile:
     def __init__(self, path: Path, length: int, sha256: str | None = None):
         self.path = path
         self._digest = hashlib.sha256()
+        if length and path.is_symlink():
+            raise CheckpointError(f"{str(path)!r} is a symbolic link; its checkpoint was made with a file of {length} bytes")
         with output_errors(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         try:
@@ -81,13 +84,16 @@ class MetricsFile:
         with output_errors(self.path):
             self._file.write(line)
         self._digest.update(line)
+        self._length += len(line)
 
     def sync(self) -> int:
         """Put all lines on the disk; return the length of the file in bytes."""
         with output_errors(self.path):
             self._file.flush()
             sync_descriptor(self._file.fileno())
-            return os.fstat(self._file.fileno()).st_size
+            if (size := os.fstat(self._file.fileno()).st_size) != self._length:
+                raise OSError(errno.EIO, f"{size} bytes are there, and {self._length} were written")
+        return self._length
 
     def __enter__(self) -> MetricsFile:
         return self

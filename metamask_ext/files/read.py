@@ -29,8 +29,11 @@ def read_file(path: Path, limit: int | None = None) -> bytes:
         size = regular_size(path, os.fstat(descriptor))
         if limit is not None and size > limit:
             raise OSError(errno.EFBIG, f"{size:,} bytes are more than such a file has, at most {limit:,}", str(path))
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read()
+        try:
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        except MemoryError:
+            raise OSError(errno.ENOMEM, f"{size:,} bytes are more than there is memory for", str(path)) from None
 
 
 def regular_size(path: Path, status: os.stat_result) -> int:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
+from ..ops.checks import check_layer_input
+from ..ops.dispatch import worded
 from ..torch_private import foreach_add_, foreach_copy_
 from .names import DEFAULT_TASK
 from .per_task import PerTask
-from .selection import TaskBatch
+from .selection import Selection, TaskBatch
 from .task_dict import TaskDict
 
 AFFINE = ("weight", "bias")
@@ -67,6 +69,23 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
 
     def _sample_dim(self, input: Tensor) -> int:
         return 3
+
+    def _plain_forward(self, *inputs: object, **options: object) -> Tensor:
+        try:
+            output: Tensor = super()._plain_forward(*inputs, **options)
+        except Exception as error:
+            given = inputs[0] if inputs else options.get("input")
+            raise worded(error, check_layer_input, given, self._device()) from None
+        return output
+
+    def _device(self) -> torch.device:
+        tensors = next(iter(self._dicts().values()))
+        return tensors[next(iter(tensors))].device
+
+    def _forward_selected(self, input: Tensor, active: Selection) -> Tensor:
+        check_layer_input(input, self._device())
+        output: Tensor = super()._forward_selected(input, active)
+        return output
 
     def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Tensor:
         self._check_input_dim(input)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 import torch
 from torch import nn
 
-from ..ops.checks import DTYPES
+from .convertible import has_own_forward, holds_matrix, own_tensors, unmasked, unsupported, unsupported_norm
 from .layers import MaskedConv2d, MaskedLinear
 from .masked_layer import MaskedLayer, MaskInit
 from .names import DEFAULT_TASK
+from .own_forward import own_forward_type
 from .paths import plain_path
 from .per_task import keep_per_task
 from .read_through import ReadThroughConv2d, ReadThroughLinear
@@ -48,12 +49,14 @@ def convert(
     mask_init: MaskInit = CONVERTED_MASK_INIT,
     mask_dtype: torch.dtype | None = None,
     batch_norm: str = "shared",
+    on_unsupported: str = "report",
     **options: Unpack[GateOptions],
 ) -> Model:
     """Make the Linear and Conv2d layers of ``model`` masked, in place, and return it.
 
     The layers keep their identity, parameters (so ties and optimisers hold), hooks, device, dtype and mode. A layer that is masked
-    stays as it is.
+    stays as it is. A subclass of Linear or Conv2d with a forward of its own keeps that, which then reads the masked weight. What
+    cannot be masked (parametrized, pruned, lazy, quantised layers, a forward that was replaced on the object) is left plain.
 
     If the code around a layer reads ``layer.weight`` itself instead of calling the layer (``MultiheadAttention``'s ``out_proj``,
     ``TransformerEncoderLayer``'s fast path), that attribute becomes the masked weight. This is seen in the bytecode of ``forward``
@@ -71,15 +74,19 @@ def convert(
             16 bits too.
         batch_norm: ``"shared"`` leaves BatchNorm2d as it is: training a task moves the statistics that all tasks use, and earlier
             tasks lose accuracy down to chance, unless they are frozen by ``eval()``. ``"task"`` makes each chosen BatchNorm2d a
-            :class:`metamask_ext.nn.TaskBatchNorm2d`, whose first task begins with what is there.
+            :class:`metamask_ext.nn.TaskBatchNorm2d`, whose first task begins with what is there; one of a subclass keeps its own
+            forward.
+        on_unsupported: ``"report"`` leaves what cannot be masked as it is: :func:`metamask_ext.conversion_report` lists it with
+            the reasons. ``"error"`` refuses a model in which something is left that ``exclude`` does not name: a layer that cannot
+            be converted, and (without ``include``) any other module with a parameter of two dimensions or more, as embeddings.
         options: ``gate``, ``temperature``, ``threshold`` of the new layers.
 
     Returns:
         ``model``. New layers get the tasks of the model's masked layers, or ``"default"``.
 
     Raises:
-        ValueError: a pattern that matches no Linear or Conv2d, an option out of range, a layer whose forward or weight is not
-            torch's own (a subclass with its own forward, a parametrized or lazy layer): exclude it. Nothing is changed then.
+        ValueError: a pattern that matches no Linear or Conv2d (of ``exclude``: no module with parameters), an option out of range;
+            with ``on_unsupported="error"``, a module that is left. Nothing is changed then.
         TypeError: an unknown option, a ``mask_dtype`` that a layer's weight cannot have beside it, a model that is no module.
         RuntimeError: a ``DistributedDataParallel`` or ``fully_shard`` holds a chosen layer; it would not synchronise the masks.
     """
@@ -91,24 +98,27 @@ def convert(
     gate.update(options)
     if batch_norm not in ("shared", "task"):
         raise ValueError(f"batch_norm must be 'shared' or 'task', got {batch_norm!r}")
+    if on_unsupported not in ("report", "error"):
+        raise ValueError(f"on_unsupported must be 'report' or 'error', got {on_unsupported!r}")
     kinds = (nn.Linear, nn.Conv2d, nn.BatchNorm2d) if batch_norm == "task" else (nn.Linear, nn.Conv2d)
 
     forget()  # a method may have been replaced since
     # A layer may be reached by several names: it is one layer, and read if it is read under any of them.
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, kinds):
+        if isinstance(module, kinds) or unmasked(module):
             names.setdefault(module, []).append(name)
     plain = {module: [plain_path(model, name) for name in given] for module, given in names.items()}
-    selected = [module for module in _select(plain, include, exclude) if not isinstance(module, TaskLayer)]
+    wanted = [module for module in _select(plain, kinds, include, exclude) if not isinstance(module, TaskLayer)]
+    reasons = {module: _reason(module, kinds) for module in wanted}
+    if on_unsupported == "error":
+        _refuse({plain[module][0]: (module, reason) for module, reason in reasons.items() if reason is not None})
+    selected = [module for module in wanted if reasons[module] is None and isinstance(module, kinds)]
     chosen = [module for module in selected if not isinstance(module, nn.BatchNorm2d)]
     for module in chosen:
-        _check_convertible(plain[module][0], module)
         if (weight := module._parameters["weight"]) is not None:
             check_mask_dtype(mask_dtype, weight.dtype, plain[module][0])
     normalising = [module for module in selected if isinstance(module, nn.BatchNorm2d)]
-    for module in normalising:
-        _check_batch_norm(plain[module][0], module)
 
     check_may_grow(selected, f"{type(model).__name__} cannot be converted")
 
@@ -130,14 +140,17 @@ def convert(
         module.__class__ = type(masked)
         module.__dict__.update({key: value for key, value in masked.__dict__.items() if key != "_modules"})
     for module in normalising:
-        keep_per_task(module, _tensor_names(module), by_slot)
+        keep_per_task(module, own_tensors(module), by_slot)
     return model
 
 
 def _stand_in(module: nn.Module, read: bool) -> MaskedLayer:
     """A masked layer over the parameters of ``module``, without masks yet. ``read``: other code reads its weight."""
-    if isinstance(module, nn.Linear):
-        kind: type[MaskedLayer] = ReadThroughLinear if read else MaskedLinear
+    kind: type[MaskedLayer]
+    if has_own_forward(module):
+        kind = own_forward_type(type(module))
+    elif isinstance(module, nn.Linear):
+        kind = ReadThroughLinear if read else MaskedLinear
     else:
         kind = ReadThroughConv2d if read else MaskedConv2d
     masked = kind.__new__(kind)
@@ -148,12 +161,17 @@ def _stand_in(module: nn.Module, read: bool) -> MaskedLayer:
 
 
 def _select(
-    names: dict[nn.Module, list[str]], include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+    names: dict[nn.Module, list[str]],
+    kinds: tuple[type[nn.Module], ...],
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
 ) -> list[nn.Module]:
-    def matching(argument: str, patterns: str | Iterable[str]) -> set[nn.Module]:
+    """The modules that are asked for: of ``kinds`` where ``include`` names them, else all that have parameters."""
+
+    def matching(argument: str, patterns: str | Iterable[str], among: list[nn.Module]) -> set[nn.Module]:
         found: set[nn.Module] = set()
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            layers = {layer for layer, given in names.items() if any(fnmatchcase(name, pattern) for name in given)}
+            layers = {layer for layer in among if any(fnmatchcase(name, pattern) for name in names[layer])}
             if not layers:
                 raise ValueError(
                     f"{argument} pattern {pattern!r} matches no Linear or Conv2d of the model (those below a module: 'module.*')"
@@ -161,46 +179,22 @@ def _select(
             found |= layers
         return found
 
-    included = set(names) if include is None else matching("include", include)
-    excluded = set() if exclude is None else matching("exclude", exclude)
+    own = [module for module in names if isinstance(module, kinds)]
+    included = set(names) if include is None else matching("include", include, own)
+    excluded = set() if exclude is None else matching("exclude", exclude, list(names))
     return [layer for layer in names if layer in included and layer not in excluded]
 
 
-def _check_convertible(name: str, module: nn.Module) -> None:
-    plain = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
-    kind = type(module)
-    weight = module._parameters.get("weight")
-    reason = None
-    if isinstance(weight, nn.UninitializedParameter):
-        reason = "it is lazy: run the model once first"
-    elif not isinstance(weight, nn.Parameter) or "bias" not in module._parameters:
-        reason = "its weight is not a parameter of its own (parametrized, pruned or normalised)"
-    elif "forward" in module.__dict__ or any(getattr(kind, method, None) is not getattr(plain, method, None) for method in _CALLED):
-        reason = "its forward is not torch's own"
-    elif taken := [attribute for attribute in _ADDED if hasattr(module, attribute)]:
-        reason = f"it has an attribute {taken[0]!r} of its own"
-    elif kind.__basicsize__ != plain.__basicsize__:
-        reason = "its class has __slots__"
-    elif weight.dtype not in DTYPES:
-        reason = f"its weight is {weight.dtype}, not float64, float32, bfloat16 or float16"
-    if reason is not None:
-        raise ValueError(f"cannot mask {name or 'the model'!r}, a {kind.__name__}: {reason}. Leave it plain with exclude={name!r}")
+def _reason(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None:
+    """The reason why a module with parameters is left; None if it is not, or has but scales and shifts."""
+    if not isinstance(module, kinds):
+        return f"{', '.join(unmasked(module))}: neither Linear nor Conv2d" if holds_matrix(module) else None
+    return unsupported_norm(module) if isinstance(module, nn.BatchNorm2d) else unsupported(module)
 
 
-def _check_batch_norm(name: str, module: nn.Module) -> None:
-    if type(module) is not nn.BatchNorm2d or "forward" in module.__dict__ or not _tensor_names(module):
-        reason = "it has no statistics and no affine part" if type(module) is nn.BatchNorm2d else f"it is a {type(module).__name__}"
-        raise ValueError(f"batch_norm='task' cannot make a TaskBatchNorm2d of {name or 'the model'!r}: {reason}. exclude={name!r}")
-
-
-def _tensor_names(module: nn.Module) -> list[str]:
-    return [name for kept in (module._parameters, module._buffers) for name, tensor in kept.items() if tensor is not None]
-
-
-_CALLED = ("forward", "_conv_forward", "weight", "bias", "__call__", "_call_impl", "__getattr__")
-"""The attributes that decide the output of a layer."""
-
-_ADDED = (
-    *("gate", "temperature", "threshold", "mask_init", "mask_dtype", "plain_type"),
-    *("masks", "bias_masks", "mask_logits", "bias_mask_logits"),
-)
+def _refuse(found: dict[str, tuple[nn.Module, str]]) -> None:
+    """Refuse modules, by name, each for its reason."""
+    if found:
+        each = [f"{name or 'the model'!r}, a {type(module).__name__}: {reason}" for name, (module, reason) in found.items()]
+        exclude = next(iter(found)) if len(found) == 1 else list(found)
+        raise ValueError(f"cannot mask {'; '.join(each)}. Leave it plain with exclude={exclude!r}")

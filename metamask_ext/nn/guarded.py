@@ -8,7 +8,7 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..torch_private import in_transform, tree_leaves, tree_map, without_torch_function
+from ..torch_private import in_transform, tensor_without_memory, tree_leaves, tree_map, without_torch_function
 
 T = TypeVar("T")
 
@@ -77,6 +77,9 @@ class ComputedTensor(GuardedTensor):
             target = target or _first(kwargs["out"])
         if target is not None:
             raise RuntimeError(target._words)
+        if name in ("__deepcopy__", "__reduce_ex__"):  # what is copied or saved is a tensor like any other
+            copied: T = getattr(args[0].as_subclass(Tensor), name)(*args[1:])  # type: ignore[attr-defined]  # a ComputedTensor
+            return copied
         with without_torch_function():
             result = func(*args, **kwargs)
         if isinstance(result, Tensor):
@@ -100,17 +103,22 @@ def _shares_memory(result: Tensor, source: Tensor) -> bool:
 class AmbiguousTensor(GuardedTensor):
     """A weight or bias of which a mixed-task batch has several: it has shape, dtype and device; its values are refused.
 
-    So are those of its views and copies, which have their shapes and dtypes.
+    So are those of its views and copies, which have their shapes and dtypes. It has no memory of its own: what does not ask
+    ``__torch_function__``, as ``torch.tensor(weight)``, is refused too.
     """
+
+    _like: Tensor
+    """A tensor that it describes; its values are of no task."""
 
     @classmethod
     def like(cls, tensor: Tensor, words: str) -> Tensor:
         """Return one of the shape, dtype, device and ``requires_grad`` of ``tensor``."""
-        guarded = cls.of(tensor.detach(), words)
-        if in_transform():
-            return guarded  # no requires_grad there
-        with without_torch_function():
-            return guarded.requires_grad_(tensor.requires_grad)
+        described = tensor.detach()
+        if tensor.requires_grad and not in_transform():  # no requires_grad there
+            described.requires_grad_()
+        guarded = tensor_without_memory(cls, described)
+        guarded._words, guarded._like = words, described
+        return guarded
 
     @classmethod
     def __torch_function__(
@@ -123,13 +131,20 @@ class AmbiguousTensor(GuardedTensor):
         words = guarded[0]._words
         if name not in _READ_NO_VALUE or (name not in _OF_TWO and (len(guarded) > 1 or guarded[0] is not subject)):
             raise RuntimeError(words)
-        with without_torch_function():
-            if name in ("__repr__", "__format__"):
-                return f"{list(guarded[0].shape)} of {guarded[0].dtype} on {guarded[0].device}: {words}"  # type: ignore[return-value]
-            result: T = func(*args, **kwargs)
+        if name in ("__repr__", "__format__"):
+            like = guarded[0]._like
+            return f"{list(like.shape)} of {like.dtype} on {like.device}: {words}"  # type: ignore[return-value]
+        args, kwargs = tree_map(lambda value: value._like if isinstance(value, cls) else value, (tuple(args), dict(kwargs)))
+        result: T = func(*args, **kwargs)
         if name in _SAME_VALUES and isinstance(subject, cls):
             result = tree_map(lambda value: cls.like(value, words) if isinstance(value, Tensor) else value, result)
         return result
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own gives any result
+        cls, func: object, types: Iterable[type], args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> NoReturn:
+        raise RuntimeError(next(value._words for value in tree_leaves((args, kwargs or {})) if isinstance(value, cls)))
 
 
 def raise_folded(layer: nn.Module, name: str) -> NoReturn:

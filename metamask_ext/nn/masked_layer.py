@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import DTYPES
+from ..ops.checks import DTYPES, check_layer_input
+from ..ops.dispatch import check_input_dtype
 from ..ops.gate import compute_dtype, gate_values, resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import pack_mask, unpack_mask
@@ -268,6 +269,9 @@ class MaskedLayer(TaskLayer):
             return active
         if isinstance(active, TaskBatch):
             self._read("mask_logits", active)
+        if isinstance(active, str) and not self._task_dict()._is_bits(active):  # of a replica
+            (mask,), bias_masks = self._masks_of([active])
+            return mask, None if bias_masks is None else bias_masks[0]
         what = "the active task is packed: its mask has bits" if isinstance(active, str) else "tasks are superposed"
         raise RuntimeError(f"mask_logits of {type(self).__name__} cannot be read: {what}")
 
@@ -275,20 +279,23 @@ class MaskedLayer(TaskLayer):
         """The output where the active masks are no logits of one task."""
         if active is None:
             return _forward_in_eager(self, input)
+        if not isinstance(input, Tensor) or input.is_nested or input.layout is not torch.strided:
+            check_layer_input(input, self._shared()[0].device)
         if isinstance(active, str):
             return self._one_task(input, active)
         if isinstance(active, TaskBatch):
             return self._forward_batch(input, active)
         if isinstance(active, GivenMasks):
             return self._forward_given(input, active)
+        shared, _ = self._shared()
+        check_layer_input(input, shared.device)
+        check_input_dtype(input, shared)
         weight = self._read("weight", active)
         assert weight is not None
         output = self._plain(input, weight, self._read("bias", active))
         return active.observe(self, input, output) if isinstance(active, ObservedSuperposition) else output
 
     def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Tensor:
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
         batch.check_input(self, input, self.sample_dim)
         keys = batch.keys
         if len(keys) == 1:
@@ -343,8 +350,6 @@ class MaskedLayer(TaskLayer):
         return output if batched else output[0].clone()
 
     def _samples(self, input: Tensor) -> int:
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
         return input.shape[0] if input.dim() > self.sample_dim else 1
 
     sample_dim: int

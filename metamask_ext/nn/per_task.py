@@ -20,7 +20,7 @@ from .names import DEFAULT_TASK
 from .selection import GivenMasks, Selection, Superposition, TaskBatch
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
-from .using_task import using_task
+from .using_task import run_each_task, using_task
 
 _TAKEN = re.compile(r"_(orig|g|v)$")
 """The end of the names that torch's tools give to what they put in the place of a parameter."""
@@ -173,19 +173,7 @@ class PerTask(TaskLayer):
         return super().forward(*inputs, **options)
 
     def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Output:
-        # Of no sample: any task gives the shape.
-        names = batch.names or [next(iter(self._task_dict()))]
-        if len(names) == 1:
-            with using_task(self, names[0]):
-                return self._plain_forward(input)
-        # The samples stay along their dimension: the module may have a batch_first of its own.
-        dim = batch.dim
-        groups, back = batch.groups(input.device)
-        parts = []
-        for name, rows in zip(names, groups, strict=True):
-            with using_task(self, name):
-                parts.append(self._plain_forward(input.index_select(dim, rows)))
-        return torch.cat(parts, dim).index_select(dim, back)
+        return run_each_task(self, batch, input, self._plain_forward)
 
     def _sample_dim(self, input: Tensor) -> int:
         """The number of dimensions of one sample, at least: one of features, none where they are integers (tokens)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,7 @@ from .layers import MaskedConv2d, MaskedLinear
 from .masked_layer import MaskedLayer
 
 
-class _ReadThrough(MaskedLayer):
+class ReadThrough(MaskedLayer):
     """For a layer whose parameters other code reads past forward: there ``weight`` and ``bias`` are the masked ones.
 
     The parameters themselves, in ``state_dict``, ``parameters()`` and optimisers, are the shared ones as everywhere; torch's own
@@ -27,8 +26,11 @@ class _ReadThrough(MaskedLayer):
 
     plain_type: Any  # its methods run on what _as_plain gives
 
-    def _as_plain(self) -> SimpleNamespace:
-        return SimpleNamespace(**{**self.__dict__, **self._parameters})
+    def _as_plain(self) -> Any:
+        """A layer of the plain class over the same parameters, for the methods of that class."""
+        plain = self.plain_type.__new__(self.plain_type)
+        plain.__dict__.update(self.__dict__)
+        return plain
 
     def extra_repr(self) -> str:
         return f"{self.plain_type.extra_repr(self._as_plain())}, {self._mask_repr()}"
@@ -99,9 +101,9 @@ def _read_in_eager(layer: MaskedLayer, what: str) -> Tensor | None:
     return _read(layer, what)
 
 
-class ReadThroughLinear(_ReadThrough, MaskedLinear):  # type: ignore[misc, override]  # computed, not assigned
+class ReadThroughLinear(ReadThrough, MaskedLinear):  # type: ignore[misc, override]  # computed, not assigned
     """A MaskedLinear inside a module that reads its ``weight`` (``MultiheadAttention``'s ``out_proj``)."""
 
 
-class ReadThroughConv2d(_ReadThrough, MaskedConv2d):  # type: ignore[override]  # computed, not assigned
+class ReadThroughConv2d(ReadThrough, MaskedConv2d):  # type: ignore[override]  # computed, not assigned
     """A MaskedConv2d inside a module that reads its ``weight``."""

@@ -51,6 +51,9 @@ _SETS_UP = re.compile(
 )
 """Methods that handle parameters as such: they mean the shared ones."""
 
+_INITIALISES = re.compile(r"_?(init|initiali[sz]e|reset)_(weights|parameters)")
+"""Those that no forward means by a name: transformers' models reach theirs by way of ``to``."""
+
 
 @functools.cache
 def _owners_read(forward: object, bases: tuple[type, ...]) -> set[str | None]:
@@ -65,15 +68,17 @@ def _owners_read(forward: object, bases: tuple[type, ...]) -> set[str | None]:
         code = function.__code__
         seen.add(code)
         module_itself = code.co_varnames[0] if is_method and code.co_argcount else None
-        for owner, instruction, following in _instructions(code):
+        for before, instruction, following in _instructions(code):
+            owner = before[-1]
             name = instruction.argval
             if instruction.opname == "LOAD_GLOBAL":
                 called = function.__globals__.get(name)
                 if inspect.isfunction(called) and _package(called) == _package(function):
                     todo.append((inspect.unwrap(called), False))
             elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                todo += [(called, True) for called in _methods(bases, name)]
-                if name not in ("weight", "bias") or _reads_no_value(following):
+                if not _INITIALISES.fullmatch(name):
+                    todo += [(called, True) for called in _methods(bases, name)]
+                if name not in ("weight", "bias") or _reads_no_value(following) or _asks_for_type(before, following):
                     continue
                 if owner.opname == "LOAD_ATTR":
                     found.add(owner.argval)
@@ -82,17 +87,20 @@ def _owners_read(forward: object, bases: tuple[type, ...]) -> set[str | None]:
     return found
 
 
-def _instructions(code: CodeType) -> Iterator[tuple[dis.Instruction, dis.Instruction, list[dis.Instruction]]]:
-    """Each instruction with the one before it and the ones after it; also those of the comprehensions and lambdas inside."""
+Instructions = list[dis.Instruction]
+
+
+def _instructions(code: CodeType) -> Iterator[tuple[Instructions, dis.Instruction, Instructions]]:
+    """Each instruction with some before it and some after it; also those of the comprehensions and lambdas inside."""
     found = [instruction for instruction in dis.get_instructions(code) if instruction.opname not in ("CACHE", "EXTENDED_ARG")]
     for index in range(1, len(found)):
-        yield found[index - 1], found[index], found[index + 1 : index + 5]
+        yield found[max(0, index - 6) : index], found[index], found[index + 1 : index + 7]
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _instructions(constant)
 
 
-def _reads_no_value(following: list[dis.Instruction]) -> bool:
+def _reads_no_value(following: Instructions) -> bool:
     """True if what comes after ``.weight`` is ``.dtype`` or the like, ``.data.dtype``, or a comparison with None."""
     while following and following[0].opname == "LOAD_ATTR" and following[0].argval == "data":
         following = following[1:]
@@ -104,6 +112,18 @@ def _reads_no_value(following: list[dis.Instruction]) -> bool:
     if first.opname == "LOAD_CONST" and first.argval is None:
         return len(following) > 1 and following[1].opname == "IS_OP"
     return first.opname.endswith(("_IF_NONE", "_IF_NOT_NONE"))
+
+
+def _asks_for_type(before: Instructions, following: Instructions) -> bool:
+    """True in ``isinstance(self.….weight, …)``."""
+    rest = list(before)
+    while rest and rest[-1].opname == "LOAD_ATTR":
+        rest.pop()
+    called = [instruction.argval for instruction in rest[-2:-1] if instruction.opname == "LOAD_GLOBAL"]
+    if called != ["isinstance"] or rest[-1].opname not in ("LOAD_FAST", "LOAD_DEREF"):
+        return False
+    other = next((instruction.opname for instruction in following if not instruction.opname.startswith("LOAD_")), "")
+    return following[0].opname.startswith("LOAD_") and other.startswith(("BUILD_TUPLE", "PRECALL", "CALL"))
 
 
 def _methods(bases: tuple[type, ...], name: str) -> list[object]:

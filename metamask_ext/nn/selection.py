@@ -100,13 +100,22 @@ class TaskBatch(Selection):
         if samples != self.size:
             raise RuntimeError(
                 f"{type(layer).__name__} was called with {samples} samples inside a using_task block that names a task for each of "
-                f"{self.size}: the {which} dimension of its input must be the batch's, got shape {list(input.shape)}. {_ADVICE}"
+                f"{self.size}: the {which} dimension of its input must be the batch's, got shape {list(input.shape)}. "
+                + (_rows_each(samples // self.size) if self.size and samples > self.size and samples % self.size == 0 else _ADVICE)
             )
         if self.guessed and len(self.keys) > 1 and input.dim() > sample_dim + 1 and input.shape[1] == samples:
             raise RuntimeError(
                 f"{type(layer).__name__} was called with an input of shape {list(input.shape)}: the first or the second dimension "
-                f"may be the batch's, since other modules of the model have batch_first=False. {_ADVICE}"
+                f"may be the batch's, since other modules of the model have batch_first=False, or torch.fx traced it and left out "
+                f"those that may have had it. {_ADVICE}"
             )
+
+
+def _rows_each(count: int) -> str:
+    return (
+        f"If every sample has {count} rows, as in a beam search, name its task {count} times: [task for task in tasks for _ in "
+        f"range({count})] (for an encoder, which sees each sample once, in a block of its own)"
+    )
 
 
 _ADVICE = "Another dimension: using_task(..., batch_dim=0) or batch_dim=1, for the model or in a block of its own around one module"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
+from torch.fx import GraphModule
 
 from .names import describe
 from .paths import plain_modules
@@ -18,8 +19,10 @@ _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 def batch_first_layers(model: nn.Module) -> dict[nn.Module, bool | None]:
     """The task layers of ``model``: False below a module with ``batch_first=False`` (the nearest with that attribute counts), True
     elsewhere, None for a layer that is in both places. Empty if the model has no such module.
+
+    A graph of torch.fx may have had some: it keeps the layers, and not the modules around them.
     """
-    if not any(_batch_first(module) is False for module in model.modules()):
+    if not any(_batch_first(module) is False or isinstance(module, GraphModule) for module in model.modules()):
         return {}
     found: dict[nn.Module, bool | None] = {}
     for layer, is_first in _below(model, True, set()):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .names import check_name, describe, escape, plain
 from .pairing import Memo, NamedModules, is_noted, noted_tensors
+from .replicas import as_replica
 from .structure import structure
 from .wrappers import check_entry, check_not_sharded
 
@@ -192,6 +193,13 @@ class TaskDict(nn.ParameterDict):
     def _fetch_all(self) -> None:
         for name in list(self._waiting):
             self._fetch_now(escape(name))
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        replicate: Callable[[], TaskDict] = super()._replicate_for_data_parallel
+        replica = replicate()
+        as_replica(replica)
+        replica._waiting = dict(self._waiting)
+        return replica
 
     def named_modules(self, memo: Memo | None = None, prefix: str = "", remove_duplicate: bool = True) -> NamedModules:
         memo = set() if memo is None else memo

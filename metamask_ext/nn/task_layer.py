@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .names import check_name, describe, escape, unescape
 from .pairing import Memo, NamedModules, is_noted, noted_layer
 from .paths import plain_path
-from .selection import GivenMasks, ObservedSuperposition, Superposition
+from .replicas import as_replica
+from .selection import GivenMasks, ObservedSuperposition, Superposition, TaskBatch
 from .task_dict import TaskDict
 from .wrappers import may_have_missed
 
@@ -121,6 +123,20 @@ class TaskLayer(nn.Module):
             return only_key(self, next(iter(slots)))
         return active_key(self)
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """A copy that ``torch.nn.DataParallel`` runs in another thread, with the task that is active here and now."""
+        replicate: Callable[[], TaskLayer] = super()._replicate_for_data_parallel
+        replica = replicate()
+        as_replica(replica)
+        selected: Key | AmbiguousTaskError
+        try:
+            selected = self._selected()
+        except AmbiguousTaskError as error:
+            selected = error
+        # In the place of the methods: for layers that are no copies they take no longer.
+        replica.__dict__["_selected"] = replica.__dict__["_active"] = partial(_selected_of_replica, type(self).__name__, selected)
+        return replica
+
     def __setstate__(self, state: StateDict) -> None:
         set_state: Callable[[StateDict], None] = super().__setstate__
         set_state(state)
@@ -211,6 +227,19 @@ class TaskLayer(nn.Module):
     def _fit_forms(self, state_dict: StateDict, prefix: str) -> str | None:
         """Make room for what the state holds in another form, bits for logits; the error message if it cannot be."""
         return None
+
+
+def _selected_of_replica(name: str, selected: Key | AmbiguousTaskError) -> Key:
+    if isinstance(selected, AmbiguousTaskError):
+        raise selected
+    if isinstance(selected, TaskBatch) and len(selected.keys) == 1:
+        return selected.keys[0]
+    if isinstance(selected, (GivenMasks, ObservedSuperposition)) or not isinstance(selected, (str, Superposition)):
+        raise RuntimeError(
+            f"{name} runs in a copy that torch.nn.DataParallel made, which has a part of the batch and does not know which: it "
+            "takes one task for the whole batch. Use DistributedDataParallel, or call the model with the samples of each task"
+        )
+    return selected
 
 
 def _entries(tensors: TaskDict) -> Iterator[tuple[str, Tensor | None]]:

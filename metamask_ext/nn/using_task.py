@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ContextDecorator
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,22 @@ class using_task(ContextDecorator):
 
     def __exit__(self, *error: object) -> None:
         close_block(self)
+
+
+def run_each_task(layer: nn.Module, batch: TaskBatch, input: Tensor, function: Callable[[Tensor], Any]) -> Any:
+    """``function`` of the samples of each task by themselves, in the block of that task, put together in the batch's order."""
+    # Of no sample: any task gives the shape.
+    names = batch.names or [next(iter(task_layers(layer)[0][1]._task_dict()))]
+    if len(names) == 1:
+        with using_task(layer, names[0]):
+            return function(input)
+    # The samples stay along their dimension: the module may have a batch_first of its own.
+    groups, back = batch.groups(input.device)
+    parts = []
+    for name, rows in zip(names, groups, strict=True):
+        with using_task(layer, name):
+            parts.append(function(input.index_select(batch.dim, rows)))
+    return torch.cat(parts, batch.dim).index_select(batch.dim, back)
 
 
 def batch_of(model: nn.Module, given: Sequence[str | int] | Tensor) -> TaskBatch:

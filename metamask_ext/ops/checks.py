@@ -103,6 +103,8 @@ def check_bias(weight: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | N
         if bias_mask_logits is not None:
             raise ValueError("bias_mask_logits needs a bias, got bias=None")
         return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor, got {type(bias).__name__}")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [out] = {list(weight.shape[:1])}, got {list(bias.shape)}")
     if bias.device != weight.device:
@@ -422,8 +424,42 @@ def check_packed_linear(
 
 def check_superposition(grad: Tensor, input: Tensor, weight: Tensor, packed: Sequence[Tensor], groups: int) -> int:
     """Refuse arguments of :func:`superposition_gradient` that do not fit; the number of tasks."""
+    check_dense(grad=grad, input=input, weight=weight, packed=packed)
     tasks = check_packed_weight(weight, packed, groups)
     check_batch_input(input, weight, groups)
     check_batch_grad(grad, input, weight)
     check_sizes("the result", (input.shape[0], tasks))
     return tasks
+
+
+def check_dense(**arguments: object) -> None:
+    """Refuse tensors, also in sequences, that the kernels cannot read: sparse, nested and quantised ones, and oneDNN's own layout.
+
+    Raises:
+        TypeError: names the argument, its layout, and the function that makes it a dense tensor.
+    """
+    for name, given in arguments.items():
+        for index, tensor in enumerate(given if isinstance(given, (list, tuple)) else [given]):
+            if not isinstance(tensor, Tensor):
+                continue
+            which = f"{name}[{index}]" if isinstance(given, (list, tuple)) else name
+            if tensor.is_nested:
+                got, instead = "a nested one", "pad it (torch.nested.to_padded_tensor), or give its parts one by one"
+            elif tensor.is_quantized:
+                got, instead = f"a quantised one, {tensor.dtype}", f"use {which}.dequantize()"
+            elif tensor.layout is not torch.strided:
+                got, instead = f"one of layout {tensor.layout}", f"use {which}.to_dense()"
+            else:
+                continue
+            raise TypeError(f"{which} must be a dense tensor, got {got}: {instead}")
+
+
+def check_layer_input(input: object, device: torch.device) -> None:
+    """Refuse an input of a layer that is no dense tensor of floating point on its device."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+    check_dense(input=input)
+    if input.dtype not in DTYPES:
+        raise TypeError(f"input must be float64, float32, bfloat16 or float16, got {input.dtype}")
+    if input.device != device:
+        raise ValueError(f"input must be on the device of the layer, {device}, got {input.device}")

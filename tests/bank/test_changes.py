@@ -370,7 +370,10 @@ class TestThreads:
                         assert isinstance(error, KeyError) or "removed" in str(error)
 
             assert self.run(fetch, fetch, lambda bank=bank: [bank.remove_task(task) for task in "abcdefg"]) == []
-            assert bank.tasks == ["h"] and [name for name in bank.model.state_dict() if name.endswith(tuple(".abcdefg"))] == []
+            assert (
+                bank.tasks == ["h"]
+                and [name for name in bank.model.state_dict() if name.endswith(tuple(f".{task}" for task in "abcdefg"))] == []
+            )
 
 
 def test_a_forked_process_does_not_wait_for_the_lock_of_another_thread():

@@ -166,33 +166,6 @@ def test_files_that_lie(tmp_path):
     _assert_refused(tmp_path, f"{entry.path}: belongs to the shared weights {other.shared_sha256}", store.shared_sha256)
 
 
-def test_links_are_not_followed(tmp_path):
-    """Their targets are whole and have the right checksum."""
-    folder, outside = tmp_path / "bank", tmp_path / "outside"
-    store = new_bank(folder)
-    outside.mkdir()
-    for name in files(folder):
-        path = folder / name
-        path.rename(outside / path.name)
-        path.symlink_to(outside / path.name)
-        _assert_refused(folder, f"{name}: not a regular file")
-        path.unlink()
-        (outside / path.name).rename(path)
-    before = files(folder)
-    (folder / "tasks").rename(outside / "tasks")
-    (folder / "tasks").symlink_to(outside / "tasks")
-    _assert_refused(folder, "tasks: a symbolic link")
-    theirs = outside / "tasks" / f"a-{'0' * 32}.safetensors"
-    theirs.write_bytes(b"another bank's")
-    with pytest.raises(BankError, match="tasks: a symbolic link"):
-        save(folder, META, shared(), [("a", (store, "a"))])
-    theirs.unlink()
-    (folder / "tasks").unlink()
-    (outside / "tasks").rename(folder / "tasks")
-    assert files(folder) == before
-    _load_all(folder)
-
-
 def test_a_damaged_bank_is_not_saved_over(tmp_path):
     new_bank(tmp_path)
     data = (tmp_path / "bank.json").read_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -219,6 +221,39 @@ def test_two_runs_in_one_folder(tmp_path):
     with locked_run(tmp_path), pytest.raises(OutputError, match="another run is writing to"):
         new_loop(tmp_path).run(1)
     assert new_loop(tmp_path).run(1).round == 1
+
+
+def test_a_file_system_without_locks_and_syncs_of_folders(tmp_path, monkeypatch):
+    """As Lustre and FUSE file systems are: the run works, and a second one is refused, which names the file to delete."""
+
+    def missing(*given):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    fsync = os.fsync
+    monkeypatch.setattr(fcntl, "flock", missing)
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: missing() if os.path.isdir(f"/proc/self/fd/{descriptor}") else fsync(descriptor)
+    )
+    whole = new_loop(tmp_path / "run", tensorboard=False).run(2)
+    with locked_run(tmp_path / "run"), pytest.raises(OutputError, match="cannot lock .*lock.held' was made by process .*delete it"):
+        new_loop(tmp_path / "run", tensorboard=False).run(4)
+    assert whole.run(4).round == 4 and new_loop(tmp_path / "run", tensorboard=False).run(5).resumed == 4
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint.pt", "metrics.jsonl"]
+
+
+def test_links_are_replaced_and_not_written_through(tmp_path):
+    """A run in a folder of links to an archived one."""
+    new_loop(tmp_path / "archive", tensorboard=False).run(2)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "archive").iterdir()}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").symlink_to(tmp_path / "archive" / "checkpoint.pt")
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "archive" / "metrics.jsonl")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl' is a symbolic link"):
+        new_loop(tmp_path / "run", tensorboard=False).run(4)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(before["metrics.jsonl"])
+    assert new_loop(tmp_path / "run", tensorboard=False).run(4).resumed == 2
+    assert {path.name: path.read_bytes() for path in (tmp_path / "archive").iterdir()} == before
 
 
 def test_tensorboard(tmp_path):

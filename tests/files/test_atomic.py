@@ -85,6 +85,14 @@ class TestErrors:
         write_atomic(tmp_path / "file", b"0123456789", b"", b"ab")
         assert (tmp_path / "file").read_bytes() == b"0123456789ab"
 
+    def test_a_write_that_leaves_more_than_it_says(self, tmp_path, monkeypatch):
+        """As one may that was interrupted and is tried again."""
+        write = os.write
+        monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:2]) * 0 + write(descriptor, data))
+        with pytest.raises(OutputError, match="cannot write .*file': 5 bytes are there, and 3 were written"):
+            write_atomic(tmp_path / "file", b"abc")
+        assert list(tmp_path.iterdir()) == []
+
     def test_errors_of_writes_name_the_file(self, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "write", failing(os.write, errno.ENOSPC))
         with pytest.raises(OSError, match="No space left on device: .*/file"):

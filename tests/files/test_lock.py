@@ -20,7 +20,7 @@ def refuse(error: OSError) -> OutputError:
 
 @pytest.fixture(params=["file", "folder"])
 def place(request, tmp_path) -> tuple[Path, bool]:
-    """What is locked, and whether it is made for it."""
+    """The file or folder to lock, and True if it is made for it."""
     return (tmp_path / "lock", True) if request.param == "file" else (tmp_path, False)
 
 

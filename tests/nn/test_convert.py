@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
-from metamask_ext import add_task, convert, merge, tasks
+from metamask_ext import add_task, conversion_report, convert, merge, tasks
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
 
 
@@ -183,16 +183,6 @@ class TestPatterns:
         assert kinds(model) == before
 
 
-class _OwnForward(nn.Linear):
-    def forward(self, input):
-        return super().forward(input) * 2
-
-
-class _OwnConvForward(nn.Conv2d):
-    def _conv_forward(self, input, weight, bias):
-        return super()._conv_forward(input, weight / weight.std(), bias)
-
-
 class _OwnWeight(nn.Linear):
     @property
     def weight(self):
@@ -200,6 +190,11 @@ class _OwnWeight(nn.Linear):
         if weight is None:
             raise AttributeError("weight")
         return weight.abs()
+
+
+class _OwnGetattr(nn.Linear):
+    def __getattr__(self, name):
+        return super().__getattr__(name)
 
 
 class _Slots(nn.Linear):
@@ -229,8 +224,7 @@ REFUSED = {
     "old-weight-norm": lambda: _old_weight_norm(),
     "pruned": lambda: prune.l1_unstructured(nn.Linear(3, 2), "weight", 0.5),
     "pruned-bias": lambda: prune.l1_unstructured(nn.Linear(3, 2), "bias", 0.5),
-    "own-forward": lambda: _OwnForward(3, 2),
-    "own-conv-forward": lambda: _OwnConvForward(3, 2, 1),
+    "own-getattr": lambda: _OwnGetattr(3, 2),
     "own-weight": lambda: _OwnWeight(3, 2),
     "forward-patched-on-the-object": _patched_forward,
     "attribute-of-our-name": _with_mask,
@@ -257,9 +251,20 @@ class TestRefuses:
         model = nn.ModuleDict({"first": nn.Linear(3, 3), "inner": nn.Sequential(make())})
         before = kinds(model)
         with pytest.raises(ValueError, match=r"cannot mask 'inner.0', a \w+: .*exclude='inner.0'"):
-            convert(model)
+            convert(model, on_unsupported="error")
         assert kinds(model) == before
-        assert masked_names(convert(model, exclude="inner.0")) == ["first"]
+        assert masked_names(convert(model, exclude="inner.0", on_unsupported="error")) == ["first"]
+
+    @pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
+    @pytest.mark.filterwarnings("ignore:Lazy modules")
+    def test_none_of_them_stops_a_convert_which_leaves_it_as_it_is_and_reports_it(self, make):
+        model = nn.ModuleDict({"first": nn.Linear(3, 3), "inner": nn.Sequential(make())})
+        left, state = model["inner"][0], dict(model["inner"][0].__dict__)
+        kind = type(left)
+        assert convert(model) is model and masked_names(model) == ["first"]
+        assert model["inner"][0] is left and type(left) is kind and left.__dict__ == state
+        (entry,) = conversion_report(model).left
+        assert (entry.name, entry.type) == ("inner.0", kind.__name__) and entry.reason
 
     @pytest.mark.parametrize(
         ("options", "error"),
@@ -268,6 +273,7 @@ class TestRefuses:
             pytest.param({"temperature": -1.0}, ValueError, id="temperature"),
             pytest.param({"mask_init": "uniform"}, ValueError, id="mask-init"),
             pytest.param({"bias": False}, TypeError, id="unknown-option"),
+            pytest.param({"on_unsupported": "warn"}, ValueError, id="on-unsupported"),
         ],
     )
     def test_wrong_options_change_nothing(self, options, error):

@@ -178,6 +178,28 @@ class TestModels:
                 model = nn.Sequential(model)
             _assert_same(fx.symbolic_trace(model), model, x, ONE)
 
+    def test_a_sequence_first_model_whose_module_is_gone_in_the_graph(self):
+        class SequenceFirst(nn.Module):
+            batch_first = False
+
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(3, 3)
+
+            def forward(self, x):
+                return self.fc(x)
+
+        model = _tasks(nn.Sequential(SequenceFirst()))
+        traced = fx.symbolic_trace(model)
+        for length in (2, 3):
+            x, names = torch.randn(length, 3, 3), ["b", "p", "default"]
+            with using_task(model, names):
+                wanted = model(x)
+            with using_task(traced, names, batch_dim=1):
+                torch.testing.assert_close(traced(x), wanted)
+            with using_task(traced, names), pytest.raises(RuntimeError, match="batch_dim=0"):
+                traced(x)
+
     def test_a_tracer_that_takes_no_layer_for_a_leaf(self):
         class Through(fx.Tracer):
             def is_leaf_module(self, module, name):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -56,6 +59,13 @@ VALUES = {
     "stacked": lambda w: torch.stack([torch.ones(2, 3), w]),
     "compared": lambda w: torch.equal(w, torch.ones(2, 3)),
     "written to": lambda w: w.data.zero_(),
+    "made a tensor of": lambda w: torch.tensor(w),
+    "taken as a tensor": lambda w: torch.as_tensor(w) + 1,
+    "new of it": lambda w: torch.ones(1).new_tensor(w),
+    "array": lambda w: numpy.asarray(w),
+    "by dlpack": lambda w: torch.from_dlpack(w),
+    "saved": lambda w: torch.save(w, io.BytesIO()),
+    "a parameter of it": lambda w: nn.Parameter(w) + 1,
 }
 
 
@@ -122,12 +132,47 @@ class _Casts(nn.Module):
         x = self.conv(x.to(dtype=self.conv.weight.dtype, device=self.conv.weight.data.device)).flatten(1)
         if x.dtype != self.proj.weight.data.dtype and self.proj.bias is not None and x.shape[1] == self.proj.weight.size(1):
             x = x.to(self.proj.weight.dtype)
+        if isinstance(self.head.weight, (torch.Tensor, nn.Parameter)) and self.head.weight.dtype != torch.int8:
+            x = x.to(self.head.weight.dtype)
         return self.head(self.proj(x))
 
 
 def test_a_layer_of_which_a_forward_reads_only_the_dtype_is_not_one_that_is_read():
     model = convert(_Casts())
     assert [type(layer) for layer in (model.conv, model.proj, model.head)] == [MaskedConv2d, MaskedLinear, MaskedLinear]
+
+
+def test_how_a_model_initialises_its_weights_is_no_read_of_its_forward():
+    class Model(_Casts):
+        def forward(self, x):
+            return super().forward(x.to(torch.float32))
+
+        def to(self, *arguments):
+            self._init_weights(self)
+            return super().to(*arguments)
+
+        def _init_weights(self, module):
+            module.proj.weight.data.normal_()
+
+    assert type(convert(Model()).proj) is MaskedLinear
+
+
+def test_what_looks_like_it_and_reads_values():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(3, 3) for _ in range(4))
+
+        def forward(self, x):
+            if isinstance(self.scaled(self.a.weight, 2), torch.Tensor) and isinstance(torch.relu(self.b.weight), torch.Tensor):
+                x = x @ self.c.weight.data.t() + self.d.weight.data
+            return x
+
+        def scaled(self, weight, by):
+            return weight * by
+
+    model = convert(Reads())
+    assert all(isinstance(layer, ReadThroughLinear) for layer in (model.a, model.b, model.c, model.d))
 
 
 class _CastsByVariable(_Casts):

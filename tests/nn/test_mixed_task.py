@@ -163,6 +163,16 @@ class TestSamples:
             model(x)
 
     @pytest.mark.parametrize("names", [MIXED, ["a"] * 5], ids=["mixed", "one-task"])
+    @pytest.mark.parametrize("name", ["mlp", "cnn"])
+    def test_a_beam_search_which_gives_a_sample_several_rows_is_refused_with_the_way_out(self, name, names):
+        model, x = make(name)
+        rows = x.repeat_interleave(2, 0)
+        with using_task(model, names), pytest.raises(RuntimeError, match="as in a beam search, name its task 2 times"):
+            model(rows)
+        wanted = together(model, x, names)
+        torch.testing.assert_close(together(model, rows, [task for task in names for _ in range(2)])[::2], wanted)
+
+    @pytest.mark.parametrize("names", [MIXED, ["a"] * 5], ids=["mixed", "one-task"])
     def test_what_there_is_not_one_of_cannot_be_read(self, names):
         model = three_task_mlp()
         for read in (lambda: model[0].mask_logits, lambda: model[0].bias_mask_logits):

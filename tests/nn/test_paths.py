@@ -117,7 +117,7 @@ def test_conversion_chooses_by_plain_names_and_errors_name_them(wrap):
     lazy = _Named()
     lazy.head = nn.LazyLinear(3)
     with pytest.raises(ValueError, match="cannot mask 'head'"):
-        metamask_ext.convert(wrap(lazy))
+        metamask_ext.convert(wrap(lazy), on_unsupported="error")
     del next(module for module in model.modules() if isinstance(module, MaskedConv2d)).bias_masks["default"]
     with pytest.raises(ValueError, match=r"those of 'module\.0'"):
         tasks(model)

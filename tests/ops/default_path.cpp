@@ -28,19 +28,28 @@ void masked_weight() {
   }
   const Gate gate{kSigmoid, 0.5};
   const auto& kernels = kMaskedWeight_default;
-  kernels.forward(gate, Type::kFloat32, Type::kFloat32, w.data(), m.data(), theta.data(), 0, n);
-  kernels.backward(gate, Type::kFloat32, Type::kFloat32, g.data(), w.data(), m.data(), nullptr, Sink{dw.data()}, Sink{dm.data()}, 0,
-                   n);
+  const ParamTypes types{Type::kFloat32, Type::kFloat32};
+  kernels.forward(gate, types, Type::kFloat32, w.data(), m.data(), theta.data(), 0, n);
+  kernels.backward(gate, types, Type::kFloat32, g.data(), w.data(), m.data(), nullptr, Sink{dw.data()}, Sink{dm.data()}, 0, n);
   std::vector<float> w_after = w, m_after = m;
-  kernels.backward(gate, Type::kFloat32, Type::kFloat32, g.data(), w_after.data(), m_after.data(), nullptr,
+  kernels.backward(gate, types, Type::kFloat32, g.data(), w_after.data(), m_after.data(), nullptr,
                    Sink{nullptr, w_after.data(), momentum_buffer.data(), {0.1, 0.01, 0.9}},
                    Sink{nullptr, m_after.data(), nullptr, {0.2, 0.02, 0.0}}, 0, n);
+  // The same weights in 16 bits, beside the same logits.
+  std::vector<BFloat16> w_bits(n);
+  std::vector<float> theta_of_bits(n), dm_of_bits(n);
+  for (int64_t i = 0; i < n; ++i) narrow(w[i], w_bits[i]);
+  const ParamTypes mixed{Type::kBFloat16, Type::kFloat32};
+  kernels.forward(gate, mixed, Type::kFloat32, w_bits.data(), m.data(), theta_of_bits.data(), 0, n);
+  kernels.backward(gate, mixed, Type::kFloat32, g.data(), w_bits.data(), m.data(), nullptr, Sink{}, Sink{dm_of_bits.data()}, 0, n);
   for (int64_t i = 0; i < n; ++i) {
     const double s = 1 / (1 + std::exp(-2.0 * m[i])), rest = 1 / (1 + std::exp(2.0 * m[i]));
     const double exact_dw = g[i] * s, exact_dm = g[i] * w[i] * s * rest * 2;
     compare(theta[i], w[i] * s, std::fabs(w[i] * s));
     compare(dw[i], exact_dw, std::fabs(exact_dw));
     compare(dm[i], exact_dm, std::fabs(exact_dm));
+    compare(theta_of_bits[i], theta[i], 0);
+    compare(dm_of_bits[i], dm[i], 0);
     compare(w_after[i], w[i] - 0.1 * (0.9 * 0.5 + exact_dw + 0.01 * w[i]), 1 + std::fabs(w[i]));
     compare(m_after[i], m[i] - 0.2 * (exact_dm + 0.02 * m[i]), 1 + std::fabs(m[i]));
   }

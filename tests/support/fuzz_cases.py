@@ -13,7 +13,11 @@ from torch import Tensor
 from metamask_ext.ops.gate import HARD, SIGMOID
 from metamask_ext.ops.packed.reference import pack_mask
 
-PARAMETERS = (*((dtype, dtype) for dtype in (torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16)),)
+PARAMETERS = (
+    *((dtype, dtype) for dtype in (torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16)),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+)
 """Dtypes of a weight and of its logits that go together, the usual ones more often."""
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 SIZES = (0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129)

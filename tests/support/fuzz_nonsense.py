@@ -47,6 +47,8 @@ KINDS: tuple[Callable[[Make], Tensor], ...] = (
 
 
 def _spoiled_tensor(make: Make, tensor: Tensor) -> object:
+    if tensor.layout != torch.strided or tensor.is_quantized:  # has been spoiled
+        return tensor
     ways: tuple[Callable[[], object], ...] = (
         lambda: None,
         lambda: tensor.mT if tensor.dim() == 2 else tensor,

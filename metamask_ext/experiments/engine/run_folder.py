@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -141,7 +141,10 @@ class RunFolder:
             if results.exists():
                 self.say(f"{str(self.path)!r} holds this run, finished: nothing is computed again")
                 metrics = self._same_run(results)
-                self.show(metrics)
+                try:
+                    self.show(metrics)
+                except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:  # what they say is used as it comes
+                    raise OutputError(f"{str(results)!r} is not of this version: {error!r:.200}") from error
                 return metrics
             self.resumed = self._unfinished = True
             self._before = self._read_elapsed()
@@ -179,11 +182,13 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._unfinished:
-            self._save_elapsed()
-        self._executor.close()
-        self._lock.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        with self._lock:
+            self._executor.close()
+            if self._unfinished:
+                # Where the run ended by an error, that is the one to know.
+                with nullcontext() if kind is None else suppress(OutputError):
+                    self._save_elapsed()
 
     def compute(self, jobs: Mapping[Key, Job], later: int = 0) -> dict[Key, Json]:
         """Compute jobs, by seed and name, except those whose results are in the folder already.

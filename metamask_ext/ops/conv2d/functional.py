@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
-from ..checks import check_bias, check_conv2d, check_pair
-from ..dispatch import autocast_dtype, check_input_dtype, use_reference
+from ..checks import check_bias, check_conv2d, check_dense, check_pair
+from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
 from ..gate import resolve_gate
 from ..geometry import Geometry, check_most, output_size
 from ..weight.functional import theta
@@ -58,6 +59,26 @@ def masked_conv2d(
     if fx_trace._is_fx_tracing_flag and (traced := traced_function(masked_conv2d, locals())) is not None:
         return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
+    try:
+        return _conv2d(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, stride, padding, dilation, groups)
+    except Exception as error:
+        given = {"input": input, "weight": weight, "mask_logits": mask_logits, "bias": bias, "bias_mask_logits": bias_mask_logits}
+        raise worded(error, partial(check_dense, **given)) from None
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+    stride: int | tuple[int, int],
+    padding: str | int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
+) -> Tensor:
     parameters = (weight, mask_logits, bias, bias_mask_logits)
     check_pair(weight, mask_logits)
     check_conv2d(input, weight, groups)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
-from ..checks import check_linear, check_pair
+from ..checks import check_dense, check_linear, check_pair
 from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
 from ..gate import resolve_gate
 from . import raw, reference
@@ -70,6 +70,7 @@ def masked_linear(
 
 
 def _check(input: Tensor, weight: Tensor, mask_logits: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | None) -> None:
+    check_dense(input=input, weight=weight, mask_logits=mask_logits, bias=bias, bias_mask_logits=bias_mask_logits)
     check_pair(weight, mask_logits)
     check_linear(input, weight, bias, bias_mask_logits)
     check_input_dtype(input, weight)

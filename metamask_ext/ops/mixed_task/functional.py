@@ -7,6 +7,7 @@ sample of a batch names its task is ours. All functions can be differentiated an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from metamask_ext.torch_private import fx_trace, traced_function
 from ..checks import (
     as_list,
     check_conv2d,
+    check_dense,
     check_masks,
     check_slot_values,
     check_slots,
@@ -119,6 +121,27 @@ def task_masked_conv2d(
     if fx_trace._is_fx_tracing_flag and (traced := traced_function(task_masked_conv2d, locals())) is not None:
         return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
+    try:
+        return _conv2d(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, stride, padding, dilation, groups)
+    except Exception as error:
+        all_given = {"input": input, "slots": slots, "weight": weight, "masks": masks, "bias": bias, "bias_masks": bias_masks}
+        raise worded(error, partial(check_dense, **all_given)) from None
+
+
+def _conv2d(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    masks: Masks,
+    bias: Tensor | None,
+    bias_masks: Masks | None,
+    gate_id: int,
+    gate_param: float,
+    stride: int | tuple[int, int],
+    padding: str | int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
+) -> Tensor:
     given, given_bias = _as_lists(weight, masks, bias_masks)
     check_masks(given, weight)
     if groups < 1 or weight.shape[0] % groups:
@@ -247,6 +270,7 @@ def _check(
     bias_masks: list[Tensor] | None,
     groups: int,
 ) -> None:
+    check_dense(input=input, slots=slots, weight=weight, masks=masks, bias=bias, bias_masks=bias_masks)
     check_task_linear(input, slots, weight, masks, bias, bias_masks, groups)
     check_input_dtype(input, weight)
     check_slot_values(slots, count_tasks(masks, weight))

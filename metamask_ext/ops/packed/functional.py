@@ -7,6 +7,7 @@ where that paper's code stacks float masks. The bits are constants; gradients go
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from metamask_ext.torch_private import fx_trace, traced_function
 from ..checks import (
     as_list,
     check_conv2d,
+    check_dense,
     check_mask_logits,
     check_packed_linear,
     check_shape,
@@ -51,6 +53,7 @@ def pack_mask(mask_logits: Tensor, *, threshold: float = 0.0) -> Tensor:
     """
     if fx_trace._is_fx_tracing_flag and (traced := traced_function(pack_mask, locals())) is not None:
         return traced
+    check_dense(mask_logits=mask_logits)
     check_mask_logits(mask_logits, threshold)
     if has_values(mask_logits) and bool(nan_flag(mask_logits)):
         raise ValueError(f"mask_logits must not hold NaN, got {int(mask_logits.isnan().sum())} of {mask_logits.numel()}")
@@ -68,6 +71,7 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """
     if fx_trace._is_fx_tracing_flag and (traced := traced_function(unpack_mask, locals())) is not None:
         return traced
+    check_dense(packed=packed)
     check_shape(packed, shape)
     if use_reference():
         return reference.unpack_mask(packed, shape)
@@ -137,7 +141,27 @@ def packed_masked_conv2d(
     """
     if fx_trace._is_fx_tracing_flag and (traced := traced_function(packed_masked_conv2d, locals())) is not None:
         return traced
+    try:
+        return _conv2d(input, slots, weight, packed, bias, packed_bias, stride, padding, dilation, groups)
+    except Exception as error:
+        given = {"input": input, "slots": slots, "weight": weight, "packed": packed, "bias": bias, "packed_bias": packed_bias}
+        raise worded(error, partial(check_dense, **given)) from None
+
+
+def _conv2d(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    packed: Tensor | Sequence[Tensor],
+    bias: Tensor | None,
+    packed_bias: Tensor | Sequence[Tensor] | None,
+    stride: int | tuple[int, int],
+    padding: str | int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
+) -> Tensor:
     check_conv2d(input, weight, groups)
+    check_input_dtype(input, weight)
     images = input if input.dim() == 4 else input[None]
     images, geometry, size = resolve_geometry(images, weight.shape[2:], stride, padding, dilation)
     columns = im2col(images, weight.shape[2:], *geometry)
@@ -216,6 +240,7 @@ def _check(
     packed_bias: list[Tensor] | None,
     groups: int,
 ) -> None:
+    check_dense(input=input, slots=slots, weight=weight, packed=packed, bias=bias, packed_bias=packed_bias)
     tasks = check_packed_linear(input, slots, weight, packed, bias, packed_bias, groups)
     check_input_dtype(input, weight)
     check_slot_values(slots, tasks)

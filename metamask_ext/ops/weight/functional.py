@@ -8,6 +8,7 @@ computed in float32) and any strides, and can be differentiated by autograd and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
-from ..checks import check_pair, check_pairs
-from ..dispatch import of_one_dtype, use_reference
+from ..checks import check_dense, check_pair, check_pairs
+from ..dispatch import of_one_dtype, use_reference, worded
 from ..gate import resolve_gate
 from . import raw, reference
 from .autograd import MaskedWeight, MaskedWeightList
@@ -79,6 +80,15 @@ def masked_weight(
     if fx_trace._is_fx_tracing_flag and (traced := traced_function(masked_weight, locals())) is not None:
         return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
+    try:
+        return _masked(weight, mask_logits, gate_id, gate_param)
+    except Exception as error:
+        raise worded(error, partial(check_dense, weight=weight, mask_logits=mask_logits)) from None
+
+
+def _masked(
+    weight: Tensor | Sequence[Tensor], mask_logits: Tensor | Sequence[Tensor], gate_id: int, gate_param: float
+) -> Tensor | list[Tensor]:
     logits: Any = mask_logits
     if isinstance(weight, Sequence):
         if weight and isinstance(logits, Sequence):

@@ -23,6 +23,7 @@ from metamask_ext.cli import app
 from metamask_ext.continual import CheckpointError, OutputError
 from metamask_ext.experiments import report, suite
 from metamask_ext.experiments.catalogue import EXPERIMENTS, Entry, JobError, OptionError, run, settings_of
+from metamask_ext.experiments.engine.jobs import checked_bytes
 from metamask_ext.experiments.engine.settings import as_json, of_run, read_toml, resolve, to_toml
 from metamask_ext.experiments.engine.statistics import half_width
 from metamask_ext.experiments.engine.tables import estimate_text
@@ -448,7 +449,7 @@ def test_run_all_and_report(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "toy" / "metrics.json").stat().st_mtime_ns == kept
     with pytest.raises(OutputError, match="folder must hold a folder for each finished experiment"):
         report.report(tmp_path, tmp_path / "docs")
-    del metrics["results"]["masked"]
-    (tmp_path / "runs" / "toy" / "metrics.json").write_text(json.dumps(metrics))
+    del metrics["results"]["masked"], metrics["sha256"]
+    (tmp_path / "runs" / "toy" / "metrics.json").write_bytes(checked_bytes(metrics))
     with pytest.raises(OutputError, match=r"toy/metrics\.json' is not of this version: it lacks 'masked'"):
         report.report(tmp_path / "runs", tmp_path / "docs")

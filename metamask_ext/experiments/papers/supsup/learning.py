@@ -164,7 +164,7 @@ def learn_masks(folder: Path, seed: int, settings: Settings) -> Json:
 
 
 def _read_progress(path: Path) -> Json:
-    """What was measured so far. OutputError if that is not what was written."""
+    """The numbers that were measured so far. OutputError if that is not what was written."""
     progress = without_checksum(read_results(path))
     if progress.keys() != {"packing", "points"} or not all(isinstance(part, dict) for part in progress.values()):
         raise OutputError(f"{str(path)!r} must have 'packing' and 'points', got {list(progress)}: use another folder")
