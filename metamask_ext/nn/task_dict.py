@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,21 @@ class TaskDict(nn.ParameterDict):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch's, which an assignment to an attribute calls, and ``load_state_dict(..., assign=True)``."""
+        if name not in self._slots:
+            self._refuse_tool(name)
         super().register_parameter(name, param)
         CHANGES.note()
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._slots:
+            self._refuse_tool(name)
+        super().__delattr__(name)
+
+    def _refuse_tool(self, name: str) -> NoReturn:
+        raise RuntimeError(
+            f"{name} of {type(self).__name__} cannot be set or deleted as an attribute: its parameters are those of tasks, which "
+            "prune and parametrize cannot replace. Use metamask_ext.add_task and remove_task"
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self:

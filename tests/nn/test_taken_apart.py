@@ -187,6 +187,24 @@ class TestWeightsThatDependOnTheTask:
                 assert "'0'" in str(error)
             assert type(model[0]).__name__ in ("Linear", "ParametrizedLinear")
 
+    @pytest.mark.parametrize(
+        "tool",
+        [
+            lambda masks: prune.l1_unstructured(masks, "default", 0.5),
+            lambda masks: parametrize.register_parametrization(masks, "default", _Double()),
+            lambda masks: masks.register_parameter("other", nn.Parameter(torch.ones(4, 6))),
+            lambda masks: delattr(masks, "default"),
+        ],
+        ids=["prune", "parametrize", "register", "delete"],
+    )
+    def test_masks_are_not_taken_either(self, tool):
+        layer = MaskedLinear(6, 4)
+        before = layer.state_dict()
+        with pytest.raises(RuntimeError, match="are those of tasks"):
+            tool(layer.masks)
+        assert type(layer.masks).__name__ == "TaskMasks"
+        assert list(layer.state_dict()) == list(before)
+
     def test_an_assignment_goes_to_the_active_task(self):
         norm = TaskBatchNorm2d(3)
         add_task(norm, "b")
