@@ -77,7 +77,13 @@ def check_flags(name: str, flags: Sequence[bool], count: int) -> None:
         raise ValueError(f"{name} must be {count} flags, got {len(flags)}")
 
 
+def check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
 def check_pixels(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
 
@@ -144,6 +150,7 @@ def check_conv2d(input: Tensor, weight: Tensor, groups: int) -> None:
 
 def check_like(name: str, tensor: Tensor, weight: Tensor) -> None:
     """Refuse a gradient or cotangent of ``weight`` in another shape, or in a dtype that it is not computed with."""
+    check_tensor(name, tensor)
     check_storage(name, tensor.dtype, weight)
     if tensor.shape != weight.shape:
         raise ValueError(f"{name} must have the shape of weight, {list(weight.shape)}, got {list(tensor.shape)}")

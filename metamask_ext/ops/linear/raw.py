@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metamask_ext._build import BACKEND
 
-from ..checks import check_flags, check_linear, check_pair, check_storage
+from ..checks import check_flags, check_linear, check_pair, check_storage, check_tensor
 from ..gate import check_gate
 from ..geometry import check_sizes
 from ..sgd_checks import Updated, check_apart, check_update
@@ -138,10 +138,12 @@ if BACKEND != "reference":
         check_gate(gate_id, gate_param)
         check_pair(weight, mask_logits)
         check_sizes("weight", weight.shape)
+        check_tensor("input", input)
         check_storage("input", input.dtype, weight)
         check_linear(input, weight, bias, bias_mask_logits)
 
     def _check_grad(grad, input, weight):
+        check_tensor("grad", grad)
         check_storage("grad", grad.dtype, weight)
         wanted = (*input.shape[:-1], weight.shape[0])
         if grad.shape != wanted:
