@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/SmallVector.h>
 
 #include <initializer_list>
 #include <limits>
@@ -252,23 +253,21 @@ struct Argument {
 // depend on the order of the work. `parameters` are all of the op's, with their updates.
 inline void check_apart(std::initializer_list<std::pair<Argument, const Update&>> parameters,
                         std::initializer_list<Argument> others) {
-  const auto refuse_shared = [](const Argument& updated, const Argument& other) {
-    TORCH_CHECK_VALUE(!shares_memory(updated.tensor, other.tensor), updated.name, " must not share memory with ", other.name,
-                      " to be updated in place");
+  struct Part {
+    const char* name;
+    Extent extent;
+    bool updated;
   };
-  for (auto one = parameters.begin(); one != parameters.end(); ++one) {
-    if (!one->second.wanted) continue;
-    const Argument buffer{"its momentum buffer", one->second.momentum_buffer};
-    refuse_shared(one->first, buffer);
-    for (const Argument& other : others) {
-      refuse_shared(one->first, other);
-      refuse_shared({"a momentum buffer", buffer.tensor}, other);
-    }
-    for (auto other = parameters.begin(); other != parameters.end(); ++other) {
-      if (other == one) continue;
-      refuse_shared(one->first, other->first);
-      refuse_shared({"a momentum buffer", buffer.tensor}, other->first);
-      if (other->second.wanted) refuse_shared({"a momentum buffer", buffer.tensor}, {"another", other->second.momentum_buffer});
+  c10::SmallVector<Part, 12> parts;
+  for (const auto& [argument, update] : parameters) {
+    parts.push_back({argument.name, Extent(argument.tensor), update.wanted});
+    if (update.wanted) parts.push_back({"a momentum buffer", Extent(update.momentum_buffer), true});
+  }
+  for (const Argument& argument : others) parts.push_back({argument.name, Extent(argument.tensor), false});
+  for (const Part& one : parts) {
+    for (const Part& other : parts) {
+      TORCH_CHECK_VALUE(&one == &other || !one.updated || !one.extent.meets(other.extent), one.name, " must not share memory with ",
+                        other.name, " to be updated in place");
     }
   }
 }

@@ -9,27 +9,26 @@
 #include <cstdint>
 #include <optional>
 #include <type_traits>
-#include <utility>
 
 namespace metamask {
 
 // A view may be negated lazily (the imaginary part of a conjugate), and a tensor of zeros may have no memory.
 inline bool holds_its_values(const at::Tensor& tensor) { return !tensor.is_neg() && !tensor._is_zerotensor(); }
 
-// Whether two tensors may have elements in the same memory: one begins before the other's last element ends, and ends after it
-// begins.
-inline bool shares_memory(const at::Tensor& a, const at::Tensor& b) {
-  const auto extent = [](const at::Tensor& tensor) {
-    if (!tensor.defined() || tensor.numel() == 0 || tensor._is_zerotensor()) return std::pair<uintptr_t, uintptr_t>(0, 0);
+// The addresses from a tensor's first element to behind its last; none without elements.
+struct Extent {
+  uintptr_t begin = 0, end = 0;
+
+  explicit Extent(const at::Tensor& tensor) {
+    if (!tensor.defined() || tensor.numel() == 0 || tensor._is_zerotensor()) return;
     int64_t last = 0;
     for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-    return std::pair<uintptr_t, uintptr_t>(begin, begin + (last + 1) * tensor.element_size());
-  };
-  const auto [a_begin, a_end] = extent(a);
-  const auto [b_begin, b_end] = extent(b);
-  return std::max(a_begin, b_begin) < std::min(a_end, b_end);
-}
+    begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    end = begin + (last + 1) * tensor.element_size();
+  }
+
+  bool meets(const Extent& other) const { return std::max(begin, other.begin) < std::min(end, other.end); }
+};
 
 // Returns `tensor` with its values in memory. The dispatcher does that for the arguments of all ops but those that update some, and
 // not for lists of optional tensors.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from ..ops.conv2d.functional import masked_conv2d
+from ..ops.geometry import check_steps
 from ..ops.linear.functional import masked_linear
 from ..ops.mixed_task.functional import task_masked_conv2d, task_masked_linear
 from ..ops.packed.functional import packed_masked_conv2d, packed_masked_linear
@@ -179,6 +180,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     def _plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, (stride, padding, dilation, groups) = self._padded(input)
+        check_steps(stride, padding, dilation)
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
     def _mixed_task(self, input: Tensor, slots: Tensor, masks: list[Tensor], bias_masks: list[Tensor] | None) -> Tensor:
@@ -191,6 +193,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         # anyhow, so theta may be too; patches, which _mixed_task takes, are larger and slower.
         weight, bias = self._shared()
         input, (stride, padding, dilation, groups) = self._padded(input)
+        check_steps(stride, padding, dilation)
         tasks, channels = len(masks), input.shape[1]
         theta = masked_weight(weight.expand_as(masks), masks, **self._gate())
         if bias is not None:

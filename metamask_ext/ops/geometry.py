@@ -71,6 +71,13 @@ def check_most(name: str, value: str | int | Pair) -> None:
         raise ValueError(f"{name} must be at most {MOST_STEP}, got {value!r}")
 
 
+def check_steps(stride: int | Pair, padding: str | int | Pair, dilation: int | Pair) -> None:
+    """:func:`check_most` of the arguments of torch's convolution."""
+    check_most("stride", stride)
+    check_most("padding", padding)
+    check_most("dilation", dilation)
+
+
 def check_windows(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, int, int]:

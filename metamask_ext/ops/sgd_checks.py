@@ -50,19 +50,14 @@ def check_apart(parameters: Sequence[Updated], others: dict[str, Tensor]) -> Non
 
     Seen are tensors of one storage: only those can share memory where there is none.
     """
+    parts = [(name, tensor, False) for name, tensor in others.items()]
     for of in parameters:
-        if not of.wanted:
-            continue
-        read = [*others.items(), *((one.name, one.parameter) for one in parameters if one is not of)]
-        _refuse_shared(of.name, of.parameter, [("its momentum buffer", of.buffer), *read])
-        buffers = [("another", one.buffer) for one in parameters if one is not of and one.wanted]
-        _refuse_shared("a momentum buffer", of.buffer, [*read, *buffers])
-
-
-def _refuse_shared(name: str, updated: Tensor | None, others: Sequence[tuple[str, Tensor | None]]) -> None:
-    for other, tensor in others:
-        if updated is not None and tensor is not None and _shares_memory(updated, tensor):
-            raise ValueError(f"{name} must not share memory with {other} to be updated in place")
+        parts += [(of.name, of.parameter, of.wanted)] if of.parameter is not None else []
+        parts += [("a momentum buffer", of.buffer, True)] if of.wanted and of.buffer is not None else []
+    for one in parts:
+        for other in parts:
+            if one is not other and one[2] and _shares_memory(one[1], other[1]):
+                raise ValueError(f"{one[0]} must not share memory with {other[0]} to be updated in place")
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:

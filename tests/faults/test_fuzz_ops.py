@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.fuzz import run_case
 
-SEED, PARTS, CASES = 1, 8, 30
+SEED, PARTS, CASES = 1, 8, 75
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import metamask_ext as mm
+from metamask_ext.nn import MaskedConv2d
 from metamask_ext.ops.conv2d import raw as conv2d_raw
 from metamask_ext.ops.linear import raw as linear_raw
 from metamask_ext.ops.mixed_task import raw as mixed_task_raw
@@ -142,6 +143,22 @@ def test_a_convolution_refuses_what_torch_computes_garbage_with(argument, value)
     for call in calls:
         with pytest.raises(ValueError, match=f"{argument} must be at most 2147483647, got"):
             call()
+
+
+@pytest.mark.parametrize("setting", ["stride", "padding", "dilation"])
+def test_a_layer_refuses_them_on_each_of_its_ways(setting):
+    layer = MaskedConv2d(1, 2, 3, **{setting: 2**62})
+    stacked = image(1, 2, 5, 5), slots(0, 1), torch.zeros(2, 2, 1, 3, 3), None
+    ways = (
+        lambda: layer(image()),
+        lambda: layer._plain(image(), layer.weight, None),
+        lambda: layer._stacked_tasks(*stacked),
+        lambda: layer._mixed_task(image(), slots(0), [torch.zeros(2, 1, 3, 3)], None),
+        lambda: layer._packed(image(), slots(0), [bits(2, 2)], None),
+    )
+    for way in ways:
+        with pytest.raises(ValueError, match=f"{setting} must be at most 2147483647, got"):
+            way()
 
 
 def test_a_convolution_refuses_groups_whose_channels_overflow():

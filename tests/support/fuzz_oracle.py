@@ -20,7 +20,7 @@ from metamask_ext.ops.weight import reference as weight
 
 LOGITS = ("mask_logits", "masks", "bias_mask_logits", "bias_masks")
 STEPS = {"masked_weight_backward_sgd_": (1, 3), "masked_linear_backward_sgd_": (2, 6)}
-"""Where the parameters, and where their momentum buffers, begin."""
+"""The places of the first parameter and of the first momentum buffer."""
 ROUNDED = 1e-14
 """Of the steepest gate: torch differentiates some references, and its derivative of a sigmoid that rounds to 1 is 0."""
 LOST = (1e-6, 1e-14)
@@ -42,7 +42,7 @@ def flat(result: Any) -> list[Tensor | None]:
 
 
 def changed(case: Case) -> list[Tensor | None]:
-    """What the op updates in place: parameters, then their momentum buffers."""
+    """The tensors that the op updates in place: parameters, then their momentum buffers."""
     if case.op not in STEPS:
         return []
     first, buffers = STEPS[case.op]

@@ -14,7 +14,7 @@ from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 from ..checks import check_bias, check_conv2d, check_dense, check_pair
 from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
 from ..gate import resolve_gate
-from ..geometry import Geometry, check_most, output_size
+from ..geometry import Geometry, check_steps, output_size
 from ..weight.functional import theta
 from . import reference
 from .autograd import MaskedConv2d, conv2d_product
@@ -82,8 +82,7 @@ def _conv2d(
     parameters = (weight, mask_logits, bias, bias_mask_logits)
     check_pair(weight, mask_logits)
     check_conv2d(input, weight, groups)
-    for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation)):
-        check_most(name, value)
+    check_steps(stride, padding, dilation)
     check_input_dtype(input, weight)
     check_bias(weight, bias, bias_mask_logits)
     if use_reference():
