@@ -288,6 +288,11 @@ def members_of_caller(frame: FrameType | None, *walk: str) -> Callable[[torch.nn
     return None if frame is None else frame.f_locals.get("get_members_fn")
 
 
+def is_one_storage(a: Tensor, b: Tensor) -> bool:
+    """True if two tensors lie in one storage, where there is no memory whose addresses would tell (fake and meta tensors) too."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
 def loss_scale_of(scaler: GradScaler) -> Tensor | None:
     """The tensor by which the scaler multiplies a loss; None before the first one."""
     scale: Tensor | None = scaler._scale

@@ -152,3 +152,13 @@ def test_make_wrapper_subclass():
     assert (made.shape, made.stride(), made.dtype) == ((3, 2), (1, 3), torch.float64)
     with pytest.raises(RuntimeError, match="refused"):
         torch.tensor(made)
+
+
+@pins("torch.UntypedStorage._cdata", "an update in place is refused where two of its arguments lie in one storage")
+def test_storage_cdata():
+    from metamask_ext.torch_private import is_one_storage
+
+    for device in ("cpu", "meta"):
+        tensor = torch.empty(4, device=device)
+        assert is_one_storage(tensor, tensor[1:]) and is_one_storage(tensor.detach(), tensor.view(2, 2))
+        assert not is_one_storage(tensor, torch.empty(4, device=device))

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metamask_ext.torch_private import is_one_storage
+
 
 class Updated(NamedTuple):
     """A parameter that takes a step if ``wanted``, its momentum buffer, and ``lr, weight_decay, momentum``."""
@@ -61,7 +63,7 @@ def check_apart(parameters: Sequence[Updated], others: dict[str, Tensor]) -> Non
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:
-    if a.numel() == 0 or b.numel() == 0 or a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+    if a.numel() == 0 or b.numel() == 0 or not is_one_storage(a, b):
         return False
     (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
     return max(a_begin, b_begin) < min(a_end, b_end)

@@ -23,7 +23,7 @@ def test_sample(library, name, sample):
 
 
 def _disks(tmp_path, synced: bool) -> set[bytes | None]:
-    """The contents that a file may have after a power failure that follows its replacement, with the syncs that make it safe or without."""
+    """The contents that a file may have after its replacement and a power failure, with the syncs that make it safe or without."""
     (tmp_path / "file").write_bytes(b"old")
     before = Disk.of(tmp_path)
     changes = [Change("create", "new", "", 0, b""), Change("write", "new", "", 0, b"data"), Change("fsync", "new", "", 0, b"")]

@@ -132,7 +132,9 @@ def test_an_optimisers_state_goes_from_a_wrapped_model_to_a_plain_one(wrap):
     FusedMaskedSGD(plain, 0.1).load_state_dict(states[1])
 
 
-@pytest.mark.parametrize("adapt", ["masks", "weights", "all", lambda name: name.startswith("1.")], ids=str)
+@pytest.mark.parametrize(
+    "adapt", ["masks", "weights", "all", lambda name: name.startswith("1.")], ids=["masks", "weights", "all", "a function"]
+)
 def test_a_meta_learners_names_are_plain(adapt):
     def net():
         torch.manual_seed(0)

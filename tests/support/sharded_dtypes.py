@@ -33,7 +33,11 @@ def _trained(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         loss_of(model(x)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: tensor.full_tensor().detach() for name, tensor in model.state_dict().items()}
+    # The settings of a layer are no sharded tensor.
+    return {
+        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def with_a_policy(rank):
