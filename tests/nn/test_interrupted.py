@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from support.faults import interrupted, seen
@@ -11,6 +13,18 @@ import metamask_ext
 from metamask_ext.nn import MaskedLinear, TaskBatchNorm2d
 from metamask_ext.nn.context import LIVE, Context
 from metamask_ext.nn.task_dict import TaskDict
+
+
+@pytest.fixture(autouse=True)
+def _same_count_of_open_blocks():
+    """An interruption may leave the count of this process too high, and other tests look at it."""
+    gc.collect()
+    before = LIVE._contexts, LIVE._selections
+    yield
+    gc.collect()
+    LIVE.count(before[0] - LIVE._contexts, False)
+    LIVE._selections = before[1]
+    LIVE.count(0, False)
 
 
 def _model() -> nn.Sequential:
