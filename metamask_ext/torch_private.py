@@ -261,6 +261,12 @@ def is_fsdp_root(module: torch.nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """True if a tensor has a shape and no values, as under FakeTensorMode, which is slow to import and not imported for it."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return fake is not None and isinstance(tensor, fake.FakeTensor)
+
+
 def saved_factor(product: Any) -> Tensor | None:
     """The second factor that a node of a product saved: the one way to see a loss scale. None if there is none any more."""
     try:

@@ -162,3 +162,14 @@ def test_storage_cdata():
         tensor = torch.empty(4, device=device)
         assert is_one_storage(tensor, tensor[1:]) and is_one_storage(tensor.detach(), tensor.view(2, 2))
         assert not is_one_storage(tensor, torch.empty(4, device=device))
+
+
+@pins("torch._subclasses.fake_tensor", "no check looks at the numbers of fake tensors, which have none")
+def test_fake_tensor():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from metamask_ext.torch_private import is_fake
+
+    with FakeTensorMode():
+        assert is_fake(torch.ones(2))
+    assert not is_fake(torch.ones(2)) and not is_fake(torch.ones(2, device="meta"))

@@ -23,6 +23,7 @@ from ..files.errors import CheckpointError, OutputError
 from ..files.lock import locked_run
 from ..files.metrics import METRICS, MetricsFile
 from ..nn import MaskedLayer
+from ..nn.context import blocks_closed_on_error
 from ..nn.names import DEFAULT_TASK, check_name, describe, escape, plain
 from ..nn.paths import own_state, plain_path, plain_state
 from ..nn.structure import structure
@@ -151,7 +152,7 @@ class TaskLoop:
         if self._order is not None and rounds > len(self._order):
             raise ValueError(f"rounds must be at most the {len(self._order)} of order, got {rounds}")
         self._check_tasks_can_be_added()
-        with ExitStack() as stack:
+        with blocks_closed_on_error(), ExitStack() as stack:
             record = self._open(stack, rounds)
             if self.round == rounds:
                 return self

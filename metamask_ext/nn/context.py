@@ -9,6 +9,7 @@ wrong gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import RLock
 from typing import Protocol, TypeVar
@@ -105,6 +106,17 @@ def close_block(opener: object) -> None:
         _close_in_eager(opener)
         return
     _current.set(_without(_current.get(), opener))
+
+
+@contextmanager
+def blocks_closed_on_error() -> Iterator[None]:
+    """Leave no block open that was opened in here where an error ends it: Ctrl-C may come amid the opening or closing of one."""
+    before = _current.get()
+    try:
+        yield
+    except BaseException:
+        _current.set(before)
+        raise
 
 
 # Dynamo would build a Context by itself, and count it where it is not.

@@ -30,6 +30,8 @@ def unsupported(module: nn.Module) -> str | None:
         return "its class handles calls or attributes in a way of its own"
     if kind.forward is not plain.forward and not inspect.isfunction(inspect.unwrap(kind.forward)):
         return "its forward is not a Python function"
+    if any(getattr(kind, name) is not getattr(nn.Module, name) for name in ("get_extra_state", "set_extra_state")):
+        return "it has extra state of its own, where the gate would be saved"
     if taken := [attribute for attribute in _ADDED if hasattr(module, attribute)]:
         return f"it has an attribute {taken[0]!r} of its own"
     if kind.__basicsize__ != plain.__basicsize__:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import DTYPES, check_layer_input
+from ..ops.checks import DTYPES, check_layer_input, has_values
 from ..ops.dispatch import check_input_dtype
 from ..ops.gate import compute_dtype, gate_values, resolve_gate
 from ..ops.geometry import packed_shape
@@ -74,11 +74,6 @@ class MaskedLayer(TaskLayer):
     ) -> None:
         """Make a torch layer into a masked one: its attributes and the masks of ``tasks``."""
         resolve_gate(gate, temperature, threshold)
-        if self.plain_type.get_extra_state is not nn.Module.get_extra_state:
-            raise ValueError(
-                f"a {self.plain_type.__name__} cannot be masked: it has extra state of its own, where the gate is saved. "
-                "Leave it plain with exclude"
-            )
         weight, bias = self._shared()
         if weight.dtype not in DTYPES:
             raise TypeError(f"weight must be float64, float32, bfloat16 or float16, got {weight.dtype}")
@@ -203,6 +198,8 @@ class MaskedLayer(TaskLayer):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the gate and its parameters. ValueError, and nothing has changed, if there are none in ``state``."""
+        if isinstance(state, Tensor) and not has_values(state):
+            return  # on meta, or fake
         self.gate, self.temperature, self.threshold, _ = decoded(state)
 
     def _settings(self) -> Settings:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.checks import has_values
 from ..ops.gate import GATES, resolve_gate
 from ..torch_private import EXTRA_STATE, is_no_extra_state
 
@@ -67,7 +68,9 @@ def settings_in(
     """
     key = prefix + EXTRA_STATE
     state = state_dict.get(key)
-    if state is not None and not is_no_extra_state(state) and not (isinstance(state, Tensor) and state.is_meta):
+    if isinstance(state, Tensor) and not has_values(state):
+        pass  # on meta, or fake: as with parameters, there is nothing to take over
+    elif state is not None and not is_no_extra_state(state):
         try:
             return decoded(state)
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -88,7 +89,8 @@ class TaskDict(nn.ParameterDict):
         CHANGES.note()
 
     def __delattr__(self, name: str) -> None:
-        if name in self._slots:
+        # FullyShardedDataParallel puts views of its own in the places of the parameters.
+        if name in self._slots and not sys._getframe(1).f_globals.get("__name__", "").startswith("torch.distributed.fsdp."):
             self._refuse_tool(name)
         super().__delattr__(name)
 
@@ -222,7 +224,8 @@ class TaskDict(nn.ParameterDict):
 
     def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
         self._fetch_all()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with structure():  # another thread may add a task meanwhile
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _renumber(self, names: list[str | None]) -> None:
         """Take over these slots if they are of the same tasks. Those given out here are not given out again."""

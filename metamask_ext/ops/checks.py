@@ -291,8 +291,8 @@ def check_mask_logits(mask_logits: Tensor, threshold: float) -> None:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """True if a check may look at the numbers of ``tensor``: not under torch.compile, in torch.func's transforms or on ``meta``."""
-    return not (torch.compiler.is_compiling() or torch_private.in_transform() or tensor.is_meta)
+    """True if a check may look at numbers: not under torch.compile, in torch.func's transforms, on ``meta`` or of a fake tensor."""
+    return not (torch.compiler.is_compiling() or torch_private.in_transform() or tensor.is_meta or torch_private.is_fake(tensor))
 
 
 def nan_flag(tensor: Tensor) -> Tensor:

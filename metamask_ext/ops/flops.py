@@ -91,21 +91,20 @@ def _by_name(schema: Sequence[Any], formula: Callable[[Arguments], int]) -> Call
 
 
 class _Finder(MetaPathFinder):
-    """Waits for the import of torch's counter, and leaves."""
+    """Waits for the import of torch's counter. A mere look for it, as find_spec's, changes nothing."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != COUNTER:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(Loader):
-    def __init__(self, loader: Loader):
-        self.loader = loader
+    def __init__(self, loader: Loader, finder: _Finder):
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -115,6 +114,8 @@ class _Loader(Loader):
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         _register(module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
 
 
 def register() -> None:

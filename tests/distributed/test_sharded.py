@@ -47,3 +47,8 @@ def test_tasks_stay_as_they_are(ranks, name, gathered):
     for error, message, whole, tasks in ranks(cases.change, name, gathered):
         assert error in ("RuntimeError", "ValueError") and "sharded" in message, message
         assert whole and tasks == ["default", "b"]
+
+
+def test_the_older_wrapper_trains_as_one_process(ranks):
+    for difference, moved in ranks(cases.flattened):
+        assert difference < 1e-6 < moved

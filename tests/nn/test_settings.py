@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 
 import metamask_ext
@@ -232,8 +233,8 @@ def test_on_the_meta_device_there_are_no_values_and_real_ones_fill_it():
     saved = MaskedLinear(3, 2, temperature=0.5)
     with torch.device("meta"):
         model = MaskedLinear(3, 2)
-    with pytest.warns(UserWarning, match=r"temperature=1\.0"):
-        model.load_state_dict({key: value.to("meta") for key, value in saved.state_dict().items()}, assign=True)
+    model.load_state_dict({key: value.to("meta") for key, value in saved.state_dict().items()}, assign=True)
+    assert model.temperature == 1.0
     model.load_state_dict(saved.state_dict(), assign=True)
     assert model.temperature == 0.5 and torch.equal(model(torch.ones(1, 3)), saved(torch.ones(1, 3)))
 
@@ -283,5 +284,21 @@ def test_a_layer_with_extra_state_of_its_own_stays_plain():
 
     model = nn.Sequential(Counting(3, 2), nn.Linear(2, 2))
     with pytest.raises(ValueError, match="extra state of its own"):
-        metamask_ext.convert(model)
+        metamask_ext.convert(model, on_unsupported="error")
     assert [type(module) for module in model] == [Counting, nn.Linear]
+    metamask_ext.convert(model)
+    assert [type(module) for module in model] == [Counting, MaskedLinear]
+    assert "extra state of its own" in str(metamask_ext.conversion_report(model))
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_a_state_without_values_changes_no_gate_and_warns_of_nothing(kind, recwarn):
+    saved, loaded = (nn.Sequential(MaskedLinear(4, 3, temperature=t)) for t in (0.5, 2.0))
+    if kind == "meta":
+        state = {name: tensor.to("meta") for name, tensor in saved.state_dict().items()}
+        loaded.load_state_dict(state, assign=True)
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            loaded = nn.Sequential(MaskedLinear(4, 3, temperature=2.0))
+            loaded.load_state_dict(loaded.state_dict())
+    assert loaded[0].temperature == 2.0 and not recwarn.list

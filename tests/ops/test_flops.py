@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -147,6 +149,7 @@ def test_modules_have_the_counts_of_their_ops():
 
 @pytest.mark.parametrize("layer", [MaskedLinear(6, 10), MaskedConv2d(2, 4, 3)], ids=["linear", "conv"])
 def test_fake_tensors_and_meta_tensors_are_counted(layer):
+    layer = copy.deepcopy(layer)
     x = torch.randn(4, 6) if isinstance(layer, MaskedLinear) else torch.randn(4, 2, 4, 4)
     wanted = count(lambda: layer(x).sum().backward())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -173,3 +176,15 @@ def test_the_counter_gets_them_when_it_is_imported_and_keeps_its_loader(monkeypa
     assert again is not flop_counter and len(sys.meta_path) == length - 1
     assert torch.ops.metamask.masked_linear in again.flop_registry
     assert type(again.__loader__) is type(loader) is type(again.__spec__.loader)
+
+
+def test_a_look_for_the_counter_is_no_import_of_it():
+    """In a process of its own: the counter is imported here already."""
+    program = (
+        "import importlib.util, torch, metamask_ext as mm; importlib.util.find_spec('torch.utils.flop_counter')\n"
+        "from torch.utils.flop_counter import FlopCounterMode\n"
+        "with FlopCounterMode(display=False) as counter: mm.nn.MaskedLinear(8, 16)(torch.randn(3, 8))\n"
+        "print(counter.get_total_flops())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{2 * 3 * 8 * 16}\n"

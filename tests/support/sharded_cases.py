@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 
 import metamask_ext as mm
 from metamask_ext.continual import TaskLoop
-from metamask_ext.nn import MaskedLayer
+from metamask_ext.nn import MaskedLayer, MaskedLinear
 
 
 def shard(model, kind):
@@ -168,3 +168,24 @@ def change(rank, name, gathered):
         with torch.no_grad(), mm.using_task(model, "b"):
             model(batch(rank, 0)[0])
     return *_refused(lambda: CHANGES[name](model), model, before), mm.tasks(model)
+
+
+def flattened(rank):
+    """The largest difference from one process of the first, older FullyShardedDataParallel, with the original parameters."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(MaskedLinear(4, 6), nn.ReLU(), MaskedLinear(6, 2))
+
+    alone, wrapped = model(), FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+    before = alone[0].weight.detach().clone()
+    for each in (alone, wrapped):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            each(x).square().mean().backward()
+            optimizer.step()
+    moved = (alone[0].weight - before).abs().max().item()
+    return (wrapped(x) - alone(x)).abs().max().item(), moved
