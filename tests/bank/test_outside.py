@@ -338,6 +338,27 @@ class TestFileSystems:
         os.waitpid(children[0], 0)
 
 
+class TestSaveAmidASave:
+    def test_it_is_refused(self, tmp_path, monkeypatch):
+        """As a signal handler does it."""
+        bank = new_bank(tmp_path)
+        bank.add_task("c")
+        replace, refused = os.replace, []
+
+        def saving(*given: Any) -> None:
+            if not refused:
+                refused.append(pytest.raises(BankError, match="under way in this thread"))
+                with refused[0]:
+                    bank.save(tmp_path)
+            replace(*given)
+
+        monkeypatch.setattr(os, "replace", saving)
+        bank.save(tmp_path)
+        assert refused
+        bank.save(tmp_path)
+        Store.open(tmp_path).verify()
+
+
 class TestMappings:
     @staticmethod
     def mapped(folder: Path) -> int:
