@@ -329,10 +329,10 @@ def _check_model(index: Path, meta: JsonObject, model: nn.Module) -> dict[str, l
     modules = dict(plain_modules(model))
     for path, names in {**_per_task(model), **per_task}.items():
         module = modules.get(path)
+        if not isinstance(module, PerTask) and (module is None or not names or isinstance(module, (TaskLayer, TaskDict))):
+            raise BankError(f"{index}: the bank keeps {names} of {path!r} per task, and the model has none of it to keep")
         if isinstance(module, PerTask):
             has = list(module._own())
-        elif module is None or isinstance(module, (TaskLayer, TaskDict)):
-            has = []
         else:
             has = [name for name in names if module._parameters.get(name) is not None or module._buffers.get(name) is not None]
         if sorted(per_task.get(path, [])) != sorted(has):
