@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from ..files.lock import ThreadLock
 from ..nn import tasks as model_tasks
 from ..nn.names import describe, escape, plain
 from ..nn.selection import Superposition
@@ -15,26 +15,11 @@ from ..nn.task_layer import task_layers
 from ..nn.using_task import using_task
 from . import folder
 from .counts import Sums
+from .index import BankError
 from .inference import infer
 from .mappings import OF_PROCESS, Mappings
 from .per_task import keep_matching, per_task_names
 from .store import Store
-
-
-class _Lock:
-    """A lock that a copy of its owner does not share, and that pickles."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
-        return _Lock, ()
 
 
 class MaskBank:
@@ -72,7 +57,7 @@ class MaskBank:
         self._store: Store | None = None
         self._seen: frozenset[str] = frozenset()
         """The states of folders that were loaded into the model, or saved from it: a save may replace them."""
-        self._saving = _Lock()
+        self._saving = ThreadLock()
         self._sums = Sums()
 
     @property
@@ -184,11 +169,12 @@ class MaskBank:
             overwrite: replace a bank that this one has not seen: it was neither loaded from there, nor saved there last.
 
         Raises:
-            BankError: another process is writing; the folder holds a bank, or a later save of this one, that was not seen and
-                ``overwrite`` is False; its ``bank.json`` is damaged. Nothing has changed.
+            BankError: another process is writing, or this thread, where a signal handler calls this amid a save; the folder holds a
+                bank, or a later save of this one, that was not seen and ``overwrite`` is False; its ``bank.json`` is damaged.
+                Nothing has changed.
             OSError: the files cannot be written. The old bank is whole.
         """
-        with self._saving:
+        with self._saving.held(lambda: BankError("a save of this bank is under way in this thread")):
             seen = self._seen if self._store is None else self._seen | {self._store.state}
             folder.save(self.model, directory, None if overwrite else seen, self._remember)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Lock
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from ..files.lock import ThreadLock
 from ..ops.packed.functional import unpack_mask
 
 _BLOCK = 1 << 22
@@ -89,16 +89,16 @@ class Sums:
 
     def __init__(self) -> None:
         self._kept: WeakKeyDictionary[nn.Module, Summed] = WeakKeyDictionary()
-        self._lock = Lock()
+        self._lock = ThreadLock()
 
     def of(self, owner: nn.Module, masks: Sequence[Tensor], like: Tensor) -> Summed:
         """Return the sum of ``masks``, which belong to ``owner`` and mask ``like``. It must not be written to."""
-        with self._lock:
+        with self._lock.held():
             kept = self._kept.get(owner)
         if kept is None or not _holds(kept.bits, masks):
             bits = torch.stack([*masks])
             kept = Summed(bits, count_bits(bits, like))
-            with self._lock:
+            with self._lock.held():
                 self._kept[owner] = kept
         return kept
 

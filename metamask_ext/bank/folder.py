@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..files.lock import ThreadLock
 from ..nn.masked_layer import MaskedLayer
 from ..nn.names import escape
 from ..nn.paths import plain_modules
@@ -260,12 +260,12 @@ class _Source:
         self.store = store
         self.names = {each.name for each in kept}
         """The tensors of a task, as its file has them."""
-        self._lock = threading.Lock()
+        self._lock = ThreadLock()
         self._rest: dict[str, dict[str, Tensor]] = {}
 
     def take(self, task: str, each: _Kept) -> Tensor:
         """Return one tensor of a task; its file is forgotten when every layer has taken its part."""
-        with self._lock:
+        with self._lock.held():
             rest = self._rest.get(task)
             if rest is None or each.key_in(rest) not in rest:
                 rest = self._rest[task] = dict(self.store.task(task))
@@ -274,9 +274,9 @@ class _Source:
             if key.startswith(LOGITS):
                 path = self.store.path(task)
                 raise BankError(f"{path}: task {task!r} has got logits for {each.name} since the bank was opened. Open it again")
-            del rest[key]
+            rest.pop(key, None)
             if not rest:
-                del self._rest[task]
+                self._rest.pop(task, None)
         return tensor.to(each.device) if key.startswith(BITS) else tensor.to(each.device, copy=True)
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Source:
@@ -329,10 +329,10 @@ def _check_model(index: Path, meta: JsonObject, model: nn.Module) -> dict[str, l
     modules = dict(plain_modules(model))
     for path, names in {**_per_task(model), **per_task}.items():
         module = modules.get(path)
+        if not isinstance(module, PerTask) and (module is None or not names or isinstance(module, (TaskLayer, TaskDict))):
+            raise BankError(f"{index}: the bank keeps {names} of {path!r} per task, and the model has none of it to keep")
         if isinstance(module, PerTask):
             has = list(module._own())
-        elif module is None or isinstance(module, (TaskLayer, TaskDict)):
-            has = []
         else:
             has = [name for name in names if module._parameters.get(name) is not None or module._buffers.get(name) is not None]
         if sorted(per_task.get(path, [])) != sorted(has):

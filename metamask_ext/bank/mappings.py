@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-import threading
 from collections.abc import Iterable
 from weakref import ref
 
 from torch import Tensor
+
+from ..files.lock import ThreadLock
 
 COPIED = 1 << 18
 """Files of up to this many bytes are read into memory: a mapping would save nothing, and takes pages as well."""
@@ -30,21 +31,21 @@ class Mappings:
             raise TypeError(f"max_resident must be None or an integer, got {most!r}") from None
         if self._most < 0:
             raise ValueError(f"max_resident must be at least 0, got {most}")
-        self._lock = threading.Lock()
+        self._lock = ThreadLock()
         self._files: list[list[ref[Tensor]]] = []
 
     def allows(self, size: int) -> bool:
         """Return whether a file of ``size`` bytes is to be mapped."""
         if size <= COPIED:
             return False
-        with self._lock:
+        with self._lock.held():
             if len(self._files) >= self._most:
                 self._files = [tensors for tensors in self._files if any(tensor() is not None for tensor in tensors)]
             return len(self._files) < self._most
 
     def note(self, tensors: Iterable[Tensor]) -> None:
         """Count a file that was mapped: these are its tensors."""
-        with self._lock:
+        with self._lock.held():
             self._files.append([ref(tensor) for tensor in tensors])
 
     def __reduce__(self) -> tuple[type[Mappings], tuple[int]]:

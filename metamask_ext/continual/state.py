@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypedDict, cast
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..files.checkpoint import check_same_settings, not_ours
+from ..files.checkpoint import check_same_settings, is_plain, not_ours
 from ..nn import MaskedLayer
 from ..nn.names import describe, escape, unescape
 from ..nn.settings import decoded
@@ -70,7 +70,7 @@ class Checks:
         self._check_numbers(found)
         tasks = self._checked_tasks(found)
         forms = self._forms(tasks)
-        model = self._checked_model(found["model"], forms)
+        model = self._checked_model(found["model"], forms, found["steps_of"].keys() | found["mask_optimizers"].keys())
         self._check_optimizer("optimizer", found["optimizer"], [(p.dtype, p.shape) for p in shared], of_masks=False)
         for task, optimizer in found["mask_optimizers"].items():
             self._check_optimizer(f"mask_optimizers[{task!r}]", optimizer, self._mask_forms(task, model), of_masks=True)
@@ -136,8 +136,8 @@ class Checks:
                 forms[f"{path}.{escape(task)}"] = of_masks
         return forms
 
-    def _checked_model(self, model: object, forms: Mapping[str, Sequence[_Form]]) -> dict[str, Tensor]:
-        """Check the model's state; return its tensors by their keys in this torch."""
+    def _checked_model(self, model: object, forms: Mapping[str, Sequence[_Form]], trained: Collection[str]) -> dict[str, Tensor]:
+        """Check the model's state; return its tensors by their keys in this torch. NaN is refused in what was trained."""
         if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
             self._refuse(f"model must be a state dict, got {type(model).__name__}")
         dicts = _dicts(self.model)
@@ -149,12 +149,15 @@ class Checks:
             self._refuse_model(
                 "; ".join(f"{what} {describe(keys)}" for what, keys in (("it lacks", lacks), ("it has", more)) if keys)
             )
-        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        finite = {name for name, each in self.model.named_parameters(remove_duplicate=False) if each.requires_grad}
+        finite = {name for name in finite if name.rpartition(".")[0] not in dicts}
+        finite |= {f"{path}.{escape(task)}" for path in dicts for task in trained}
         for key, allowed in forms.items():
             tensor = given[key]
-            self._check_tensor(key, tensor, allowed)
+            like = own.get(key)
+            self._check_tensor(key, tensor, allowed, like if isinstance(like, Tensor) else None)
             assert isinstance(tensor, Tensor)
-            if (key in parameters or key.rpartition(".")[0] in dicts) and bool(tensor.isnan().any()):
+            if key in finite and bool(tensor.isnan().any()):
                 self._refuse(f"{key} holds NaN: the training had diverged")
         return cast(dict[str, Tensor], given)
 
@@ -170,11 +173,13 @@ class Checks:
     def _refuse_model(self, why: str) -> NoReturn:
         self._refuse(f"the model does not fit the checkpoint: {why}")
 
-    def _check_tensor(self, name: str, tensor: object, allowed: Sequence[_Form]) -> None:
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or (tensor.dtype, tensor.shape) not in allowed:
+    def _check_tensor(self, name: str, tensor: object, allowed: Sequence[_Form], like: Tensor | None = None) -> None:
+        if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) not in allowed:
             got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             wanted = " or ".join(f"{dtype} {list(shape)}" for dtype, shape in allowed)
             self._refuse_model(f"{name} must be {wanted}, got {got}")
+        if not is_plain(tensor, like):
+            self._refuse_model(f"{name} must be a dense tensor on the CPU")
 
     def _mask_forms(self, task: str, model: Mapping[str, Tensor]) -> list[_Form]:
         """List the parameters of one task's masks, in the order of the loop."""
@@ -212,6 +217,10 @@ class Checks:
                     self._refuse(f"{name}: step must be a number of steps, got {value!r}")
             elif value is not None or adam:
                 self._check_tensor(f"{name}, {key},", value, [form])
+                tensor = cast(Tensor, value)
+                if not bool(tensor.isfinite().all()) or (key == "exp_avg_sq" and bool((tensor < 0).any())):
+                    wanted_values = "numbers, at least 0" if key == "exp_avg_sq" else "numbers"
+                    self._refuse(f"{name}: {key} must hold finite {wanted_values}: the training had diverged")
 
 
 def _dicts(model: nn.Module, once: bool = False) -> dict[str, TaskDict]:

@@ -61,11 +61,21 @@ def not_ours(path: Path, why: str) -> CheckpointError:
     return CheckpointError(f"the checkpoint {str(path)!r} cannot be of this run: {why}. {advice}")
 
 
+def is_plain(tensor: Tensor, like: Tensor | None = None) -> bool:
+    """Return whether ``tensor`` is on the CPU, and dense: each element has its place, unless those of ``like`` lie the same way."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    # torch keeps strides only where no elements overlap and none are left out.
+    dense = tensor.stride() == torch.empty_like(tensor, device="meta").stride()
+    return dense or (like is not None and like.layout == torch.strided and tensor.stride() == like.stride())
+
+
 def take_over_state_dict(path: Path, given: object, model: nn.Module) -> None:
     """Load a state dict, unless ``model`` cannot take it over whole: torch's ``load_state_dict`` changes it before it complains.
 
     Raises:
-        CheckpointError: it is none, or a tensor is missing, too much, of another shape or dtype, or holds NaN. Nothing has changed.
+        CheckpointError: it is none, or a tensor is missing, too much, of another shape or dtype, not dense, not on the CPU, or
+            holds NaN. Nothing has changed.
     """
     own = model.state_dict()
     if not isinstance(given, dict) or given.keys() != own.keys():
@@ -75,6 +85,8 @@ def take_over_state_dict(path: Path, given: object, model: nn.Module) -> None:
         if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (wanted.dtype, wanted.shape):
             got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise not_ours(path, f"{name} must be {wanted.dtype} {list(wanted.shape)}, got {got}")
+        if not is_plain(tensor, wanted):
+            raise not_ours(path, f"{name} must be a dense tensor on the CPU")
         if bool(tensor.isnan().any()):
             raise not_ours(path, f"{name} holds NaN")
     model.load_state_dict(given)

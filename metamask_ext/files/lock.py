@@ -1,4 +1,6 @@
-"""The lock that keeps a second writer out. The kernel holds it: it ends with the process, however that ends.
+"""The locks that keep a second writer out: of other processes, and of other threads.
+
+That of processes is the kernel's: it ends with the process, however that ends.
 
 Some file systems have no ``flock`` (Lustre and GPFS as they are often mounted, some FUSE ones; NFS on folders). There a file beside
 the lock, made exclusively, takes its place. Nobody removes that file after a kill: it names the process that made it, and the next
@@ -11,9 +13,11 @@ import errno
 import fcntl
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from weakref import WeakSet
 
 from .atomic import write_new
 from .errors import OutputError
@@ -105,3 +109,47 @@ def locked_run(folder: Path) -> AbstractContextManager[None]:
         return OutputError(f"cannot lock {str(folder)!r}: {error.strerror}")
 
     return locked(folder, refuse)
+
+
+class ThreadLock:
+    """A lock of threads. A forked process has it free: the thread that held it does not exist there. A copy is another lock."""
+
+    def __init__(self) -> None:
+        self._renew()
+        _thread_locks.add(self)
+
+    def _renew(self) -> None:
+        self._state: tuple[threading.RLock, list[None]] = threading.RLock(), []
+
+    @contextmanager
+    def held(self, refuse: Callable[[], Exception] | None = None) -> Iterator[None]:
+        """Hold the lock during the block; other threads are waited for.
+
+        Args:
+            refuse: makes the exception that is raised where this thread holds the lock already, as in a signal handler. None: the
+                block is entered again.
+        """
+        lock, inside = self._state  # a process that is forked in the block has other ones, and leaves these
+        with lock:
+            if inside and refuse is not None:
+                raise refuse()
+            depth = len(inside)
+            try:
+                inside.append(None)
+                yield
+            finally:
+                del inside[depth:]
+
+    def __reduce__(self) -> tuple[type[ThreadLock], tuple[()]]:
+        return ThreadLock, ()
+
+
+_thread_locks: WeakSet[ThreadLock] = WeakSet()
+
+
+def _renew_thread_locks() -> None:
+    for lock in _thread_locks:
+        lock._renew()
+
+
+os.register_at_fork(after_in_child=_renew_thread_locks)

@@ -92,6 +92,11 @@ CHANGES: dict[str, list[Callable[[dict[str, Any]], None]]] = {
             {"": []},
         )
     ],
+    "per_task of others": [
+        lambda body, k=path, v=names: body["meta"]["per_task"].update({k: v})
+        for path in ("zz", "", "0", "2", "3", "0.masks", "3.bias_masks")
+        for names in ([], ["weight"])
+    ],
     "packed": [lambda body, v=value: body["tasks"][1]["info"].update(packed=v) for value in ("x", 1, None, [], {})],
     "commit": [lambda body, v=value: body.update(commit=v) for value in (-1, True, 1.0, "1", None, 2**63)],
     "bytes": [lambda body, v=value: body["tasks"][1].update(bytes=v) for value in (True, 1.0, -1, 2**63, None)],
@@ -336,6 +341,27 @@ class TestFileSystems:
         bank.save(tmp_path)
         os.close(writing), os.close(reading)
         os.waitpid(children[0], 0)
+
+
+class TestSaveAmidASave:
+    def test_it_is_refused(self, tmp_path, monkeypatch):
+        """As a signal handler does it."""
+        bank = new_bank(tmp_path)
+        bank.add_task("c")
+        replace, refused = os.replace, []
+
+        def saving(*given: Any) -> None:
+            if not refused:
+                refused.append(pytest.raises(BankError, match="under way in this thread"))
+                with refused[0]:
+                    bank.save(tmp_path)
+            replace(*given)
+
+        monkeypatch.setattr(os, "replace", saving)
+        bank.save(tmp_path)
+        assert refused
+        bank.save(tmp_path)
+        Store.open(tmp_path).verify()
 
 
 class TestMappings:

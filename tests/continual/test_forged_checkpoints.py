@@ -97,6 +97,16 @@ def each(change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], dict[str, A
     return lambda given: {key: change(value) for key, value in given.items()}
 
 
+def of_state(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Change the buffers of an optimiser's first parameter, not its step."""
+
+    def changed(given: dict[str, Any]) -> dict[str, Any]:
+        entries = given["state"][0]
+        return {**given, "state": {0: {key: value if key == "step" else change(value) for key, value in entries.items()}}}
+
+    return changed
+
+
 CHANGES: dict[str, dict[str, Any]] = {
     "round": {
         "is none": None,
@@ -143,6 +153,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "dtypes": each(torch.Tensor.double),
         "sparse": each(torch.Tensor.to_sparse),
         "numbers": each(lambda tensor: 3.0),
+        "meta": each(lambda tensor: tensor.to("meta")),
+        "overlapping": lambda given: {**given, "masks.a": given["masks.a"][:1, :1].expand_as(given["masks.a"])},
         "nan": each(lambda tensor: tensor * float("nan")),
         "nan in one mask": lambda given: {**given, "masks.a": given["masks.a"].clone().fill_(float("nan"))},
         "endless": each(lambda tensor: torch.zeros(1).expand(2**40)),
@@ -162,6 +174,11 @@ CHANGES: dict[str, dict[str, Any]] = {
         "numbers": lambda given: {**given, "state": {0: dict.fromkeys(given["state"][0], 1.0)}},
         "shapes": lambda given: {**given, "state": {0: dict.fromkeys(given["state"][0], torch.ones(7))}},
         "more": lambda given: {**given, "state": {0: {**given["state"][0], "x": torch.ones(1)}}},
+        "meta": of_state(lambda tensor: tensor.to("meta")),
+        "sparse": of_state(torch.Tensor.to_sparse),
+        "overlapping": of_state(lambda tensor: tensor.flatten()[:1].expand(tensor.shape)),
+        "nan": of_state(lambda tensor: tensor * float("nan")),
+        "infinite": of_state(lambda tensor: tensor + float("inf")),
     },
     "mask_optimizers": {
         "empty": {},
@@ -211,6 +228,30 @@ def test_steps_of_adam_that_cannot_be(tmp_path):
         state["optimizer"]["state"][0]["step"] = torch.tensor(step)
         forge(tmp_path, dumped(state))
         assert_refused(tmp_path, "step must be a number of steps", optimizer="adam")
+
+
+def test_squares_of_adam_that_are_negative(tmp_path):
+    new_loop(tmp_path, optimizer="adam").run(4)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    state["optimizer"]["state"][0]["exp_avg_sq"].sub_(1e3)
+    forge(tmp_path, dumped(state))
+    assert_refused(tmp_path, "exp_avg_sq must hold finite numbers, at least 0", optimizer="adam")
+
+
+def test_nan_in_what_is_not_trained_is_taken_over(tmp_path):
+    """A mask of a task that the loop has not, and a frozen parameter."""
+
+    def loop() -> TaskLoop:
+        torch.manual_seed(1)
+        model = nn.Sequential(MaskedLinear(3, 1), nn.Linear(1, 1))
+        model[1].bias.requires_grad_(False)
+        model[0].masks["old"] = torch.full((1, 3), float("nan"))
+        model[0].bias_masks["old"] = torch.zeros(1)
+        model.register_parameter("unused", nn.Parameter(torch.full((2,), float("nan")), requires_grad=False))
+        return TaskLoop(model, new_data("ab"), F.mse_loss, steps=2, lr=0.01, out=tmp_path, tensorboard=False)
+
+    loop().run(2)
+    assert loop().run(4).resumed == 2
 
 
 def test_a_checkpoint_without_the_checksum_of_its_metrics(tmp_path):

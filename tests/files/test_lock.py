@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import fcntl
 import os
+import signal
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from metamask_ext.files.errors import OutputError
-from metamask_ext.files.lock import locked, locked_run
+from metamask_ext.files.lock import ThreadLock, locked, locked_run
 
 
 def refuse(error: OSError) -> OutputError:
@@ -151,4 +154,46 @@ def test_runs_name_their_folder(tmp_path, no_flock):
         pass
     no_flock(errno.EACCES)
     with pytest.raises(OutputError, match=f"cannot lock '{tmp_path}': Permission denied"), locked_run(tmp_path):
+        pass
+
+
+def entered_in_a_child(lock: ThreadLock) -> bool:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)
+        with lock.held(ZeroDivisionError):
+            os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_forked_process_has_a_lock_of_threads_free(copied):
+    lock, inside, leave = ThreadLock(), threading.Event(), threading.Event()
+    lock = copy.deepcopy(lock) if copied else lock
+
+    def hold() -> None:
+        with lock.held():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait(10)
+    try:
+        assert entered_in_a_child(lock)
+    finally:
+        leave.set()
+        thread.join()
+    with lock.held(ZeroDivisionError):
+        assert entered_in_a_child(lock)
+
+
+def test_a_thread_that_has_a_lock_is_refused_or_enters_again():
+    lock = ThreadLock()
+    with lock.held():
+        with lock.held():
+            pass
+        with pytest.raises(ZeroDivisionError), lock.held(ZeroDivisionError):
+            pass
+    with lock.held(ZeroDivisionError):
         pass
