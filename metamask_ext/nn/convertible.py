@@ -9,6 +9,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..ops.checks import DTYPES
 from .per_task import PerTask
+from .reads import misses_attribute
 from .task_dict import TaskDict
 from .task_layer import TaskLayer
 
@@ -36,7 +37,7 @@ def unsupported(module: nn.Module) -> str | None:
         return "its class has __slots__"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}, not float64, float32, bfloat16 or float16"
-    return None
+    return misses_attribute(kind) if has_own_forward(module) else None
 
 
 def has_own_forward(module: nn.Module) -> bool:
