@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.models import masks_on, randomize_masks
 from torch import fx, nn
+from torch.nn.utils import parametrizations, prune
 
 import metamask_ext
 from metamask_ext import MaskBank, add_task, conversion_report, convert, merge, tasks, using_task
@@ -454,3 +455,28 @@ class TestOnUnsupported:
         assert isinstance(model.tags[0], MaskedLayer) and not isinstance(model.kept, MaskedLayer)
         convert(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.BatchNorm2d(2)), on_unsupported="error")
         convert(convert(nn.Sequential(nn.Linear(2, 2))), on_unsupported="error")
+
+
+REPARAMETRISED = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "bias-pruned": lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
+    "weight-norm": parametrizations.weight_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "old-spectral-norm": nn.utils.spectral_norm,
+    "old-weight-norm": nn.utils.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", REPARAMETRISED)
+def test_the_originals_of_a_masked_weight_are_not_left(name):
+    model = convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    REPARAMETRISED[name](model[0])
+    report = conversion_report(model)
+    assert (report.masked, report.total, report.left) == (212, 212, ())
+
+
+def test_the_originals_of_another_parameter_of_a_masked_layer_are_left():
+    model = convert(nn.Sequential(_Standardised(2, 3, 2)))
+    prune.l1_unstructured(model[0], "gain", 0.5)
+    assert [(left.name, left.parameters) for left in conversion_report(model).left] == [("0", 3)]
