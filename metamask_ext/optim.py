@@ -187,8 +187,13 @@ class FusedMaskedSGD(torch.optim.SGD):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """As torch's, but a state of parameters with other names, or in another order, is refused."""
+        """As torch's, but a state of parameters with other names, or in another order, is refused.
+
+        Names are those of the plain model; those that torch gives the parameters of the wrapped one (``_orig_mod.…``), as earlier
+        versions saved them, are read too.
+        """
         self._find_new_tasks()
+        state_dict = self._by_plain_names(state_dict)
         for index, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
             names = theirs.get("param_names")
             if names is not None and names != ours["param_names"]:
@@ -198,6 +203,15 @@ class FusedMaskedSGD(torch.optim.SGD):
         super().load_state_dict(state_dict)
         _keep_outside(self)
         self._remember()
+
+    def _by_plain_names(self, state_dict: StateDict) -> StateDict:
+        """The state with our names in the groups whose names are those that torch gives the same parameters."""
+        plain = {name: plain_path(self.model, name) for name, _ in self.model.named_parameters()}
+        groups = list(state_dict["param_groups"])
+        for index, (ours, theirs) in enumerate(zip(self.param_groups, groups)):
+            if [plain.get(name, name) for name in theirs.get("param_names") or ()] == ours["param_names"]:
+                groups[index] = {**theirs, "param_names": list(ours["param_names"])}
+        return {**state_dict, "param_groups": groups}
 
     def _remember(self) -> None:
         """Keep the parameters that :meth:`_find_new_tasks` compares with, and each parameter's group."""

@@ -24,6 +24,8 @@ from support.sgd_steps import (
     twice,
 )
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 from torch.profiler import ProfilerActivity, profile
 
 import metamask_ext as mm
@@ -217,6 +219,40 @@ def test_state_dict_continues_where_it_was_and_refuses_another_order():
 
     with pytest.raises(ValueError, match=r"state_dict has other parameters in group 1 .*masks\.third"):
         FusedMaskedSGD(make(["third"]), 0.1).load_state_dict(first.state_dict())
+
+
+def _checkpointed(model):
+    for name, layer in list(model.named_children()):
+        setattr(model, name, checkpoint_wrapper(layer))
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, AveragedModel, _checkpointed, lambda model: nn.DataParallel(_checkpointed(model))]
+)
+def test_a_state_with_the_names_of_a_wrapped_model_is_loaded(wrap):
+    model = wrap(mlp())
+    optimizer = FusedMaskedSGD(model, **SETTINGS)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    of_torch = {parameter: name for name, parameter in model.named_parameters()}
+    for group, kept in zip(optimizer.param_groups, saved["param_groups"]):
+        kept["param_names"] = [of_torch[parameter] for parameter in group["params"]]
+        assert kept["param_names"] != group["param_names"]
+    given = copy.deepcopy(saved)
+
+    other = FusedMaskedSGD(model, lr=1.0)
+    other.load_state_dict(given)
+    assert given["param_groups"] == saved["param_groups"]
+    assert [group["param_names"] for group in other.param_groups] == [group["param_names"] for group in optimizer.param_groups]
+    for parameter, state in optimizer.state.items():
+        assert torch.equal(other.state[parameter]["momentum_buffer"], state["momentum_buffer"])
+
+    given["param_groups"][0]["param_names"].reverse()
+    with pytest.raises(ValueError, match="other parameters in group 0"):
+        FusedMaskedSGD(model, lr=1.0).load_state_dict(given)
 
 
 def test_a_copy_of_model_and_optimiser_goes_on_alone():

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..ops.checks import DTYPES
+from ..torch_private import rebuilding_hook
 from .per_task import PerTask
+from .reads import misses_attribute
 from .task_dict import TaskDict
 from .task_layer import TaskLayer
 
@@ -38,7 +40,7 @@ def unsupported(module: nn.Module) -> str | None:
         return "its class has __slots__"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}, not float64, float32, bfloat16 or float16"
-    return None
+    return misses_attribute(kind) if has_own_forward(module) else None
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -65,16 +67,25 @@ def own_tensors(module: nn.Module) -> list[str]:
 
 
 def unmasked(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that ``module`` itself has and no mask of it covers, by name; also the originals of parametrized ones."""
+    """The parameters that ``module`` itself has and no mask of it covers, by name; also the originals of parametrized ones.
+
+    A mask of a pruned or parametrized weight applies to what is computed, and covers what it is computed of.
+    """
     if isinstance(module, (ParametrizationList, TaskDict)):
         return {}
-    of_layer = ("weight", "bias") if isinstance(module, TaskLayer) and not isinstance(module, PerTask) else ()
+    covered = ("weight", "bias") if isinstance(module, TaskLayer) and not isinstance(module, PerTask) else ()
+    hooks = [hook for name in covered if (hook := rebuilding_hook(module, name)) is not None]
+    of_layer = {*covered, *(source for hook in hooks for source in hook.sources)}
     own: dict[str, Tensor] = {
         name: tensor for name, tensor in module._parameters.items() if tensor is not None and name not in of_layer
     }
     if is_parametrized(module):
         of_parametrizations = module.get_submodule("parametrizations")
-        own.update((f"parametrizations.{name}", tensor) for name, tensor in of_parametrizations.named_parameters())
+        own.update(
+            (f"parametrizations.{name}", tensor)
+            for name, tensor in of_parametrizations.named_parameters()
+            if name.partition(".")[0] not in covered
+        )
     return own
 
 

@@ -82,10 +82,18 @@ class ComputedTensor(GuardedTensor):
             return copied
         with without_torch_function():
             result = func(*args, **kwargs)
-        if isinstance(result, Tensor):
-            source = _first(args)
-            if source is not None and type(result) is not cls and _shares_memory(result, source):
-                return cls.of(result, source._words)  # type: ignore[return-value]  # a Tensor in the place of a Tensor
+        several = type(result) in (tuple, list)  # no torch.Size
+        if (several or isinstance(result, Tensor)) and (source := _first((args, kwargs))) is not None:
+            if several:
+                return type(result)(cls._guard(source, part) for part in result)  # type: ignore[attr-defined, call-arg]  # of parts
+            return cls._guard(source, result)  # type: ignore[return-value]  # a Tensor in the place of a Tensor
+        return result
+
+    @classmethod
+    def _guard(cls, source: ComputedTensor, result: object) -> object:
+        """A result, or a part of one, which is guarded as ``source`` is if it is a view of that."""
+        if isinstance(result, Tensor) and type(result) is not cls and _shares_memory(result, source):
+            return cls.of(result, source._words)
         return result
 
 

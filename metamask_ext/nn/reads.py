@@ -7,7 +7,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 
 from torch import nn
 
@@ -85,6 +85,80 @@ def _owners_read(forward: object, bases: tuple[type, ...]) -> set[str | None]:
                 elif not owner.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME")) and _last(owner.argval) != module_itself:
                     found.add(None)
     return found
+
+
+def misses_attribute(kind: type[nn.Module]) -> str | None:
+    """The reason why the forward of a Linear or Conv2d would miss what is put in the place of ``weight``; None if it reads that.
+
+    It may take the parameter from ``_parameters``, ``state_dict()`` or the like, or use another attribute. torch's own are known.
+    """
+    found = False
+    seen: set[CodeType] = set()
+    todo: list[object] = [inspect.unwrap(getattr(kind, name)) for name in ("forward", "_conv_forward") if hasattr(kind, name)]
+    while todo:
+        function = todo.pop()
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
+            continue
+        code = function.__code__
+        seen.add(code)
+        if _package(function) == "torch":
+            found = found or function.__name__ == "forward"
+            continue
+        todo += [cell.cell_contents for cell in function.__closure__ or () if _is_function(cell)]
+        module_itself = code.co_varnames[0] if code.co_varnames else None
+        for before, instruction, following in _instructions(code):
+            if source := _takes_parameters(before[-1], instruction, following):
+                return f"its forward takes parameters from {source}, not from its attributes"
+            # A layer that is given to other code may be read there.
+            given = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and _last(instruction.argval) == module_itself
+            found = found or instruction.argval == "weight" or (given and not following[0].opname.endswith(_OF_OBJECT))
+            todo += _called(function, kind, before[-1], instruction)
+    return None if found else "its forward does not read its attribute weight"
+
+
+_OF_OBJECT = ("_ATTR", "_METHOD")
+
+_PARAMETERS = frozenset(("_parameters", "parameters", "named_parameters", "get_parameter", "state_dict", "__dict__", "__getattr__"))
+"""Attributes that give the parameters of a module past those of their names."""
+
+
+def _is_function(cell: CellType) -> bool:
+    try:
+        return inspect.isfunction(cell.cell_contents)
+    except ValueError:  # it is empty
+        return False
+
+
+def _called(function: FunctionType, kind: type[nn.Module], owner: dis.Instruction, instruction: dis.Instruction) -> list[object]:
+    """The functions that an instruction of ``function`` loads: methods of ``kind``, and functions of the same package."""
+    name = instruction.argval
+    if instruction.opname.startswith("LOAD_") and instruction.opname.endswith(_OF_OBJECT):
+        called = _methods(kind.__mro__, name)
+        module = function.__globals__.get(owner.argval) if owner.opname == "LOAD_GLOBAL" else None
+        others = [getattr(module, name, None)] if inspect.ismodule(module) else []
+    else:
+        called, others = [], [function.__globals__.get(name)] if instruction.opname == "LOAD_GLOBAL" else []
+    return called + [inspect.unwrap(f) for f in others if inspect.isfunction(f) and _package(f) == _package(function)]
+
+
+def _takes_parameters(owner: dis.Instruction, instruction: dis.Instruction, following: Instructions) -> str | None:
+    """The name of what an instruction takes parameters from, of a module and no part of it; None if it is for another purpose."""
+    name = instruction.argval
+    if instruction.opname == "LOAD_GLOBAL" and name == "vars":
+        following = following[1:]
+    elif instruction.opname.startswith("LOAD_") and instruction.opname.endswith(_OF_OBJECT):
+        if name not in _PARAMETERS or (owner.opname == "LOAD_ATTR" and name != "__getattr__"):
+            return None
+    elif instruction.opname != "LOAD_CONST" or name != "_parameters":
+        return None
+    rest = list(following)
+    while rest and (rest[0].opname in ("PRECALL", "CALL", "PUSH_NULL") or rest[0].argval == "get"):
+        rest.pop(0)
+    if rest and rest[0].opname == "LOAD_CONST" and isinstance(rest[0].argval, str):
+        if rest[0].argval not in ("weight", "bias", *_PARAMETERS):
+            return None
+        rest = [after for after in rest[1:] if after.opname not in ("BINARY_SUBSCR", "PRECALL", "CALL")]
+    return None if rest and _reads_no_value(rest) else str(name)
 
 
 Instructions = list[dis.Instruction]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.models import masks_on, randomize_masks
 from torch import fx, nn
+from torch.nn.utils import parametrizations, prune
 
 import metamask_ext
 from metamask_ext import MaskBank, add_task, conversion_report, convert, merge, tasks, using_task
@@ -97,6 +98,98 @@ SUBCLASSES = {
     "own-conv": (lambda: _OwnConv(2, 3, 2, padding=1, padding_mode="reflect"), (2, 4, 4)),
     "inherited": (lambda: _Inherited(4, 3), (4,)),
 }
+
+
+def _weight_of(layer):
+    return layer._parameters["weight"]
+
+
+def _linear(forward, **members):
+    return type("_PastAttribute", (nn.Linear,), {"forward": forward, **members})(4, 3)
+
+
+def _past_super(self, x):
+    return nn.Linear.forward(self, x) + F.linear(x, self._parameters["weight"])
+
+
+PAST_ATTRIBUTES = {
+    "parameters-dict": lambda self, x: F.linear(x, self._parameters["weight"], self.bias),
+    "bias-only": lambda self, x: F.linear(x, self.weight, self._parameters["bias"]),
+    "get": lambda self, x: F.linear(x, self._parameters.get("weight")),
+    "named": lambda self, x: F.linear(x, dict(self.named_parameters())["weight"]),
+    "parameters": lambda self, x: F.linear(x, *self.parameters()),
+    "next": lambda self, x: F.linear(x, next(self.parameters())),
+    "comprehension": lambda self, x: F.linear(x, next(p for n, p in self.named_parameters() if n == "weight")),
+    "get-parameter": lambda self, x: F.linear(x, self.get_parameter("weight")),
+    "state-dict": lambda self, x: F.linear(x, self.state_dict()["weight"]),
+    "vars": lambda self, x: F.linear(x, vars(self)["_parameters"]["weight"]),
+    "dict": lambda self, x: F.linear(x, self.__dict__["_parameters"]["weight"]),
+    "getattr": lambda self, x: F.linear(x, getattr(self, "_parameters")["weight"]),  # noqa: B009  # as a user may write it
+    "module-getattr": lambda self, x: F.linear(x, nn.Module.__getattr__(self, "weight")),
+    "helper": lambda self, x: F.linear(x, _weight_of(self)),
+    "beside-super": _past_super,
+    "never": lambda self, x: F.linear(x, self.other),
+}
+
+
+@pytest.mark.parametrize("name", PAST_ATTRIBUTES)
+def test_a_forward_that_takes_its_parameters_past_the_attributes_is_left(name):
+    model = convert(nn.Sequential(nn.Linear(4, 4), _linear(PAST_ATTRIBUTES[name])))
+    report = conversion_report(model)
+    assert [left.name for left in report.left] == ["1"]
+    assert report.masked == 20
+    assert "its forward" in report.left[0].reason
+
+
+def test_methods_and_properties_are_followed_to_the_parameters():
+    kinds = [
+        _linear(lambda self, x: F.linear(x, self.kept()), kept=lambda self: self._parameters["weight"]),
+        _linear(lambda self, x: F.linear(x, self.kept), kept=property(lambda self: self._parameters["weight"])),
+    ]
+    assert len(conversion_report(convert(nn.Sequential(*kinds))).left) == 2
+
+
+class _OwnConvPast(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, self._parameters["weight"], bias)
+
+
+def test_a_conv_forward_past_the_attribute_is_left():
+    assert [left.name for left in conversion_report(convert(nn.Sequential(nn.Linear(2, 2), _OwnConvPast(2, 3, 2)))).left] == ["1"]
+
+
+def _apply_layer(layer, x):
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def _decorated(function):
+    def call(self, *inputs):
+        return function(self, *inputs)
+
+    return call
+
+
+THROUGH_ATTRIBUTES = {
+    "dtype": lambda self, x: F.linear(x.to(next(self.parameters()).dtype), self.weight, self.bias),
+    "dict-dtype": lambda self, x: F.linear(x.to(self._parameters["weight"].dtype), self.weight, self.bias),
+    "is-none": lambda self, x: F.linear(x, self.weight, None if self._parameters["bias"] is None else self.bias),
+    "cache": lambda self, x: F.linear(x, self.weight, self.bias) * self.__dict__.get("scale", 1),
+    "getattr": lambda self, x: F.linear(x, getattr(self, "weight"), self.bias),  # noqa: B009  # as a user may write it
+    "helper": lambda self, x: _apply_layer(self, x),
+    "torch": lambda self, x: nn.Linear.forward(self, x),
+    "decorated": _decorated(lambda self, x: F.linear(x, self.weight, self.bias)),
+    "no-grad": torch.no_grad()(lambda self, x: F.linear(x, self.weight, self.bias)),
+}
+
+
+@pytest.mark.parametrize("name", THROUGH_ATTRIBUTES)
+def test_a_forward_that_reads_its_attributes_is_masked(name):
+    layer = convert(nn.Sequential(_linear(THROUGH_ATTRIBUTES[name]).double()))
+    assert conversion_report(layer).left == ()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), merge(layer, "default")(x))
+
+
 MIXED = ["b", "default", "p", "b"]
 
 
@@ -362,3 +455,28 @@ class TestOnUnsupported:
         assert isinstance(model.tags[0], MaskedLayer) and not isinstance(model.kept, MaskedLayer)
         convert(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.BatchNorm2d(2)), on_unsupported="error")
         convert(convert(nn.Sequential(nn.Linear(2, 2))), on_unsupported="error")
+
+
+REPARAMETRISED = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "bias-pruned": lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
+    "weight-norm": parametrizations.weight_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "old-spectral-norm": nn.utils.spectral_norm,
+    "old-weight-norm": nn.utils.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", REPARAMETRISED)
+def test_the_originals_of_a_masked_weight_are_not_left(name):
+    model = convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    REPARAMETRISED[name](model[0])
+    report = conversion_report(model)
+    assert (report.masked, report.total, report.left) == (212, 212, ())
+
+
+def test_the_originals_of_another_parameter_of_a_masked_layer_are_left():
+    model = convert(nn.Sequential(_Standardised(2, 3, 2)))
+    prune.l1_unstructured(model[0], "gain", 0.5)
+    assert [(left.name, left.parameters) for left in conversion_report(model).left] == [("0", 3)]

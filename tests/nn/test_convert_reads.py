@@ -15,6 +15,17 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from metamask_ext import add_task, convert, merge, tasks, using_task
 from metamask_ext.data._torchvision import import_torchvision
 
+WRITES = {
+    "unbind": lambda w: w.unbind(0)[0].fill_(0),
+    "chunk": lambda w: w.chunk(2)[1].zero_(),
+    "split": lambda w: torch.split(w, 1)[0].mul_(2),
+    "tensor-split": lambda w: w.tensor_split(2)[1].mul_(2),
+    "rows": lambda w: [row.zero_() for row in w],
+    "unpacked": lambda w: nn.init.zeros_(w.chunk(3)[0].T),
+    "keyword": lambda w: torch.unbind(input=w)[0].zero_(),
+    "view-by-keyword": lambda w: torch.transpose(input=w, dim0=0, dim1=1).zero_(),
+}
+
 
 class _SwinLike(nn.Module):
     def __init__(self):
@@ -210,6 +221,21 @@ class TestWeightsReadPastForward:
         torch.save(model, buffer)
         buffer.seek(0)
         assert tasks(torch.load(buffer, weights_only=False)) == ["default", "b"]
+
+    @pytest.mark.parametrize("write", WRITES)
+    def test_a_write_to_a_part_of_what_is_read_is_refused(self, write):
+        model = convert(_SwinLike())
+        before = copy.deepcopy(model.state_dict())
+        with torch.no_grad(), pytest.raises(RuntimeError, match="a write to it is lost"):
+            WRITES[write](model.qkv.weight)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if torch.is_tensor(value))
+
+    def test_results_that_are_no_parts_keep_their_types(self):
+        weight = convert(_SwinLike()).qkv.weight
+        assert type(weight.shape) is type(weight.size()) is torch.Size
+        assert type(weight.max(0)) is torch.return_types.max
+        assert type(weight.tolist()) is list
+        assert type(torch.split(weight, [4, 8])) is tuple
 
     def test_functional_call_replaces_what_is_read(self):
         model = convert(_InAMethod())
