@@ -69,6 +69,11 @@ def in_transform() -> bool:
     return _functorch_level() is not None or forward_ad._current_level >= 0
 
 
+in_dispatch_mode = torch._C._len_torch_dispatch_stack
+"""The number of ``TorchDispatchMode`` that are active. The tensors of export, make_fx and FakeTensorMode can be of no subclass of
+ours: without it none of the three would run a layer that gives such."""
+
+
 def bare_apply(function: type[Function]) -> Callable[..., Any]:
     """``function.apply`` without its handling of torch.func, where that is not active: 10 % less time on small layers."""
     apply: Callable[..., Any] = super(Function, function).apply  # type: ignore[misc]  # mypy wants an instance, not the class

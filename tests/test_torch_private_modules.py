@@ -8,6 +8,10 @@ import sys
 import pytest
 import torch
 from support.pins import pins
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @pins(
@@ -173,3 +177,23 @@ def test_fake_tensor():
     with FakeTensorMode():
         assert is_fake(torch.ones(2))
     assert not is_fake(torch.ones(2)) and not is_fake(torch.ones(2, device="meta"))
+
+
+@pins("torch._C._len_torch_dispatch_stack", "it is not 0 while export, make_fx or a fake mode runs the model")
+def test_len_torch_dispatch_stack():
+    seen = []
+
+    class Noting(nn.Module):
+        def forward(self, x):
+            seen.append(torch._C._len_torch_dispatch_stack())
+            return x + 1
+
+    assert torch._C._len_torch_dispatch_stack() == 0
+    with FakeTensorMode():
+        Noting()(torch.ones(2))
+    make_fx(Noting())(torch.ones(2))
+    torch.export.export(Noting(), (torch.ones(2),), strict=False)
+    with FlopCounterMode(display=False):
+        Noting()(torch.ones(2))
+    assert len(seen) >= 4 and all(seen)
+    assert torch._C._len_torch_dispatch_stack() == 0

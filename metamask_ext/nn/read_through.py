@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.weight.functional import masked_weight
-from ..torch_private import disable_dynamo, fx_trace, in_transform, reparametrises, traced_attribute
+from ..torch_private import disable_dynamo, fx_trace, in_dispatch_mode, in_transform, reparametrises, traced_attribute
 from .context import AmbiguousTaskError
 from .guarded import AmbiguousTensor, ComputedTensor, raise_taken
 from .layers import MaskedConv2d, MaskedLinear
@@ -77,7 +77,8 @@ def _guarded(layer: MaskedLayer, what: str) -> Tensor | None:
         read = _read(layer, what)
     except AmbiguousTaskError as error:
         return None if shared is None else AmbiguousTensor.like(shared, str(error))
-    if read is None or read is shared or in_transform():
+    # A mode, and torch's own subclasses (FakeTensor), know no subclass of ours.
+    if read is None or read is shared or type(read) is not Tensor or in_transform() or in_dispatch_mode():
         return read
     return ComputedTensor.of(
         read,

@@ -10,7 +10,9 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from support.models import assert_same_gradients, gradients, mlp, randomize_masks
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from metamask_ext import add_task, convert, merge, using_task
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
@@ -164,3 +166,39 @@ class TestFunctional:
         x = torch.tensor([3.0], dtype=torch.float64)
         output, tangent = torch.func.jvp(lambda p: functional_call(layer, p, x), (parameters,), (ones,))
         assert (output.item(), tangent.item()) == (pytest.approx(3.0), pytest.approx(3.0))
+
+
+class _Casting(nn.Linear):
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class _Reading(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.fc.weight, self.fc.bias)
+
+
+@pytest.mark.parametrize("make", [lambda: _Casting(4, 3), _Reading], ids=["own-forward", "read"])
+class TestLayersThatGiveTheirWeight:
+    def test_export_and_make_fx_give_the_active_tasks_output(self, make):
+        model = convert(nn.Sequential(make()))
+        add_task(model, "b")
+        x = torch.randn(2, 4)
+        for task in ("b", "default"):
+            with using_task(model, task):
+                wanted = model(x)
+                exported = torch.export.export(model, (x,), strict=False).module()
+                traced = make_fx(model)(x)
+            torch.testing.assert_close(exported(x), wanted)
+            with torch.no_grad():  # what make_fx traces of a masked layer has no derivative
+                torch.testing.assert_close(traced(x), wanted)
+
+    def test_a_fake_mode_gives_shapes(self, make):
+        with FakeTensorMode():
+            assert convert(nn.Sequential(make()))(torch.randn(2, 4)).shape == (2, 3)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert convert(nn.Sequential(make()))(mode.from_tensor(torch.randn(2, 4))).shape == (2, 3)
