@@ -33,20 +33,29 @@ class Mappings:
             raise ValueError(f"max_resident must be at least 0, got {most}")
         self._lock = ThreadLock()
         self._files: list[list[ref[Tensor]]] = []
+        self._reserved = 0
 
     def allows(self, size: int) -> bool:
-        """Return whether a file of ``size`` bytes is to be mapped."""
+        """Return whether a file of ``size`` bytes is to be mapped; it then has a place until :meth:`note` or :meth:`give_back`."""
         if size <= COPIED:
             return False
         with self._lock.held():
-            if len(self._files) >= self._most:
+            if len(self._files) + self._reserved >= self._most:
                 self._files = [tensors for tensors in self._files if any(tensor() is not None for tensor in tensors)]
-            return len(self._files) < self._most
+            free = len(self._files) + self._reserved < self._most
+            self._reserved += free
+            return free
 
     def note(self, tensors: Iterable[Tensor]) -> None:
         """Count a file that was mapped: these are its tensors."""
         with self._lock.held():
             self._files.append([ref(tensor) for tensor in tensors])
+            self._reserved -= 1
+
+    def give_back(self) -> None:
+        """Free the place of a file that could not be mapped."""
+        with self._lock.held():
+            self._reserved -= 1
 
     def __reduce__(self) -> tuple[type[Mappings], tuple[int]]:
         return Mappings, (self._most,)

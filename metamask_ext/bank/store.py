@@ -162,7 +162,7 @@ class Store:
         """Return the tensors of ``file``; ``of``: the SHA-256 of the shared weights that it must belong to."""
         path = self.directory / file.path
         try:
-            belongs, tensors = self._map(path, file) if self.mappings.allows(file.bytes) else _read(path, file)
+            belongs, tensors = self._mapped(path, file) if self.mappings.allows(file.bytes) else _read(path, file)
         except (FileNotFoundError, NotADirectoryError, BankError):
             raise
         except OSError as error:
@@ -172,6 +172,15 @@ class Store:
         if belongs != of:
             raise BankError(f"{path}: belongs to the shared weights {belongs!s:.100}, the bank has {of}")
         return tensors
+
+    def _mapped(self, path: Path, file: File) -> tuple[str | None, dict[str, Tensor]]:
+        try:
+            belongs, tensors = self._map(path, file)
+        except BaseException:
+            self.mappings.give_back()
+            raise
+        self.mappings.note(tensors.values())
+        return belongs, tensors
 
     def _map(self, path: Path, file: File) -> tuple[str | None, dict[str, Tensor]]:
         if file.path not in self._checked:
@@ -186,7 +195,6 @@ class Store:
             if not path.exists():
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
             raise BankError(f"{path}: cannot be mapped: {' '.join(str(error).split())}") from error
-        self.mappings.note(tensors.values())
         return belongs, tensors
 
 

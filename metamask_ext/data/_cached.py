@@ -6,8 +6,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..files.errors import OutputError
@@ -15,6 +16,7 @@ from ..files.lock import locked_run
 from ..files.read import read_file
 
 _UNFINISHED = "download-"
+_WAIT_SECONDS = 10.0
 
 
 def read_original(path: Path, md5: str, what: str) -> bytes:
@@ -52,15 +54,42 @@ def download_whole(folder: Path, download: Callable[[Path], None], files: Mappin
         OSError: the files cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(folder)
-    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder, ignore_cleanup_errors=True) as name:
-        made = Path(name)
-        with locked_run(made):
-            download(made)
-            for file, md5 in files.items():
-                read_original(made / file, md5, what)
-            for file in files:
-                os.replace(made / file, folder / file)
+    with _unfinished(folder) as made:
+        download(made)
+        for file, md5 in files.items():
+            read_original(made / file, md5, what)
+        for file in files:
+            os.replace(made / file, folder / file)
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """Make a locked folder for a download; first remove those of downloads that were killed."""
+    with ExitStack() as stack:
+        # Between the making of a folder and its lock, another process would take it for one that was left.
+        with _waited_for(folder):
+            _remove_unfinished(folder)
+            made = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder, ignore_cleanup_errors=True))
+            )
+            stack.enter_context(locked_run(made))
+        yield made
+
+
+@contextmanager
+def _waited_for(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder``, which others hold for moments. OutputError if it is not to be had in seconds."""
+    end = time.monotonic() + _WAIT_SECONDS
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked_run(folder))
+                break
+            except OutputError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.01)
+        yield
 
 
 def _remove_unfinished(folder: Path) -> None:

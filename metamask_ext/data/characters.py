@@ -69,7 +69,7 @@ def load_characters(root: str | Path | None = None, download: bool = True) -> Ch
     """
     root = default_root() if root is None else Path(root)
     folder = root / "omniglot-py"
-    there = all((folder / f"{name}.zip").exists() for name in ARCHIVES)
+    there = _has_archives(folder)
     reason = f"no Omniglot in {shown_path(root)!r}"
     if not there and not download:
         return glyphs(note=f"{reason}, download off")
@@ -79,12 +79,16 @@ def load_characters(root: str | Path | None = None, download: bool = True) -> Ch
         if there:
             raise ImportError(f"{str(root)!r} has Omniglot, and to read it: {error}") from error
         return glyphs(note=f"{reason}, torchvision is not installed")
-    if not there and (failure := _download(omniglot, folder)) is not None:
+    if not there and (failure := _download(omniglot, folder)) is not None and not _has_archives(folder):
         return glyphs(note=f"{reason}, download failed: {failure}")
     drawn = torch.cat([_drawings(folder / f"{name}.zip", omniglot.zips_md5[name]) for name in ARCHIVES])
     order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))
     train = TRAIN_CHARACTERS * len(drawn) // 1623
     return Characters(drawn[order[:train]], drawn[order[train:]], "Omniglot (torchvision)")
+
+
+def _has_archives(folder: Path) -> bool:
+    return all((folder / f"{name}.zip").exists() for name in ARCHIVES)
 
 
 def _download(omniglot: type[Omniglot], folder: Path) -> str | None:

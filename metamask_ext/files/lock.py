@@ -40,7 +40,7 @@ def locked(path: Path, refuse: Callable[[OSError], Exception], *, create: bool =
     try:
         stand_in = path / "lock.held" if path.is_dir() else path.with_name(path.name + ".held")
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW if create and not path.is_symlink() else os.O_RDONLY | os.O_NONBLOCK
-        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        descriptor = _open(path, flags | os.O_CLOEXEC)
     except OSError as error:
         raise refuse(error) from error
     try:
@@ -57,6 +57,18 @@ def locked(path: Path, refuse: Callable[[OSError], Exception], *, create: bool =
     finally:
         with suppress(OSError):  # nothing was written to it, and the descriptor is gone
             os.close(descriptor)
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        if not flags & os.O_CREAT or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        try:  # another user's: flock needs no right to write
+            return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            raise error from None
 
 
 def _take(descriptor: int, stand_in: Path) -> bool:

@@ -391,6 +391,30 @@ class TestMappings:
         again = MaskBank.load(tmp_path, nn.Sequential(MaskedLinear(9, 5), MaskedLinear(5, 5)), max_resident=most)
         assert again.model.state_dict() and self.mapped(tmp_path / "tasks") == expected, "what is gone is not counted"
 
+    def test_a_place_is_had_from_the_decision_on(self):
+        mappings = mappings_module.Mappings(2)
+        size = mappings_module.COPIED + 1
+        assert [mappings.allows(size) for _ in range(3)] == [True, True, False]
+        mappings.give_back()
+        assert [mappings.allows(size) for _ in range(2)] == [True, False]
+        tensor = torch.ones(1)
+        mappings.note([tensor])
+        mappings.give_back()
+        assert [mappings.allows(size) for _ in range(2)] == [True, False]
+
+    def test_a_file_that_cannot_be_mapped_takes_no_place(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(mappings_module, "COPIED", 0)
+        store = new_store(tmp_path)
+        store.mappings = mappings_module.Mappings(1)
+        path = store.path("a")
+        data = path.read_bytes()
+        path.write_bytes(bytes(len(data)))
+        with pytest.raises(BankError):
+            store.task("a")
+        path.write_bytes(data)
+        kept = store.task("a")
+        assert kept and self.mapped(tmp_path) == 1
+
     def test_small_files_are_not_mapped(self, tmp_path):
         store = new_store(tmp_path)
         kept = [store.task(name) for name in "ab" for _ in range(5)]

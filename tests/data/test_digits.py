@@ -178,6 +178,26 @@ def test_a_download_that_is_killed_or_of_another_data_set(tmp_path):
     assert (folder / "a").read_bytes() == b"a" and (tmp_path / "victim").read_text() == "precious"
 
 
+def test_downloads_at_once(tmp_path):
+    """None takes the folder of another, just made, for one that was left."""
+    sums = {"a": hashlib.md5(b"a").hexdigest()}
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            for _ in range(30):
+                _cached.download_whole(tmp_path, lambda into: (into / "a").write_bytes(b"a"), sums, "it")
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *arguments):
         pass

@@ -197,3 +197,21 @@ def test_a_thread_that_has_a_lock_is_refused_or_enters_again():
             pass
     with lock.held(ZeroDivisionError):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS], ids=errno.errorcode.get)
+def test_a_lock_of_another_user_is_read_only(tmp_path, monkeypatch, number):
+    real = os.open
+
+    def opened(path: Path, flags: int, *mode: int, **options: int) -> int:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise OSError(number, os.strerror(number))
+        return real(path, flags, *mode, **options)
+
+    path = tmp_path / "lock"
+    monkeypatch.setattr(os, "open", opened)
+    with pytest.raises(OutputError, match=os.strerror(number)), locked(path, refuse, create=True):
+        pass
+    path.write_bytes(b"")
+    with locked(path, refuse, create=True), pytest.raises(OutputError), locked(path, refuse, create=True):
+        pass
