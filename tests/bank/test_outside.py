@@ -338,6 +338,7 @@ class TestFileSystems:
         monkeypatch.setattr(os, "replace", forking)
         bank.save(tmp_path)
         monkeypatch.undo()
+        assert len(children) == 1 and os.waitpid(children[0], os.WNOHANG) == (0, 0), "a process forked amid the save lives"
         bank.save(tmp_path)
         os.close(writing), os.close(reading)
         os.waitpid(children[0], 0)

@@ -106,6 +106,7 @@ def test_a_process_forked_meanwhile_keeps_no_lock(place):
             os.close(writing)
             os.read(reading, 1)
             os._exit(0)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0), "the process lives"
     with take(place):
         pass
     os.close(writing)

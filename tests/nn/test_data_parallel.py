@@ -7,30 +7,13 @@ import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
+from support.attention_net import AttentionNet
 from support.models import randomize_masks
 from torch import nn
 
 from metamask_ext import MaskBank, add_task, convert, using_task
 from metamask_ext.nn import MaskedLinear
 from metamask_ext.nn.task_dict import TaskDict
-
-
-class _Casting(nn.Linear):
-    def forward(self, input):
-        return F.linear(input, self.weight.to(input.dtype), self.bias)
-
-
-class _Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.cast, self.head = _Casting(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x):
-        x = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
-        return self.head(self.cast(self.attention(x, x, x)[0])).sum(1)
 
 
 @pytest.fixture
@@ -47,7 +30,7 @@ def replicate(monkeypatch):
 
 
 def _model(tasks=("b", "c", "p")):
-    model = convert(_Net().double(), batch_norm="task", mask_init="normal").eval()
+    model = convert(AttentionNet().double(), batch_norm="task", mask_init="normal").eval()
     bank = MaskBank(model)
     for task in tasks:
         add_task(model, task)

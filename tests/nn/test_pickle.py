@@ -8,34 +8,16 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
+from support.attention_net import AttentionNet
 from support.models import randomize_masks
-from torch import nn
 
 from metamask_ext import MaskBank, add_task, convert, using_task
 from metamask_ext.meta import MAML
 from metamask_ext.optim import FusedMaskedSGD
 
 
-class _Casting(nn.Linear):
-    def forward(self, input):
-        return F.linear(input, self.weight.to(input.dtype), self.bias)
-
-
-class _Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.cast, self.head = _Casting(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x):
-        x = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
-        return self.head(self.cast(self.attention(x, x, x)[0])).sum(1)
-
-
 def _bank(**options):
-    model = convert(_Net(), batch_norm="task", mask_init="normal", exclude=("head", "conv") if options else None).eval()
+    model = convert(AttentionNet(), batch_norm="task", mask_init="normal", exclude=("head", "conv") if options else None).eval()
     bank = MaskBank(model, **options)
     for task in ("b", "a.name", "p"):
         add_task(model, task)
@@ -89,7 +71,7 @@ def test_a_copy_is_a_bank_of_the_same_model():
 def test_a_bank_whose_tasks_wait_in_a_folder_says_what_to_do(tmp_path):
     bank = _bank()
     bank.save(tmp_path)
-    loaded = MaskBank.load(tmp_path, convert(_Net(), batch_norm="task").eval())
+    loaded = MaskBank.load(tmp_path, convert(AttentionNet(), batch_norm="task").eval())
     for thing in (loaded, loaded.model):
         with pytest.raises(TypeError, match="cannot be pickled: save its state_dict, or MaskBank.save"):
             pickle.dumps(thing)
