@@ -49,7 +49,7 @@ class Checker:
                     # Its bytes as they are: a pickle would be a block larger than any that the contender frees.
                     self._connection.send_bytes(sample.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
             outcome: float | str = self._connection.recv()
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             self._process.join()
             raise AssertionError(f"the check of {id} ended without a result, exit code {self._process.exitcode}") from None
         if isinstance(outcome, str):

@@ -51,8 +51,7 @@ def _draw(points: Points, value: Ratio, title: str, small_is_good: bool, path: P
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
 
-    colors = LinearSegmentedColormap.from_list("ratios", COLORS[::-1] if small_is_good else COLORS)
-    colors.set_bad(ABSENT)
+    colors = LinearSegmentedColormap.from_list("ratios", COLORS[::-1] if small_is_good else COLORS).with_extremes(bad=ABSENT)
     scale = ScalarMappable(Normalize(-END, END), colors)
     weights = max(len(points.weights(mode, ALLOCATOR)) for mode in grid.MODES)
     high = len(grid.MODES) * (ROW_HEIGHT * weights + PANEL_MARGIN) + OUTER_MARGIN
