@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 QUICK_WEIGHT, QUICK_BATCHES = (64, 64), (8, 256)
 
 SECONDS = 2.0
-"""What the rounds of a case should take, where one round takes less."""
+"""The rounds of a case should take so long, where one round takes less."""
 FEWEST, FEWEST_SLOW = 5, 3
 """Rounds of a case, and of one in which a round takes longer than :data:`SECONDS`; that is not warmed up again after its check."""
 

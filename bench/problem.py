@@ -39,7 +39,7 @@ class Contender:
 
 
 class Layer(NamedTuple):
-    """What a case of one linear layer starts from: ``x``, W, M, and the gradient of the output; None where nothing is derived."""
+    """The start of a case of one linear layer: ``x``, W, M, and the gradient of the output; None where nothing is derived."""
 
     x: Tensor
     weight: Tensor

@@ -97,7 +97,7 @@ def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None =
 
 
 class _Job(NamedTuple):
-    """What is measured in one process: a case, or cases of a group."""
+    """A process's work: a case, or cases of a group."""
 
     cases: list[Case]
     allocator: str

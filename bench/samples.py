@@ -15,7 +15,7 @@ from torch import Tensor
 from .problem import LEARNING_RATE, Layer
 
 SAMPLED, EDGE = 32, 4
-"""How many rows and columns; how many of them from either end, where a kernel has its remainders."""
+"""Rows and columns that are compared, and those of them from either end, where a kernel has its remainders."""
 
 
 @lru_cache(maxsize=64)

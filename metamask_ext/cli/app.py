@@ -139,7 +139,7 @@ def bench(
     suite: Annotated[str, typer.Option(help="The benchmarks to run.")] = "core",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench"),
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few repetitions.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="grid: all batches with both dtypes and allocators, about 90 minutes.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="grid: all batches, dtypes and allocators; 90 minutes.")] = False,
 ) -> None:
     """Time masked layers against plain and dense ones. A stopped run of the grid goes on in the same OUT."""
     try:
