@@ -24,10 +24,10 @@ PAST_CACHE = 4
 """All copies of a case's inputs together, in L2 caches. What moves fewer bytes than metamask (dense) must be past it too."""
 
 CACHES_A_REPLAY = 16
-"""What one replay moves, in L2 caches: the writes that still lie in the cache when it ends are then few of all."""
+"""One replay moves so many L2 caches: the writes that still lie in the cache when it ends are then few of all."""
 
 MIN_READ = 1 << 28
-"""In bytes: what is read before a replay. It takes longer than the host takes to launch the replay, so no wait for it is timed."""
+"""Bytes read before a replay, for longer than the host takes to launch it: no wait for the host is timed."""
 
 WARMUP_ROUNDS = 3
 MIN_ROUNDS, MAX_ROUNDS = 15, 101
@@ -49,7 +49,7 @@ class Timing(NamedTuple):
 
 
 class Device(Protocol):
-    """What timing needs of a device."""
+    """A device that can time work."""
 
     @property
     def name(self) -> str: ...
