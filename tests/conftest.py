@@ -15,6 +15,11 @@ import pytest
 import torch
 from support.emulator import FORWARD, Emulator, why_not
 
+# cuDNN multiplies float32 with the 10 bits of TF32 unless told otherwise, and may choose a convolution that adds up in no fixed
+# order: neither is what tests compare.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
+
 MARKERS = (
     "once: neither the instruction set nor the number of threads can change the outcome (schemas, torch.compile, other processes); "
     "`make test-instruction-sets` leaves the test out",
