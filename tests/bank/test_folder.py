@@ -68,7 +68,6 @@ def unchanged(model):
 
 
 class TestRoundTrip:
-    @pytest.mark.every_device
     @pytest.mark.parametrize("device", DEVICES)
     def test_a_model_of_the_same_layers_computes_the_same(self, tmp_path, device):
         bank = new_bank(mlp().to(device))

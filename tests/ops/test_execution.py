@@ -121,7 +121,7 @@ def test_a_graph_of_a_function_and_its_gradients(name, device):
         before = clone(results)
         change(arguments, sizes.tasks)
         replay()
-        # Looking up a sample's theta adds up its gradients in no fixed order.
+        # Not bit for bit: some of it is torch's own.
         for got, wanted in zip(tensors(results), tensors(work()), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
         assert not same_bits(results, before)

@@ -118,7 +118,7 @@ def test_a_list_of_masks_equals_one_tensor_also_in_the_gradients(device):
         y = mm.task_masked_conv2d(x, SLOTS.to(device), w, masks, b, bias_masks, groups=2)
         results.append((y, *torch.autograd.grad(y.square().sum(), (x, w, m, b, bm))))
     for one, other in zip(*results):
-        # Looking up a sample's theta on a GPU adds up its gradients in no fixed order.
+        # A GPU computes from memory that is aligned otherwise, in another order.
         torch.testing.assert_close(one, other, rtol=0 if device == "cpu" else 1e-13, atol=0 if device == "cpu" else 1e-13)
 
 
