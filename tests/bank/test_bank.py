@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 from support.bank_numbers import entropy_gradients
+from support.gpu import DEVICES
 from support.mixed_task_models import MIXED, alone, cnn
 from support.models import assert_same_gradients, gradients, mlp, randomize_masks
-from support.samples import DEVICES
 from torch import nn
 
 import metamask_ext

@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
+from support.gpu import DEVICES
 from support.mixed_task_models import alone, cnn
 from support.models import assert_same_gradients, gradients, randomize_masks
-from support.samples import DEVICES
 from torch import nn
 
 import metamask_ext

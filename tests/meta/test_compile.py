@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.samples import DEVICES
+from support.gpu import DEVICES
 from torch import nn
 
 from metamask_ext.meta import MAML

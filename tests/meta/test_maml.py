@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from support.gpu import DEVICES
 from support.meta_models import (
     LR,
     MODELS,
@@ -23,7 +24,6 @@ from support.meta_models import (
     run,
 )
 from support.models import randomize_masks, two_task_model
-from support.samples import DEVICES
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 

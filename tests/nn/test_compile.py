@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.gpu import DEVICES
 from support.models import assert_same_gradients, gradients, mlp, randomize_masks
-from support.samples import DEVICES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -10,8 +10,8 @@ import pickle
 
 import pytest
 import torch
+from support.gpu import DEVICES
 from support.models import LOGIT_ON, masks_on
-from support.samples import DEVICES
 from torch import nn
 from torch.nn.utils import skip_init
 

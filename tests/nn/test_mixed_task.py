@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support.gpu import DEVICES
 from support.mixed_task_models import MIXED, MODELS, alone, compare, make, three_task_mlp, together
 from support.models import assert_same_gradients, expected, gradients, mlp, randomize_masks
-from support.samples import DEVICES
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint

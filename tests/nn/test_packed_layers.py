@@ -7,9 +7,9 @@ import io
 
 import pytest
 import torch
+from support.gpu import DEVICES
 from support.mixed_task_models import MIXED, MODELS, alone, compare, make
 from support.models import assert_same_gradients, gradients, mlp, randomize_masks
-from support.samples import DEVICES
 from torch import nn
 
 import metamask_ext

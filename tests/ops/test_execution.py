@@ -12,9 +12,8 @@ import sys
 import pytest
 import torch
 from support.emulator import RANDOM_WARPS
-from support.gpu import SECOND, behind_a_sleep, captured, no_waiting
+from support.gpu import DEVICES, SECOND, behind_a_sleep, captured, no_waiting
 from support.paths import ROOT, TESTS
-from support.samples import DEVICES
 from support.slots_out_of_range import OPS, call
 from support.strides import PUBLIC, RAW, SIZES, Make
 from torch import Tensor

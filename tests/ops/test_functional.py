@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.samples import DEVICES, DTYPES
+from support.gpu import DEVICES
+from support.samples import DTYPES
 
 import metamask_ext as mm
 

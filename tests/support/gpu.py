@@ -19,13 +19,13 @@ def why_no_gpu() -> str | None:
     return None if build_info()["cuda_archs"] else "metamask_ext was built without CUDA kernels"
 
 
-needs_gpu = pytest.mark.skipif(why_no_gpu() is not None, reason=str(why_no_gpu()))
-SECOND = pytest.param(
-    "cuda:1",
-    marks=pytest.mark.skipif(
-        why_no_gpu() is not None or torch.cuda.device_count() < 2, reason=f"{torch.cuda.device_count()} GPUs, not two"
-    ),
-)
+needs_gpu = pytest.mark.cuda
+"""conftest.py skips the test where there is none, and `pytest -m cuda` runs these alone."""
+
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+"""Devices of a test: the suite is the same on a GPU."""
+
+SECOND = pytest.param("cuda:1", marks=[needs_gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")])
 """The second GPU, as a device of a test."""
 
 SLEEP = 200_000_000

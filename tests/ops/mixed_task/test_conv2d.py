@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.derivatives import nested_gradients, options
+from support.gpu import DEVICES
 from support.mixed_task import assert_near
 from support.profiling import metamask_ops
-from support.samples import DEVICES, DTYPES, GATES, channels_last, wider
+from support.samples import DTYPES, GATES, channels_last, wider
 from torch.autograd import gradcheck, gradgradcheck
 
 import metamask_ext as mm
