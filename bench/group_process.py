@@ -64,7 +64,7 @@ def measure(case: Case, checker: Checker) -> dict[str, Any]:
         else:
             errors[name] = checker.worst_error(case.id, name, results)
         del results
-    units = {name: timed(case, problem.contenders[name]) for name in errors}
+    units = {name: timed(problem.contenders[name]) for name in errors}
     slow = seconds[METAMASK] * len(units) > grid.SECONDS
     rounds = grid.FEWEST_SLOW if slow else choose_rounds(units, grid.FEWEST, grid.SECONDS)
     times: dict[str, list[int]] = {name: [] for name in units}

@@ -59,6 +59,7 @@ class Problem:
             one element decides others (a maximum, a ReLU). None: each element is checked.
         dtype: of all results.
         layer: of a case of one linear layer, what its contenders start from.
+        moved: the bytes that ``metamask`` must move at least; those of the contender ``copy``. 0: there is none.
     """
 
     contenders: dict[str, Contender]
@@ -67,6 +68,7 @@ class Problem:
     tolerance: float | None = None
     dtype: torch.dtype = torch.float32
     layer: Layer | None = None
+    moved: int = 0
 
 
 def gradient_of(tensor: Tensor) -> Tensor:

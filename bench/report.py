@@ -11,7 +11,7 @@ from rich.table import Table
 
 from metamask_ext.files.atomic import write_atomic
 
-from . import grid_tables, heat_map, results_json, targets
+from . import cuda_tables, grid_tables, heat_map, results_json, targets
 from .plot import plot
 from .results_json import Results
 from .tables import as_markdown, columns, details, lines, markdown, notes, quantities
@@ -25,23 +25,26 @@ def file_name(results: Results) -> str:
 
 
 def mark(results: Results) -> str:
-    """Names the markers of the results in a page: by the suite, and of the grid by the processor too."""
-    return f"{GRID}:{results['machine']['processor']}" if results["suite"] == GRID else results["suite"]
+    """Names the markers of the results in a page: by the suite, and by the processor of a grid or the card of a GPU's results."""
+    return f"{GRID}:{results['machine']['processor']}" if results["suite"] == GRID else cuda_tables.mark(results)
 
 
 def show(results: Results, console: Console) -> None:
     """Prints the table in the terminal; what metamask loses is red and says so."""
     if results["suite"] == GRID:
         for found in grid_tables.tables(results):
-            head, *rows = found.cells
-            _print(console, found.title, head, rows)
+            head, *cells = found.cells
+            _print(console, head, cells, found.title)
+    elif results["suite"] == "cuda":
+        head, *cells = cuda_tables.table(results)
+        _print(console, head, cells, f"suite cuda, {cuda_tables.card(results) or targets.NOT_MEASURED}")
     else:
         _show_ratios(results, console)
-        if numbers := quantities(results):
-            _print(console, None, numbers[0], numbers[1:])
+    if results["suite"] != GRID and (numbers := quantities(results)):
+        _print(console, numbers[0], numbers[1:])
     if results["suite"] in targets.TARGETS and not _quick_grid(results):
         head, *rows = targets.table(results)
-        _print(console, "targets", head, rows)
+        _print(console, head, rows, "targets", lambda row: "red" if "**no**" in row[-1] else None)
     for note in notes(results):
         console.print(note, markup=False, highlight=False)
 
@@ -51,10 +54,16 @@ def _quick_grid(results: Results) -> bool:
     return results["suite"] == GRID and results["quick"]
 
 
-def _print(console: Console, title: str | None, head: list[str], rows: list[list[str]]) -> None:
+def _print(
+    console: Console,
+    head: list[str],
+    rows: list[list[str]],
+    title: str | None = None,
+    style: Callable[[list[str]], str | None] = lambda row: None,
+) -> None:
     table = Table(*head, title=title)
     for row in rows:
-        table.add_row(*row, style="red" if "**no**" in row[-1] else None)
+        table.add_row(*row, style=style(row))
     console.print(table)
 
 
@@ -90,8 +99,9 @@ def _write_files(results: Results, out: Path) -> None:
 def update(path: Path, results: Results) -> None:
     """Replaces what stands between ``<!-- bench:SUITE -->`` and ``<!-- /bench:SUITE -->`` in a Markdown file by the table.
 
-    Between ``<!-- bench:SUITE:details -->`` and its end, if the file has these, all ratios are put. The grid has a pair for each
-    processor, ``<!-- bench:grid:PROCESSOR -->``; its heat maps are written beside the file.
+    Between ``<!-- bench:SUITE:details -->`` and its end, if the file has these, all ratios are put. ``SUITE`` of a GPU's results
+    is the suite with the card, as in ``cuda:nvidia-h200``: each card has a table of its own. That of the grid is the suite with the
+    processor, as in ``grid:zen4``; its heat maps are written beside the file.
 
     Raises:
         ValueError: the file has neither pair of markers, or not each once and in this order.
