@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.blas import through_blas as through_blas  # a fixture
 from support.linear_checks import check, inputs
 from support.samples import DTYPES, GATE_IDS, GATES
 from support.sgd_checks import check as check_step
@@ -20,20 +21,12 @@ SHAPES = {
     "no batch": ((0, 17), 9),
 }
 
+pytestmark = pytest.mark.usefixtures("through_blas")
+
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 each_gate = pytest.mark.parametrize("gate", GATES[1::2], ids=GATE_IDS[1::2])
 mask_types = [(dtype, None) for dtype in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
 each_dtype = pytest.mark.parametrize("dtypes", mask_types, ids=lambda dtypes: " ".join(str(one)[6:] for one in dtypes if one))
-_LINES = (products.Line(pass_, dtype, 1, 256, 256, 1) for pass_ in ("forward", "backward") for dtype in products.DTYPES)
-ALWAYS = products.Table("always BLAS", tuple(_LINES))
-
-
-@pytest.fixture(autouse=True)
-def _through_blas():
-    with products.using_table(ALWAYS):
-        for pass_ in ("forward", "backward"):
-            assert all(products.through_blas(pass_, dtype, 1, 3, 5) for dtype in products.DTYPES.values())
-        yield
 
 
 @each_gate
