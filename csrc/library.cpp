@@ -206,7 +206,8 @@ PYBIND11_MODULE(_C, m) {
   pybind11::enum_<metamask::cpu::Pass>(m, "Pass")
       .value("forward", metamask::cpu::Pass::kForward)
       .value("backward", metamask::cpu::Pass::kBackward);
-  m.def("set_products", &metamask::cpu::set_products, arg("lines"), "Replaces the table that csrc/cpu/products.h describes.");
+  m.def("set_products", &metamask::cpu::set_products, arg("lines"), arg("task_rows"),
+        "Replaces the table that csrc/cpu/products.h describes.");
   m.def("through_blas", &metamask::cpu::through_blas, arg("pass"), arg("type"), arg("batch"), arg("in_features"),
         arg("out_features"), "Whether a product of this size goes through BLAS.");
   m.def("build_info", &metamask::build_info, "What this binary was built for and runs with.");

@@ -49,15 +49,20 @@ class Line(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Lines, of which the one nearest to a product decides, and where they come from. Without lines everything is panels."""
+    """Lines, of which the one nearest to a product decides, and where they come from. Without lines everything is panels.
+
+    A mixed-task batch is multiplied as its rows together would be, except that tasks with fewer than ``task_rows`` rows each stay
+    with panels: BLAS makes a theta for each task.
+    """
 
     source: str
     lines: tuple[Line, ...]
+    task_rows: int = 64
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the lines, in 16 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.lines).encode()).hexdigest()[:16]
+        """SHA-256 of lines and ``task_rows``, in 16 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self[1:]).encode()).hexdigest()[:16]
 
 
 PANELS = Table("panels only", ())
@@ -129,15 +134,20 @@ def read_table(path: Path) -> Table:
             raise ValueError(f"format must be {FORMAT}")
         if value.get("processor") != list(processor()):
             raise ValueError(f"it was measured on {value.get('processor')}, this is {list(processor())}")
-        lines = tuple(_line(line) for line in value["lines"])
+        table = Table(str(path), tuple(_line(line) for line in value["lines"]), _number(value["task_rows"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is no table of products for this machine ({error}): run 'metamask tune' again") from error
-    return Table(str(path), lines)
+    return table
 
 
 def as_json(table: Table) -> dict[str, object]:
     """The contents of a file of this processor's table."""
-    return {"format": FORMAT, "processor": list(processor()), "lines": [list(line) for line in table.lines]}
+    return {
+        "format": FORMAT,
+        "processor": list(processor()),
+        "task_rows": table.task_rows,
+        "lines": [list(line) for line in table.lines],
+    }
 
 
 def current() -> Table:
@@ -150,7 +160,8 @@ def install(table: Table) -> None:
     global _current
     if BACKEND != "reference":
         module = _compiled()
-        module.set_products([(getattr(module.Pass, pass_), DTYPES[dtype], *numbers) for pass_, dtype, *numbers in table.lines])
+        lines = [(getattr(module.Pass, pass_), DTYPES[dtype], *numbers) for pass_, dtype, *numbers in table.lines]
+        module.set_products(lines, table.task_rows)
     _current = table
 
 
@@ -193,9 +204,13 @@ def _line(line: object) -> Line:
     pass_, dtype, *numbers = line
     if pass_ not in get_args(Pass) or dtype not in DTYPES:
         raise ValueError(f"a line must begin with one of {get_args(Pass)} and one of {tuple(DTYPES)}, got {line!r:.100}")
-    if not all(type(number) is int and 0 < number <= LARGEST for number in numbers):
-        raise ValueError(f"a line's numbers must be integers from 1 to 2**40, got {line!r:.100}")
-    return Line(pass_, dtype, *numbers)
+    return Line(pass_, dtype, *map(_number, numbers))
+
+
+def _number(value: object) -> int:
+    if type(value) is not int or not 0 < value <= LARGEST:
+        raise ValueError(f"numbers must be integers from 1 to 2**40, got {value!r:.100}")
+    return value
 
 
 def _second_level_cache() -> int:

@@ -13,6 +13,7 @@ import torch
 from support.loops import new_loop
 from typer.testing import CliRunner
 
+import metamask_ext
 from metamask_ext import products, tuning
 from metamask_ext.cli import app
 from metamask_ext.experiments.engine.executors import one_thread
@@ -59,6 +60,19 @@ def test_lines_without_sense_are_refused(numbers):
     assert products.current() == before
 
 
+def test_tasks_with_few_rows_go_by_panels():
+    tensors = torch.randn(600, 40), torch.arange(600) // 60, torch.randn(30, 40), torch.randn(10, 30, 40)
+    lines = (Line("forward", "float32", 1, 40, 30, 512),)
+    results = {}
+    for rows in (60, 61):
+        with using_table(Table("tasks", lines, task_rows=rows)):
+            results[rows] = metamask_ext.task_masked_linear(*tensors)
+    with using_table(PANELS):
+        panels = metamask_ext.task_masked_linear(*tensors)
+    assert torch.equal(results[61], panels) and not torch.equal(results[60], panels)
+    torch.testing.assert_close(results[60], panels, rtol=1e-4, atol=1e-4)
+
+
 def test_the_model_takes_blas_once_x_outgrows_the_cache():
     table = modelled_table(1 << 20)
     torch.set_num_threads(1)
@@ -88,8 +102,9 @@ def test_a_table_survives_its_file(tmp_path):
         ({"lines": [["forward", "float32", 1, 1, 1, 0.5]]}, "integers"),
         ({"lines": [["forward", "float32", 1, 1, 0, 1]]}, "integers"),
         ({"lines": 3}, "no table"),
+        ({"task_rows": 0}, "integers"),
     ],
-    ids=["format", "processor", "pass", "type", "short", "fraction", "zero", "no list"],
+    ids=["format", "processor", "pass", "type", "short", "fraction", "zero", "no list", "task rows"],
 )
 def test_a_file_that_is_no_table_is_refused_by_name(tmp_path, change, says):
     path = tmp_path / "table.json"

@@ -63,8 +63,6 @@ struct Batch {
   int64_t sample(int64_t place) const { return order.empty() ? place : order[place]; }
   int64_t row_of(int64_t place) const { return sample(place / rows) * rows + place % rows; }
 
-  int64_t mean_rows() const { return runs.empty() ? 0 : (samples * rows - few) / int64_t(runs.size()); }
-
  private:
   void arrange(const std::vector<int64_t>& sorted, const std::vector<std::pair<int64_t, int64_t>>& many,
                const std::vector<const uint8_t*>& of_sample) {
@@ -184,8 +182,11 @@ class PackedLinear {
   static constexpr int64_t kPad = kRowBytes / int64_t(sizeof(T));
   static const PackedKernels<T>& kernels() { return packed_kernels<T>(); }
 
-  // Whether the tasks with many rows go through BLAS: their mean number decides.
-  bool blas(Pass pass) const { return w_.groups == 1 && through_blas(pass, kScalar<T>, batch_.mean_rows(), w_.in, w_.out); }
+  // Whether the tasks with many rows go through BLAS.
+  bool blas(Pass pass) const {
+    return w_.groups == 1 && tasks_through_blas(pass, kScalar<T>, batch_.samples * batch_.rows - batch_.few,
+                                                int64_t(batch_.runs.size()), w_.in, w_.out);
+  }
 
   at::Tensor empty(int64_t rows, int64_t columns) const {
     return at::empty({rows, columns}, w_.tensor.options().dtype(kScalar<T>));

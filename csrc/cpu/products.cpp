@@ -20,7 +20,7 @@ struct Line {
 
 struct Table {
   std::vector<Line> lines;
-  int64_t fewest_rows = std::numeric_limits<int64_t>::max();
+  int64_t fewest_rows = std::numeric_limits<int64_t>::max(), task_rows = 1;
 };
 
 // A table once published is kept: a call in another thread may be reading it, and there are few in a process.
@@ -30,8 +30,10 @@ float binary_log(int64_t n) { return std::log2(float(n)); }
 
 }  // namespace
 
-void set_products(const std::vector<ProductLine>& lines) {
+void set_products(const std::vector<ProductLine>& lines, int64_t task_rows) {
+  TORCH_CHECK_VALUE(task_rows > 0, "task_rows must be positive, got ", task_rows);
   auto table = std::make_unique<Table>();
+  table->task_rows = task_rows;
   for (const auto& [pass, type, threads, in, out, rows] : lines) {
     TORCH_CHECK_VALUE(threads > 0 && in > 0 && out > 0 && rows > 0, "threads, in, out and rows must be positive, got ", threads,
                       ", ", in, ", ", out, " and ", rows);
@@ -61,6 +63,11 @@ bool through_blas(Pass pass, at::ScalarType type, int64_t batch, int64_t in, int
     rows = line.rows;
   }
   return batch >= rows;
+}
+
+bool tasks_through_blas(Pass pass, at::ScalarType type, int64_t batch, int64_t tasks, int64_t in, int64_t out) {
+  const Table* table = published;
+  return table != nullptr && tasks > 0 && batch / tasks >= table->task_rows && through_blas(pass, type, batch, in, out);
 }
 
 }  // namespace metamask::cpu

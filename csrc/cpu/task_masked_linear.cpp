@@ -85,9 +85,8 @@ struct TaskLinear {
     return Panels(out, in, segments.rows, sizeof(T), tile_bytes(tiles), row_bytes, segments.size());
   }
 
-  // Whether the tasks go through BLAS: their mean number of rows decides.
   bool blas(Pass pass) const {
-    return groups == 1 && segments.size() > 0 && through_blas(pass, kScalar<T>, segments.rows / segments.size(), in, out);
+    return groups == 1 && tasks_through_blas(pass, kScalar<T>, segments.rows, segments.size(), in, out);
   }
 
   at::Tensor empty(int64_t rows, int64_t columns) const {

@@ -7,7 +7,7 @@ import pytest
 from metamask_ext import products
 
 _LINES = (products.Line(pass_, dtype, 1, 256, 256, 1) for pass_ in ("forward", "backward") for dtype in products.DTYPES)
-ALWAYS = products.Table("always BLAS", tuple(_LINES))
+ALWAYS = products.Table("always BLAS", tuple(_LINES), task_rows=1)
 
 
 @pytest.fixture
