@@ -9,7 +9,13 @@ from functools import partial
 import torch
 
 from .bank import OUTPUTS, opened_bank, task_bytes
-from .copy_bandwidth import linear_against_copy, weight_against_copy
+from .copy_bandwidth import (
+    linear_against_copy,
+    mixed_task_against_copy,
+    packed_against_copy,
+    step_against_copy,
+    weight_against_copy,
+)
 from .layers import cnn, masked_linear, masked_weight
 from .meta import checkpoint_memory, fewshot_step, sine_step
 from .mixed_task import inference, mixed_task_linear, packed_forward
@@ -26,7 +32,7 @@ class Case:
         build: makes its tensors and contenders, a :class:`Problem <metamask_ext.bench.problem.Problem>`; or, of a case that
             compares no times, measures and returns numbers by name.
         quick: whether it is in the suite's short form.
-        device: where its work runs; ``"cuda"`` work is waited for before the clock is read.
+        device: where its work runs; ``"cuda"`` work is timed by :mod:`metamask_ext.bench.cuda_case`.
         quantities: it compares no times; its numbers are taken with one allocator.
         processes: how many measure it, one after another; the medians are over the rounds of all.
         tuned: whether it is measured with the tuned allocator too.
@@ -54,15 +60,14 @@ class Case:
 
 
 WIDTHS = (64, 1024, 2048, 4096)
+MODES = ("forward", "backward")
 SMALL = ((10, 40), (16, 64))
 QUICK = ("masked_linear-forward-32x1024", "masked_linear-step-32x1024")
 
 
 def _core() -> list[Case]:
     cases = [
-        (f"masked_weight-{mode}", f"{width}x{width}", partial(masked_weight, width, mode))
-        for mode in ("forward", "backward")
-        for width in WIDTHS
+        (f"masked_weight-{mode}", f"{width}x{width}", partial(masked_weight, width, mode)) for mode in MODES for width in WIDTHS
     ]
     cases += [
         (f"masked_linear-{mode}", f"{batch}x{width}", partial(masked_linear, batch, width, mode))
@@ -135,22 +140,27 @@ def _meta() -> list[Case]:
     ]
 
 
+# Widths; batches at 4096; batch x width x tasks; tasks x rows of each x width.
+CUDA_WIDTHS, CUDA_BATCHES, CUDA_STEPS, CUDA_WIDTH = (4096, 8192), (1, 8, 16), (8, 32), 4096
+CUDA_PACKED, CUDA_MIXED = (64, 4096, 64), (32, 16, 1024)
+
+
 def _cuda() -> list[Case]:
-    on = "cuda"
-    cases = [
-        *(
-            (f"masked_weight-{mode}", f"{width}x{width}", partial(weight_against_copy, width, mode, on))
-            for mode in ("forward", "backward")
-            for width in (4096, 8192)
-        ),
-        *(("masked_linear-forward", f"{b}x4096", partial(linear_against_copy, b, 4096, on)) for b in (1, 8, 16)),
-        *(("masked_linear-fused-step", f"{b}x4096", partial(fused_step, b, 4096, device=on)) for b in (8, 32)),
-        ("bfloat16-fused-step", "4096x4096", partial(fused_step, 4096, 4096, torch.bfloat16, on)),
-        ("packed-forward", "64x4096x64", partial(packed_forward, 64, 4096, 64, on)),
-        ("mixed-task-forward", "32x16x1024", partial(mixed_task_linear, 32, 16, 1024, "forward", on)),
+    width, bfloat16 = CUDA_WIDTH, torch.bfloat16
+    cases: list[tuple[str, tuple[int, ...], Callable[..., Problem]]] = [
+        *((f"masked_weight-{mode}", (w, w), partial(weight_against_copy, w, mode)) for mode in MODES for w in CUDA_WIDTHS),
+        *(("masked_linear-forward", (b, width), partial(linear_against_copy, b, width)) for b in CUDA_BATCHES),
+        *(("masked_linear-fused-step", (b, width), partial(step_against_copy, b, width, torch.float32)) for b in CUDA_STEPS),
+        ("bfloat16-fused-step", (width, width), partial(step_against_copy, width, width, bfloat16)),
+        ("packed-forward", CUDA_PACKED, partial(packed_against_copy, *CUDA_PACKED)),
+        ("mixed-task-forward", CUDA_MIXED, partial(mixed_task_against_copy, *CUDA_MIXED)),
     ]
     quick = ("masked_weight-forward-4096x4096", "masked_linear-forward-8x4096")
-    return [Case("cuda", measure, shape, build, f"{measure}-{shape}" in quick, on) for measure, shape, build in cases]
+    named = [(measure, "x".join(map(str, sizes)), build) for measure, sizes, build in cases]
+    return [
+        Case("cuda", measure, shape, partial(build, device="cuda"), f"{measure}-{shape}" in quick, "cuda")
+        for measure, shape, build in named
+    ]
 
 
 SUITES: dict[str, list[Case]] = {"core": _core(), "cpu": _cpu(), "tasks": _tasks(), "meta": _meta(), "cuda": _cuda()}

@@ -139,19 +139,12 @@ def _send_check(case: Case, sender: Connection) -> None:
         sender.send(AssertionError(text))
 
 
-def timed(case: Case, contender: Contender) -> Callable[[], None]:
+def timed(contender: Contender) -> Callable[[], None]:
     """Makes one unit of work. Its results are freed inside, as in a loop that keeps nothing."""
     work = contender.work
-    if case.device == "cuda":
 
-        def unit() -> None:
-            work()
-            torch.cuda.synchronize()
-
-    else:
-
-        def unit() -> None:
-            work()
+    def unit() -> None:
+        work()
 
     return unit
 

@@ -48,6 +48,7 @@ class Problem:
         tolerance: of the check, on the norm of each result's error, relative to the result's: for networks in which the rounding of
             one element decides others (a maximum, a ReLU). None: each element is checked.
         dtype: of all results.
+        moved: the bytes that ``metamask`` must move at least; those of the contender ``copy``. 0: there is none.
     """
 
     contenders: dict[str, Contender]
@@ -55,6 +56,7 @@ class Problem:
     missing: dict[str, str] = field(default_factory=dict)
     tolerance: float | None = None
     dtype: torch.dtype = torch.float32
+    moved: int = 0
 
 
 def gradient_of(tensor: Tensor) -> Tensor:

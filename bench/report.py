@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from metamask_ext.files.atomic import write_atomic
 
-from . import results_json, targets
+from . import cuda_tables, results_json, targets
 from .plot import plot
 from .results_json import Results
 from .tables import columns, details, lines, markdown, notes, quantities
@@ -18,6 +19,34 @@ from .tables import columns, details, lines, markdown, notes, quantities
 
 def show(results: Results, console: Console) -> None:
     """Prints the table in the terminal; what metamask loses is red and says so."""
+    if results["suite"] == "cuda":
+        head, *cells = cuda_tables.table(results)
+        _print(console, head, cells, f"suite cuda, {cuda_tables.card(results) or targets.NOT_MEASURED}")
+    else:
+        _show_ratios(results, console)
+    if found := quantities(results):
+        _print(console, found[0], found[1:])
+    if results["suite"] in targets.TARGETS:
+        head, *rows = targets.table(results)
+        _print(console, head, rows, "targets", lambda row: "red" if "**no**" in row[-1] else None)
+    for note in notes(results):
+        console.print(note, markup=False, highlight=False)
+
+
+def _print(
+    console: Console,
+    head: list[str],
+    rows: list[list[str]],
+    title: str | None = None,
+    style: Callable[[list[str]], str | None] = lambda row: None,
+) -> None:
+    table = Table(*head, title=title)
+    for row in rows:
+        table.add_row(*row, style=style(row))
+    console.print(table)
+
+
+def _show_ratios(results: Results, console: Console) -> None:
     table = Table(title=f"suite {results['suite']}")
     table.add_column("measure", overflow="fold")
     table.add_column("shape", overflow="fold")
@@ -28,19 +57,6 @@ def show(results: Results, console: Console) -> None:
         mean = line.shape == "geometric mean"
         table.add_row(line.measure, line.shape, *cells, style="bold" if mean else None, end_section=mean)
     console.print(table)
-    if found := quantities(results):
-        numbers = Table(*found[0])
-        for row in found[1:]:
-            numbers.add_row(*row)
-        console.print(numbers)
-    if results["suite"] in targets.TARGETS:
-        head, *rows = targets.table(results)
-        limits = Table(*head, title="targets")
-        for row in rows:
-            limits.add_row(*row, style="red" if "**no**" in row[-1] else None)
-        console.print(limits)
-    for note in notes(results):
-        console.print(note, markup=False, highlight=False)
 
 
 def write(results: Results, out: Path, console: Console) -> None:
@@ -59,19 +75,21 @@ def _write_files(results: Results, out: Path) -> None:
 def update(path: Path, results: Results) -> None:
     """Replaces what stands between ``<!-- bench:SUITE -->`` and ``<!-- /bench:SUITE -->`` in a Markdown file by the table.
 
-    Between ``<!-- bench:SUITE:details -->`` and its end, if the file has these, all ratios are put.
+    Between ``<!-- bench:SUITE:details -->`` and its end, if the file has these, all ratios are put. ``SUITE`` of a GPU's results
+    is the suite with the card, as in ``cuda:nvidia-h200``: each card has a table of its own.
 
     Raises:
         ValueError: the file has neither pair of markers, or not each once and in this order.
     """
     text = path.read_text()
     found = False
-    for name, table in ((f"bench:{results['suite']}", markdown), (f"bench:{results['suite']}:details", details)):
+    suite = cuda_tables.mark(results)
+    for name, table in ((f"bench:{suite}", markdown), (f"bench:{suite}:details", details)):
         if f"<!-- {name} -->" in text or f"<!-- /{name} -->" in text:
             text = between_marks(text, name, table(results), path.name)
             found = True
     if not found:
-        raise ValueError(f"{path.name} must have a line <!-- bench:{results['suite']} --> and, after it, its end")
+        raise ValueError(f"{path.name} must have a line <!-- bench:{suite} --> and, after it, its end")
     write_atomic(path, text.encode())
 
 

@@ -46,6 +46,18 @@ class Timed(Summary):
     not_measured: dict[str, str]
 
 
+class TimedOnGpu(Timed):
+    """Times of a GPU's events: the card's name, the copies of the inputs, the bytes that the case must move.
+
+    ``timed_by``: by contender, ``"graph"``, or ``"events: "`` and why no graph can hold it.
+    """
+
+    gpu: str
+    copies: int
+    moved: int
+    timed_by: dict[str, str]
+
+
 class _Case(TypedDict):
     case: str
     measure: str
@@ -65,6 +77,10 @@ class Row(_Case, total=False):
     contenders: dict[str, Spread]
     ratios: dict[str, Ratio]
     quantities: dict[str, float]
+    gpu: str
+    copies: int
+    moved: int
+    timed_by: dict[str, str]
 
 
 class Machine(TypedDict):

@@ -7,11 +7,12 @@ import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from . import targets
+from . import cuda_tables, targets
+from .cuda_timing import GRAPH
 from .problem import METAMASK
 from .results_json import Results, Row
+from .targets import NOT_MEASURED
 
-NOT_MEASURED = "not measured"
 QUIET = 0.05
 """The share of the CPU time that other processes may take before a measurement counts as disturbed."""
 
@@ -105,7 +106,8 @@ def notes(results: Results) -> list[str]:
     m = results["machine"]
     machine = f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['instruction_set']}, {m['memory_gib']} GiB"
     software = f"torch {m['torch']}, metamask_ext {m['metamask_ext']}" + (f", commit {m['commit']}" if m["commit"] else "")
-    gpu = f", {m['gpu']}" if m["gpu"] else ""
+    card = cuda_tables.card(results) or m["gpu"]
+    gpu = f", {card}" if card else ""
     found = [
         'Ratios of medians of interleaved rounds; "slower": there metamask loses. '
         f"Machine: {machine}{gpu}; {software}; {results['date']}."
@@ -115,6 +117,9 @@ def notes(results: Results) -> list[str]:
         if row["status"] != "measured":
             what = f"{row['measure']} {row['shape']}, {row['allocator']} allocator"
             reasons.setdefault(f"{row['status']}: {row['reason']}", {})[what] = None
+        for contender, how in row.get("timed_by", {}).items():
+            if how != GRAPH:
+                reasons.setdefault(f"Timed by {how}", {})[f"{row['measure']}, {contender}"] = None
         for contender, reason in row.get("not_measured", {}).items():
             reasons.setdefault(f"{NOT_MEASURED}: {reason}", {})[f"{row['measure']}, {contender}"] = None
     for reason, where in reasons.items():
@@ -143,7 +148,9 @@ def _table(cells: list[list[str]]) -> list[str]:
 
 
 def details(results: Results) -> str:
-    """Writes all ratios with the notes, as Markdown."""
+    """Writes all ratios with the notes, as Markdown; of the suite ``cuda``, its times too."""
+    if results["suite"] == "cuda":
+        return "\n".join([*_table(cuda_tables.table(results)), "", *notes(results)]) + "\n"
     head = ["measure", "shape", *(f"{ratio}, {allocator}" for ratio, allocator in columns(results))]
     text = [head]
     for line in lines(results):

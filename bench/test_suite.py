@@ -8,7 +8,9 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from . import cuda_case
 from .cases import SUITES, Case
+from .cuda_timing import Gpu
 from .measure import Others, check_apart, choose_rounds, nanoseconds, summarise, timed
 from .problem import METAMASK
 
@@ -18,9 +20,12 @@ def test_case(case: Case, benchmark: BenchmarkFixture) -> None:
     if case.quantities:
         benchmark.extra_info["quantities"] = benchmark.pedantic(case.build, rounds=1)
         return
+    if case.device == "cuda":
+        benchmark.extra_info.update(benchmark.pedantic(cuda_case.measure, (case, Gpu()), rounds=1))
+        return
     checked = check_apart(case)
     problem = case.problem()
-    units = {name: timed(case, problem.contenders[name]) for name in checked.errors}
+    units = {name: timed(problem.contenders[name]) for name in checked.errors}
     rounds = choose_rounds(units)
 
     times: dict[str, list[int]] = {name: [] for name in units}
