@@ -6,7 +6,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <tuple>
 #include <type_traits>
 
@@ -77,6 +79,22 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 
 // Few: a test's small layers are shared out among blocks too.
 inline int multiprocessors() { return 2; }
+
+// One unit in the last place off, up or down, as the device's may be.
+inline float approximate_reciprocal(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const float exact = 1.0f / x;
+  return exact == 0 || !std::isfinite(exact) ? exact : std::nextafter(exact, bits % 2 == 0 ? 0.0f : 2 * exact);
+}
+
+template <int kBytes>
+DEVICE_INLINE void store_bytes(void* to, const void* from) {
+  struct alignas(kBytes) Bytes {
+    char value[kBytes];
+  };
+  *static_cast<Bytes*>(to) = *static_cast<const Bytes*>(from);
+}
 
 template <int kBytes>
 void cp_async(void* to, const void* from, bool valid) {

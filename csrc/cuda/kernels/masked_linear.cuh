@@ -20,7 +20,7 @@ constexpr int kRowsOfTile = 16, kChunk = 8, kColumnsOfStep = 4 * kChunk;
 // Loads N neighbours of a row of `columns` elements, with zeros beyond its end. kAligned: rows are whole packs of kPackBytes,
 // aligned.
 template <bool kAligned, int N, class T>
-DEVICE_INLINE void load_raw(const T* __restrict__ row, int64_t column, int64_t columns, T (&to)[N]) {
+DEVICE_INLINE void load_raw(const T* row, int64_t column, int64_t columns, T (&to)[N]) {
   constexpr int kWidest = kPackBytes / int(sizeof(T)), kPack = !kAligned ? 1 : N < kWidest ? N : kWidest;
   for (int j = 0; j < N; j += kPack) {
     const Pack<T, kPack> pack = load_pack<kPack, true>(row, column + j, columns);
@@ -29,7 +29,7 @@ DEVICE_INLINE void load_raw(const T* __restrict__ row, int64_t column, int64_t c
 }
 
 template <bool kAligned, int N, class T>
-DEVICE_INLINE void load_chunk(const T* __restrict__ row, int64_t column, int64_t columns, Compute<T> (&to)[N]) {
+DEVICE_INLINE void load_chunk(const T* row, int64_t column, int64_t columns, Compute<T> (&to)[N]) {
   T raw[N];
   load_raw<kAligned>(row, column, columns, raw);
   for (int j = 0; j < N; ++j) to[j] = to_compute(raw[j]);

@@ -1,5 +1,7 @@
 // Loads and stores of packs of N neighbouring elements, at most kPackBytes at a time, below a bound n. kWhole: no pack lies across
 // the bound, because a row is a whole number of packs; then a pack is one access or none.
+//
+// No pointer is __restrict__: a kernel that updates a parameter in place must not read it through the cache for constants.
 #pragma once
 
 #include "cuda/kernels/device.cuh"
@@ -8,7 +10,7 @@ namespace metamask::cuda {
 
 // Loads a pack, with zeros beyond the bound.
 template <int N, bool kWhole = false, class T>
-DEVICE_INLINE Pack<T, N> load_pack(const T* __restrict__ from, int64_t i, int64_t n) {
+DEVICE_INLINE Pack<T, N> load_pack(const T* from, int64_t i, int64_t n) {
   Pack<T, N> pack;
   if IN_BOUNDS (i + N <= n) {
     pack = *reinterpret_cast<const Pack<T, N>*>(from + i);
@@ -24,14 +26,14 @@ DEVICE_INLINE Pack<T, N> load_pack(const T* __restrict__ from, int64_t i, int64_
 }
 
 template <int N, bool kWhole = false, class T>
-DEVICE_INLINE void load(const T* __restrict__ from, int64_t i, int64_t n, Compute<T> (&to)[N]) {
+DEVICE_INLINE void load(const T* from, int64_t i, int64_t n, Compute<T> (&to)[N]) {
   const Pack<T, N> pack = load_pack<N, kWhole>(from, i, n);
   for (int k = 0; k < N; ++k) to[k] = to_compute(pack.value[k]);
 }
 
 // Loads a pack; zeros if there is no array.
 template <int N, bool kWhole = false, class T>
-DEVICE_INLINE void load_or_zero(const T* __restrict__ from, int64_t i, int64_t n, Compute<T> (&to)[N]) {
+DEVICE_INLINE void load_or_zero(const T* from, int64_t i, int64_t n, Compute<T> (&to)[N]) {
   if (from != nullptr) {
     load<N, kWhole>(from, i, n, to);
   } else {
@@ -41,12 +43,12 @@ DEVICE_INLINE void load_or_zero(const T* __restrict__ from, int64_t i, int64_t n
 
 // Stores a pack; does nothing if there is no array.
 template <int N, bool kWhole = false, class T>
-DEVICE_INLINE void store(T* __restrict__ to, int64_t i, int64_t n, const Compute<T> (&from)[N]) {
+DEVICE_INLINE void store(T* to, int64_t i, int64_t n, const Compute<T> (&from)[N]) {
   if (to == nullptr) return;
   Pack<T, N> pack;
   for (int k = 0; k < N; ++k) from_compute(from[k], pack.value[k]);
   if IN_BOUNDS (i + N <= n) {
-    *reinterpret_cast<Pack<T, N>*>(to + i) = pack;
+    store_bytes<int(sizeof pack)>(to + i, &pack);
   } else if constexpr (!kWhole) {
     for (int k = 0; k < N; ++k) {
       if IN_BOUNDS (i + k < n) to[i + k] = pack.value[k];
