@@ -78,12 +78,16 @@ METAMASK_INLINE T exp_nonpositive(T x) {
 // -|x|: one operation on the sign bit, where a comparison is two.
 template <class T>
 METAMASK_INLINE T minus_magnitude(T x) {
+#if defined(__CUDA_ARCH__)
+  return -fabs(x);  // part of the operation that takes it
+#else
   using Bits = typename ExpConstants<T>::Bits;
   Bits bits;
   std::memcpy(&bits, &x, sizeof(T));
   bits |= Bits(1) << (8 * sizeof(T) - 1);
   std::memcpy(&x, &bits, sizeof(T));
   return x;
+#endif
 }
 
 // 1 / x for 1 <= x <= 2; NaN stays NaN. The device has a shorter way for float than a division (cuda/kernels/device.cuh).

@@ -8,9 +8,10 @@
 
 namespace metamask::cuda {
 
-// Loads a pack, with zeros beyond the bound.
-template <int N, bool kWhole = false, class T>
+// Loads a pack, with zeros beyond the bound. kInside: all of it is below the bound.
+template <int N, bool kWhole = false, bool kInside = false, class T>
 DEVICE_INLINE Pack<T, N> load_pack(const T* from, int64_t i, int64_t n) {
+  if constexpr (kInside) return *reinterpret_cast<const Pack<T, N>*>(from + i);
   Pack<T, N> pack;
   if IN_BOUNDS (i + N <= n) {
     pack = *reinterpret_cast<const Pack<T, N>*>(from + i);
