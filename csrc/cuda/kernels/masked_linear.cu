@@ -3,7 +3,6 @@
 #include "cuda/kernels/masked_linear.h"
 
 #include "cuda/kernels/masked_linear_backward.cuh"
-#include "cuda/kernels/split_k.cuh"
 
 namespace metamask::cuda {
 namespace {
@@ -64,8 +63,13 @@ Share forward_share(const LinearCase& given) {
 }
 
 template <class Product>
+int64_t backward_blocks(const LinearCase& given) {
+  return ceil_div(given.in, 8 * Product::kColumns);
+}
+
+template <class Product>
 Share backward_share(const LinearCase& given) {
-  return share(given.out, kWarps * 4 * Product::kRows, ceil_div(given.in, 8 * Product::kColumns));
+  return share(given.out, kWarps * 4 * Product::kRows, backward_blocks<Product>(given));
 }
 
 template <class Run>
@@ -89,8 +93,8 @@ bool fuses_masked_linear_backward(const LinearCase& given) {
 int64_t masked_linear_workspace(const LinearCase& given) {
   int64_t bytes = 0;
   with_forward(given, [&]<class P, class M, class Product>(Tag<P>, Tag<M>, Tag<Product>) {
-    const Share shared = forward_share<Product>(given);
-    if (shared.count > 1) bytes = shared.count * given.batch * given.out * int64_t(sizeof(typename Product::Sum));
+    bytes = SplitK<typename Product::Sum>::bytes(forward_blocks<Product>(given), forward_share<Product>(given).count,
+                                                 kRowsOfTile * Product::kBatch);
   });
   return bytes;
 }
@@ -98,8 +102,10 @@ int64_t masked_linear_workspace(const LinearCase& given) {
 int64_t masked_linear_backward_workspace(const LinearCase& given, bool needs_dx) {
   int64_t bytes = 0;
   with_backward(given, [&]<class P, class M, class Product>(Tag<P>, Tag<M>, Tag<Product>) {
-    const Share shared = backward_share<Product>(given);
-    if (needs_dx && shared.count > 1) bytes = shared.count * given.batch * given.in * int64_t(sizeof(typename Product::Sum));
+    const int64_t room = 8 * Product::kColumns * Product::kBatch;
+    if (needs_dx) {
+      bytes = SplitK<typename Product::Sum>::bytes(backward_blocks<Product>(given), backward_share<Product>(given).count, room);
+    }
   });
   return bytes;
 }
@@ -108,16 +114,14 @@ void masked_linear(const LinearCase& given, const void* x, const void* w, const 
                    cudaStream_t stream) {
   with_forward(given, [&]<class P, class M, class Product>(Tag<P>, Tag<M>, Tag<Product>) {
     using X = typename Product::X;
-    using Sum = typename Product::Sum;
     const Share shared = forward_share<Product>(given);
-    const dim3 grid = grid_of(forward_blocks<Product>(given), shared.count);
-    Sum* split_k_sums = shared.count > 1 ? out<Sum>(workspace) : nullptr;
+    const int64_t blocks = forward_blocks<Product>(given);
+    const auto split = SplitK<typename Product::Sum>::in(workspace, blocks, shared.count);
     with_gate_and_alignment(given.gate.kind, rows_aligned<P, X>(given.in, x, w, m), [&]<GateKind kind, bool kAligned>() {
-      launch(masked_linear_kernel<kind, kAligned, P, M, Product>, grid, dim3(kBlock), 0, stream,
-             gate_param_of<Compute<P>>(given.gate), in<X>(x), in<P>(w), in<M>(m), in<X>(bias), out<X>(y), split_k_sums,
-             int(given.batch), given.out, given.in, shared.each);
+      launch(masked_linear_kernel<kind, kAligned, P, M, Product>, grid_of(blocks, shared.count), dim3(kBlock), 0, stream,
+             gate_param_of<Compute<P>>(given.gate), in<X>(x), in<P>(w), in<M>(m), in<X>(bias), out<X>(y), split, int(given.batch),
+             given.out, given.in, shared.each);
     });
-    if (split_k_sums != nullptr) add_split_k<X>(split_k_sums, bias, y, shared.count, given.batch, given.out, stream);
   });
 }
 
@@ -125,17 +129,15 @@ void masked_linear_backward(const LinearCase& given, const void* dy, const void*
                             void* dx, void* workspace, cudaStream_t stream) {
   with_backward(given, [&]<class P, class M, class Product>(Tag<P>, Tag<M>, Tag<Product>) {
     using X = typename Product::X;
-    using Sum = typename Product::Sum;
     const Share shared = backward_share<Product>(given);
-    const dim3 grid = grid_of(ceil_div(given.in, 8 * Product::kColumns), shared.count);
-    Sum* split_k_sums = dx != nullptr && shared.count > 1 ? out<Sum>(workspace) : nullptr;
+    const int64_t blocks = backward_blocks<Product>(given);
+    const auto split = SplitK<typename Product::Sum>::in(workspace, blocks, dx != nullptr ? shared.count : 1);
     const bool packs = rows_aligned<P, X>(given.in, x, w, m, dw.gradient, dw.momentum_buffer, dm.gradient, dm.momentum_buffer);
     with_gate_and_alignment(given.gate.kind, packs, [&]<GateKind kind, bool kAligned>() {
-      launch(masked_linear_backward_kernel<kind, kAligned, P, M, Product>, grid, dim3(kBlock), 0, stream,
-             gate_param_of<Compute<P>>(given.gate), in<X>(dy), in<X>(x), in<P>(w), in<M>(m), dw, dm, out<X>(dx), split_k_sums,
+      launch(masked_linear_backward_kernel<kind, kAligned, P, M, Product>, grid_of(blocks, shared.count), dim3(kBlock), 0, stream,
+             gate_param_of<Compute<P>>(given.gate), in<X>(dy), in<X>(x), in<P>(w), in<M>(m), dw, dm, out<X>(dx), split,
              int(given.batch), given.out, given.in, shared.each);
     });
-    if (split_k_sums != nullptr) add_split_k<X>(split_k_sums, nullptr, dx, shared.count, given.batch, given.in, stream);
   });
 }
 

@@ -201,13 +201,12 @@ DEVICE_INLINE void store_chunk(T* to, int64_t i, int64_t end, bool add, const Co
   }
 }
 
-// dy: [batch, out], x and dx: [batch, in], of X; w and what dw points to: [out, in] of P; m and what dm
-// points to: [out, in] of M. dx null: it is not wanted. With
-// `split_k_sums` [gridDim.y, batch, in] the sums of dx go there instead.
+// dy: [batch, out], x and dx: [batch, in], of X; w and what dw points to: [out, in] of P; m and what dm points to: [out, in] of M.
+// dx null: it is not wanted.
 template <GateKind kind, bool kAligned, class P, class M, class Product>
 __global__ void __launch_bounds__(kBlock)
     masked_linear_backward_kernel(Compute<P> gate_param, const typename Product::X* dy, const typename Product::X* x, const P* w,
-                                  const M* m, Sink dw, Sink dm, typename Product::X* dx, typename Product::Sum* split_k_sums,
+                                  const M* m, Sink dw, Sink dm, typename Product::X* dx, SplitK<typename Product::Sum> split,
                                   int batch, int64_t out, int64_t in, int64_t rows_each) {
   using Sum = typename Product::Sum;
   constexpr int kRows = Product::kRows, kColumns = Product::kColumns, kStrip = 8 * kColumns;
@@ -242,14 +241,12 @@ __global__ void __launch_bounds__(kBlock)
   if (dx == nullptr) return;
   product.finish();
   add_warps(total, product);
-  for (int i = int(threadIdx.x); i < kStrip * batch; i += kBlock) {
-    const int b = i / kStrip;
-    const int64_t at = first_column + i % kStrip;
-    if (!IN_BOUNDS(at < in)) continue;
-    const Sum sum = total[b][i % kStrip];
-    if (split_k_sums != nullptr) split_k_sums[(int64_t(blockIdx.y) * batch + b) * in + at] = sum;
-    else from_compute(sum, dx[int64_t(b) * in + at]);
-  }
+  add_parts<kStrip * Product::kBatch>(
+      split, blockIdx.x, blockIdx.y, gridDim.y, kStrip * batch, [&](int i) { return total[i / kStrip][i % kStrip]; },
+      [&](int i, Sum sum) {
+        const int64_t at = first_column + i % kStrip;
+        if IN_BOUNDS (at < in) from_compute(sum, dx[int64_t(i / kStrip) * in + at]);
+      });
 }
 
 }  // namespace metamask::cuda
