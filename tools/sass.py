@@ -43,7 +43,7 @@ class Kernel(NamedTuple):
         return sorted(([one for one in self.instructions if start <= one.address <= end] for start, end in ends.items()), key=len)
 
     def main_loop(self) -> list[Instruction]:
-        """The shortest of the loops with the most gates: a sigmoid of float32 takes one ``MUFU.EX2``. Empty: there is no such loop."""
+        """The shortest of the loops with the most gates: a sigmoid of float32 takes one ``MUFU.EX2``. Empty: none has one."""
         loops = self.loops()
         gates = [count(loop, r"MUFU\.EX2") for loop in loops]
         return loops[gates.index(max(gates))] if any(gates) else []
