@@ -92,7 +92,7 @@ def base(name: str) -> str:
 
 
 def threads_of_multiprocessor(registers: int, threads: int = 256) -> int:
-    """How many run at a time, by their registers: 65,536, given out to warps by 256."""
+    """The threads that run at a time, by their registers: 65,536, given out to warps by 256."""
     return 65536 // (-(-registers // 8) * 8 * threads) * threads
 
 
@@ -111,7 +111,7 @@ def instance(usage: Usage, name: str, kernel: sass.Kernel) -> Instance:
 
 
 def faults(one: Instance) -> list[str]:
-    """What is worse than it was."""
+    """The ways in which it is worse than it was."""
     found = []
     if one.usage.stack > 0 and not one.name.startswith(tuple(STACKS)):
         found.append(f"a stack frame of {one.usage.stack} bytes")
