@@ -43,8 +43,8 @@ STACKS = {
 
 # Instances whose name begins so: the most instructions for 512 weights
 LIMITS = {
-    "masked_linear_kernel<0, true, float, float, PlainForward<float, 8>": 600,
-    "masked_linear_kernel<0, true, __nv_bfloat16, __nv_bfloat16, TensorForward<__nv_bfloat16, 8>": 430,
+    "masked_linear_kernel<0, true, float, float, PlainForward<float, 8": 600,
+    "masked_linear_kernel<0, true, __nv_bfloat16, __nv_bfloat16, TensorForward<__nv_bfloat16, 8": 430,
 }
 
 
@@ -59,7 +59,7 @@ class Usage(NamedTuple):
 
 class Instance(NamedTuple):
     name: str
-    """As in ``masked_linear_kernel<0, true, float, float, PlainForward<float, 8>``."""
+    """As in ``masked_linear_kernel<0, true, float, float, PlainForward<float, 8``, without what follows the arguments."""
     usage: Usage
     constant_loads: int
     narrow_stores: int
@@ -83,13 +83,16 @@ def parse(said: str) -> list[Usage]:
     return found
 
 
+def short(name: str) -> str:
+    """A demangled name without return type, namespaces and arguments."""
+    return (
+        re.sub(r"metamask::cuda::|\(anonymous namespace\)::|^void |\((metamask::)?GateKind\)", "", name).split("(")[0].rstrip(" >")
+    )
+
+
 def demangled(names: list[str]) -> list[str]:
     ran = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    # without return type, namespaces and arguments
-    return [
-        re.sub(r"metamask::cuda::|\(anonymous namespace\)::|^void |\((metamask::)?GateKind\)", "", line).split("(")[0].rstrip(" >")
-        for line in ran.stdout.splitlines()
-    ]
+    return [short(line) for line in ran.stdout.splitlines()]
 
 
 def base(name: str) -> str:

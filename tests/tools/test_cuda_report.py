@@ -84,6 +84,11 @@ def test_threads_of_a_multiprocessor(registers, threads):
     assert cuda_report.threads_of_multiprocessor(registers) == threads
 
 
+def test_names_are_as_they_are_shown():
+    name = "masked_linear_kernel<(metamask::GateKind)0, true, float, float, metamask::cuda::PlainForward<float, 8> >"
+    assert cuda_report.short(f"void metamask::cuda::{name}(float, float const*)") in cuda_report.LIMITS
+
+
 def test_the_kernels_that_it_knows_are_there():
     source = "".join(path.read_text() for path in (ROOT / "csrc/cuda/kernels").glob("*.cuh"))
     for name in (*cuda_report.IN_PLACE, *map(cuda_report.base, cuda_report.LIMITS)):
