@@ -53,17 +53,15 @@ class Results:
     def case(self, name: str) -> Iterator[dict[str, Any]]:
         """Writes the line of what runs inside, which fills in its numbers.
 
-        An exception makes the line one that is not ok, and ends there: the stage goes on. So does ``ok`` False among the numbers.
+        An exception makes the line one that is not ok, and ends there: the stage goes on. ``ok`` False among the numbers does too.
         """
         start, numbers = time.perf_counter(), dict[str, Any]()
         try:
             yield numbers
         except Exception as error:
             traceback.print_exc()
-            reason = f"{type(error).__name__}: {str(error).strip() or repr(error)}"
-            self.write(name, False, time.perf_counter() - start, **{**numbers, "ok": False, "reason": reason})
-        else:
-            self.write(name, numbers.pop("ok", True), time.perf_counter() - start, **numbers)
+            numbers |= {"ok": False, "reason": f"{type(error).__name__}: {str(error).strip() or repr(error)}"}
+        self.write(name, numbers.pop("ok", True), time.perf_counter() - start, **numbers)
 
 
 def _plain(value: object) -> object:
