@@ -27,11 +27,15 @@ LIMIT = 64 << 20
 DEPENDENCIES = ("numpy", "rich>=13", "safetensors>=0.8", "setuptools>=77", "typer>=0.15")
 SITE = "/tmp/metamask_ext"
 BUDGET = 700
-COMMAND = (
-    f"python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target {SITE} .gpu/wheels/*.whl; "
-    f"export PYTHONPATH={SITE} PYTHONSAFEPATH=1; "
-    f'python3 tools/gpu_stages.py --out "$OUT" --budget {BUDGET}'
-)
+
+
+def command(budget: int) -> str:
+    """Returns what is run on the machine. If the wheels cannot be installed there, the stages build the package."""
+    return (
+        f"python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target {SITE} .gpu/wheels/*.whl; "
+        f"export PYTHONPATH={SITE} PYTHONSAFEPATH=1; "
+        f'python3 tools/gpu_stages.py --out "$OUT" --budget {budget}'
+    )
 
 
 def fail(message: str) -> None:
@@ -128,13 +132,14 @@ def check_import(python: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--extra", nargs="*", default=[], help="distributions that the machine lacks, carried too: NAME==VERSION")
+    parser.add_argument("--budget", type=int, default=BUDGET, help="seconds for all stages there")
     given = parser.parse_args()
     python = environment(FOLDER / "venv")
     build(python, given.extra)
     size, archs = check_size(WHEELS), check_import(python)
     print(f"{WHEELS.relative_to(ROOT)}: {size / 2**20:.1f} MiB, kernels for {archs}; built from the files as they are now")
     print("On the machine, in the root of this tree, with .gpu/wheels carried along:\n")
-    print(COMMAND)
+    print(command(given.budget))
 
 
 if __name__ == "__main__":

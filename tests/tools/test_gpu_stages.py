@@ -27,7 +27,7 @@ def run(folder: Path, bodies: dict[str, str], budget: float = 60.0, seconds: flo
     """Runs stages of these Python programs."""
     script = folder / "stage.py"
 
-    def start(stage: Stage) -> list[str]:
+    def start(stage: Stage, limit: float) -> list[str]:
         script.write_text(f"{SCRIPT}\n{bodies[stage.name]}\n")
         return [sys.executable, "-IS", str(script), "--stage", stage.name, "--out", str(folder)]
 
@@ -62,7 +62,7 @@ def test_no_stage_stops_the_next(tmp_path, capsys):
 def test_a_stage_that_cannot_start_is_a_line(tmp_path):
     stages = [Stage("A", 30, "no such program"), Stage("B", 30, "of a test")]
     commands = {"A": ["/no/such/program"], "B": [sys.executable, "-IS", "-c", "pass"]}
-    assert runner.run_stages(stages, lambda stage: commands[stage.name], tmp_path, 60, dict(os.environ)) == 1
+    assert runner.run_stages(stages, lambda stage, limit: commands[stage.name], tmp_path, 60, dict(os.environ)) == 1
     assert whole(tmp_path)["A"]["reason"].startswith("did not start: ")
     assert "B" in whole(tmp_path)
 
@@ -88,7 +88,7 @@ def test_a_stage_has_its_time_and_leaves_no_process(tmp_path):
 
 
 def test_a_stage_gets_what_is_left_of_the_budget(tmp_path):
-    assert run(tmp_path, {"A": OK + "; time.sleep(300)", "B": OK}, budget=1.5) == 1
+    assert run(tmp_path, {"A": OK + "; time.sleep(300)", "B": OK}, budget=1.5) == 1  # less than a stage's own 30 s
     ended = whole(tmp_path)
     assert ended["A"]["reason"].startswith("stopped after") and ended["A"]["seconds"] < 10
     assert ended["B"]["reason"] == "not started: the budget of 1.5 s is spent"

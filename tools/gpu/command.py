@@ -22,12 +22,13 @@ PROGRAMS = ("bad-slot", "large-ops", "small-ops")
 DRY_BUDGET, BUDGET = 300.0, 700.0
 
 
-def run_stage(stage: str, out: Path, dry: bool) -> None:
-    """Runs one stage in this process."""
+def run_stage(stage: str, out: Path, dry: bool, seconds: float) -> None:
+    """Runs one stage in this process, which ends after ``seconds``."""
     from . import checks, device, profilers, suite, timings
 
+    end = time.monotonic() + seconds
     on = device.choose(dry)
-    lines = results.Results(out, stage)
+    lines = results.Results(out, stage, dry)
     stages = {
         "S0": lambda: checks.machine(on, lines),
         "S1": lambda: checks.against_float64(on, lines),
@@ -37,7 +38,7 @@ def run_stage(stage: str, out: Path, dry: bool) -> None:
         "S5": lambda: profilers.sanitized(on, lines, SCRIPT, dry),
         "S6": lambda: profilers.profiled(on, lines, SCRIPT, dry),
         "S7": lambda: timings.compiled(on, lines),
-        "S8": lambda: suite.opchecks_and_suite(on, lines, out),
+        "S8": lambda: suite.opchecks_and_suite(on, lines, out, end),
     }
     stages[stage]()
 
@@ -81,8 +82,8 @@ def run(given: argparse.Namespace) -> int:
     rest = ["--out", str(out), *(["--dry-run"] if given.dry_run else [])]
     budget = given.budget or (DRY_BUDGET if given.dry_run else BUDGET)
 
-    def command(stage: runner.Stage) -> list[str]:
-        return [sys.executable, str(SCRIPT), "--stage", stage.name, *rest]
+    def command(stage: runner.Stage, limit: float) -> list[str]:
+        return [sys.executable, str(SCRIPT), "--stage", stage.name, "--seconds", f"{limit:.1f}", *rest]
 
     return runner.run_stages(runner.STAGES[first:], command, out, budget, environment, start)
 
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--ready", action="store_true", help="only tell, by the exit code, whether this machine has a GPU")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the results of DIR into bench/results")
     parser.add_argument("--stage", choices=names, help="run this stage here: for the program itself")
+    parser.add_argument("--seconds", type=float, default=DRY_BUDGET, help="the limit of --stage")
     parser.add_argument("--program", choices=PROGRAMS, help="run this here: for the stages themselves")
     parser.add_argument("--op", help="the op of --program bad-slot")
     given = parser.parse_args()
@@ -106,6 +108,6 @@ def main() -> None:
     elif given.program is not None:
         run_program(given.program, given.op, given.dry_run)
     elif given.stage is not None:
-        run_stage(given.stage, given.out, given.dry_run)
+        run_stage(given.stage, given.out, given.dry_run, given.seconds)
     else:
         sys.exit(run(given))

@@ -16,7 +16,7 @@ from . import ops
 from .device import SMALL, Card
 from .results import Results
 
-CHECKS = {"memcheck": ("--padding", "32"), "racecheck": ()}
+CHECKS = {"memcheck": ("--padding", "32", "--report-api-errors", "no"), "racecheck": ()}
 """compute-sanitizer's tools, in this order, with the options of each. With padding an access just past a buffer is in no other."""
 
 METRICS = {

@@ -28,18 +28,21 @@ Line = dict[str, Any]
 class Results:
     """Writes the lines of one stage.
 
-    Every line has ``stage``, ``case``, ``ok`` and ``seconds``; ``reason`` if it is not ok; and the numbers of its case.
+    Every line has ``stage``, ``case``, ``ok`` and ``seconds``; ``reason`` if it is not ok; the numbers of its case; and ``dry``,
+    true, in a dry run.
     """
 
-    def __init__(self, folder: Path, stage: str) -> None:
+    def __init__(self, folder: Path, stage: str, dry: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path, self._stage = folder / FILE, stage
+        self._path, self._stage, self._dry = folder / FILE, stage, dry
 
     def write(self, case: str, ok: bool, seconds: float, reason: str | None = None, **numbers: object) -> None:
         line: Line = {"stage": self._stage, "case": case, "ok": ok, "seconds": round(seconds, 3)}
         if reason is not None:
             line["reason"] = reason[:REASON_LENGTH]
         line |= {name: _plain(value) for name, value in numbers.items()}
+        if self._dry:
+            line["dry"] = True
         text = json.dumps(line, allow_nan=False) + "\n"
         # One write a line: stages and what they start append to the same file.
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -72,7 +72,7 @@ def run_process(command: Sequence[str], limit: float, log: Path, environment: di
 
 def run_stages(
     stages: Sequence[Stage],
-    command: Callable[[Stage], Sequence[str]],
+    command: Callable[[Stage, float], Sequence[str]],
     out: Path,
     budget: float,
     environment: dict[str, str],
@@ -81,7 +81,7 @@ def run_stages(
     """Runs the stages, says what each found, and returns the exit code: 0 if every line of this run is ok.
 
     Args:
-        command: that of a stage, which appends its lines to ``out``.
+        command: that of a stage and its time limit; it appends its lines to ``out``.
         budget: seconds for all; a stage gets its own limit, or what is left of this.
         start: when the budget began, by ``time.monotonic()``; now, if None.
     """
@@ -94,7 +94,7 @@ def run_stages(
             outcome = Outcome(0.0, f"not started: the budget of {budget:g} s is spent")
         else:
             print(f"{stage.name}: {stage.about}, at most {limit:.0f} s", flush=True)
-            outcome = run_process(command(stage), limit, out / LOG, environment)
+            outcome = run_process(command(stage, limit), limit, out / LOG, environment)
         lines = read(out)[before:]
         reason = outcome.reason or (None if lines else "wrote no result")
         Results(out, stage.name).write(WHOLE, reason is None, outcome.seconds, reason)
