@@ -30,7 +30,7 @@ SETTINGS = ((0.1, 0.01, 0.9), (0.2, 0.02, 0.8), (0.3, 0.03, 0.7), (0.4, 0.04, 0.
 """Rate, decay and momentum of weight, logits, bias and bias logits."""
 
 UNITS = 8
-"""How many units in the last place of the largest result one element may be off, times the root of the number of additions."""
+"""One element may be off by so many units in the last place of the largest result, times the root of the number of additions."""
 
 TF32_UNIT = 2.0**-11
 Arguments = tuple[Any, ...]

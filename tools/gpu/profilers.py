@@ -30,7 +30,7 @@ METRICS = {
     "launch__registers_per_thread": "registers",
     "launch__occupancy_limit_registers": "blocks_by_registers",
 }
-"""What Nsight Compute is asked for, and the names in the results."""
+"""Nsight Compute's names of the numbers in the results, and their names there."""
 
 PROFILED = ("masked_weight", "masked_linear", "masked_linear backward", ops.BY_TASK, ops.PACKED)
 

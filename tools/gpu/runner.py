@@ -17,7 +17,7 @@ from .results import FILE, WHOLE, Results, card_of, failure, read, table
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = "stages.log"
-"""What the stages print. Not a file for each: few may come back from a machine."""
+"""All that the stages print; one file, for few may come back from a machine."""
 
 BUILD, BUILD_SECONDS, JOBS = "build", 240, 16
 LEAST_SECONDS = 1.0
@@ -122,7 +122,10 @@ print(json.dumps(found))
 
 
 class Found(NamedTuple):
-    """What this machine has. ``error``: why metamask_ext cannot be imported; None: it can."""
+    """The card of this machine and the package in its environment.
+
+    ``error``: the reason for which metamask_ext cannot be imported; None: it can.
+    """
 
     card: str | None
     capability: str | None
@@ -138,7 +141,7 @@ def probe(environment: dict[str, str]) -> Found:
 
 
 def why_build(found: Found, dry: bool) -> str | None:
-    """Why the package must be built here; None: what is installed works."""
+    """Returns the reason for building the package here; None: the one that is installed works."""
     if found.error is not None:
         return found.error
     if not dry and found.archs is None:
