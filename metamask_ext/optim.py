@@ -21,6 +21,7 @@ from .nn.tasks import tasks
 from .nn.wrappers import averaged_parameters, is_sharded, place_shards
 from .ops.conv2d.autograd import MaskedConv2d
 from .ops.linear.autograd import MaskedLinear
+from .ops.streams import Streams
 from .ops.weight.autograd import NO_STEP, MaskedWeight, Steps
 from .torch_private import function_of, has_gradient_hooks
 
@@ -156,6 +157,9 @@ class FusedMaskedSGD(torch.optim.SGD):
         finally:
             for node, _ in nodes:
                 del node.steps
+            # A node steps on the stream of its forward, and gives autograd no gradient to wait for. All note it in one place.
+            for _, steps in nodes[:1]:
+                steps.streams.wait()
         self.step()
         for group in self._groups:
             for parameter in group["params"]:
@@ -275,6 +279,7 @@ class FusedMaskedSGD(torch.optim.SGD):
         for averaged in averaged_parameters():
             uses = {variable: count for variable, count in uses.items() if variable not in averaged}
         found = []
+        streams = Streams()
         for node, variables in nodes:
             taken = [self._can_update(node, variable, uses) for variable in variables]
             if any(taken):
@@ -287,6 +292,7 @@ class FusedMaskedSGD(torch.optim.SGD):
                     ),
                     tuple(NO_STEP if group is None else _settings(group) for group in groups),
                     tuple(variables),
+                    streams,
                 )
                 found.append((node, steps))
         return found

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from support.samples import DEVICES
+from support.gpu import DEVICES
 from support.sgd_steps import (
     FUSED,
     SETTINGS,

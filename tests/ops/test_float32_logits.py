@@ -6,9 +6,10 @@ import pytest
 import torch
 from support import linear_checks, mixed_task, samples, sgd_checks, weight_checks
 from support.closeness import assert_close
+from support.gpu import DEVICES
 from support.linear_checks import inputs
 from support.mixed_task import Batch, cotangents_of
-from support.samples import ALL, DEVICES, GATE_IDS, GATES, PAIR_IDS, PAIRS, SMALL, opcheck
+from support.samples import ALL, GATE_IDS, GATES, PAIR_IDS, PAIRS, SMALL, opcheck
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metamask_ext.ops.gate import HARD, SIGMOID

@@ -22,6 +22,7 @@ from torch.autograd import Function
 
 from metamask_ext.torch_private import is_legacy_batched, set_node_default
 
+from ..streams import Streams
 from ..vjp import pull_back
 from . import raw, reference
 
@@ -33,13 +34,14 @@ class Steps(NamedTuple):
     """Steps of SGD that a node's backward takes instead of giving gradients, set by :class:`metamask_ext.optim.FusedMaskedSGD`.
 
     For each parameter of the node, in its order: whether it takes a step, its momentum buffer, ``lr, weight_decay, momentum``, and
-    the parameter itself.
+    the parameter itself. ``streams`` are those on which nodes take their steps.
     """
 
     updates: tuple[bool, ...]
     momentum_buffers: tuple[Tensor | None, ...]
     settings: tuple[raw.SgdSettings, ...]
     parameters: tuple[Tensor | None, ...]
+    streams: Streams
 
     def on(self, saved: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Arguments]:
         """The tensors to compute with, and the arguments ``updates, momentum_buffers, settings`` of an op that takes steps.
@@ -47,6 +49,9 @@ class Steps(NamedTuple):
         Only a parameter whose saved tensor is its own memory takes its step, on the parameter itself. Hooks on saved tensors
         (off-loading, quantisation) may give back a copy: a step on that would be lost, so the parameter gets a gradient instead.
         """
+        weight = saved[0]
+        assert weight is not None
+        self.streams.note(weight)
         if all(map(operator.is_, saved, self.parameters)):
             return list(saved), (self.updates, self.momentum_buffers, self.settings)
         tensors, updates, buffers, settings = list(saved), list(self.updates), list(self.momentum_buffers), list(self.settings)

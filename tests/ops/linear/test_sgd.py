@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.gpu import DEVICES
 from support.linear_checks import inputs
-from support.samples import DEVICES, DTYPES, GATE_IDS, GATES
+from support.samples import DTYPES, GATE_IDS, GATES
 from support.sgd_checks import EVERY, SETTINGS, SHAPES, check, descend, near
 
 from metamask_ext.ops.gate import SIGMOID
