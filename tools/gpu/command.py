@@ -18,7 +18,7 @@ from . import results, runner
 
 ROOT = runner.ROOT
 SCRIPT = ROOT / "tools" / "gpu_stages.py"
-PROGRAMS = ("bad-slot", "large-ops", "small-ops")
+PROGRAMS = ("large-ops", "small-ops")
 DRY_BUDGET, BUDGET = 300.0, 700.0
 
 
@@ -32,7 +32,7 @@ def run_stage(stage: str, out: Path, dry: bool, seconds: float) -> None:
     stages = {
         "S0": lambda: checks.machine(on, lines),
         "S1": lambda: checks.against_float64(on, lines),
-        "S2": lambda: checks.schedules(on, lines, SCRIPT, dry),
+        "S2": lambda: suite.executions(on, lines),
         "S3": lambda: suite.cuda_tests(on, lines),
         "S4": lambda: timings.ours_copy_dense(on, lines),
         "S5": lambda: profilers.sanitized(on, lines, SCRIPT, dry),
@@ -43,14 +43,12 @@ def run_stage(stage: str, out: Path, dry: bool, seconds: float) -> None:
     stages[stage]()
 
 
-def run_program(program: str, op: str, dry: bool) -> None:
+def run_program(program: str, dry: bool) -> None:
     """Runs what a stage starts under a tool."""
-    from . import checks, device, profilers
+    from . import device, profilers
 
     on = device.choose(dry)
-    if program == "bad-slot":
-        checks.call_with_a_bad_slot(on, op)
-    elif program == "small-ops":
+    if program == "small-ops":
         profilers.small_ops(on)
     else:
         profilers.large_ops(on)
@@ -100,13 +98,12 @@ def main() -> None:
     parser.add_argument("--stage", choices=names, help="run this stage here: for the program itself")
     parser.add_argument("--seconds", type=float, default=DRY_BUDGET, help="the limit of --stage")
     parser.add_argument("--program", choices=PROGRAMS, help="run this here: for the stages themselves")
-    parser.add_argument("--op", help="the op of --program bad-slot")
     given = parser.parse_args()
     if given.keep is not None:
         for path in results.keep(given.keep, ROOT / "bench" / "results"):
             print(path.relative_to(ROOT))
     elif given.program is not None:
-        run_program(given.program, given.op, given.dry_run)
+        run_program(given.program, given.dry_run)
     elif given.stage is not None:
         run_stage(given.stage, given.out, given.dry_run, given.seconds)
     else:

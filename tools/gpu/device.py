@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from support.strides import SIZES, Sizes
 
 from metamask_ext.bench.cuda_timing import Cpu, Gpu
 from metamask_ext.bench.cuda_timing import Device as TimingDevice
@@ -19,33 +19,16 @@ from metamask_ext.bench.cuda_timing import Device as TimingDevice
 STAND_IN_TOOL = Path(__file__).with_name("stand_in_tool.py")
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Of the ops of S1, S2 and S5."""
-
-    batch: int
-    columns: int
-    out: int
-    tasks: int
-    large_batch: int
-
-
-SMALL = Sizes(batch=5, columns=48, out=32, tasks=3, large_batch=70)
-"""For the emulator, which runs thread by thread, and for compute-sanitizer."""
-
-
 class Card:
     """The current CUDA device."""
 
     kind = "cuda"
-    sizes = Sizes(batch=16, columns=512, out=272, tasks=6, large_batch=130)
-    profiled = Sizes(batch=8, columns=4096, out=4096, tasks=8, large_batch=256)
-    repeats = 200
+    sizes, many = Sizes(16, 1, 512, 272, 6), Sizes(130, 1, 512, 272, 6)
+    profiled = Sizes(8, 1, 4096, 4096, 8)
     copy_bytes, product_width = 1 << 31, 8192
-    assertion = "device-side assert"
     workers = 8
-    tests = "(cuda or gpu) and not opcheck"
-    opchecks = "cuda and opcheck"
+    marks = "cuda"
+    tests: ClassVar[dict[str, str]] = {"S2": "", "S3": "not opcheck", "S8": "opcheck"}
     suite = ("--suite", "cuda")
 
     def __init__(self) -> None:
@@ -57,26 +40,6 @@ class Card:
 
     def wait(self) -> None:
         torch.cuda.synchronize()
-
-    @contextlib.contextmanager
-    def behind_a_sleep(self) -> Iterator[None]:
-        """A stream of its own, on which a sleep comes first: what does not follow this stream runs before what is inside."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(100_000_000)  # cycles: about 50 ms
-            yield
-        self.wait()
-
-    @contextlib.contextmanager
-    def refusing_waits(self) -> Iterator[None]:
-        """Inside, an op that waits for the device raises."""
-        self.wait()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     def timing(self) -> TimingDevice:
         return Gpu()
@@ -110,12 +73,16 @@ class StandIn(Card):
     """No GPU: CPU tensors, on the emulator where it can be built; a call in place of a stream, a graph or a tool."""
 
     kind = "cpu"
-    sizes = profiled = SMALL
-    repeats = 3
+    sizes = profiled = SIZES["whole"]
+    many = SIZES["many"]
     copy_bytes, product_width = 1 << 20, 64
     workers = 2
-    tests = "cpu and not opcheck and 1x1"
-    opchecks = "opcheck and cpu and float64 and not list"
+    marks = "not cuda"
+    tests: ClassVar[dict[str, str]] = {
+        "S2": "cpu and float32 and ragged and packed or emulated and float32 and packed_masked_linear and graph",
+        "S3": "cpu and not opcheck and 1x1",
+        "S8": "opcheck and cpu and float64 and not list",
+    }
     suite = ("--suite", "cpu", "--quick", "--only", "cpu/bfloat16-forward-8x1024")
 
     def __init__(self) -> None:
@@ -123,20 +90,12 @@ class StandIn(Card):
         from support import emulator
 
         self._emulated = not emulator.why_not()
-        # Without the emulator the ops' own check of slots stands in for that of the kernels.
-        self.assertion = "assertion failed" if self._emulated else "slots"
 
     def on(self) -> contextlib.AbstractContextManager[object]:
         return _emulator().running(0) if self._emulated else contextlib.nullcontext()
 
     def wait(self) -> None:
         pass
-
-    def behind_a_sleep(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def refusing_waits(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
 
     def timing(self) -> TimingDevice:
         return Cpu()

@@ -11,9 +11,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from support.strides import SIZES
 
 from . import ops
-from .device import SMALL, Card
+from .device import Card
 from .results import Results
 
 CHECKS = {"memcheck": ("--padding", "32", "--report-api-errors", "no"), "racecheck": ()}
@@ -32,7 +33,13 @@ METRICS = {
 }
 """Nsight Compute's names of the numbers in the results, and their names there."""
 
-PROFILED = ("masked_weight", "masked_linear", "masked_linear backward", ops.BY_TASK, ops.PACKED)
+PROFILED = (
+    "masked_weight",
+    "masked_linear",
+    "masked_linear_backward",
+    "task_masked_linear stacked",
+    "packed_masked_linear stacked",
+)
 
 
 def sanitized(device: Card, results: Results, script: Path, dry: bool) -> None:
@@ -103,18 +110,13 @@ def _program(
 
 def small_ops(device: Card) -> None:
     """Calls every op once in float32 and bfloat16, aligned and not."""
-    with device.on():
-        for dtype in (torch.float32, torch.bfloat16):
-            for offset in (False, True):
-                for op in ops.OPS:
-                    op.call(*op.make(ops.Inputs(SMALL, dtype, device.kind, offset)))
-        device.wait()
+    for dtype in (torch.float32, torch.bfloat16):
+        for moved in (False, True):
+            for name in ops.OPS:
+                ops.call(device, name, SIZES["ragged" if moved else "whole"], dtype, moved)
 
 
 def large_ops(device: Card) -> None:
     """Calls each kind of kernel once at its full size."""
-    with device.on():
-        for name in PROFILED:
-            op = ops.BY_NAME[name]
-            op.call(*op.make(ops.Inputs(device.profiled, torch.float32, device.kind, False)))
-        device.wait()
+    for name in PROFILED:
+        ops.call(device, name, device.profiled, torch.float32)
