@@ -106,7 +106,7 @@ def table(lines: list[Line]) -> str:
 
 
 def failure(line: Line) -> str:
-    said = line.get("reason", "not ok").splitlines()[0][:200]
+    said = line.get("reason", "not ok").splitlines()[0][:120]
     return f"not ok: {line['stage']} {line['case']}: {said}"
 
 

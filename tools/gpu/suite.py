@@ -58,7 +58,8 @@ def run_pytest(device: Card, results: Results, stage: str, names: Sequence[str])
     with tempfile.TemporaryDirectory() as folder, results.case("tests") as line:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-n", str(device.workers), "-m", device.marks, "-k", device.tests[stage]]
-        command += ["--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={report}", *names]
+        command += ["--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={report}"]
+        command += device.files(names)
         line["exit_code"] = subprocess.run(command, cwd=ROOT).returncode
         functions = parse(report.read_text())
         line |= {end: sum(its[end] for its in functions.values()) for end in ("passed", "failed", "skipped")}
