@@ -60,7 +60,8 @@ def _is_wanted(item):
     if parameters.get("_device") != "emulated":
         return True
     emulated_if = item.get_closest_marker("every_device").kwargs.get("emulated_if")
-    return parameters.get("device") != "cuda" and (emulated_if is None or emulated_if(**parameters))
+    on_gpu = str(parameters.get("device", "cpu")).startswith("cuda")
+    return not on_gpu and (emulated_if is None or emulated_if(**parameters))
 
 
 def pytest_collection_modifyitems(items):

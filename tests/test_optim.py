@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from support.gpu import DEVICES
+from support.gpu import DEVICES, SECOND
 from support.sgd_steps import (
     FUSED,
     SETTINGS,
@@ -34,7 +34,7 @@ from metamask_ext.nn import MaskedLinear
 from metamask_ext.optim import FusedMaskedSGD
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [*DEVICES, SECOND])
 @each_setting
 @pytest.mark.parametrize("make", [mlp, cnn], ids=["mlp", "cnn"])
 def test_the_numbers_are_those_of_torch(make, settings, device):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -90,6 +91,30 @@ def test_the_compiled_contender_is_one_of_them():
     assert timed["ratios"].keys() == {"eager/metamask", "compiled/metamask", "metamask/dense", "copy/metamask"}
 
 
+class Benchmark:
+    """As much of pytest-benchmark as a case uses."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, function, arguments=(), rounds=1):
+        return function(*arguments)
+
+
+def test_a_case_becomes_a_row_of_the_table(monkeypatch):
+    case = SMALL["packed-forward"]
+    problem = case.problem()
+    del problem.contenders["compiled"]
+    suite = import_module("metamask_ext.bench.test_suite")
+    monkeypatch.setattr(suite, "Gpu", Cpu)
+    benchmark = Benchmark()
+    suite.test_case(replace(case, build=lambda: problem), benchmark)
+    measured = {**run._row(case, "default", "measured"), **run.combined([benchmark.extra_info])}
+    text = tables.details({**RESULTS, "rows": [measured]}).splitlines()[2]
+    assert text.startswith("| packed-forward | 3x40x5 | ") and text.count("not measured") == 2  # no eager, none compiled
+    assert "loop/metamask" in text and "gather/metamask" in text
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_every_case_and_every_target_is_not_measured(tmp_path):
     assert run.run("cuda", tmp_path) == 0
@@ -167,6 +192,8 @@ def test_each_card_has_its_table_in_a_page(tmp_path):
 @each_measure
 def test_a_small_case_on_a_gpu(name):
     (case, *_) = [case for case in SUITES["cuda"] if case.measure == name]
-    timed = cuda_case.measure(small(case, "cuda"), Gpu(), PLAIN)
+    device = Gpu()
+    device.l2_bytes = Cpu.l2_bytes  # else so small a case needs thousands of copies
+    timed = cuda_case.measure(small(case, "cuda"), device, PLAIN)
     assert timed["timed_by"]["metamask"] == timed["timed_by"]["copy"] == "graph"
     assert timed["timed_by"].get("loop", "events: ").startswith("events: ")

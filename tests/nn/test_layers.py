@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 import torch
-from support.gpu import DEVICES
+from support.gpu import DEVICES, SECOND
 from support.models import LOGIT_ON, masks_on
 from torch import nn
 from torch.nn.utils import skip_init
@@ -92,7 +92,7 @@ def _in_the_emulator(masked_type, options, **_):
 
 
 @pytest.mark.every_device(emulated_if=_in_the_emulator)
-@each_device
+@pytest.mark.parametrize("device", [*DEVICES, SECOND])
 @pytest.mark.parametrize(("masked_type", "plain_type", "arguments", "options", "shape"), CASES)
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
