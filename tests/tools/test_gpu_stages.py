@@ -216,20 +216,43 @@ def test_what_the_tools_say_is_read():
     assert profilers.parse("") == []
 
 
-def test_a_report_of_pytest_is_read():
-    report = """<testsuites><testsuite>
-    <testcase classname="a" name="one[1]" time="0.5"/>
-    <testcase classname="a" name="one[2]" time="0.25"><failure message="off by 2">more</failure></testcase>
-    <testcase classname="a" name="one[3]" time="0"><skipped message="no GPU"/></testcase>
-    <testcase classname="b" name="two" time="0"><error message="in a fixture"/></testcase>
-    <testcase classname="b" name="three" time="1"/>
-    </testsuite></testsuites>"""
-    found = suite.parse(report)
-    assert list(found) == ["a.one", "b.two", "b.three"]
+def test_reports_of_tests_are_counted_by_function():
+    ends = [
+        {"test": "a.py::one[1]", "outcome": "passed", "seconds": 0.5},
+        {"test": "a.py::one[2]", "outcome": "failed", "seconds": 0.25, "reason": "off by 2"},
+        {"test": "a.py::one[3]", "outcome": "skipped", "seconds": 0.0},
+        {"test": "b.py::two", "outcome": "passed", "seconds": 1.0},
+        {"test": "b.py::two", "outcome": "failed", "seconds": 0.0, "reason": "in a fixture, afterwards"},
+        {"test": "b.py::three", "outcome": "passed", "seconds": 1.0},
+    ]
+    found = suite.by_function("".join(json.dumps(end) + "\n" for end in ends) + '{"test": "cut o')
+    assert list(found) == ["a.py::one", "b.py::two", "b.py::three"]
     counts = {"passed": 1, "failed": 1, "skipped": 1}
-    assert found["a.one"] == {"ok": False, "seconds": 0.75, **counts, "reason": "one[2]: off by 2", "tests": ["one[2]"]}
-    assert found["b.two"]["reason"] == "two: in a fixture" and not found["b.two"]["ok"]
-    assert found["b.three"] == {"ok": True, "seconds": 1.0, "passed": 1, "failed": 0, "skipped": 0}
+    assert found["a.py::one"] == {"ok": False, "seconds": 0.75, **counts, "reason": "2: off by 2", "tests": ["2"]}
+    assert not found["b.py::two"]["ok"] and found["b.py::two"]["passed"] == 0
+    assert found["b.py::three"] == {"ok": True, "seconds": 1.0, "passed": 1, "failed": 0, "skipped": 0}
+
+
+class TwoWorkers:
+    workers, marks, tests = 2, "", {"S3": "not left_out"}
+
+    def files(self, names):
+        return names
+
+
+def test_tests_are_run_by_workers_and_each_end_is_a_result(tmp_path):
+    file = tmp_path / "test_these.py"
+    tests = ("right(): pass", "wrong(): assert 1 == 2", "left_out(): assert 0")
+    file.write_text("import pytest\n" + "".join(f"def test_{body}\n" for body in tests))
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("import no_such_module\n")
+    suite.run_pytest(TwoWorkers(), results.Results(tmp_path, "S3"), "S3", [str(file), str(broken)], time.monotonic() + 120)
+    first, *others = results.read(tmp_path)
+    assert (first["case"], first["ok"], first["passed"]) == ("tests", False, 1) and first["failed"] >= 2
+    found = {line["case"].rsplit("/")[-1]: line for line in others}
+    assert found["test_these.py::test_right"]["ok"] and not any("left_out" in name for name in found)
+    assert "assert 1 == 2" in found["test_these.py::test_wrong"]["reason"]
+    assert any("no_such_module" in line.get("reason", "") for line in others)
 
 
 def test_the_files_of_each_stage_are_there():

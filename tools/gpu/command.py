@@ -34,8 +34,8 @@ def run_stage(stage: str, out: Path, dry: bool, seconds: float) -> None:
     stages = {
         "S0": lambda: checks.machine(on, lines),
         "S1": lambda: checks.against_float64(on, lines),
-        "S2": lambda: suite.executions(on, lines),
-        "S3": lambda: suite.cuda_tests(on, lines),
+        "S2": lambda: suite.executions(on, lines, end),
+        "S3": lambda: suite.cuda_tests(on, lines, end),
         "S4": lambda: timings.ours_copy_dense(on, lines),
         "S5": lambda: profilers.sanitized(on, lines, SCRIPT, dry),
         "S6": lambda: profilers.profiled(on, lines, SCRIPT, dry),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
+from . import pytest_report
 from .device import Card
 from .results import Results
 
@@ -36,58 +37,67 @@ def files() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in found]
 
 
-def executions(device: Card, results: Results) -> None:
-    """S2."""
-    run_pytest(device, results, "S2", EXECUTION)
+def executions(device: Card, results: Results, end: float) -> None:
+    """S2; every stage here is over at ``end``, by ``time.monotonic()``."""
+    run_pytest(device, results, "S2", EXECUTION, end)
 
 
-def cuda_tests(device: Card, results: Results) -> None:
+def cuda_tests(device: Card, results: Results, end: float) -> None:
     """S3."""
-    run_pytest(device, results, "S3", [name for name in files() if name not in EXECUTION])
+    run_pytest(device, results, "S3", [name for name in files() if name not in EXECUTION], end)
 
 
 def opchecks_and_suite(device: Card, results: Results, out: Path, end: float) -> None:
-    """S8, which is stopped at ``end``, by ``time.monotonic()``."""
-    run_pytest(device, results, "S8", files())
-    run_suite(device, results, out / "bench", end - SECONDS_AFTER - time.monotonic())
+    """S8; the tests have half of its time at most."""
+    run_pytest(device, results, "S8", files(), (time.monotonic() + end) / 2)
+    run_suite(device, results, out / "bench", left(end))
 
 
-def run_pytest(device: Card, results: Results, stage: str, names: Sequence[str]) -> None:
-    """Runs a stage's tests: a line for all, and one for each function of tests."""
+def left(end: float) -> float:
+    """Returns the seconds of a stage that what it starts may take."""
+    return max(end - SECONDS_AFTER - time.monotonic(), 0.0)
+
+
+def run_pytest(device: Card, results: Results, stage: str, names: Sequence[str], end: float) -> None:
+    """Runs a stage's tests: a line for all, and one for each function of tests. What ended before the time is up counts."""
     functions: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, results.case("tests") as line:
-        report = Path(folder) / "report.xml"
+        reports, seconds = Path(folder) / "reports.jsonl", left(end)
         command = [sys.executable, "-m", "pytest", "-q", "-n", str(device.workers), "-m", device.marks, "-k", device.tests[stage]]
-        command += ["--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={report}"]
-        command += device.files(names)
-        line["exit_code"] = subprocess.run(command, cwd=ROOT).returncode
-        functions = parse(report.read_text())
-        line |= {end: sum(its[end] for its in functions.values()) for end in ("passed", "failed", "skipped")}
-        if line["exit_code"] != 0 or line["passed"] == 0:
-            line |= {"ok": False, "reason": f"exit code {line['exit_code']}, {line['failed']} failed, {line['passed']} passed"}
+        command += ["--tb=short", "-p", "no:cacheprovider", "-p", "gpu.pytest_report", "--continue-on-collection-errors"]
+        path = os.pathsep.join([str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        environment = {**os.environ, pytest_report.FILE: str(reports), "PYTHONPATH": path}
+        try:
+            command += device.files(names)
+            ended = f"exit code {subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds).returncode}"
+        except subprocess.TimeoutExpired:
+            ended = f"stopped after {seconds:.0f} s"
+        functions = by_function(reports.read_text() if reports.exists() else "")
+        line |= {name: sum(its[name] for its in functions.values()) for name in ("passed", "failed", "skipped")}
+        if ended != "exit code 0" or line["passed"] == 0:
+            line |= {"ok": False, "reason": f"{ended}, {line['failed']} failed, {line['passed']} passed"}
     for name, its in functions.items():
         results.write(name, **its)
 
 
-def parse(report: str) -> dict[str, dict[str, Any]]:
-    """Reads pytest's report: by function, how many of its tests had which end, their seconds, and which failed and why."""
-    cases: dict[str, list[ElementTree.Element]] = defaultdict(list)
-    for case in ElementTree.fromstring(report).iter("testcase"):
-        cases[f"{case.get('classname')}.{case.get('name', '').split('[')[0]}"].append(case)
-    return {name: _ends(its) for name, its in cases.items()}
+def by_function(reports: str) -> dict[str, dict[str, Any]]:
+    """Reads how tests ended: by function, how many in which way, their seconds, and which failed and why."""
+    functions: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in reports[: reports.rfind("\n") + 1].splitlines():
+        ended = json.loads(line)
+        functions[ended["test"].split("[")[0]].append(ended)
+    return {name: _together(its) for name, its in functions.items()}
 
 
-def _ends(cases: list[ElementTree.Element]) -> dict[str, Any]:
-    bad = {case.get("name", ""): one.get("message") or "no message" for case in cases for one in case if one.tag in BAD}
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    found: dict[str, Any] = {"ok": not bad, "seconds": sum(float(case.get("time", 0)) for case in cases)}
-    found |= {"passed": len(cases) - skipped - len(bad), "failed": len(bad), "skipped": skipped}
+def _together(ends: list[dict[str, Any]]) -> dict[str, Any]:
+    bad = {end["test"]: end["reason"] for end in ends if end["outcome"] == "failed"}
+    found: dict[str, Any] = {"ok": not bad, "seconds": sum(end["seconds"] for end in ends)}
+    found["passed"] = sum(end["outcome"] == "passed" and end["test"] not in bad for end in ends)
+    found |= {"failed": len(bad), "skipped": sum(end["outcome"] == "skipped" for end in ends)}
     if bad:
-        found |= {"reason": "; ".join(f"{name}: {why}" for name, why in bad.items()), "tests": list(bad)[:NAMED]}
+        named = {test.partition("[")[2].rstrip("]") or test: why for test, why in bad.items()}
+        found |= {"reason": "; ".join(f"{name}: {why}" for name, why in named.items()), "tests": list(named)[:NAMED]}
     return found
-
-
-BAD = ("failure", "error")
 
 
 def run_suite(device: Card, results: Results, out: Path, seconds: float) -> None:
@@ -96,7 +106,7 @@ def run_suite(device: Card, results: Results, out: Path, seconds: float) -> None
     with results.case("benchmarks") as line:
         command = [sys.executable, "-m", "metamask_ext.bench.run", *device.suite, "--out", str(out)]
         try:
-            line["exit_code"] = subprocess.run(command, timeout=max(seconds, 0)).returncode
+            line["exit_code"] = subprocess.run(command, timeout=seconds).returncode
         except subprocess.TimeoutExpired:
             reason = f"stopped after {seconds:.0f} s"
         if reason or line["exit_code"] != 0:
