@@ -120,6 +120,7 @@ def program(tmp_path, monkeypatch):
     """The whole program on a card, with a script of the test's in place of its own; returns a function that runs it."""
     script = tmp_path / "script.py"
     monkeypatch.setattr(command, "SCRIPT", script)
+    monkeypatch.setattr(command, "build_emulator", lambda: None)
     monkeypatch.setattr(runner, "STAGES", tuple(Stage(name, 30, "of a test") for name in ("S0", "S1", "S2")))
     found = [runner.Found("Card One", "9.0", "90-real", None)]
     monkeypatch.setattr(runner, "probe", lambda environment: found[0] if len(found) == 1 else found.pop(0))

@@ -61,7 +61,19 @@ def environment_of_stages() -> dict[str, str]:
     return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
 
 
+def build_emulator() -> None:
+    """Builds what the stages of a dry run run on, before any of their time is counted."""
+    from support import emulator
+
+    if reason := emulator.why_not():
+        print(f"on CPU tensors, without the emulator: {reason}")
+    else:
+        emulator.build("check")
+
+
 def run(given: argparse.Namespace) -> int:
+    if given.dry_run:
+        build_emulator()
     start = time.monotonic()
     environment = environment_of_stages()
     found = runner.probe(environment)

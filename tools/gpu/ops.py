@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 UNITS = 2
 """One element may be off by so many units in the last place of the largest result, times the root of the number of additions."""
 
-TF32_UNIT = 4 * 2.0**-11
+TF32_UNIT = 2.0**-11
 
 
 class Rounded(Make):
