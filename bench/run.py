@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -127,14 +128,23 @@ def describe_machine() -> Machine:
 
 
 def _gpu_state() -> dict[str, str] | None:
-    """Asks nvidia-smi for the driver and clocks (MHz; ``max`` the card's limit) of the GPU in use; None without one."""
+    """Asks nvidia-smi for the driver and clocks (MHz; ``max`` the card's limit) of the GPU in use; None without one.
+
+    Where it cannot tell (a container without it, a part of a card), the answer is what it says.
+    """
     if not torch.cuda.is_available():
         return None
+    if shutil.which("nvidia-smi") is None:
+        return {"nvidia-smi": "not on PATH"}
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
-    index = str(torch.cuda.current_device())
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", index]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return dict(zip(fields, (value.strip() for value in said.split(","))))
+    # By its own name: nvidia-smi counts cards that CUDA_VISIBLE_DEVICES hides.
+    card = f"GPU-{torch.cuda.get_device_properties().uuid}"
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", card]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    values = [value.strip() for value in ran.stdout.split(",")]
+    if ran.returncode != 0 or len(values) != len(fields):
+        return {"nvidia-smi": (ran.stdout + ran.stderr).strip() or f"exit code {ran.returncode}"}
+    return dict(zip(fields, values))
 
 
 def _commit() -> str | None:

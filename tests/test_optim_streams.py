@@ -5,9 +5,11 @@ Here streams only note who waits for whom; on a GPU a kernel that sleeps stands 
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from support.gpu import needs_gpu
+from support.gpu import DEVICES, SLEEP, captured, needs_gpu
 from support.profiling import metamask_ops
 from support.sgd_steps import FUSED
 from support.streams import Recorder
@@ -93,10 +95,6 @@ def test_where_there_are_no_streams_none_is_asked_for(monkeypatch):
     FusedMaskedSGD(model, 0.1).backward(model(x).square().sum())
 
 
-SLEEP = 200_000_000
-"""Cycles of the GPU: about a tenth of a second."""
-
-
 def after_a_step(make, momentum, sleep):
     """The parameters as the backward's stream copies them right after two steps."""
     torch.manual_seed(0)
@@ -119,6 +117,31 @@ def after_a_step(make, momentum, sleep):
     torch.cuda.synchronize()
     assert leaves
     return copies
+
+
+@pytest.mark.every_device
+@pytest.mark.parametrize("device", DEVICES)
+@each_model
+def test_a_step_in_a_graph_steps_at_every_replay(name, device):
+    torch.manual_seed(0)
+    model, x = MODELS[name][0](device)
+    twin = copy.deepcopy(model)
+    optimizer, other = (FusedMaskedSGD(one, 0.1, momentum=0.9) for one in (model, twin))
+
+    def step():
+        optimizer.backward(model(x).square().mean())
+
+    replay, _ = captured(step, device)
+    with torch.no_grad():  # where the twin begins
+        for parameter, begin in zip(model.parameters(), twin.parameters()):
+            parameter.copy_(begin)
+            optimizer.state[parameter]["momentum_buffer"].zero_()
+    for _ in range(3):
+        x.mul_(-0.5).add_(0.25)
+        replay()
+        other.backward(twin(x).square().mean())
+    for one, wanted in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(one, wanted)
 
 
 @needs_gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +124,32 @@ def test_without_a_gpu_every_case_and_every_target_is_not_measured(tmp_path):
     details = (tmp_path / "details.md").read_text().splitlines()
     for line in details[2 : 2 + len(SUITES["cuda"])]:
         assert line.count("not measured") == 6
+
+
+@pytest.mark.parametrize(
+    ("script", "wanted"),
+    [
+        (
+            'test "$4" = GPU-abc || exit 7\necho "580.1, 1980, 1980, 3201, 3201, 700.00"',
+            ["580.1", "1980", "1980", "3201", "3201", "700.00"],
+        ),
+        ("echo Unable to determine the device handle\nexit 2", ["Unable to determine the device handle"]),
+        ("exit 3", ["exit code 3"]),
+        (None, ["not on PATH"]),
+    ],
+    ids=["asked", "refuses", "fails", "absent"],
+)
+def test_the_clocks_are_those_of_the_card_in_use(tmp_path, monkeypatch, script, wanted):
+    """By its name, since nvidia-smi counts others; and no run ends because it cannot tell."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid="abc"))
+    if script is not None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    state = run._gpu_state()
+    assert list(state.values()) == wanted and (len(wanted) > 1 or list(state) == ["nvidia-smi"])
 
 
 MACHINE = {"cpu": "CPU", "cores": 4, "threads": 2, "instruction_set": "avx2", "memory_gib": 8.0, "gpu": "NVIDIA H200"}
