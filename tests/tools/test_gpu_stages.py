@@ -126,7 +126,7 @@ def program(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "probe", lambda environment: found[0] if len(found) == 1 else found.pop(0))
 
     def run_program(*arguments: str, body: str = OK, cards: list[runner.Found] | None = None) -> int:
-        script.write_text(SCRIPT + "\nif stage == 'S0': write(ok=True, case='machine', card='Card One')\n" + body)
+        script.write_text(f"{SCRIPT}\n{body}\n")
         found[:] = cards or found
         monkeypatch.setattr(sys, "argv", ["gpu_stages", "--out", str(tmp_path / "out"), *arguments])
         with pytest.raises(SystemExit) as end:
@@ -141,7 +141,7 @@ def test_resuming_keeps_what_was_found_before(program, tmp_path):
     before = results.read(tmp_path / "out")
     assert program("--from", "S1") == 0
     after = results.read(tmp_path / "out")
-    assert after[: len(before)] == before and {line["stage"] for line in after[len(before) :]} == {"S1", "S2"}
+    assert after[: len(before)] == before and {line["stage"] for line in after[len(before) :]} == {"start", "S1", "S2"}
     assert program() == 0
     assert len(results.read(tmp_path / "out")) == len(before), "a run from the first stage begins anew"
 

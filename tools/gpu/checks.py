@@ -14,7 +14,7 @@ import metamask_ext as mm
 
 from . import ops
 from .device import Card
-from .results import MACHINE, Results
+from .results import Results
 
 NEEDED = ("hypothesis", "matplotlib", "pytest", "pytest_benchmark", "rich", "safetensors", "xdist")
 """Beside torch and NumPy, what the stages import."""
@@ -24,7 +24,7 @@ TOOLS = ("compute-sanitizer", "ncu")
 
 def machine(device: Card, results: Results) -> None:
     """S0: what is here, and the rates that all others are a share of."""
-    with results.case(MACHINE) as line:
+    with results.case("facts") as line:
         info = mm.build_info()
         line |= {"python": platform.python_version(), "torch": torch.__version__, "metamask_ext": info["version"]}
         line |= {"backend": info["backend"], "cuda_archs": info["cuda_archs"], "compiler": info["compiler"], **device.facts()}

@@ -91,6 +91,9 @@ def run(given: argparse.Namespace) -> int:
     runner.refuse_another_card(out, None if given.dry_run else found.card)
     if reason := runner.why_build(found, given.dry_run):
         environment = runner.build(found, reason, out, environment)
+    card = {} if given.dry_run else {"card": found.card, "capability": found.capability}
+    # In each run: the results of one that begins later may lie elsewhere than those of S0.
+    results.Results(out, "start", given.dry_run).write(results.MACHINE, True, time.monotonic() - start, **card)
     rest = ["--out", str(out), *(["--dry-run"] if given.dry_run else [])]
     budget = given.budget or (DRY_BUDGET if given.dry_run else BUDGET)
 

@@ -53,7 +53,7 @@ class Card:
     def facts(self) -> dict[str, Any]:
         found = torch.cuda.get_device_properties()
         return {
-            "card": self.name,
+            "name": self.name,
             "capability": f"{found.major}.{found.minor}",
             "multiprocessors": found.multi_processor_count,
             "l2_bytes": found.L2_cache_size,

@@ -20,7 +20,7 @@ WHOLE = "whole stage"
 """The case of the line that says how a stage ended."""
 
 MACHINE = "machine"
-"""The case of the line that names the card, in stage S0."""
+"""The case of the line that names the card, at the begin of a run."""
 
 Line = dict[str, Any]
 
