@@ -150,7 +150,9 @@ def test_two_cards_never_share_a_file(program, tmp_path):
     program()
     before = results.read(tmp_path / "out")
     assert "is of Card One, this is Card Two" in program("--from", "S1", cards=[runner.Found("Card Two", "9.0", "90-real", None)])
-    assert "is of Card One, this is no card" in program("--from", "S1", "--dry-run", cards=[runner.Found(None, None, None, None)])
+    none = runner.Found(None, None, None, None)
+    assert "is of Card One, this is no card" in program("--from", "S1", "--dry-run", cards=[none])
+    assert "is of Card One, this is no card" in program("--dry-run", cards=[none]), "a dry run would replace what was measured"
     assert results.read(tmp_path / "out") == before
     results.Results(tmp_path / "out", "S0").write(results.MACHINE, True, 0.0, card="Card Two")
     with pytest.raises(SystemExit, match="several cards: Card One, Card Two"):

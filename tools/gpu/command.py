@@ -82,13 +82,13 @@ def run(given: argparse.Namespace) -> int:
     if given.ready:
         return 0
     out = given.out.resolve()
+    runner.refuse_another_card(out, None if given.dry_run else found.card)
     out.mkdir(parents=True, exist_ok=True)
     names = [stage.name for stage in runner.STAGES]
     first = names.index(given.first)
     if first == 0:
         (out / results.FILE).unlink(missing_ok=True)
         (out / runner.LOG).unlink(missing_ok=True)
-    runner.refuse_another_card(out, None if given.dry_run else found.card)
     if reason := runner.why_build(found, given.dry_run):
         environment = runner.build(found, reason, out, environment)
     card = {} if given.dry_run else {"card": found.card, "capability": found.capability}
