@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import filecmp
 import importlib.util
 import platform
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import metamask_ext as mm
+from metamask_ext import bench
 
 from . import ops
 from .device import Card
 from .results import Results
+from .runner import ROOT
 
 NEEDED = ("hypothesis", "matplotlib", "pytest", "pytest_benchmark", "rich", "safetensors", "xdist")
 """Beside torch and NumPy, what the stages import."""
@@ -28,6 +32,9 @@ def machine(device: Card, results: Results) -> None:
         info = mm.build_info()
         line |= {"python": platform.python_version(), "torch": torch.__version__, "metamask_ext": info["version"]}
         line |= {"backend": info["backend"], "cuda_archs": info["cuda_archs"], "compiler": info["compiler"], **device.facts()}
+    with results.case("the package is of this tree") as line:
+        if others := _of_another_tree():
+            line |= {"ok": False, "reason": f"{len(others)} files differ from those installed: {', '.join(others[:5])}"}
     with results.case("modules") as line:
         lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
         if lacking:
@@ -50,6 +57,18 @@ def machine(device: Card, results: Results) -> None:
             out = torch.empty_like(a)
             took = _fastest(lambda a=a, b=b, out=out: timing.nanoseconds(lambda: torch.mm(a, b, out=out)))
             line |= {"teraflops": 2e-3 * width**3 / took, "width": width}
+
+
+def _of_another_tree() -> list[str]:
+    """Lists the Python files of this tree that the installed package, whose code is what runs, has not or has otherwise."""
+    others = []
+    for source, package in ((ROOT / "metamask_ext", mm), (ROOT / "bench", bench)):
+        installed = Path(str(package.__file__)).parent
+        for path in sorted(source.rglob("*.py")):
+            copy = installed / path.relative_to(source)
+            if path.name != "_build.py" and not (copy.exists() and filecmp.cmp(path, copy, shallow=False)):
+                others.append(str(path.relative_to(ROOT)))
+    return others
 
 
 def _fastest(measure: Callable[[], int], rounds: int = 7) -> int:

@@ -102,7 +102,7 @@ def run(given: argparse.Namespace) -> int:
 
     patience = DRY_PATIENCE if given.dry_run else 1
     stages = [stage._replace(seconds=patience * stage.seconds) for stage in runner.STAGES[first:]]
-    return runner.run_stages(stages, command, out, budget, environment, start)
+    return runner.run_stages(stages, command, out, budget, environment, given.dry_run, start)
 
 
 def main() -> None:

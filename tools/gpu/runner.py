@@ -76,6 +76,7 @@ def run_stages(
     out: Path,
     budget: float,
     environment: dict[str, str],
+    dry: bool = False,
     start: float | None = None,
 ) -> int:
     """Runs the stages, says what each found, and returns the exit code: 0 if every line of this run is ok.
@@ -83,6 +84,7 @@ def run_stages(
     Args:
         command: that of a stage and its time limit; it appends its lines to ``out``.
         budget: seconds for all; a stage gets its own limit, or what is left of this.
+        dry: the lines are of a dry run.
         start: when the budget began, by ``time.monotonic()``; now, if None.
     """
     end = (time.monotonic() if start is None else start) + budget
@@ -97,7 +99,7 @@ def run_stages(
             outcome = run_process(command(stage, limit), limit, out / LOG, environment)
         lines = read(out)[before:]
         reason = outcome.reason or (None if lines else "wrote no result")
-        Results(out, stage.name).write(WHOLE, reason is None, outcome.seconds, reason)
+        Results(out, stage.name, dry).write(WHOLE, reason is None, outcome.seconds, reason)
         for line in read(out)[before:]:
             if not line["ok"]:
                 print(failure(line), flush=True)
@@ -115,8 +117,8 @@ if torch.cuda.is_available():
 try:
     import metamask_ext
     found["archs"] = metamask_ext.build_info()["cuda_archs"]
-except ImportError as error:
-    found["error"] = str(error)
+except Exception as error:
+    found["error"] = "%s: %s" % (type(error).__name__, error)
 print(json.dumps(found))
 """
 
