@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from . import grid
 from .bank import OUTPUTS, opened_bank, task_bytes
 from .copy_bandwidth import (
     linear_against_copy,
@@ -19,8 +20,12 @@ from .copy_bandwidth import (
 from .layers import cnn, masked_linear, masked_weight
 from .meta import checkpoint_memory, fewshot_step, sine_step
 from .mixed_task import inference, mixed_task_linear, packed_forward
+from .models import bert_mini_step, resnet18_step, vit_tiny_step
 from .problem import Problem
-from .training import fused_step, resnet18_step
+from .training import fused_step
+
+BOTH = ("default", "tuned")
+"""The settings of the allocator."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,9 @@ class Case:
         device: where its work runs; ``"cuda"`` work is timed by :mod:`metamask_ext.bench.cuda_case`.
         quantities: it compares no times; its numbers are taken with one allocator.
         processes: how many measure it, one after another; the medians are over the rounds of all.
-        tuned: whether it is measured with the tuned allocator too.
+        allocators: with which it is measured. A quick run takes the default one, and ``"tuned"`` of a case of a group.
+        group: cases of one group are measured in one process, one after another; empty: it has a process of its own. With none of
+            the allocators, such a case is only in the full run, which takes both.
     """
 
     suite: str
@@ -46,7 +53,8 @@ class Case:
     device: str = "cpu"
     quantities: bool = False
     processes: int = 1
-    tuned: bool = True
+    allocators: tuple[str, ...] = BOTH
+    group: str = ""
 
     @property
     def id(self) -> str:
@@ -90,10 +98,13 @@ def _cpu() -> list[Case]:
         *(("masked_linear-forward", f"{b}x{w}", partial(masked_linear, b, w, "forward")) for b, w in (*FORWARD, *BATCH_1)),
         *(("masked_linear-fused-step", f"{b}x{w}", partial(fused_step, b, w)) for b, w in TRAINING),
         *(("masked_linear-backward", f"{b}x{w}", partial(masked_linear, b, w, "backward")) for b, w in (*TRAINING, *SMALL)),
-        *(("bfloat16-forward", f"{b}x{w}", partial(masked_linear, b, w, "forward", bfloat16)) for b, w in FORWARD),
-        *(("bfloat16-backward", f"{b}x{w}", partial(masked_linear, b, w, "backward", bfloat16)) for b, w in FORWARD),
+        *(("bfloat16-forward", f"{b}x{w}", partial(masked_linear, b, w, "forward", bfloat16, plain=False)) for b, w in FORWARD),
+        *(("bfloat16-backward", f"{b}x{w}", partial(masked_linear, b, w, "backward", bfloat16, plain=False)) for b, w in FORWARD),
         ("resnet18-step", "16x64x64", partial(resnet18_step, 16, 64, False)),
         ("resnet18-fused-step", "16x64x64", partial(resnet18_step, 16, 64, True)),
+        ("resnet18-fused-step", "32x64x64", partial(resnet18_step, 32, 64, True)),
+        ("vit-tiny-fused-step", "32x128x128", partial(vit_tiny_step, 32, 128)),
+        ("bert-mini-fused-step", "32x128", partial(bert_mini_step, 32, 128)),
     ]
     quick = ("masked_linear-forward-32x1024", "masked_linear-fused-step-32x1024", "masked_linear-backward-32x1024")
     return [Case("cpu", measure, shape, build, f"{measure}-{shape}" in quick) for measure, shape, build in cases]
@@ -134,8 +145,8 @@ SINE, FEWSHOT = (25, 10), (5, 4, 64, 15)
 def _meta() -> list[Case]:
     sine, fewshot = ("x".join(map(str, sizes)) for sizes in (SINE, FEWSHOT))
     return [
-        Case("meta", "sine-step", sine, partial(sine_step, *SINE), quick=True, processes=3, tuned=False),
-        Case("meta", "fewshot-step", fewshot, partial(fewshot_step, *FEWSHOT), processes=3, tuned=False),
+        Case("meta", "sine-step", sine, partial(sine_step, *SINE), quick=True, processes=3, allocators=BOTH[:1]),
+        Case("meta", "fewshot-step", fewshot, partial(fewshot_step, *FEWSHOT), processes=3, allocators=BOTH[:1]),
         Case("meta", "checkpoint-memory", str(SINE[0]), partial(checkpoint_memory, SINE[0]), quick=True, quantities=True),
     ]
 
@@ -163,4 +174,31 @@ def _cuda() -> list[Case]:
     ]
 
 
-SUITES: dict[str, list[Case]] = {"core": _core(), "cpu": _cpu(), "tasks": _tasks(), "meta": _meta(), "cuda": _cuda()}
+def _grid() -> list[Case]:
+    cases = []
+    for dtype in grid.DTYPES:
+        for weight in grid.WEIGHTS:
+            shape, group = grid.shape_name(*weight), f"{grid.shape_name(*weight)} {grid.name_of(dtype)}"
+            small = dtype == torch.float32 and weight == grid.QUICK_WEIGHT
+            copy = partial(grid.copy_rate, *weight, dtype)
+            name = grid.measure_name("copy", dtype)
+            cases.append(Case("grid", name, shape, copy, small, quantities=True, allocators=BOTH[1:], group=group))
+            for batch in grid.BATCHES:
+                few = batch in grid.FEW_BATCHES
+                allocators = (BOTH if few else BOTH[1:]) if dtype == torch.float32 else BOTH[1:] if few else ()
+                for mode in grid.MODES:
+                    name, shape = grid.measure_name(mode, dtype), grid.shape_name(batch, *weight)
+                    build = partial(grid.problem, batch, *weight, mode, dtype)
+                    quick = small and batch in grid.QUICK_BATCHES
+                    cases.append(Case("grid", name, shape, build, quick, allocators=allocators, group=group))
+    return cases
+
+
+SUITES: dict[str, list[Case]] = {
+    "core": _core(),
+    "cpu": _cpu(),
+    "grid": _grid(),
+    "tasks": _tasks(),
+    "meta": _meta(),
+    "cuda": _cuda(),
+}

@@ -67,9 +67,10 @@ class _Case(TypedDict):
 
 
 class Row(_Case, total=False):
-    """One case under one allocator. A ``status`` other than ``measured`` has a ``reason``."""
+    """One case under one allocator. A ``status`` other than ``measured`` has a ``reason``; the grid's have a ``dtype``."""
 
     reason: str
+    dtype: str
     rounds: int
     cpu_share_of_others: float | None
     error_over_tolerance: dict[str, float]
@@ -84,9 +85,10 @@ class Row(_Case, total=False):
 
 
 class Machine(TypedDict):
-    """The machine and the software."""
+    """The machine and the software. ``processor`` names files; those written before it was there lack it."""
 
     cpu: str
+    processor: str
     cores: int | None
     threads: int
     instruction_set: str | None

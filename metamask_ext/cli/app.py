@@ -144,15 +144,16 @@ def bench(
     suite: Annotated[str, typer.Option(help="The benchmarks to run.")] = "core",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench"),
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few repetitions.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="grid: all batches, dtypes and allocators; 90 minutes.")] = False,
 ) -> None:
-    """Time masked layers against plain and dense ones."""
+    """Time masked layers against plain and dense ones. A stopped run of the grid goes on in the same OUT."""
     try:
         benchmarks = import_module("metamask_ext.bench.run")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("metamask_ext"):
             fail(f"the benchmarks are not in this installation ({error})")
         fail(f'{error.name} is not installed: pip install "metamask_ext[bench]"')
-    raise typer.Exit(benchmarks.run(suite, out, quick))
+    raise typer.Exit(benchmarks.run(suite, out, quick, full=full))
 
 
 @app.command(name="tune")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from metamask_ext.bench import cuda_case, cuda_tables, report, run, tables, targets
+from metamask_ext.bench import cuda_case, cuda_tables, machine, report, run, tables, targets
 from metamask_ext.bench.cases import SUITES
 from metamask_ext.bench.cuda_timing import Cpu, Gpu, copies
 from rich.console import Console
@@ -148,7 +148,7 @@ def test_the_clocks_are_those_of_the_card_in_use(tmp_path, monkeypatch, script, 
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    state = run._gpu_state()
+    state = machine._gpu_state()
     assert list(state.values()) == wanted and (len(wanted) > 1 or list(state) == ["nvidia-smi"])
 
 
