@@ -58,14 +58,10 @@ Share backward_share(const TaskLinearCase& given) {
   return share(given.out / given.groups, kWarps * 4 * Product::kRows, ceil_div(given.in, 8 * Product::kColumns) * given.groups);
 }
 
-bool per_task_aligned(const PerTask& arrays) { return aligned(arrays.first) && arrays.stride % kPackBytes == 0; }
-
-// Arrays in a table go element by element: the tensors of a list begin where torch's allocator puts them, unless they are views, so
-// their alignment is not known here.
+// Whether rows go by packs. One array of a list that does not begin at one makes all go element by element.
 template <class P, class X, class... Pointers>
 bool packs_fit(const TaskLinearCase& given, const PerTask& masks, const PerTask& other, Pointers... pointers) {
-  return masks.table == nullptr && other.table == nullptr && per_task_aligned(masks) && per_task_aligned(other) &&
-         rows_aligned<P, X>(given.in, pointers...);
+  return masks.packs && other.packs && rows_aligned<P, X>(given.in, pointers...);
 }
 
 template <bool kSecond, class P, class M, class Product>
@@ -76,11 +72,11 @@ void forward(const TaskLinearCase& given, const TaskParameters& parameters, cons
   const TaskSizes sizes = sizes_of(given);
   if (sizes.rows == 0 || sizes.out == 0) return;
   const Share shared = forward_share(given);
-  const dim3 grid = grid_of(windows(given), given.groups * sizes.tiles, shared.count);
+  const Grid grid(windows(given), given.groups * sizes.tiles, shared.count);
   Sum* split_k_sums = shared.count > 1 ? out<Sum>(workspace) : nullptr;
   const auto run = [&]<bool kAligned>() {
-    launch(task_masked_linear_kernel<kSecond, kAligned, P, M, Product>, grid, dim3(kBlock), 0, stream, sizes,
-           gate_param_of<Compute<P>>(given.gate), parameters, cotangents, in<X>(x), out<X>(y), split_k_sums, shared.each);
+    launch(task_masked_linear_kernel<kSecond, kAligned, P, M, Product>, grid.blocks(), dim3(kBlock), 0, stream, sizes,
+           gate_param_of<Compute<P>>(given.gate), parameters, cotangents, in<X>(x), out<X>(y), split_k_sums, shared.each, grid);
   };
   with_alignment(packs_fit<P, X>(given, parameters.masks, cotangents.masks, x, parameters.w, cotangents.dx, cotangents.dw), run);
   if (split_k_sums != nullptr) add_split_k<X>(split_k_sums, nullptr, y, shared.count, sizes.rows, sizes.out, stream);
@@ -94,15 +90,15 @@ void backward(const TaskLinearCase& given, const TaskParameters& parameters, con
   const TaskSizes sizes = sizes_of(given);
   if (sizes.rows == 0 || sizes.in == 0) return;
   const Share shared = backward_share<Product>(given);
-  const dim3 grid = grid_of(ceil_div(given.in, 8 * Product::kColumns), shared.count, given.groups);
+  const Grid grid(ceil_div(given.in, 8 * Product::kColumns), shared.count, given.groups);
   Sum* split_k_sums = dx != nullptr && shared.count > 1 ? out<Sum>(workspace) : nullptr;
   const auto run = [&]<bool kAligned>() {
-    launch(task_masked_linear_backward_kernel<kSecond, kAligned, P, M, Product>, grid, dim3(kBlock), 0, stream, sizes,
+    launch(task_masked_linear_backward_kernel<kSecond, kAligned, P, M, Product>, grid.blocks(), dim3(kBlock), 0, stream, sizes,
            gate_param_of<Compute<P>>(given.gate), parameters, cotangents, in<X>(dy), in<X>(x), out<Compute<P>>(dw), dm, out<X>(dx),
-           split_k_sums, shared.each);
+           split_k_sums, shared.each, grid);
   };
   const bool fit = packs_fit<P, X>(given, parameters.masks, cotangents.masks, x, parameters.w, cotangents.dx, cotangents.dw, dw);
-  with_alignment(fit && dm.table == nullptr && per_task_aligned(dm), run);
+  with_alignment(fit && dm.packs, run);
   if (split_k_sums != nullptr) add_split_k<X>(split_k_sums, nullptr, dx, shared.count, sizes.rows, sizes.groups * sizes.in, stream);
 }
 

@@ -6,6 +6,7 @@
 // that W, and the mask of a task with more rows, come from memory once.
 #pragma once
 
+#include "cuda/kernels/grid.cuh"
 #include "cuda/kernels/masked_linear.cuh"
 #include "cuda/kernels/segments.cuh"
 #include "cuda/kernels/task_masked_linear.h"
@@ -54,21 +55,22 @@ DEVICE_INLINE Compute<P> bias_of(const TaskSizes& sizes, Compute<P> gate_param, 
 
 // With kSecond y is the gradient for dy of <cotangents, first derivatives>: theta meets the cotangent of dx, and what the
 // cotangents of dW and dM make of W and M (V = A s + B W d) meets x. x or the cotangent of dx may be null then. With `split_k_sums`
-// [gridDim.z, rows, out] the sums go there instead.
+// [grid.z, rows, out] the sums go there instead.
 template <bool kSecond, bool kAligned, class P, class M, class Product>
 __global__ void __launch_bounds__(kBlock)
     task_masked_linear_kernel(TaskSizes sizes, Compute<P> gate_param, TaskParameters given, TaskCotangents cotangents,
                               const typename Product::X* x, typename Product::X* y, typename Product::Sum* split_k_sums,
-                              int64_t columns_each) {
+                              int64_t columns_each, Grid grid) {
   using X = typename Product::X;
   using Sum = typename Product::Sum;
   SHARED(Sum, total, [kRowsOfTile][Product::kBatch]);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
-  const int64_t in = sizes.in, group_out = sizes.group_out(), group = blockIdx.y / sizes.tiles;
-  const int64_t first_row = group * group_out + blockIdx.y % sizes.tiles * kRowsOfTile, end_row = (group + 1) * group_out;
-  const int64_t window = int64_t(blockIdx.x) * kTaskRoom;
+  const uint3 place = grid.place();
+  const int64_t in = sizes.in, group_out = sizes.group_out(), group = place.y / sizes.tiles;
+  const int64_t first_row = group * group_out + place.y % sizes.tiles * kRowsOfTile, end_row = (group + 1) * group_out;
+  const int64_t window = int64_t(place.x) * kTaskRoom;
   const int count = int(sizes.rows - window < kTaskRoom ? sizes.rows - window : kTaskRoom);
-  const int64_t first = blockIdx.z * columns_each, last = first + columns_each < in ? first + columns_each : in;
+  const int64_t first = place.z * columns_each, last = first + columns_each < in ? first + columns_each : in;
   const P *const w = static_cast<const P*>(given.w), *const dw = static_cast<const P*>(cotangents.dw);
   const X* const ax = static_cast<const X*>(cotangents.dx);
   const Rows<X> rows_of_x{x + group * in, sizes.groups * in, sizes.source + window},
@@ -114,11 +116,11 @@ __global__ void __launch_bounds__(kBlock)
     const int64_t row = first_row + i % kRowsOfTile;
     if (!IN_BOUNDS(row < end_row)) continue;
     Sum sum = total[i % kRowsOfTile][b];
-    if (blockIdx.z == 0) {
+    if (place.z == 0) {
       sum += bias_of<P>(sizes, gate_param, static_cast<const P*>(given.bias), given.bias_masks, sizes.task[window + b], row);
     }
     const int64_t to = sizes.source[window + b] * sizes.out + row;
-    if (split_k_sums != nullptr) split_k_sums[int64_t(blockIdx.z) * sizes.rows * sizes.out + to] = sum;
+    if (split_k_sums != nullptr) split_k_sums[int64_t(place.z) * sizes.rows * sizes.out + to] = sum;
     else from_compute(sum, y[to]);
   }
 }
