@@ -94,7 +94,8 @@ sanitize: $(VENV)/.test  ## 20,000 cases of the ops' fuzzer under ASan and UBSan
 cuda-check: $(VENV)/.torch  ## compile the CUDA sources for every architecture; needs nvcc, no GPU
 	$(BIN)/python tools/cuda_check.py
 
-cuda-report: $(VENV)/.torch  ## registers, shared memory and spills of every CUDA kernel; needs nvcc, no GPU
+cuda-report: $(VENV)/.torch  ## registers, stack and machine code of every CUDA kernel, and what is worse than it was; needs nvcc, no GPU
+	command -v nvdisasm >/dev/null || $(PIP) nvidia-cuda-nvdisasm
 	$(BIN)/python tools/cuda_report.py
 
 # Whether there is a GPU is asked before anything is built.

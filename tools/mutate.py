@@ -1,7 +1,7 @@
-"""Takes one barrier, one wait or one bounds check out of a CUDA kernel, on a copy, and checks that a test fails.
+"""Takes one barrier, one fence, one wait or one bounds check out of a CUDA kernel, on a copy, and checks that a test fails.
 
-A kernel's barriers are written ``__syncthreads()`` and ``__syncwarp()``, its waits ``cp_async_wait<N>()``, its bounds checks
-``IN_BOUNDS(...)``: this script finds them, removes each in turn, and runs the kernel's smallest tests in the emulator. A removal
+A kernel's barriers, fences and waits are written ``__syncthreads()``, ``__syncwarp()``, ``__threadfence()`` and
+``cp_async_wait<N>()``, its bounds checks ``IN_BOUNDS(...)``: this script finds them, removes each in turn, and runs the kernel's smallest tests in the emulator. A removal
 that no test notices is either harmless (take the code out), or the tests are too weak (add one), or EXPLAINED says why the code
 must stay.
 
@@ -90,7 +90,7 @@ def closing(text: str, start: int) -> int:
 def mutants_of(path: Path) -> list[Mutant]:
     text = path.read_text()
     found = []
-    for match in re.finditer(r"__syncthreads\(|__syncwarp\(|cp_async_wait<[^>]*>\(|IN_BOUNDS ?\(", text):
+    for match in re.finditer(r"__sync(threads|warp)\(|__threadfence\(|cp_async_wait<[^>]*>\(|IN_BOUNDS ?\(", text):
         end = closing(text, match.start())
         removed = text[match.start() : end]
         instead = "(true)" if removed.startswith("IN_BOUNDS") else "static_cast<void>(0)"

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "atomics.h"
 #include "device_index.h"
 #include "scheduler.h"
 #include "shared.h"
@@ -43,6 +44,12 @@ inline void __syncthreads(cuda_on_cpu::Location where = cuda_on_cpu::Location::c
 
 inline void __syncwarp(unsigned mask = ~0u, cuda_on_cpu::Location where = cuda_on_cpu::Location::current()) {
   cuda_on_cpu::sync_warp(mask, where);
+}
+
+inline void __threadfence() { cuda_on_cpu::fence(); }
+
+inline unsigned long long atomicCAS(unsigned long long* at, unsigned long long expected, unsigned long long desired) {
+  return cuda_on_cpu::compare_and_swap(at, expected, desired);
 }
 
 template <class T>
@@ -88,6 +95,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 
 // Few: a test's small layers are shared out among blocks too.
 inline int multiprocessors() { return 2; }
+
+inline unsigned long long new_key() { return 0x9e3779b97f4a7c15u * (cuda_on_cpu::launches() + 1); }
 
 // One unit in the last place off, up or down, as the device's may be.
 inline float approximate_reciprocal(float x) {

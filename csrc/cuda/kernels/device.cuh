@@ -12,7 +12,9 @@
 
 #if defined(__CUDACC__)
 
+#include <atomic>
 #include <cassert>
+#include <random>
 // <cassert> declares it only without NDEBUG.
 extern "C" __host__ __device__ void __assert_fail(const char*, const char*, unsigned, const char*) noexcept;
 
@@ -49,6 +51,15 @@ inline int multiprocessors() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
+}
+
+// A number that was not there before, as far as 64 bits go: those of one process are far from each other, and begin anywhere.
+inline unsigned long long new_key() {
+  static std::atomic<unsigned long long> last = [] {
+    std::random_device random;
+    return static_cast<unsigned long long>(random()) << 32 | random();
+  }();
+  return last.fetch_add(0x9e3779b97f4a7c15u);
 }
 
 // 1 / x to within one unit in the last place; what is subnormal, argument or result, counts as zero.

@@ -6,10 +6,11 @@
 // g = lane / 4 and t = lane % 4 rows g and g + 8, columns 8 t to 8 t + 7. Sums over columns have no order of their own: theta and x
 // take the same one, that in which a lane's loads are neighbours, and the chunk is a fragment of the tensor cores as it is.
 //
-// gridDim.y blocks share the columns (`columns_each` each). The sums of warps, then of blocks, are added in a fixed order: the same
-// numbers every time.
+// gridDim.y blocks share the columns (`columns_each` each). The sums of warps, then of blocks (split_k.cuh), are added in a fixed
+// order: the same numbers every time.
 #pragma once
 
+#include "cuda/kernels/split_k.cuh"
 #include "cuda/kernels/vector_access.cuh"
 
 namespace metamask::cuda {
@@ -186,13 +187,12 @@ DEVICE_INLINE void add_warps(Sum (&total)[kRows][kColumns], const Product& produ
   }
 }
 
-// w: [out, in] of P; m: [out, in] of M; x: [batch, in], bias: [out] or null, y: [batch, out], all of X. With `split_k_sums`
-// [gridDim.y, batch, out] the sums go there instead. A batch too large for a lane's sums is cut into windows: the blocks of a
-// tile's windows run side by side, so that W and M come from memory once.
+// w: [out, in] of P; m: [out, in] of M; x: [batch, in], bias: [out] or null, y: [batch, out], all of X. A batch too large for a
+// lane's sums is cut into windows: the blocks of a tile's windows run side by side, so that W and M come from memory once.
 template <GateKind kind, bool kAligned, class P, class M, class Product>
 __global__ void __launch_bounds__(kBlock, sizeof(typename Product::Sum) == 4 ? 2 : 1)
     masked_linear_kernel(Compute<P> gate_param, const typename Product::X* x, const P* w, const M* m,
-                         const typename Product::X* bias, typename Product::X* y, typename Product::Sum* split_k_sums, int batch,
+                         const typename Product::X* bias, typename Product::X* y, SplitK<typename Product::Sum> split, int batch,
                          int64_t out, int64_t in, int64_t columns_each) {
   using Sum = typename Product::Sum;
   SHARED(Sum, total, [kRowsOfTile][Product::kBatch]);
@@ -233,18 +233,14 @@ __global__ void __launch_bounds__(kBlock, sizeof(typename Product::Sum) == 4 ? 2
   if (step < last) add_step.template operator()<false>(step);
   product.finish();
   add_warps(total, product);
-  for (int i = int(threadIdx.x); i < kRowsOfTile * count; i += kBlock) {
-    const int of_window = i / kRowsOfTile, b = window + of_window;
-    const int64_t row = first_row + i % kRowsOfTile;
-    if (!IN_BOUNDS(row < out)) continue;
-    Sum sum = total[i % kRowsOfTile][of_window];
-    if (split_k_sums != nullptr) {
-      split_k_sums[(int64_t(blockIdx.y) * batch + b) * out + row] = sum;
-    } else {
-      if (bias != nullptr) sum += to_compute(bias[row]);
-      from_compute(sum, y[int64_t(b) * out + row]);
-    }
-  }
+  add_parts<kRowsOfTile * Product::kBatch>(
+      split, blockIdx.x, blockIdx.y, gridDim.y, kRowsOfTile * count, [&](int i) { return total[i % kRowsOfTile][i / kRowsOfTile]; },
+      [&](int i, Sum sum) {
+        const int64_t row = first_row + i % kRowsOfTile;
+        if (!IN_BOUNDS(row < out)) return;
+        if (bias != nullptr) sum += to_compute(bias[row]);
+        from_compute(sum, y[int64_t(window + i / kRowsOfTile) * out + row]);
+      });
 }
 
 }  // namespace metamask::cuda
