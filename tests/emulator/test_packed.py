@@ -39,6 +39,15 @@ def test_output_and_gradients_equal_float64(emulator, shape, dtype, stacked, sch
     check(shape, dtype, stacked)
 
 
+def test_blocks_lie_in_the_dimension_that_has_room_for_them(emulator):
+    """A device takes 65,535 blocks in the other ones: more groups, rows or samples there would be."""
+    emulator.limit_grid(1)
+    try:
+        check(SHAPES["groups share"], torch.float32)
+    finally:
+        emulator.limit_grid(65535)
+
+
 def test_a_slot_that_is_no_tasks_ends_the_kernel():
     x, _, w, b, _, packed, packed_bias = inputs(SHAPES["aligned"], torch.float32)
     with pytest.raises(RuntimeError, match="assertion failed: task >= 0"):
