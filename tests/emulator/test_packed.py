@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("in_the_emulator")]
 # and a last row has no partner; with a fifth strip a warp has two.
 SHAPES = {
     "strips": ([i * i % 5 for i in range(19)], (), 1, 40, 256, 5),
-    "ragged strips": ([2, 0, 1, 2, 2, 0, 1, 1, 0], (), 16, 1, 637, 3),
-    "two strips a warp": ([1, 0, 1, 1, 2, 0, 1, 1, 0], (), 16, 1, 640, 3),
+    "ragged strips": ([2, 0, 1, 2, 2, 0, 1, 1, 0], (), 1, 3, 637, 3),
+    "two strips a warp": ([1, 0], (), 16, 1, 640, 2),
     "aligned": ([0, 1, 1], (), 1, 24, 64, 2),
     "windows share": ([i * i % 7 for i in range(35)], (), 1, 70, 280, 7),
     "many tasks": (list(range(0, 70, 4)), (), 1, 3, 72, 70),
