@@ -30,10 +30,15 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 IN_PLACE = ("masked_linear_backward_kernel", "masked_weight_backward_kernel")
 
+TF32 = "tf32 is off unless asked for"
 # Instances whose name begins so may have a stack frame: why
 STACKS = {
-    "masked_linear_backward_kernel<0, true, float, float, TensorBackward<float, 32>": "tf32 is off unless asked for",
-    "masked_linear_backward_kernel<1, true, float, float, TensorBackward<float, 32>": "tf32 is off unless asked for",
+    "masked_linear_backward_kernel<0, true, float, float, TensorBackward<float, 32": TF32,
+    "masked_linear_backward_kernel<1, true, float, float, TensorBackward<float, 32": TF32,
+    "packed_masked_linear_kernel<true, ": "24 to 32 bytes beside 255 registers",
+    "task_masked_linear_kernel<false, false, double, ": "float64",
+    "task_masked_linear_kernel<false, true, double, ": "float64",
+    "task_masked_linear_kernel<true, ": "second derivatives",
 }
 
 # Instances whose name begins so: the most instructions for 512 weights
@@ -92,7 +97,7 @@ def base(name: str) -> str:
 
 
 def threads_of_multiprocessor(registers: int, threads: int = 256) -> int:
-    """How many run at a time, by their registers: 65,536, given out to warps by 256."""
+    """The threads that run at a time, by their registers: 65,536, given out to warps by 256."""
     return 65536 // (-(-registers // 8) * 8 * threads) * threads
 
 
@@ -111,7 +116,7 @@ def instance(usage: Usage, name: str, kernel: sass.Kernel) -> Instance:
 
 
 def faults(one: Instance) -> list[str]:
-    """What is worse than it was."""
+    """The ways in which it is worse than it was."""
     found = []
     if one.usage.stack > 0 and not one.name.startswith(tuple(STACKS)):
         found.append(f"a stack frame of {one.usage.stack} bytes")
@@ -161,7 +166,9 @@ def show(instances: list[Instance], every: bool) -> None:
     print(f"\n{'instructions for 512 weights':<30}{'registers':>10}{'stack':>7}{'KB ahead':>10}  instance")
     for one in sorted(instances):
         if every or one.name.startswith(tuple(LIMITS)) or one.usage.stack > 0:
-            print(f"{one.instructions:<30}{one.usage.registers:>10}{one.usage.stack:>7}{one.ahead / 1024:>10.0f}  {one.name}")
+            print(
+                f"{one.instructions or '-':<30}{one.usage.registers:>10}{one.usage.stack:>7}{one.ahead / 1024:>10.0f}  {one.name}"
+            )
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ SMALLEST_TESTS = {
     "packed_masked_linear_backward.cuh": Tests((PACKED,), TASKS),
     "pack_mask.cuh": Tests((PACK,), "test_pack_and_unpack and float32"),
     "packed_superposition_gradient.cuh": Tests((PACKED,), "test_output_and_gradients and many and float32"),
-    "split_k.cuh": Tests((LINEAR,), f"{SMALL_BATCH} and share"),
+    "split_k.cuh": Tests((LINEAR, MIXED_TASK), f"({SMALL_BATCH} and share) or ({TASKS} and share)"),
     "segments.cu": Tests((MIXED_TASK, "tests/ops/mixed_task/test_raw.py"), f"({TASKS} and several) or absent_tasks"),
     "task_masked_linear*.cuh": Tests((MIXED_TASK,), TASKS),
 }

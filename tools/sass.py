@@ -15,12 +15,12 @@ class Instruction(NamedTuple):
 
 
 def count(instructions: list[Instruction], pattern: str) -> int:
-    """How many instructions match ``pattern`` from their first letter on."""
+    """The number of instructions that match ``pattern`` from their first letter on."""
     return sum(re.match(pattern, one.code) is not None for one in instructions)
 
 
 def bytes_of(instructions: list[Instruction], name: str) -> int:
-    """What a thread moves with the loads or stores called ``name`` (``LDG``, ``STG``)."""
+    """The bytes that a thread moves with the loads or stores called ``name`` (``LDG``, ``STG``)."""
     widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
     codes = [one.code.split(maxsplit=1)[0].split(".") for one in instructions]
     return sum(next((widths[part] for part in parts if part in widths), 4) for parts in codes if parts[0] == name)

@@ -33,12 +33,12 @@ struct Tag {
 
 // Calls run(Tag<P>) for the type P.
 template <class Run>
-void with_type(Type type, Run run) {
+auto with_type(Type type, Run run) {
   switch (type) {
     case Type::kFloat64: return run(Tag<double>{});
     case Type::kFloat32: return run(Tag<float>{});
     case Type::kBFloat16: return run(Tag<__nv_bfloat16>{});
-    case Type::kFloat16: return run(Tag<__half>{});
+    default: return run(Tag<__half>{});
   }
 }
 

@@ -6,21 +6,17 @@
 namespace metamask::cuda {
 
 bool fuses_masked_linear(const LinearCase& given) {
-  bool fuses = false;
-  with_type(given.product, [&]<class X>(Tag<X>) { fuses = with_forward<X>(given, [](auto, auto, auto) {}); });
-  return fuses;
+  return with_types(given, [&]<class P, class X>() { return with_forward<P, X>(given, [](auto, auto) {}); });
 }
 
 bool fuses_masked_linear_backward(const LinearCase& given) {
-  bool fuses = false;
-  with_type(given.product, [&]<class X>(Tag<X>) { fuses = with_backward<X>(given, [](auto, auto, auto) {}); });
-  return fuses;
+  return with_types(given, [&]<class P, class X>() { return with_backward<P, X>(given, [](auto, auto) {}); });
 }
 
 int64_t masked_linear_workspace(const LinearCase& given) {
   int64_t bytes = 0;
-  with_type(given.product, [&]<class X>(Tag<X>) {
-    with_forward<X>(given, [&]<class P, class M, class Product>(Tag<P>, Tag<M>, Tag<Product>) {
+  with_types(given, [&]<class P, class X>() {
+    return with_forward<P, X>(given, [&]<class M, class Product>(Tag<M>, Tag<Product>) {
       bytes = SplitK<typename Product::Sum>::bytes(forward_blocks<Product>(given), forward_share<Product>(given).count,
                                                    kRowsOfTile * Product::kBatch);
     });
@@ -31,8 +27,8 @@ int64_t masked_linear_workspace(const LinearCase& given) {
 int64_t masked_linear_backward_workspace(const LinearCase& given, bool needs_dx) {
   if (!needs_dx) return 0;
   int64_t bytes = 0;
-  with_type(given.product, [&]<class X>(Tag<X>) {
-    with_backward<X>(given, [&]<class P, class M, class Product>(Tag<P>, Tag<M>, Tag<Product>) {
+  with_types(given, [&]<class P, class X>() {
+    return with_backward<P, X>(given, [&]<class M, class Product>(Tag<M>, Tag<Product>) {
       bytes = SplitK<typename Product::Sum>::bytes(backward_blocks<Product>(given), backward_share<Product>(given).count,
                                                    8 * Product::kColumns * Product::kBatch);
     });
@@ -42,13 +38,18 @@ int64_t masked_linear_backward_workspace(const LinearCase& given, bool needs_dx)
 
 void masked_linear(const LinearCase& given, const void* x, const void* w, const void* m, const void* bias, void* y, void* workspace,
                    cudaStream_t stream) {
-  with_type(given.product, [&]<class X>(Tag<X>) { masked_linear_of<X>(given, x, w, m, bias, y, workspace, stream); });
+  with_types(given, [&]<class P, class X>() {
+    masked_linear_of<P, X>(given, x, w, m, bias, y, workspace, stream);
+    return true;
+  });
 }
 
 void masked_linear_backward(const LinearCase& given, const void* dy, const void* x, const void* w, const void* m, Sink dw, Sink dm,
                             void* dx, void* workspace, cudaStream_t stream) {
-  with_type(given.product,
-            [&]<class X>(Tag<X>) { masked_linear_backward_of<X>(given, dy, x, w, m, dw, dm, dx, workspace, stream); });
+  with_types(given, [&]<class P, class X>() {
+    masked_linear_backward_of<P, X>(given, dy, x, w, m, dw, dm, dx, workspace, stream);
+    return true;
+  });
 }
 
 }  // namespace metamask::cuda

@@ -229,8 +229,12 @@ __global__ void __launch_bounds__(kBlock, sizeof(typename Product::Sum) == 4 ? 2
     product.template add<kAligned, true, kInside>(theta, rows, column, 0, count, in);
   };
   int64_t step = first + warp * kColumnsOfStep;
-  for (; step + kColumnsOfStep <= last; step += kWarps * kColumnsOfStep) add_step.template operator()<true>(step);
-  if (step < last) add_step.template operator()<false>(step);
+  if constexpr (kAligned) {
+    for (; step + kColumnsOfStep <= last; step += kWarps * kColumnsOfStep) add_step.template operator()<true>(step);
+    if (step < last) add_step.template operator()<false>(step);
+  } else {
+    for (; step < last; step += kWarps * kColumnsOfStep) add_step.template operator()<false>(step);
+  }
   product.finish();
   add_warps(total, product);
   add_parts<kRowsOfTile * Product::kBatch>(

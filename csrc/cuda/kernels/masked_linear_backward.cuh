@@ -113,7 +113,7 @@ struct PlainBackward {
   using X = T;
   using Sum = T;
   static constexpr int kBatch = kBatch_, kColumns = kColumns_, kRows = kRows_;
-  static constexpr int kBlocks = kBatch * kColumns * sizeof(T) <= 128 ? 2 : 1;  // a multiprocessor has registers for
+  static constexpr int kBlocks = sizeof(T) == 4 && kBatch * kColumns <= 32 ? 2 : 1;  // a multiprocessor has registers for
   T dx[kBatch][kColumns] = {};
 
   template <bool kAligned>
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kBlock, kAligned ? Product::kBlocks : 1)
     if (dx != nullptr) product.template add_dx<kInside>(theta, rows_of_dy, step, batch, out);
   };
   int64_t step = first + warp * 4 * kRows;
-  if (first_column + kStrip <= in) {
+  if (kAligned && first_column + kStrip <= in) {
     for (; step + 4 * kRows <= last; step += kWarps * 4 * kRows) add_step.template operator()<true>(step);
   }
   for (; step < last; step += kWarps * 4 * kRows) add_step.template operator()<false>(step);
