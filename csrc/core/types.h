@@ -5,6 +5,8 @@
 
 namespace metamask {
 
+constexpr int kPackBytes = 16;  // the widest load and store of a GPU
+
 enum class Type : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
 constexpr int64_t bytes_of(Type type) { return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2; }

@@ -69,6 +69,15 @@ T __shfl_down_sync(unsigned mask, T value, unsigned distance, cuda_on_cpu::Locat
   return cuda_on_cpu::shuffle(mask, value, source < 32 ? source : lane, "__shfl_down_sync", where);
 }
 
+inline int __all_sync(unsigned mask, int predicate, cuda_on_cpu::Location where = cuda_on_cpu::Location::current()) {
+  return cuda_on_cpu::all_of_warp(mask, predicate, where);
+}
+
+// The low word of high:low, shifted right by as many bits as the low five bits of `bits` say.
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned bits) {
+  return unsigned((uint64_t(high) << 32 | low) >> (bits & 31));
+}
+
 namespace metamask::cuda {
 
 template <class... Parameters, class... Arguments>
@@ -103,6 +112,18 @@ DEVICE_INLINE void store_bytes(void* to, const void* from) {
     char value[kBytes];
   };
   *static_cast<Bytes*>(to) = *static_cast<const Bytes*>(from);
+}
+
+template <class T>
+void multiply_add_if(uint32_t bits, uint32_t mask, T a, T b, T& sum) {
+  if (bits & mask) sum += a * b;
+}
+
+inline uint32_t merge_bits(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+
+template <class T>
+T kept(T value) {
+  return value;
 }
 
 template <int kBytes>

@@ -35,6 +35,9 @@ struct Settings {
 };
 Settings& settings();
 
+// The blocks that a grid may have in y and in z: as many as a device takes, or fewer, to see which launches would need more.
+unsigned& most_blocks();
+
 enum class State { kReady, kAtBarrier, kInWarpOperation, kReturned };
 
 struct Thread {

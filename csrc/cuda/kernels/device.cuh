@@ -91,6 +91,35 @@ DEVICE_INLINE void store_bytes(void* to, const void* from) {
   }
 }
 
+// sum += a b if one of the bits of `mask` is set in `bits`. (Of the plain condition a compiler makes two operations for some bits:
+// a remainder, a sign. Of this one it takes the predicates for seven bits of a byte from one.)
+DEVICE_INLINE void multiply_add_if(uint32_t bits, uint32_t mask, float a, float b, float& sum) {
+  asm("{\n.reg .pred on;\n.reg .b32 bit;\nand.b32 bit, %1, %2;\nsetp.ne.u32 on, bit, 0;\n@on fma.rn.f32 %0, %3, %4, %0;\n}\n"
+      : "+f"(sum)
+      : "r"(bits), "r"(mask), "f"(a), "f"(b));
+}
+DEVICE_INLINE void multiply_add_if(uint32_t bits, uint32_t mask, double a, double b, double& sum) {
+  asm("{\n.reg .pred on;\n.reg .b32 bit;\nand.b32 bit, %1, %2;\nsetp.ne.u32 on, bit, 0;\n@on fma.rn.f64 %0, %3, %4, %0;\n}\n"
+      : "+d"(sum)
+      : "r"(bits), "r"(mask), "d"(a), "d"(b));
+}
+
+// The bits of a where `mask` has ones, those of b elsewhere, in one operation.
+DEVICE_INLINE uint32_t merge_bits(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t merged;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;\n" : "=r"(merged) : "r"(mask), "r"(a), "r"(b));
+  return merged;
+}
+
+// The same value, which the compiler keeps in a register instead of computing it again at each use. All lanes call it.
+DEVICE_INLINE int64_t kept(int64_t value) { return __shfl_sync(~0u, value, int(threadIdx.x) % 32); }
+// A pointer into shared memory.
+template <class T>
+DEVICE_INLINE T* kept(T* pointer) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+  return static_cast<T*>(__cvta_shared_to_generic(__shfl_sync(~0u, address, int(threadIdx.x) % 32)));
+}
+
 // Copies kBytes (4, 8 or 16) from global to shared memory without waiting; zeros where !valid. Both addresses are aligned to
 // kBytes.
 template <int kBytes>
@@ -172,7 +201,6 @@ struct Reciprocal<float> {
 namespace metamask::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kPackBytes = 16;  // the widest load and store
 
 template <class T, int N>
 struct alignas(N * sizeof(T)) Pack {
