@@ -35,10 +35,6 @@ TF32 = "tf32 is off unless asked for"
 STACKS = {
     "masked_linear_backward_kernel<0, true, float, float, TensorBackward<float, 32": TF32,
     "masked_linear_backward_kernel<1, true, float, float, TensorBackward<float, 32": TF32,
-    "packed_masked_linear_kernel<true, ": "24 to 32 bytes beside 255 registers",
-    "task_masked_linear_kernel<false, false, double, ": "float64",
-    "task_masked_linear_kernel<false, true, double, ": "float64",
-    "task_masked_linear_kernel<true, ": "second derivatives",
 }
 
 # Instances whose name begins so: the most instructions for 512 weights
