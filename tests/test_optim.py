@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from support.samples import DEVICES
-from support.sgd_steps import (
+from support.fused_steps import (
     FUSED,
     SETTINGS,
     assert_equal_models,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.sgd_steps import (
+from support.fused_steps import (
     FUSED,
     PLAIN,
     SETTINGS,

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from support.sgd_steps import FUSED, SETTINGS, assert_equal_models, batch, error, mlp, ops_of, torch_sgd
+from support.fused_steps import FUSED, SETTINGS, assert_equal_models, batch, error, mlp, ops_of, torch_sgd
 from torch.autograd import graph
 
 from metamask_ext import add_task, loss_scale, using_task

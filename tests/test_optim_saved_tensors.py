@@ -6,7 +6,7 @@ from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
-from support.sgd_steps import FUSED, PLAIN, SETTINGS, assert_equal_models, batch, cnn, compare, each_setting, error, mlp, torch_sgd
+from support.fused_steps import FUSED, PLAIN, SETTINGS, assert_equal_models, batch, cnn, compare, each_setting, error, mlp, torch_sgd
 from torch import nn
 from torch.autograd import graph
 from torch.utils.checkpoint import checkpoint

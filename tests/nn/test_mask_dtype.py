@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from support.sgd_steps import compare
+from support.fused_steps import compare
 from torch import nn
 
 import metamask_ext as mm

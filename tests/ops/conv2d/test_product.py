@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.derivatives import nested_gradients
 from support.profiling import largest_allocation, metamask_ops
-from support.sgd_steps import FUSED, compare, each_setting, error
+from support.fused_steps import FUSED, compare, each_setting, error
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 

@@ -8,7 +8,7 @@ from support.derivatives import flat, nested_gradients, options
 from support.mixed_task import Batch, assert_near, cotangents_of, plain, plain_gradients
 from support.profiling import allocated, metamask_ops
 from support.samples import DTYPES, GATES
-from support.sgd_steps import SETTINGS, assert_equal_models, each_setting, torch_sgd
+from support.fused_steps import SETTINGS, assert_equal_models, each_setting, torch_sgd
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 

@@ -1,6 +1,9 @@
-"""Models, losses and torch's own optimiser, for the tests of FusedMaskedSGD."""
+"""Models, losses and torch's own optimisers, for the tests of FusedMaskedSGD and FusedMaskedAdamW."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,12 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
 from metamask_ext.nn.task_masks import TaskMasks
-from metamask_ext.optim import FusedMaskedSGD
-
-SETTINGS = {"lr": 0.1, "weight_decay": 0.01, "mask_weight_decay": 0.02, "momentum": 0.9}
-PLAIN = {"lr": 0.1}
-each_setting = pytest.mark.parametrize("settings", [PLAIN, SETTINGS], ids=["plain", "momentum and decay"])
-FUSED = ("metamask::masked_linear_backward_sgd_", "metamask::masked_weight_backward_sgd_")
+from metamask_ext.optim import FusedMaskedAdamW, FusedMaskedSGD
 
 
 def mlp(dtype=torch.float64, gate="sigmoid", device="cpu"):
@@ -44,13 +42,66 @@ def mask_names(model):
     }
 
 
-def torch_sgd(model, lr, weight_decay=0.0, mask_weight_decay=0.0, momentum=0.0):
+def _groups(model, weight_decay, mask_weight_decay):
     masks = mask_names(model)
-    groups = [
+    return [
         {"params": [p for n, p in model.named_parameters() if n not in masks], "weight_decay": weight_decay},
         {"params": [p for n, p in model.named_parameters() if n in masks], "weight_decay": mask_weight_decay},
     ]
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+
+
+def torch_sgd(model, lr, weight_decay=0.0, mask_weight_decay=0.0, momentum=0.0):
+    return torch.optim.SGD(_groups(model, weight_decay, mask_weight_decay), lr=lr, momentum=momentum)
+
+
+def torch_adamw(model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, mask_weight_decay=0.0):
+    return torch.optim.AdamW(_groups(model, weight_decay, mask_weight_decay), lr=lr, betas=betas, eps=eps)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An optimiser of ours and torch's with the same numbers."""
+
+    name: str
+    ours: type[FusedMaskedSGD | FusedMaskedAdamW]
+    torchs: Callable[..., torch.optim.Optimizer]
+    plain: dict[str, object]
+    settings: dict[str, object]
+    tolerance: float
+    state: tuple[str, ...]
+    """The tensors of a parameter's size that it keeps with ``settings``."""
+
+    @property
+    def ops(self):
+        """Those of linear layers, and of other weights, that take its steps."""
+        return tuple(f"metamask::masked_{layer}_backward_{self.name.lower()}_" for layer in ("linear", "weight"))
+
+
+SGD = Kind(
+    "SGD",
+    FusedMaskedSGD,
+    torch_sgd,
+    {"lr": 0.1},
+    {"lr": 0.1, "weight_decay": 0.01, "mask_weight_decay": 0.02, "momentum": 0.9},
+    1e-12,
+    ("momentum_buffer",),
+)
+ADAMW = Kind(
+    "AdamW",
+    FusedMaskedAdamW,
+    torch_adamw,
+    {"lr": 0.01},
+    {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "mask_weight_decay": 0.02},
+    1e-10,
+    ("exp_avg", "exp_avg_sq"),
+)
+KINDS = (SGD, ADAMW)
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+each_setting = pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(kind, settings) for kind in KINDS for settings in (kind.plain, kind.settings)],
+    ids=[f"{kind.name}-{settings}" for kind in KINDS for settings in ("plain", "every option")],
+)
 
 
 def batch(model, seed):
@@ -75,10 +126,10 @@ def ops_of(function):
     return [event.name for event in profiler.events() if event.name.startswith("metamask::")]
 
 
-def compare(make, settings, loss=error, steps=4, prepare=lambda model, optimizer: None, tolerance=1e-12):
+def compare(make, kind, settings, loss=error, steps=4, prepare=lambda model, optimizer: None, tolerance=None):
     """``steps`` steps of both optimisers on two copies of one model; the ops of ours."""
     ours, theirs = make(), make()
-    fused, plain = FusedMaskedSGD(ours, **settings), torch_sgd(theirs, **settings)
+    fused, plain = kind.ours(ours, **settings), kind.torchs(theirs, **settings)
     prepare(ours, fused), prepare(theirs, plain)
     names = []
     for seed in range(steps):
@@ -89,7 +140,7 @@ def compare(make, settings, loss=error, steps=4, prepare=lambda model, optimizer
         plain.zero_grad()
         loss(theirs, *data).backward()
         plain.step()
-    assert_equal_models(ours, theirs, tolerance)
+    assert_equal_models(ours, theirs, tolerance or kind.tolerance)
     return names
 
 
