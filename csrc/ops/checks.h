@@ -288,12 +288,11 @@ struct AdamWArguments {
     made.count = state[3 * place + 2];
     check_state("exp_avg of ", name, made.exp_avg, parameter);
     check_state("exp_avg_sq of ", name, made.exp_avg_sq, parameter);
-    TORCH_CHECK_VALUE(made.count.numel() == 1 && holds_its_values(made.count) && made.count.is_cpu() &&
+    TORCH_CHECK_VALUE(made.count.numel() == 1 && holds_its_values(made.count) && made.count.device() == parameter.device() &&
                           (made.count.scalar_type() == at::kFloat || made.count.scalar_type() == at::kDouble),
-                      "step of ", name, " must be one float32 or float64 number on the CPU, got ", made.count.sizes(), ", ",
+                      "step of ", name, " must be one float32 or float64 number on its device, got ", made.count.sizes(), ", ",
                       made.count.scalar_type(), " on ", made.count.device());
-    made.step = made.count.scalar_type() == at::kFloat ? *made.count.const_data_ptr<float>() : *made.count.const_data_ptr<double>();
-    made.step += 1;
+    made.step = 1 + (made.count.scalar_type() == at::kFloat ? *data<float>("step", made.count) : *data<double>("step", made.count));
     made.adamw = {
         1 - lr * its[4], beta1, beta2, lr / (1 - std::pow(beta1, made.step)), 1 / std::sqrt(1 - std::pow(beta2, made.step)),
         its[3]};
@@ -345,8 +344,8 @@ inline Sink sink(const Update& update, const at::Tensor& parameter, const at::Te
     if (changed.defined() && !changed.is_inference()) changed.unsafeGetTensorImpl()->bump_version();
   }
   if (update.count.defined()) {
-    if (update.count.scalar_type() == at::kFloat) *update.count.mutable_data_ptr<float>() = float(update.step);
-    else *update.count.mutable_data_ptr<double>() = update.step;
+    if (update.count.scalar_type() == at::kFloat) *mutable_data<float>("step", update.count) = float(update.step);
+    else *mutable_data<double>("step", update.count) = update.step;
   }
   return {nullptr,
           mutable_data_in_order("parameter", parameter, parameter),

@@ -66,7 +66,7 @@ def adamw_updates(
             _check_updated(name, parameter)
             _check_state("exp_avg of", name, kept["exp_avg"], parameter)
             _check_state("exp_avg_sq of", name, kept["exp_avg_sq"], parameter)
-            _check_count(name, kept["step"])
+            _check_count(name, kept["step"], parameter)
         made.append(Updated(name, parameter, update, kept))
     return made
 
@@ -88,11 +88,11 @@ def _check_state(kind: str, name: str, state: Tensor, parameter: Tensor) -> None
         )
 
 
-def _check_count(name: str, count: Tensor) -> None:
+def _check_count(name: str, count: Tensor, parameter: Tensor) -> None:
     numbers = (torch.float32, torch.float64)
-    if count.numel() != 1 or count.is_neg() or count.device.type != "cpu" or count.dtype not in numbers:
+    if count.numel() != 1 or count.is_neg() or count.device != parameter.device or count.dtype not in numbers:
         raise ValueError(
-            f"step of {name} must be one float32 or float64 number on the CPU, got {list(count.shape)}, {count.dtype} on "
+            f"step of {name} must be one float32 or float64 number on its device, got {list(count.shape)}, {count.dtype} on "
             f"{count.device}"
         )
 

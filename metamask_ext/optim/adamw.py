@@ -32,9 +32,9 @@ class FusedMaskedAdamW(FusedOptimizer, torch.optim.AdamW):
     parameters is stored. Every other parameter gets an ordinary gradient, and all of a group one call of torch's fused AdamW; so do
     all parameters on CUDA.
 
-    ``a`` and ``b`` have the dtype of their parameter, as torch's: float32 for float32 masks beside 16-bit weights. A step is computed
-    in float32 (float64 for float64) and rounded once. 16-bit weights lose small steps so, and a ``b`` in bfloat16 does not fall where
-    ``beta2`` is above 0.998: to train these too, keep them in float32, under autocast.
+    ``a`` and ``b`` have the dtype of their parameter, as torch's: float32 for float32 masks beside 16-bit weights. A step is
+    computed in float32 (float64 for float64) and rounded once. 16-bit weights lose small steps so, and a ``b`` in bfloat16 does not
+    fall where ``beta2`` is above 0.998: to train these too, keep them in float32, under autocast.
 
     ``loss.backward()`` and ``step()``, ``param_groups``, schedulers, state dicts and wrappers work as with :class:`FusedMaskedSGD`.
     Which kernel of torch's runs is chosen in each step: ``fused`` and ``foreach`` of a group are overwritten.
@@ -69,9 +69,9 @@ class FusedMaskedAdamW(FusedOptimizer, torch.optim.AdamW):
         mask_weight_decay: float = 0.0,
     ):
         groups = self._groups_of(model, weight_decay, mask_weight_decay, lr=lr, eps=eps)
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas must be two numbers from 0 to below 1, got {betas!r}")
-        super().__init__(groups, lr=lr, betas=betas, eps=eps)
+        super().__init__(groups, lr=lr, betas=(float(betas[0]), float(betas[1])), eps=eps)
         self._begin()
 
     def _begin(self) -> None:

@@ -58,7 +58,7 @@ def torch_adamw(model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2,
     return torch.optim.AdamW(_groups(model, weight_decay, mask_weight_decay), lr=lr, betas=betas, eps=eps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """An optimiser of ours and torch's with the same numbers."""
 
@@ -120,6 +120,20 @@ def assert_equal_models(ours, theirs, tolerance=1e-12):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def assert_equal_states(kind, fused, ours, plain, theirs, tolerance):
+    """What is kept of the parameters; ours may have begun with zeros where no step was taken."""
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        mine, others = fused.state.get(p, {}), plain.state.get(q, {})
+        for key in (*kind.state, "step"):
+            if others.get(key) is not None:
+                message = f"{key} of {name}: "
+                torch.testing.assert_close(
+                    mine[key], others[key], rtol=tolerance, atol=tolerance, check_dtype=False, msg=message.__add__
+                )
+            else:
+                assert key not in mine or not mine[key].any(), f"{key} of {name}"
+
+
 def ops_of(function):
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         function()
@@ -141,6 +155,7 @@ def compare(make, kind, settings, loss=error, steps=4, prepare=lambda model, opt
         loss(theirs, *data).backward()
         plain.step()
     assert_equal_models(ours, theirs, tolerance or kind.tolerance)
+    assert_equal_states(kind, fused, ours, plain, theirs, tolerance or kind.tolerance)
     return names
 
 
