@@ -20,6 +20,7 @@ from support.fused_steps import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import metamask_ext as mm
 from metamask_ext import add_task, using_task
 from metamask_ext.nn import MaskedLinear
 
@@ -109,6 +110,28 @@ def test_two_parameters_over_one_memory(kind):
     model = make()
     nodes = kind.ours(model, 0.1)._fused_nodes(error(model, *batch(model, 0)).grad_fn)
     assert sorted(steps.updates for _, steps in nodes) == [(False, True, True, True)] * 2 + [(True,) * 4]
+
+
+class PlainBias(nn.Module):
+    """A function of the package with parameters of the user's, the bias without logits."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = MaskedLinear(5, 9, dtype=torch.float64)
+        self.weight, self.mask = (nn.Parameter(torch.randn(3, 9, dtype=torch.float64)) for _ in range(2))
+        self.bias = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x):
+        return mm.masked_linear(self.layer(x).tanh(), self.weight, self.mask, self.bias)
+
+
+@each_setting
+def test_a_bias_without_logits_gets_an_ordinary_step(kind, settings):
+    assert set(compare(PlainBias, kind, settings)) == {kind.ops[0]}
+    model = PlainBias()
+    nodes = kind.ours(model, 0.1)._fused_nodes(error(model, *batch(model, 0)).grad_fn)
+    assert sorted(steps.updates for _, steps in nodes) == [(True, True, False, False), (True,) * 4]
 
 
 @each_setting

@@ -37,7 +37,7 @@ class FusedMaskedAdamW(FusedOptimizer, torch.optim.AdamW):
     fall where ``beta2`` is above 0.998: to train these too, keep them in float32, under autocast.
 
     ``loss.backward()`` and ``step()``, ``param_groups``, schedulers, state dicts and wrappers work as with :class:`FusedMaskedSGD`.
-    Which kernel of torch's runs is chosen in each step: ``fused`` and ``foreach`` of a group are overwritten.
+    Which kernel of torch's runs is chosen in each step: a group's ``fused`` and ``foreach`` are overwritten.
 
     Args:
         model: has at least one masked layer.
@@ -79,12 +79,6 @@ class FusedMaskedAdamW(FusedOptimizer, torch.optim.AdamW):
         self.register_step_pre_hook(_choose_kernels)
         self.register_step_post_hook(_count_versions)
 
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        super().load_state_dict(state_dict)
-        for parameter, state in self.state.items():
-            if "step" in state:  # torch's other kernels keep it elsewhere, or in the default dtype
-                state["step"] = state["step"].to(parameter.device, torch.float32)
-
     def _can_take(self, parameter: Tensor, group: StateDict) -> bool:
         return parameter.device.type == "cpu" and group["decoupled_weight_decay"] and not any(group[option] for option in _PLAIN)
 
@@ -93,29 +87,47 @@ class FusedMaskedAdamW(FusedOptimizer, torch.optim.AdamW):
         return float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])
 
     def _kept(self, parameter: Tensor, group: StateDict) -> AdamWState:
-        state = self.state[parameter]
-        step: Tensor | None = state.get("step")
-        if step is None:
-            step = state["step"] = torch.zeros((), dtype=torch.float32)
+        step = self._steps_of(parameter)
         return AdamWState(self._in_order(parameter, "exp_avg"), self._in_order(parameter, "exp_avg_sq"), step)
 
+    def _steps_of(self, parameter: Tensor) -> Tensor:
+        """The number of a parameter's steps, where the kernels look for it: a checkpoint may have it elsewhere."""
+        state = self.state[parameter]
+        step: Tensor = state.get("step", torch.zeros(()))
+        state["step"] = step = step.to(parameter.device, torch.float32)
+        return step
+
     def _choose(self) -> None:
-        """Choose torch's kernels: the fused one walks through memory, whatever the strides of what it is given."""
+        """Choose torch's kernel for each group: one call for all parameters, or one after another.
+
+        The fused one walks through memory, whatever the strides of what it is given; and it takes no tensors beside sharded ones.
+        """
         for group in self._groups:
-            fused = not group["differentiable"] and all(map(self._fits, group["params"]))
-            group["fused"] = fused
-            group["foreach"] = not fused and not group["differentiable"] and not isinstance(group["lr"], Tensor)
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            one_kind = len({_is_sharded(parameter) for parameter in moving}) <= 1
+            group["fused"] = one_kind and not group["differentiable"] and all(map(self._fits, moving))
+            group["foreach"] = False
 
     def _fits(self, parameter: Tensor) -> bool:
         gradient = parameter.grad
-        if gradient is None:
-            return True
-        if not is_dense(parameter) or gradient.layout != torch.strided or gradient.stride() != parameter.stride():
+        if gradient is None or gradient.layout != torch.strided or gradient.dtype != parameter.dtype:
             return False
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-            if name in self.state.get(parameter, ()):
-                self._in_order(parameter, name)
-        return parameter.device.type in ("cpu", "cuda") and gradient.dtype == parameter.dtype
+        if _is_sharded(parameter):
+            tensors: tuple[Any, ...] = parameter, gradient
+            return _is_sharded(gradient) and all(tensor.to_local().is_contiguous() for tensor in tensors)
+        if self.state.get(parameter):
+            self._steps_of(parameter)
+            names = [name for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if name in self.state[parameter]]
+            kept = [self._in_order(parameter, name) for name in names]
+            if any(tensor.dtype != parameter.dtype or tensor.stride() != parameter.stride() for tensor in kept):
+                return False
+        fits = is_dense(parameter) and gradient.stride() == parameter.stride()
+        return fits and type(parameter) in (nn.Parameter, Tensor) and parameter.device.type in ("cpu", "cuda")
+
+
+def _is_sharded(tensor: Any) -> bool:
+    """True for a DTensor. Its module takes longer to import than all of torch that is needed here."""
+    return hasattr(tensor, "to_local")
 
 
 def _choose_kernels(

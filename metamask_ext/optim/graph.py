@@ -49,7 +49,12 @@ def walk(root: Node) -> tuple[dict[Tensor, int], list[tuple[Node, list[Tensor | 
 
 
 def _leaves(node: Node, positions: tuple[int, ...]) -> list[Tensor | None]:
-    """The leaves among the inputs of ``node`` at these positions. An absent bias, the last of the inputs, has no edge."""
+    """The leaves among the inputs of ``node`` at these positions. What is absent, a bias or its logits, has no edge.
+
+    A bias without logits is left out: the ops that take steps give its gradient.
+    """
     edges: dict[int, Node] = dict(enumerate(edge for edge, _ in node.next_functions))
+    if positions[-1] not in edges:
+        edges.pop(positions[-1] - 1, None)
     inputs: list[Node] = [edges.get(position) for position in positions]
     return [edge.variable if type(edge).__name__ == "AccumulateGrad" else None for edge in inputs]
