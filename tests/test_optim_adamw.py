@@ -210,12 +210,9 @@ def test_one_call_of_torchs_fused_kernel_for_each_group():
     assert kernels_of(lambda: fused.backward(value)) == (1, 0)
 
 
-def as_on_cuda(monkeypatch):
-    monkeypatch.setattr(FusedMaskedAdamW, "_can_take", lambda *_: False)
-
-
 def test_where_the_kernels_have_no_step_of_adamw(monkeypatch):
-    as_on_cuda(monkeypatch)
+    """As on CUDA."""
+    monkeypatch.setattr(FusedMaskedAdamW, "_can_update", lambda *_: False)
     fused, plain = pair(mlp)
     for seed in range(3):
         value = error(fused.model, *batch(fused.model, seed))

@@ -57,6 +57,7 @@ class FusedMaskedAdamW(FusedOptimizer, torch.optim.AdamW):
 
     _rule = "adamw"
     _no_step = (0.0,) * 5
+    _cpu_only = True
     _options = ("lr", "betas", "eps", "weight_decay")
 
     def __init__(
@@ -79,22 +80,24 @@ class FusedMaskedAdamW(FusedOptimizer, torch.optim.AdamW):
         self.register_step_pre_hook(_choose_kernels)
         self.register_step_post_hook(_count_versions)
 
-    def _can_take(self, parameter: Tensor, group: StateDict) -> bool:
-        return parameter.device.type == "cpu" and group["decoupled_weight_decay"] and not any(group[option] for option in _PLAIN)
-
-    def _numbers(self, group: StateDict) -> AdamWSettings:
+    def _numbers(self, group: StateDict) -> AdamWSettings | None:
+        if not group["decoupled_weight_decay"] or any(group[option] for option in _PLAIN):
+            return None
         beta1, beta2 = group["betas"]
         return float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])
 
     def _kept(self, parameter: Tensor, group: StateDict) -> AdamWState:
-        step = self._steps_of(parameter)
-        return AdamWState(self._in_order(parameter, "exp_avg"), self._in_order(parameter, "exp_avg_sq"), step)
-
-    def _steps_of(self, parameter: Tensor) -> Tensor:
-        """The number of a parameter's steps, where the kernels look for it: a checkpoint may have it elsewhere."""
         state = self.state[parameter]
-        step: Tensor = state.get("step", torch.zeros(()))
-        state["step"] = step = step.to(parameter.device, torch.float32)
+        step = self._steps_of(state, parameter)
+        return AdamWState(self._in_order(state, parameter, "exp_avg"), self._in_order(state, parameter, "exp_avg_sq"), step)
+
+    def _steps_of(self, state: StateDict, parameter: Tensor) -> Tensor:
+        """The number of a parameter's steps, where the kernels look for it: a checkpoint may have it elsewhere."""
+        step: Tensor | None = state.get("step")
+        if step is None:
+            step = state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        elif step.dtype != torch.float32 or step.device != parameter.device:
+            step = state["step"] = step.to(parameter.device, torch.float32)
         return step
 
     def _choose(self) -> None:
@@ -115,10 +118,11 @@ class FusedMaskedAdamW(FusedOptimizer, torch.optim.AdamW):
         if _is_sharded(parameter):
             tensors: tuple[Any, ...] = parameter, gradient
             return _is_sharded(gradient) and all(tensor.to_local().is_contiguous() for tensor in tensors)
-        if self.state.get(parameter):
-            self._steps_of(parameter)
-            names = [name for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if name in self.state[parameter]]
-            kept = [self._in_order(parameter, name) for name in names]
+        state = self.state.get(parameter)
+        if state:
+            self._steps_of(state, parameter)
+            names = [name for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if name in state]
+            kept = [self._in_order(state, parameter, name) for name in names]
             if any(tensor.dtype != parameter.dtype or tensor.stride() != parameter.stride() for tensor in kept):
                 return False
         fits = is_dense(parameter) and gradient.stride() == parameter.stride()

@@ -38,13 +38,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     _options: tuple[str, ...]
     """Options that a group of a state dict has if it is of this kind of optimiser."""
 
-    @abstractmethod
-    def _can_take(self, parameter: Tensor, group: StateDict) -> bool:
-        """True if the step inside the backward is the one that torch would take."""
+    _cpu_only: bool
+    """The op that takes the step runs on the CPU only."""
 
     @abstractmethod
-    def _numbers(self, group: StateDict) -> tuple[float, ...]:
-        """The numbers of a step, as the op takes them."""
+    def _numbers(self, group: StateDict) -> tuple[float, ...] | None:
+        """The numbers of a step, as the op takes them; None if the group has options that only torch's step knows."""
 
     @abstractmethod
     def _kept(self, parameter: Tensor, group: StateDict) -> State | None:
@@ -246,22 +245,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         # A wrapper takes the gradient from where autograd stores it, and gives back the mean.
         for averaged in averaged_parameters():
             uses = {variable: count for variable, count in uses.items() if variable not in averaged}
+        numbers = {id(group): self._numbers(group) for group in self._groups}
         found = []
         for node, variables in nodes:
-            taken = [self._can_update(node, variable, uses) for variable in variables]
+            taken, states, settings = [], [], []
+            for variable in variables:
+                group = self._group_of.get(variable) if self._can_update(node, variable, uses) else None
+                its = None if group is None else numbers[id(group)]
+                taken.append(its is not None)
+                states.append(None if variable is None or group is None or its is None else self._kept(variable, group))
+                settings.append(self._no_step if its is None else its)
             if any(taken):
-                groups = [self._group_of[variable] if take else None for variable, take in zip(variables, taken)]
-                steps = Steps(
-                    self._rule,
-                    tuple(taken),
-                    tuple(
-                        None if variable is None or group is None else self._kept(variable, group)
-                        for variable, group in zip(variables, groups)
-                    ),
-                    tuple(self._no_step if group is None else self._numbers(group) for group in groups),
-                    tuple(variables),
-                )
-                found.append((node, steps))
+                found.append((node, Steps(self._rule, tuple(taken), tuple(states), tuple(settings), tuple(variables))))
         return found
 
     def _can_update(self, node: Node, variable: Tensor | None, uses: dict[Tensor, int]) -> bool:
@@ -270,17 +265,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             return False
         if uses.get(variable) != 1 or not is_dense(variable) or not getattr(node, "same_order", True):
             return False
-        group = self._group_of.get(variable)
-        if group is None or variable.grad is not None or has_gradient_hooks(variable):
-            return False
-        return self._can_take(variable, group)
+        return variable.grad is None and not has_gradient_hooks(variable) and (variable.is_cpu or not self._cpu_only)
 
-    def _in_order(self, parameter: Tensor, name: str) -> Tensor:
+    def _in_order(self, state: StateDict, parameter: Tensor, name: str) -> Tensor:
         """A tensor of a parameter's state in its memory order, in which a step walks through both; zeros where there is none yet.
 
         The order differs in a checkpoint, or after the model has taken another memory format.
         """
-        state = self.state[parameter]
         kept: Tensor | None = state.get(name)
         if kept is None:
             kept = state[name] = torch.zeros_like(parameter, requires_grad=False)

@@ -55,6 +55,7 @@ class FusedMaskedSGD(FusedOptimizer, torch.optim.SGD):
 
     _rule = "sgd"
     _no_step = (0.0,) * 3
+    _cpu_only = False
     _options = ("lr", "weight_decay", "momentum")
 
     def __init__(
@@ -69,12 +70,11 @@ class FusedMaskedSGD(FusedOptimizer, torch.optim.SGD):
         super().__init__(groups, lr=lr, momentum=momentum)
         self._begin()
 
-    def _can_take(self, parameter: Tensor, group: StateDict) -> bool:
-        return not any(group[option] for option in _PLAIN)
-
-    def _numbers(self, group: StateDict) -> SgdSettings:
+    def _numbers(self, group: StateDict) -> SgdSettings | None:
+        if any(group[option] for option in _PLAIN):
+            return None
         return float(group["lr"]), float(group["weight_decay"]), float(group["momentum"])
 
     def _kept(self, parameter: Tensor, group: StateDict) -> Tensor | None:
         # From zeros, the first step's v is the gradient, as torch begins.
-        return self._in_order(parameter, "momentum_buffer") if group["momentum"] else None
+        return self._in_order(self.state[parameter], parameter, "momentum_buffer") if group["momentum"] else None
