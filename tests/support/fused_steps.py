@@ -121,7 +121,7 @@ def assert_equal_models(ours, theirs, tolerance=1e-12):
 
 
 def assert_equal_states(kind, fused, ours, plain, theirs, tolerance):
-    """What is kept of the parameters; ours may have begun with zeros where no step was taken."""
+    """The states of the parameters; ours may have begun with zeros where no step was taken."""
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
         mine, others = fused.state.get(p, {}), plain.state.get(q, {})
         for key in (*kind.state, "step"):

@@ -36,7 +36,7 @@ def has_kernels(rule, **_):
 
 
 def state_of(rule, parameter):
-    """What the optimiser keeps of a parameter, in the middle of a training."""
+    """The state of a parameter, in the middle of a training."""
     if rule == "sgd":
         return torch.full_like(parameter, 0.25)
     return AdamWState(torch.full_like(parameter, 0.25), torch.full_like(parameter, 0.5), torch.tensor(3.0))

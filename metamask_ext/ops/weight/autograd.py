@@ -26,7 +26,7 @@ from ..vjp import pull_back
 from . import raw, reference
 
 State = Tensor | raw.AdamWState
-"""What an optimiser keeps of a parameter: a momentum buffer, or AdamW's means and number of steps."""
+"""The state of a parameter: a momentum buffer, or AdamW's means and number of steps."""
 Arguments = tuple[Sequence[bool], Sequence[State | None], Sequence[tuple[float, ...]]]
 
 

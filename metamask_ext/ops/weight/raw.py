@@ -28,7 +28,7 @@ AdamWSettings = tuple[float, float, float, float, float]
 
 
 class AdamWState(NamedTuple):
-    """What AdamW keeps of a parameter: the means of its gradient and of the gradient's square, and the number of steps."""
+    """AdamW's state of a parameter: the means of its gradient and of the gradient's square, and the number of steps."""
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
