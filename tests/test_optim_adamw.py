@@ -13,7 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from metamask_ext import add_task, using_task
-from metamask_ext.nn import MaskedLinear
+from metamask_ext.nn import MaskedConv2d, MaskedLinear
 from metamask_ext.optim import FusedMaskedAdamW
 
 
@@ -241,6 +241,43 @@ def test_gradients_in_another_order_of_memory():
     # Once they lie as the parameters do, the fused kernel takes over
     ordinary(fused, 3)
     assert kernels_of(fused.step) == (2, 0)
+
+
+def test_the_stride_of_a_size_of_1_says_nothing():
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    fused, plain = pair(lambda: (torch.manual_seed(0), nn.Sequential(MaskedConv2d(3, 4, 1, dtype=torch.float64)))[1])
+    for optimizer in (fused, plain):
+        optimizer.model(x).square().mean().backward()
+        for p in optimizer.model.parameters():
+            if p.dim() == 4:
+                p.grad = p.grad.clone(memory_format=torch.channels_last)
+                assert p.grad.stride() != p.stride()
+    assert kernels_of(fused.step) == (2, 0)
+    plain.step()
+    assert_equal_models(fused.model, plain.model, 1e-10)
+
+
+def test_a_complex_parameter_takes_torchs_other_step():
+    fused, plain = pair(mlp)
+    for optimizer in (fused, plain):
+        optimizer.phase = nn.Parameter(torch.tensor([1 + 2j, -1j]))
+        optimizer.add_param_group({"params": [("phase", optimizer.phase)] if optimizer is fused else [optimizer.phase]})
+        for seed in range(2):
+            step(optimizer, error(optimizer.model, *batch(optimizer.model, seed)) * optimizer.phase.abs().sum())
+    torch.testing.assert_close(fused.phase, plain.phase)
+    assert_equal_models(fused.model, plain.model, 1e-6)
+
+
+def test_a_schedule_of_the_betas():
+    optimizers = pair(mlp)
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=12) for optimizer in optimizers]
+    for seed in range(12):
+        for optimizer, schedule in zip(optimizers, schedules):
+            step(optimizer, error(optimizer.model, *batch(optimizer.model, seed)))
+            schedule.step()
+    assert optimizers[0].param_groups[0]["betas"] == optimizers[1].param_groups[0]["betas"] != ADAMW.settings["betas"]
+    assert_equal_models(optimizers[0].model, optimizers[1].model, 1e-10)
+    assert_equal_state(*optimizers)
 
 
 class Strided(nn.Module):

@@ -113,20 +113,28 @@ class FusedMaskedAdamW(FusedOptimizer, torch.optim.AdamW):
 
     def _fits(self, parameter: Tensor) -> bool:
         gradient = parameter.grad
-        if gradient is None or gradient.layout != torch.strided or gradient.dtype != parameter.dtype:
+        if gradient is None or gradient.layout != torch.strided or not parameter.is_floating_point():
             return False
         if _is_sharded(parameter):
             tensors: tuple[Any, ...] = parameter, gradient
             return _is_sharded(gradient) and all(tensor.to_local().is_contiguous() for tensor in tensors)
+        walked = [gradient]
         state = self.state.get(parameter)
         if state:
             self._steps_of(state, parameter)
-            names = [name for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if name in state]
-            kept = [self._in_order(state, parameter, name) for name in names]
-            if any(tensor.dtype != parameter.dtype or tensor.stride() != parameter.stride() for tensor in kept):
-                return False
-        fits = is_dense(parameter) and gradient.stride() == parameter.stride()
-        return fits and type(parameter) in (nn.Parameter, Tensor) and parameter.device.type in ("cpu", "cuda")
+            walked += [
+                self._in_order(state, parameter, name) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if name in state
+            ]
+        known = type(parameter) in (nn.Parameter, Tensor) and parameter.device.type in ("cpu", "cuda")
+        return known and is_dense(parameter) and all(_walks_beside(tensor, parameter) for tensor in walked)
+
+
+def _walks_beside(tensor: Tensor, parameter: Tensor) -> bool:
+    """True if a walk through the memory of both meets the same elements. The stride of a size of 1 says nothing."""
+    if tensor.dtype != parameter.dtype or tensor.shape != parameter.shape:
+        return False
+    strides = zip(tensor.stride(), parameter.stride(), parameter.shape)
+    return tensor.stride() == parameter.stride() or all(one == other for one, other, size in strides if size > 1)
 
 
 def _is_sharded(tensor: Any) -> bool:
