@@ -365,6 +365,7 @@ def test_a_rate_in_a_tensor():
     assert_equal_models(fused.model, plain.model, 1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("shape", [(0, 3), (5, 0)], ids=str)
 def test_a_layer_without_inputs_or_outputs_counts_its_steps(shape):
     inputs, outputs = shape
