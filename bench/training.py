@@ -16,7 +16,7 @@ from metamask_ext import convert
 from metamask_ext.nn import MaskedLinear
 from metamask_ext.optim import FusedMaskedAdamW, FusedMaskedSGD
 
-from .problem import LEARNING_RATE, METAMASK, SEED, Contender, Problem, Work, gradient_of
+from .problem import LEARNING_RATE, METAMASK, SEED, Contender, Layer, Problem, Work, gradient_of
 
 Optimizer = Callable[..., Any]
 OPTIMIZERS: dict[str, tuple[Optimizer, Optimizer, dict[str, Any]]] = {
@@ -40,28 +40,39 @@ class EagerLinear(nn.Module):
         return F.linear(x, self.weight * torch.sigmoid(self.mask))
 
 
-def fused_step(batch: int, width: int, dtype: torch.dtype = torch.float32, device: str = "cpu", optimizer: str = "SGD") -> Problem:
-    """Times a step on one square linear layer inside a network: metamask updates W and M inside the backward.
+def fused_step(
+    batch: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    outputs: int | None = None,
+    optimizer: str = "SGD",
+) -> Problem:
+    """Times a step on one linear layer inside a network, of as many outputs as inputs if ``outputs`` is None.
 
-    The others store gradients and call torch's optimiser. All compute the gradient of the input too.
+    Metamask updates W and M inside the backward; the others store gradients and call torch's optimiser. All compute the gradient of
+    the input too.
     """
     generator = torch.Generator().manual_seed(SEED)
+    outputs = outputs or width
 
-    def normal(rows: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(rows, width, generator=generator) * scale).to(device, dtype)
+    def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator) * scale).to(device, dtype)
 
-    weight, mask = normal(width, 1 / math.sqrt(width)), normal(width)
-    x, gradient = normal(batch), normal(batch, 1 / batch)
+    weight, mask = normal(outputs, width, 1 / math.sqrt(width)), normal(outputs, width)
+    # Every weight's gradient is about 1 at every batch, so that the check sees a step.
+    x, gradient = normal(batch, width), normal(batch, outputs, 1 / math.sqrt(batch))
 
     def masked() -> nn.Module:
-        layer = MaskedLinear(width, width, bias=False, device=device, dtype=dtype, mask_dtype=dtype)
+        layer = MaskedLinear(width, outputs, bias=False, device=device, dtype=dtype, mask_dtype=dtype)
         with torch.no_grad():
             layer.weight.copy_(weight)
             layer.mask_logits.copy_(mask)
         return layer
 
     def dense() -> nn.Module:
-        layer = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
+        layer = nn.Linear(width, outputs, bias=False, device=device, dtype=dtype)
         with torch.no_grad():
             layer.weight.copy_(weight)
         return layer
@@ -84,7 +95,7 @@ def fused_step(batch: int, width: int, dtype: torch.dtype = torch.float32, devic
     ):
         work = _step(make(), x, gradient, optimizer, fused=name == METAMASK)
         contenders[name] = Contender(work, _exactly(plain, x, gradient, optimizer), names[: 3 if name == "dense" else 4])
-    return Problem(contenders, max(batch, width), dtype=dtype)
+    return Problem(contenders, max(batch, width, outputs), dtype=dtype, layer=Layer(x, weight, mask, gradient))
 
 
 def _step(model: nn.Module, x: Tensor, gradient: Tensor, optimizer: str, fused: bool) -> Work:

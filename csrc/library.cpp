@@ -8,6 +8,7 @@
 #include <torch/version.h>
 
 #include "cpu/capability.h"
+#include "cpu/products.h"
 
 TORCH_LIBRARY(metamask, m) {
   // gate_id: 0 sigmoid, 1 hard (core/gate.h). gate_param: the sigmoid's temperature, or the hard gate's threshold. output_mask
@@ -212,5 +213,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_masked_linear", &metamask::packed_masked_linear, pybind11::call_guard<pybind11::gil_scoped_release>(), arg("input"),
         arg("slots"), arg("weight"), arg("packed"), arg("bias"), arg("packed_bias"), arg("groups"), arg("dtype") = pybind11::none(),
         "torch.ops.metamask.packed_masked_linear, called directly.");
+  pybind11::enum_<metamask::cpu::Pass>(m, "Pass")
+      .value("forward", metamask::cpu::Pass::kForward)
+      .value("backward", metamask::cpu::Pass::kBackward);
+  m.def("set_products", &metamask::cpu::set_products, arg("lines"), arg("task_rows"),
+        "Replaces the table that csrc/cpu/products.h describes.");
+  m.def("through_blas", &metamask::cpu::through_blas, arg("pass"), arg("type"), arg("batch"), arg("in_features"),
+        arg("out_features"), "Whether a product of this size goes through BLAS.");
   m.def("build_info", &metamask::build_info, "What this binary was built for and runs with.");
 }

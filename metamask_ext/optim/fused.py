@@ -17,6 +17,7 @@ from metamask_ext.nn.paths import plain_path
 from metamask_ext.nn.task_dict import CHANGES, TaskDict
 from metamask_ext.nn.tasks import tasks
 from metamask_ext.nn.wrappers import averaged_parameters, is_sharded, place_shards
+from metamask_ext.ops.streams import Streams
 from metamask_ext.ops.weight.autograd import State, Steps
 from metamask_ext.ops.weight.raw import Rule
 from metamask_ext.torch_private import has_gradient_hooks
@@ -122,6 +123,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             for node, _ in nodes:
                 del node.steps
+            # A node steps on the stream of its forward, and gives autograd no gradient to wait for. All note it in one place.
+            for _, steps in nodes[:1]:
+                steps.streams.wait()
         self.step()
         for group in self._groups:
             for parameter in group["params"]:
@@ -247,6 +251,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             uses = {variable: count for variable, count in uses.items() if variable not in averaged}
         numbers = {id(group): self._numbers(group) for group in self._groups}
         found = []
+        streams = Streams()
         for node, variables in nodes:
             taken, states, settings = [], [], []
             for variable in variables:
@@ -256,7 +261,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 states.append(None if variable is None or group is None or its is None else self._kept(variable, group))
                 settings.append(self._no_step if its is None else its)
             if any(taken):
-                found.append((node, Steps(self._rule, tuple(taken), tuple(states), tuple(settings), tuple(variables))))
+                steps = Steps(self._rule, tuple(taken), tuple(states), tuple(settings), tuple(variables), streams)
+                found.append((node, steps))
         return found
 
     def _can_update(self, node: Node, variable: Tensor | None, uses: dict[Tensor, int]) -> bool:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from support import linear_checks, mixed_task, samples, step_checks, weight_checks
 from support.closeness import assert_close
+from support.gpu import DEVICES
 from support.linear_checks import inputs
 from support.mixed_task import Batch, cotangents_of
-from support.samples import ALL, DEVICES, GATE_IDS, GATES, PAIR_IDS, PAIRS, SMALL, opcheck
+from support.samples import ALL, GATE_IDS, GATES, PAIR_IDS, PAIRS, SMALL, opcheck
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metamask_ext.ops.gate import HARD, SIGMOID
@@ -113,16 +114,8 @@ def test_the_gradient_of_the_logits_was_never_rounded_to_16_bits(batch, dtype, m
         assert error < 1e-5, f"gradient {index}: {error:.3g}"
 
 
-@pytest.mark.every_device(emulated_if=lambda step, **_: step[0] == "sgd")
-@pytest.mark.parametrize(
-    ("step", "device"),
-    [
-        (step, device)
-        for step in (("sgd", False), ("sgd", True), ("adamw", True))
-        for device in samples.DEVICES
-        if step_checks.on_this_device(step[0], device)
-    ],
-)
+@pytest.mark.every_device(emulated_if=step_checks.has_kernels)
+@step_checks.each_step(("sgd", False), ("sgd", True), ("adamw", True))
 @each_pair
 @pytest.mark.parametrize("gate", GATES[::2], ids=GATE_IDS[::2])
 @pytest.mark.parametrize("shape", step_checks.SHAPES.values(), ids=step_checks.SHAPES.keys())

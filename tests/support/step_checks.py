@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.closeness import assert_near
+from support.gpu import DEVICES
 from support.linear_checks import inputs
 
 from metamask_ext.ops.linear import raw as linear_raw
@@ -25,14 +26,20 @@ EVERY = (True,) * 5
 each_rule = pytest.mark.parametrize("rule", SETTINGS)
 
 
-def on_this_device(rule, device="cpu", **_):
-    """CUDA has no step of AdamW."""
-    return rule == "sgd" or device == "cpu"
+def each_step(*steps):
+    """Steps, whose rule is the step or its first entry, on each device: CUDA has none of AdamW."""
+    of_sgd = [step for step in steps if "adamw" not in step]
+    everywhere = [
+        pytest.param(step, *getattr(device, "values", (device,)), marks=getattr(device, "marks", ()))
+        for step in of_sgd
+        for device in DEVICES
+    ]
+    return pytest.mark.parametrize(("step", "device"), [*everywhere, *((step, "cpu") for step in steps if step not in of_sgd)])
 
 
-def has_kernels(rule, **_):
+def has_kernels(step, **_):
     """The emulator runs those of CUDA."""
-    return rule == "sgd"
+    return "adamw" not in step
 
 
 def state_of(rule, parameter):

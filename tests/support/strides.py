@@ -136,19 +136,21 @@ Case = tuple[Callable[..., object], Arguments]
 class Make:
     """Random tensors of one case."""
 
-    def __init__(self, sizes: Sizes, dtype: torch.dtype, mask_dtype: torch.dtype | None = None) -> None:
-        self.sizes, self.dtype, self.mask_dtype = sizes, dtype, mask_dtype or dtype
+    def __init__(
+        self, sizes: Sizes, dtype: torch.dtype, mask_dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.sizes, self.dtype, self.mask_dtype, self.device = sizes, dtype, mask_dtype or dtype, device
         self.generator = torch.Generator().manual_seed(3)
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype or self.dtype)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.device, dtype or self.dtype)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """That of the logits, and of what belongs to them, by the argument's name."""
         return self.mask_dtype if "mask" in name else self.dtype
 
     def slots(self) -> Tensor:
-        return torch.tensor([(i * i + 1) % self.sizes.tasks for i in range(self.sizes.batch)])
+        return torch.tensor([(i * i + 1) % self.sizes.tasks for i in range(self.sizes.batch)], device=self.device)
 
     def weights(self, *names: str) -> Arguments:
         return {name: self.random(self.sizes.outputs, self.sizes.inputs, dtype=self.dtype_of(name)) for name in names}

@@ -22,6 +22,7 @@ from torch.autograd import Function
 
 from metamask_ext.torch_private import is_legacy_batched, set_node_default
 
+from ..streams import Streams
 from ..vjp import pull_back
 from . import raw, reference
 
@@ -34,7 +35,7 @@ class Steps(NamedTuple):
     """Steps that a node's backward takes instead of giving gradients, set by the optimisers of :mod:`metamask_ext.optim`.
 
     For each parameter of the node, in its order: whether it takes a step, what the optimiser keeps of it, the numbers of the step,
-    and the parameter itself.
+    and the parameter itself. ``streams`` are those on which nodes take their steps.
     """
 
     rule: raw.Rule
@@ -42,6 +43,7 @@ class Steps(NamedTuple):
     states: tuple[State | None, ...]
     settings: tuple[tuple[float, ...], ...]
     parameters: tuple[Tensor | None, ...]
+    streams: Streams
 
     def on(self, saved: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Arguments]:
         """The tensors to compute with, and the arguments ``updates, states, settings`` of the op that takes these steps.
@@ -49,6 +51,9 @@ class Steps(NamedTuple):
         Only a parameter whose saved tensor is its own memory takes its step, on the parameter itself. Hooks on saved tensors
         (off-loading, quantisation) may give back a copy: a step on that would be lost, so the parameter gets a gradient instead.
         """
+        weight = saved[0]
+        assert weight is not None
+        self.streams.note(weight)
         if all(map(operator.is_, saved, self.parameters)):
             return list(saved), (self.updates, self.states, self.settings)
         tensors, updates, states = list(saved), list(self.updates), list(self.states)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.gpu import DEVICES
 from support.linear_checks import inputs
-from support.samples import DEVICES, DTYPES, GATE_IDS, GATES
+from support.samples import DTYPES, GATE_IDS, GATES
 from support.step_checks import (
     EVERY,
     SETTINGS,
@@ -13,9 +14,9 @@ from support.step_checks import (
     check,
     descend,
     each_rule,
+    each_step,
     has_kernels,
     near,
-    on_this_device,
     state_of,
     tensors_of,
 )
@@ -25,19 +26,16 @@ from metamask_ext.ops.linear import raw as linear_raw
 from metamask_ext.ops.weight import raw as weight_raw
 from metamask_ext.ops.weight import reference as weight_reference
 
-each_step = pytest.mark.parametrize(
-    ("rule", "device"), [(rule, device) for rule in SETTINGS for device in DEVICES if on_this_device(rule, device)]
-)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
 @pytest.mark.every_device(emulated_if=has_kernels)
-@each_step
+@each_step(*SETTINGS)
 @each_dtype
 @pytest.mark.parametrize("gate", GATES[::2], ids=GATE_IDS[::2])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_a_step_of_every_parameter_of_masked_linear(shape, gate, dtype, rule, device):
-    check(*shape, gate, dtype, rule, True, device)
+def test_a_step_of_every_parameter_of_masked_linear(shape, gate, dtype, step, device):
+    check(*shape, gate, dtype, step, True, device)
 
 
 @pytest.mark.every_device
@@ -50,18 +48,18 @@ def test_a_step_without_momentum(shape, gate, dtype, device):
 
 
 @pytest.mark.every_device(emulated_if=has_kernels)
-@each_step
+@each_step(*SETTINGS)
 @each_dtype
 @pytest.mark.parametrize("updates", [(True, False), (False, True), (True, True)], ids=["weight", "mask", "both"])
-def test_masked_weight_updates_what_is_asked_for_and_gives_the_rest(updates, dtype, rule, device):
+def test_masked_weight_updates_what_is_asked_for_and_gives_the_rest(updates, dtype, step, device):
     generator = torch.Generator().manual_seed(1)
     g, w, m = (torch.randn(6, 2, 3, 5, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(3))
     g, w, m = (t.to(memory_format=torch.channels_last) for t in (g, w, m))
     before = [p.double().cpu().clone() for p in (w, m)]
-    states = [state_of(rule, p) if update else None for p, update in zip((w, m), updates)]
+    states = [state_of(step, p) if update else None for p, update in zip((w, m), updates)]
     exact = weight_reference.masked_weight_backward(g.double().cpu(), *before, SIGMOID, 0.5)
-    moved = [descend(rule, start, grad, state_of(rule, start), its)[0] for start, grad, its in zip(before, exact, SETTINGS[rule])]
-    got = weight_raw.UPDATES[rule](g, w, m, SIGMOID, 0.5, (True, True), updates, states, SETTINGS[rule][:2])
+    moved = [descend(step, start, grad, state_of(step, start), its)[0] for start, grad, its in zip(before, exact, SETTINGS[step])]
+    got = weight_raw.UPDATES[step](g, w, m, SIGMOID, 0.5, (True, True), updates, states, SETTINGS[step][:2])
     for p, start, grad, update, result, wanted in zip((w, m), before, exact, updates, got, moved):
         if update:
             assert result is None
@@ -72,13 +70,13 @@ def test_masked_weight_updates_what_is_asked_for_and_gives_the_rest(updates, dty
 
 
 @pytest.mark.every_device(emulated_if=has_kernels)
-@each_step
-def test_a_gradient_that_is_not_needed_is_not_given_and_does_not_move(rule, device):
+@each_step(*SETTINGS)
+def test_a_gradient_that_is_not_needed_is_not_given_and_does_not_move(step, device):
     x, w, m, b, bm, grad = inputs((3, 17), 9, torch.float32, device)
     start = m.clone()
     needs, updates = (False, True, False, False, True), (True, False, False, True)
-    states = [state_of(rule, p) if update else None for p, update in zip((w, m, b, bm), updates)]
-    got = linear_raw.UPDATES[rule](grad, x, w, m, b, bm, SIGMOID, 1.0, needs, updates, states, SETTINGS[rule])
+    states = [state_of(step, p) if update else None for p, update in zip((w, m, b, bm), updates)]
+    got = linear_raw.UPDATES[step](grad, x, w, m, b, bm, SIGMOID, 1.0, needs, updates, states, SETTINGS[step])
     assert got == (None,) * 5 and torch.equal(m, start)
 
 

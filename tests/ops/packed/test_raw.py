@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.closeness import assert_near
+from support.gpu import DEVICES
 from support.packed_checks import SHAPES, by_hand, check, expected, inputs
-from support.samples import DEVICES, DTYPES, offset, transposed, wider
+from support.samples import DTYPES, offset, transposed, wider
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
