@@ -20,8 +20,9 @@ from .copy_bandwidth import (
 from .layers import cnn, masked_linear, masked_weight
 from .meta import checkpoint_memory, fewshot_step, sine_step
 from .mixed_task import inference, mixed_task_linear, packed_forward
+from .models import bert_mini_step, resnet18_step, vit_tiny_step
 from .problem import Problem
-from .training import fused_step, resnet18_step
+from .training import fused_step
 
 BOTH = ("default", "tuned")
 """The settings of the allocator."""
@@ -103,6 +104,9 @@ def _cpu() -> list[Case]:
         *(("bfloat16-backward", f"{b}x{w}", partial(masked_linear, b, w, "backward", bfloat16, plain=False)) for b, w in FORWARD),
         ("resnet18-step", "16x64x64", partial(resnet18_step, 16, 64, False)),
         ("resnet18-fused-step", "16x64x64", partial(resnet18_step, 16, 64, True)),
+        ("resnet18-fused-step", "32x64x64", partial(resnet18_step, 32, 64, True)),
+        ("vit-tiny-fused-step", "32x128x128", partial(vit_tiny_step, 32, 128)),
+        ("bert-mini-fused-step", "32x128", partial(bert_mini_step, 32, 128)),
     ]
     quick = ("masked_linear-forward-32x1024", "masked_linear-fused-step-32x1024", "masked_linear-backward-32x1024")
     return [Case("cpu", measure, shape, build, f"{measure}-{shape}" in quick) for measure, shape, build in cases]

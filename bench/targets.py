@@ -211,6 +211,14 @@ TARGETS: dict[str, list[Target]] = {
         ),
         Target(f"{_RESNET}: torch.optim.SGD", "resnet18-step", ("16x64x64",), "metamask/dense", _both(1.45)),
         Target(f"{_RESNET}: FusedMaskedSGD", "resnet18-fused-step", ("16x64x64",), "metamask/dense", _both(1.2)),
+        *(
+            Target(f"{model} training step, batch 32: FusedMaskedSGD", measure, (shape,), "metamask/dense", {"tuned": 1.08})
+            for model, measure, shape in (
+                ("ResNet-18, 64x64,", "resnet18-fused-step", "32x64x64"),
+                ("ViT-tiny, 128x128,", "vit-tiny-fused-step", "32x128x128"),
+                ("BERT-mini, 128 tokens,", "bert-mini-fused-step", "32x128"),
+            )
+        ),
         Target(f"{_BFLOAT16}, forward", "bfloat16-forward", _shapes(FORWARD), "metamask/dense", _both(1.3)),
         Target(f"{_BFLOAT16}, forward and backward", "bfloat16-backward", _shapes(FORWARD), "metamask/dense", _both(1.3)),
     ],

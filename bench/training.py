@@ -1,8 +1,7 @@
-"""Problems of whole training steps: with the optimisers of :mod:`metamask_ext.optim`, and of a ResNet-18."""
+"""Problems of a layer's training step with the optimisers of :mod:`metamask_ext.optim`."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from metamask_ext import convert
 from metamask_ext.nn import MaskedLinear
 from metamask_ext.optim import FusedMaskedAdamW, FusedMaskedSGD
 
@@ -129,78 +126,3 @@ def _step(model: nn.Module, x: Tensor, gradient: Tensor, optimizer: str, fused: 
 def _exactly(make: Callable[[], nn.Module], x: Tensor, gradient: Tensor, optimizer: str) -> Work:
     """Makes the step in float64, by plain torch; built when called, so that nothing in float64 is alive before or after."""
     return lambda: _step(make().double(), x.double(), gradient.double(), optimizer, fused=False)()
-
-
-class _Mask(nn.Module):
-    """A mask as a parametrization: the way to mask an existing model in plain torch."""
-
-    def __init__(self, mask: Tensor):
-        super().__init__()
-        self.mask = nn.Parameter(mask)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * torch.sigmoid(self.mask)
-
-
-def resnet18_step(batch: int, size: int, fused: bool) -> Problem:
-    """Times a training step of torchvision's ResNet-18 on images of ``size x size`` pixels, with all its layers masked."""
-    from metamask_ext.data._torchvision import import_torchvision
-
-    import_torchvision()
-    from torchvision.models import resnet18
-
-    torch.manual_seed(SEED)
-    plain: nn.Module = resnet18(num_classes=10)
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
-
-    def dense() -> nn.Module:
-        return copy.deepcopy(plain)
-
-    def masked() -> nn.Module:
-        return convert(copy.deepcopy(plain), mask_init=2.0)
-
-    def eager() -> nn.Module:
-        model = copy.deepcopy(plain)
-        for module in list(model.modules()):
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                for name, parameter in list(module.named_parameters(recurse=False)):
-                    parametrize.register_parametrization(module, name, _Mask(torch.full_like(parameter, 2.0)))
-        return model
-
-    def step(model: nn.Module, images: Tensor, fused: bool) -> Work:
-        if fused:
-            descent = FusedMaskedSGD(model, LEARNING_RATE)
-            update: Callable[[Tensor], None] = descent.backward
-        else:
-            optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-
-            def update(loss: Tensor) -> None:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-
-        watched = [_shared_weight(model.get_submodule(name)) for name in ("conv1", "fc")]
-        before = [weight.detach().clone() for weight in watched]
-
-        def work() -> tuple[Tensor, ...]:
-            loss = F.cross_entropy(model(images), labels)
-            update(loss)
-            return (loss.detach(), *(weight.detach() - start for weight, start in zip(watched, before)))
-
-        return work
-
-    names = ("loss", "step of the first layer's weight", "step of the last layer's weight")
-    contenders = {}
-    for name, make, reference in ((METAMASK, masked, eager), ("eager", eager, eager), ("dense", dense, dense)):
-
-        def exact(make: Callable[[], nn.Module] = reference) -> tuple[Tensor, ...]:
-            return step(make().double(), images.double(), False)()
-
-        contenders[name] = Contender(step(make(), images, fused and name == METAMASK), exact, names)
-    missing = {"compiled": "compiling a ResNet-18 takes minutes on this machine"}
-    return Problem(contenders, 1, missing, tolerance=1e-2)
-
-
-def _shared_weight(layer: nn.Module) -> Tensor:
-    parameters = dict(layer.named_parameters())
-    return parameters["parametrizations.weight.original"] if parametrize.is_parametrized(layer) else parameters["weight"]

@@ -21,6 +21,8 @@ from metamask_ext.bench.cases import SUITES, Case
 SIZES = {
     "resnet18-step": (3, 32),
     "resnet18-fused-step": (3, 32),
+    "vit-tiny-fused-step": (3, 32, 1),
+    "bert-mini-fused-step": (3, 5, 1),
     "packed-forward": (3, 40, 5),
     "mixed-task-forward": (3, 2, 40),
     "mixed-task-backward": (3, 2, 40),

@@ -252,17 +252,17 @@ def _masked_linear_backward_bfloat16(make: Make) -> Case:
 
 def _weight_step(make: Make, rule: Rule, updates: tuple[bool, bool]) -> Case:
     """The arguments that no step changes; what a step changes is contiguous, and part of the result."""
-    names = [name for name, update in zip(("weight", "mask_logits"), updates) if not update]
-    updated = make.weights(*(name for name, update in zip(("weight", "mask_logits"), updates) if update))
+    names = ("weight", "mask_logits")
+    updated = make.weights(*(name for name, update in zip(names, updates) if update))
 
     def run(grad, **of):
         mine = contiguous(updated)
-        ordered = [{**of, **mine}[name] for name in ("weight", "mask_logits")]
+        ordered = [{**of, **mine}[name] for name in names]
         states = [state_of(rule, p) if update else None for p, update in zip(ordered, updates)]
         got = weight_raw.UPDATES[rule](grad, *ordered, *GATE, (True, True), updates, states, SETTINGS[rule][:2])
         return got, list(mine.values()), states
 
-    return run, make.weights("grad", *names)
+    return run, make.weights("grad", *(name for name in names if name not in updated))
 
 
 def _linear_step(make: Make, rule: Rule, updates: tuple[bool, bool, bool, bool]) -> Case:
@@ -388,7 +388,6 @@ RAW: dict[str, Callable[[Make], Case]] = {
     "masked_weight_backward_sgd_ mask": lambda make: _weight_step(make, "sgd", (False, True)),
     "masked_weight_backward_sgd_ both": lambda make: _weight_step(make, "sgd", (True, True)),
     "masked_weight_backward_adamw_ weight": lambda make: _weight_step(make, "adamw", (True, False)),
-    "masked_weight_backward_adamw_ mask": lambda make: _weight_step(make, "adamw", (False, True)),
     "masked_weight_list": _masked_weight_list,
     "masked_weight_list_backward": _masked_weight_list_backward,
     "masked_weight_list_double_backward": _masked_weight_list_double_backward,
