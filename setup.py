@@ -27,7 +27,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "metamask_ext"
 MINIMUM_TORCH = (2, 11)
-DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0")
+DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 PROBE = """
 import json, os, torch

@@ -184,12 +184,14 @@ void run_block(uint3 index) {
   machine.warps.assign(machine.count / 32, Warp{});
   machine.ready.clear();
   start_shared_memory(machine.launch->shared_bytes);
+  start_block_of_atomics();
   for (int i = 0; i < machine.count; ++i) {
     Thread& thread = *machine.threads[i];
     const unsigned number = unsigned(i);
     thread.number = i;
     thread.index = {number % size.x, number / size.x % size.y, number / size.x / size.y};
     thread.copies = {};
+    thread.fences = {};
     prepare(thread);
     wake(thread);
   }
@@ -241,6 +243,7 @@ void run(const Launch& launch) {
   gridDim = launch.grid;
   blockDim = launch.block;
   forget_cached_buffers();
+  start_launch_of_atomics();
   const FaultCatcher faults;
   try {
     check_limits(launch);

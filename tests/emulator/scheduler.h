@@ -11,6 +11,7 @@
 #include <string>
 
 #include "async.h"
+#include "atomics.h"
 #include "warp.h"
 
 namespace cuda_on_cpu {
@@ -42,6 +43,7 @@ struct Thread {
   State state;
   Location where;  // it waits
   AsyncCopies copies;
+  Fences fences;
   char* stack = nullptr;
   void* stack_pointer = nullptr;
 

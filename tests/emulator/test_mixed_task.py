@@ -60,3 +60,17 @@ def test_a_slot_that_is_no_tasks_ends_the_kernel():
     batch = Batch(((3,), 1, 8, 4, [0, 6, 1]))
     with pytest.raises(RuntimeError, match="assertion failed: task >= 0"):
         mixed_task_raw.task_masked_linear(*batch.arguments(GATES[0]))
+
+
+def test_the_newer_setting_of_tf32():
+    """torch no longer answers by the older setting then."""
+    arguments = Batch(CASES["several windows"], torch.float32).arguments(GATES[0])
+    exact = mixed_task_raw.task_masked_linear(*arguments)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        rounded = mixed_task_raw.task_masked_linear(*arguments)
+    finally:
+        matmul.fp32_precision = before
+    assert 0 < (rounded - exact).abs().max() <= 2**-8 * exact.abs().max()
