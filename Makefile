@@ -46,7 +46,7 @@ test: $(VENV)/.test  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
 CORE := $(filter-out %/test_instruction_sets.py,$(wildcard tests/ops/test_*.py tests/ops/*/test_*.py)) \
-        tests/nn/test_layers.py tests/test_optim.py tests/test_optim_graphs.py
+        tests/nn/test_layers.py tests/test_optim.py tests/test_optim_adamw.py tests/test_optim_graphs.py
 
 # Left out are the tests marked `once`, which neither the set nor the threads can change, and those of the CUDA kernels, `emulated`.
 test-instruction-sets: $(VENV)/.test  ## the core tests on every instruction set of this machine, with one thread and with two

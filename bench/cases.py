@@ -90,6 +90,7 @@ def _core() -> list[Case]:
 FORWARD = ((8, 1024), (32, 1024), (256, 1024), (8, 2048), (64, 2048), (8, 4096), (128, 4096))
 TRAINING = (*FORWARD, (1, 2048), (1024, 1024))
 BATCH_1 = ((1, 1024), (1, 2048))
+ADAMW = ((8, 1024), (32, 1024), (256, 1024), (32, 4096))
 
 
 def _cpu() -> list[Case]:
@@ -97,6 +98,7 @@ def _cpu() -> list[Case]:
     cases = [
         *(("masked_linear-forward", f"{b}x{w}", partial(masked_linear, b, w, "forward")) for b, w in (*FORWARD, *BATCH_1)),
         *(("masked_linear-fused-step", f"{b}x{w}", partial(fused_step, b, w)) for b, w in TRAINING),
+        *(("masked_linear-fused-adamw-step", f"{b}x{w}", partial(fused_step, b, w, optimizer="AdamW")) for b, w in ADAMW),
         *(("masked_linear-backward", f"{b}x{w}", partial(masked_linear, b, w, "backward")) for b, w in (*TRAINING, *SMALL)),
         *(("bfloat16-forward", f"{b}x{w}", partial(masked_linear, b, w, "forward", bfloat16, plain=False)) for b, w in FORWARD),
         *(("bfloat16-backward", f"{b}x{w}", partial(masked_linear, b, w, "backward", bfloat16, plain=False)) for b, w in FORWARD),

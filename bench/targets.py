@@ -8,7 +8,21 @@ from dataclasses import dataclass
 import torch
 
 from . import floors, grid
-from .cases import BANK_TASKS, BATCH_1, BOTH, FEW_TASKS, FEWSHOT, FORWARD, INFERENCE, MIXED_TASK, PACKED, SINE, SMALL, TRAINING
+from .cases import (
+    ADAMW,
+    BANK_TASKS,
+    BATCH_1,
+    BOTH,
+    FEW_TASKS,
+    FEWSHOT,
+    FORWARD,
+    INFERENCE,
+    MIXED_TASK,
+    PACKED,
+    SINE,
+    SMALL,
+    TRAINING,
+)
 from .problem import METAMASK
 from .results_json import Results, Row
 
@@ -122,6 +136,7 @@ def _shapes(sizes: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:
 
 
 _FORWARD, _STEP = "forward, no gradient", "step: FusedMaskedSGD, against torch.optim.SGD"
+_ADAMW_STEP = "step: FusedMaskedAdamW, against torch.optim.AdamW(fused=True)"
 _BACKWARD, _RESNET = "forward and backward, gradients written", "ResNet-18 training step, batch 16, 64x64"
 _BFLOAT16, _SHARE = "bfloat16", "forward, share of copy bandwidth"
 _SQUARE, _SMALL, _MIXED = ("4096x4096", "8192x8192"), ("1x4096", "8x4096", "16x4096"), ("64x4096x64",)
@@ -185,6 +200,9 @@ TARGETS: dict[str, list[Target]] = {
         Target(_STEP, "masked_linear-fused-step", _shapes(TRAINING), "metamask/dense", _both(0.8)),
         Target(_STEP, "masked_linear-fused-step", _shapes(TRAINING), "metamask/dense", _both(1.1), each=True),
         Target(_STEP, "masked_linear-fused-step", _shapes(TRAINING), "compiled/metamask", {"default": 2.0, "tuned": 1.5}),
+        # The bytes of a weight: 56, twice W, M and their four means; of a dense one 40, W twice, its gradient, and AdamW's seven.
+        Target(_ADAMW_STEP, "masked_linear-fused-adamw-step", _shapes(ADAMW), "metamask/dense", _both(1.15)),
+        Target(_ADAMW_STEP, "masked_linear-fused-adamw-step", _shapes(ADAMW), "metamask/dense", _both(1.54), each=True),
         Target(_BACKWARD, "masked_linear-backward", _shapes(TRAINING), "metamask/dense", _both(1.35)),
         Target(_BACKWARD, "masked_linear-backward", _shapes(TRAINING), "compiled/metamask", {"default": 1.3, "tuned": 1.2}),
         Target("batch 1, forward", "masked_linear-forward", _shapes(BATCH_1), "metamask/dense", _both(2.4), each=True),

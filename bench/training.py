@@ -1,18 +1,29 @@
-"""Problems of a layer's training step with :class:`metamask_ext.optim.FusedMaskedSGD`."""
+"""Problems of a layer's training step with the optimisers of :mod:`metamask_ext.optim`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metamask_ext.nn import MaskedLinear
-from metamask_ext.optim import FusedMaskedSGD
+from metamask_ext.optim import FusedMaskedAdamW, FusedMaskedSGD
 
 from .problem import LEARNING_RATE, METAMASK, SEED, Contender, Layer, Problem, Work, gradient_of
+
+Optimizer = Callable[..., Any]
+OPTIMIZERS: dict[str, tuple[Optimizer, Optimizer, dict[str, Any]]] = {
+    "SGD": (FusedMaskedSGD, torch.optim.SGD, {"lr": LEARNING_RATE}),
+    # A small eps would make a first step of the rounding of a gradient near zero, and the check of the results depend on it.
+    "AdamW": (FusedMaskedAdamW, torch.optim.AdamW, {"lr": LEARNING_RATE, "eps": 1e-3, "weight_decay": 0.0}),
+}
+"""Ours, torch's and the settings of both."""
+FUSED = {"SGD": {}, "AdamW": {"fused": True}}
+"""The options with which torch's own is fastest."""
 
 
 class EagerLinear(nn.Module):
@@ -27,12 +38,18 @@ class EagerLinear(nn.Module):
 
 
 def fused_step(
-    batch: int, width: int, dtype: torch.dtype = torch.float32, device: str = "cpu", *, outputs: int | None = None
+    batch: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    outputs: int | None = None,
+    optimizer: str = "SGD",
 ) -> Problem:
-    """Times a step of SGD on one linear layer inside a network, of as many outputs as inputs if ``outputs`` is None.
+    """Times a step on one linear layer inside a network, of as many outputs as inputs if ``outputs`` is None.
 
-    Metamask updates W and M inside the backward; the others store gradients and call ``torch.optim.SGD``. All compute the gradient
-    of the input too.
+    Metamask updates W and M inside the backward; the others store gradients and call torch's optimiser. All compute the gradient of
+    the input too.
     """
     generator = torch.Generator().manual_seed(SEED)
     outputs = outputs or width
@@ -73,16 +90,17 @@ def fused_step(
         ("compiled", compiled, eager),
         ("dense", dense, dense),
     ):
-        work = _step(make(), x, gradient, fused=name == METAMASK)
-        contenders[name] = Contender(work, _exactly(plain, x, gradient), names[: 3 if name == "dense" else 4])
+        work = _step(make(), x, gradient, optimizer, fused=name == METAMASK)
+        contenders[name] = Contender(work, _exactly(plain, x, gradient, optimizer), names[: 3 if name == "dense" else 4])
     return Problem(contenders, max(batch, width, outputs), dtype=dtype, layer=Layer(x, weight, mask, gradient))
 
 
-def _step(model: nn.Module, x: Tensor, gradient: Tensor, fused: bool) -> Work:
+def _step(model: nn.Module, x: Tensor, gradient: Tensor, optimizer: str, fused: bool) -> Work:
     x = x.clone().requires_grad_()
     parameters = list(model.parameters())
+    ours, theirs, settings = OPTIMIZERS[optimizer]
     if fused:
-        descent = FusedMaskedSGD(model, LEARNING_RATE)
+        descent = ours(model, **settings)
 
         def step() -> tuple[Tensor, ...]:
             x.grad = None
@@ -91,7 +109,7 @@ def _step(model: nn.Module, x: Tensor, gradient: Tensor, fused: bool) -> Work:
             return (output, gradient_of(x), *parameters)
 
         return step
-    optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)
+    plain = theirs(parameters, **settings, **FUSED[optimizer])
 
     def plain_step() -> tuple[Tensor, ...]:
         x.grad = None
@@ -99,12 +117,12 @@ def _step(model: nn.Module, x: Tensor, gradient: Tensor, fused: bool) -> Work:
             parameter.grad = None
         output = model(x)
         output.backward(gradient)
-        optimizer.step()
+        plain.step()
         return (output, gradient_of(x), *parameters)
 
     return plain_step
 
 
-def _exactly(make: Callable[[], nn.Module], x: Tensor, gradient: Tensor) -> Work:
+def _exactly(make: Callable[[], nn.Module], x: Tensor, gradient: Tensor, optimizer: str) -> Work:
     """Makes the step in float64, by plain torch; built when called, so that nothing in float64 is alive before or after."""
-    return lambda: _step(make().double(), x.double(), gradient.double(), fused=False)()
+    return lambda: _step(make().double(), x.double(), gradient.double(), optimizer, fused=False)()

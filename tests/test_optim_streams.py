@@ -1,4 +1,4 @@
-"""FusedMaskedSGD with the forward on one stream and the backward under another: the step is done before what comes after reads.
+"""Fused optimisers with the forward on one stream and the backward under another: the step is done before what comes after reads.
 
 Here streams only note who waits for whom; on a GPU a kernel that sleeps stands in front of the update.
 """
@@ -9,9 +9,9 @@ import copy
 
 import pytest
 import torch
+from support.fused_steps import each_kind
 from support.gpu import DEVICES, SLEEP, captured, needs_gpu
 from support.profiling import metamask_ops
-from support.sgd_steps import FUSED
 from support.streams import Recorder
 
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
@@ -32,7 +32,8 @@ def weight(device="cpu"):
     return MaskedConv2d(2, 4, 3, groups=2, device=device), torch.randn(2, 2, 4, 4, device=device)
 
 
-MODELS = {"linear": (linear, FUSED[0]), "product": (product_with_patches, FUSED[0]), "weight": (weight, FUSED[1])}
+# And the place of the op among those of an optimiser.
+MODELS = {"linear": (linear, 0), "product": (product_with_patches, 0), "weight": (weight, 1)}
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -40,10 +41,10 @@ each_model = pytest.mark.parametrize("name", MODELS)
 def stepping(monkeypatch):
     """A function that takes a step whose nodes run on stream A while its caller is on B, and returns what happens in order."""
 
-    def run(model, x, fail=False):
+    def run(model, x, make=FusedMaskedSGD, fail=False):
         log = []
         recorder = Recorder(monkeypatch, log)
-        optimizer = FusedMaskedSGD(model, 0.1)
+        optimizer = make(model, 0.1)
         optimizer.register_step_pre_hook(lambda *_: log.append("step"))
         loss = model(x).square().sum()
         backward = torch.autograd.backward
@@ -69,11 +70,13 @@ def stepping(monkeypatch):
     return run
 
 
+@each_kind
 @each_model
-def test_the_callers_stream_waits_before_anything_else_reads(stepping, name):
-    make, op = MODELS[name]
+def test_the_callers_stream_waits_before_anything_else_reads(stepping, name, kind):
+    make, place = MODELS[name]
     found = []
-    assert op.removeprefix("metamask::") in metamask_ops(lambda: found.extend(stepping(*make())))
+    ops = metamask_ops(lambda: found.extend(stepping(*make(), kind.ours)))
+    assert kind.ops[place].removeprefix("metamask::") in ops
     assert found == ["backward", "B waits for A", "step"]
 
 

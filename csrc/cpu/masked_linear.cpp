@@ -151,6 +151,9 @@ struct CpuLinear : Cpu {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(metamask, CPU, library) { MaskedLinear<CpuLinear>::register_in(library); }
+TORCH_LIBRARY_IMPL(metamask, CPU, library) {
+  MaskedLinear<CpuLinear>::register_in(library);
+  MaskedLinear<CpuLinear>::register_adamw_in(library);
+}
 
 }  // namespace metamask::cpu

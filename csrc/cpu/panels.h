@@ -151,6 +151,8 @@ inline Sink at_element(const Sink& sink, int64_t element, int64_t bytes) {
   moved.gradient = at_element(sink.gradient, element, bytes);
   moved.parameter = at_element(sink.parameter, element, bytes);
   moved.momentum_buffer = at_element(sink.momentum_buffer, element, bytes);
+  moved.exp_avg = at_element(sink.exp_avg, element, bytes);
+  moved.exp_avg_sq = at_element(sink.exp_avg_sq, element, bytes);
   return moved;
 }
 

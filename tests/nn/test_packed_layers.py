@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+from support.fused_steps import each_kind
 from support.gpu import DEVICES
 from support.mixed_task_models import MIXED, MODELS, alone, compare, make
 from support.models import assert_same_gradients, gradients, mlp, randomize_masks
@@ -17,7 +18,6 @@ from metamask_ext import add_task, convert, merge, remove_task, slots, tasks, us
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
 from metamask_ext.nn.masked_layer import MaskedLayer
 from metamask_ext.nn.tasks import pack_task
-from metamask_ext.optim import FusedMaskedSGD
 
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -209,9 +209,10 @@ class TestStateDict:
 
 
 class TestTraining:
-    def test_the_optimiser_lets_go_of_a_packed_tasks_masks_and_goes_on(self):
+    @each_kind
+    def test_the_optimiser_lets_go_of_a_packed_tasks_masks_and_goes_on(self, kind):
         model, x = make("mlp")
-        optimizer = FusedMaskedSGD(model, 0.1, momentum=0.9)
+        optimizer = kind.ours(model, **kind.settings)
         with using_task(model, "b"):
             optimizer.backward(model(x).square().sum())
         pack_task(model, "b")

@@ -7,7 +7,7 @@ import torch
 from support.blas import through_blas as through_blas  # a fixture
 from support.linear_checks import check, inputs
 from support.samples import DTYPES, GATE_IDS, GATES
-from support.sgd_checks import check as check_step
+from support.step_checks import check as check_step
 
 from metamask_ext import masked_linear, products
 from metamask_ext.ops.gate import SIGMOID
@@ -39,10 +39,10 @@ def test_output_and_gradients_equal_the_reference(shape, dtypes, gate):
 
 @each_gate
 @each_dtype
-@pytest.mark.parametrize("momentum", [False, True], ids=["no momentum", "momentum"])
-def test_a_step_of_every_parameter(momentum, dtypes, gate):
+@pytest.mark.parametrize("step", [("sgd", False), ("sgd", True), ("adamw", True)], ids=["no momentum", "momentum", "adamw"])
+def test_a_step_of_every_parameter(step, dtypes, gate):
     dtype, mask_dtype = dtypes
-    check_step((40, 96), 1134, gate, dtype, momentum, mask_dtype=mask_dtype)
+    check_step((40, 96), 1134, gate, dtype, *step, mask_dtype=mask_dtype)
 
 
 def test_each_gradient_alone_equals_all_together():
