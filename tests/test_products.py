@@ -205,7 +205,7 @@ def test_the_model_is_made_from_the_cache_by_which_panels_are_cut(monkeypatch):
 
 
 def _second_level_cache() -> int:
-    """What the system says, or 1 MiB where it says nothing."""
+    """The size that the system knows, or 1 MiB where it knows none."""
     if shutil.which("getconf") is None:
         pytest.skip("there is no getconf")
     ran = subprocess.run(["getconf", "LEVEL2_CACHE_SIZE"], capture_output=True, text=True)
