@@ -210,7 +210,7 @@ def install_default() -> None:
 
 
 def through_blas(pass_: Pass, dtype: torch.dtype, batch: int, in_features: int, out_features: int) -> bool:
-    """True if a pass over a weight of this size goes through BLAS now; ``dtype`` is that of the product."""
+    """Tell if a pass over a weight of this size goes through BLAS now; ``dtype`` is that of the product."""
     module = _compiled()
     return bool(module.through_blas(getattr(module.Pass, pass_), dtype, batch, in_features, out_features))
 
