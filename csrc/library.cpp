@@ -8,6 +8,7 @@
 #include <torch/version.h>
 
 #include "cpu/capability.h"
+#include "cpu/panels.h"
 #include "cpu/products.h"
 
 TORCH_LIBRARY(metamask, m) {
@@ -220,5 +221,6 @@ PYBIND11_MODULE(_C, m) {
         "Replaces the table that csrc/cpu/products.h describes.");
   m.def("through_blas", &metamask::cpu::through_blas, arg("pass"), arg("type"), arg("batch"), arg("in_features"),
         arg("out_features"), "Whether a product of this size goes through BLAS.");
+  m.def("second_level_cache", &metamask::cpu::second_level_cache, "The bytes of the second-level cache, by which panels are cut.");
   m.def("build_info", &metamask::build_info, "What this binary was built for and runs with.");
 }

@@ -9,10 +9,12 @@ same bits.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -31,6 +33,8 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 """The types of products; float16, and bfloat16 on processors that do not multiply it, are multiplied as float32."""
 FORMAT = 1
 LARGEST = 1 << 40
+MOST_LINES = 10_000
+"""A product of a large batch looks at every line."""
 _FILE = Path(__file__).with_name("products.json")
 # x may be this many times as large as the second-level cache before BLAS is taken, where nothing was measured: of AMD Zen 4, whose
 # panels and BLAS are equally fast in cache.
@@ -81,22 +85,31 @@ def processor() -> Processor:
     """Describe the processor as ``/proc/cpuinfo`` does; vendor ``platform.machine()`` and family 0 where there is none."""
     vendor, family = platform.machine(), 0
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        key, _, value = (part.strip() for part in line.partition(":"))
-        if key == "vendor_id":
-            vendor = value
-        elif key == "cpu family":
-            family = int(value)
-            break
+    if info.exists():
+        with info.open() as lines:
+            for line in lines:
+                key, _, value = (part.strip() for part in line.partition(":"))
+                if key == "vendor_id":
+                    vendor = value
+                elif key == "cpu family":
+                    family = int(value)
+                    break
     return Processor(vendor, family, _compiled().build_info()["cpu_capability"])
 
 
 def machine_file() -> Path:
-    """The file that ``metamask tune`` writes: variable ``METAMASK_PRODUCTS``, else in the user's folder of settings."""
+    """The file that ``metamask tune`` writes: variable ``METAMASK_PRODUCTS``, else this processor's in the user's settings.
+
+    One folder may serve several machines, and one machine several instruction sets (``METAMASK_CPU_CAPABILITY``).
+
+    Raises:
+        RuntimeError: nothing says where that folder is (``HOME`` is not set, and the user is unknown).
+    """
     named = os.environ.get("METAMASK_PRODUCTS")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "metamask_ext" / "products.json"
+    name = re.sub(r"[^\w.]+", "_", " ".join(map(str, processor())), flags=re.ASCII)
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "metamask_ext" / f"products_{name}.json"
 
 
 def known_table() -> Table:
@@ -107,7 +120,7 @@ def known_table() -> Table:
             if "lines" in entry:
                 return Table(entry["name"], tuple(Line(*line) for line in entry["lines"]))
             caches = entry["caches"]
-    return modelled_table(_second_level_cache(), caches)
+    return modelled_table(_compiled().second_level_cache(), caches)
 
 
 def modelled_table(cache_bytes: int, caches: Mapping[Pass, float] = _CACHES) -> Table:
@@ -134,9 +147,14 @@ def read_table(path: Path) -> Table:
             raise ValueError(f"format must be {FORMAT}")
         if value.get("processor") != list(processor()):
             raise ValueError(f"it was measured on {value.get('processor')}, this is {list(processor())}")
+        if len(value["lines"]) > MOST_LINES:
+            raise ValueError(f"{len(value['lines']):,} lines, at most {MOST_LINES:,} are read")
         table = Table(str(path), tuple(_line(line) for line in value["lines"]), _number(value["task_rows"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is no table of products for this machine ({error}): run 'metamask tune' again") from error
+        raise ValueError(
+            f"{str(path)!r} is no table of products for this machine ({error}): remove it, or unset METAMASK_PRODUCTS if "
+            "that names it, and run 'metamask tune' again"
+        ) from error
     return table
 
 
@@ -167,7 +185,7 @@ def install(table: Table) -> None:
 
 @contextmanager
 def using_table(table: Table) -> Iterator[None]:
-    """Use ``table`` inside, in all threads of the process."""
+    """Use ``table`` inside, in all threads of the process. Two threads must not do this at once: each puts back what it found."""
     before = _current
     install(table)
     try:
@@ -184,14 +202,26 @@ def install_default() -> None:
     """
     if BACKEND == "reference":
         return
-    path = machine_file()
-    install(read_table(path) if path.exists() or os.environ.get("METAMASK_PRODUCTS") else known_table())
+    named = os.environ.get("METAMASK_PRODUCTS")
+    if named and not os.path.lexists(named):
+        why = "METAMASK_PRODUCTS names a file that is not there: unset it, and write one with 'metamask tune --out FILE'"
+        raise FileNotFoundError(errno.ENOENT, why, named)
+    install(read_table(Path(named)) if named else _machine_table() or known_table())
 
 
 def through_blas(pass_: Pass, dtype: torch.dtype, batch: int, in_features: int, out_features: int) -> bool:
     """Tell if a pass over a weight of this size goes through BLAS now; ``dtype`` is that of the product."""
     module = _compiled()
     return bool(module.through_blas(getattr(module.Pass, pass_), dtype, batch, in_features, out_features))
+
+
+def _machine_table() -> Table | None:
+    """The table in the user's folder of settings; None if there is none, or no folder that this process may look into."""
+    try:
+        path = machine_file()
+    except RuntimeError:  # a user without a home, as in many containers, has no settings either
+        return None
+    return read_table(path) if os.path.exists(path) else None
 
 
 def _compiled() -> ModuleType:
@@ -211,12 +241,6 @@ def _number(value: object) -> int:
     if type(value) is not int or not 0 < value <= LARGEST:
         raise ValueError(f"numbers must be integers from 1 to 2**40, got {value!r:.100}")
     return value
-
-
-def _second_level_cache() -> int:
-    names = os.sysconf_names
-    size = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in names else 0
-    return size if size > 0 else 1 << 20
 
 
 _current = PANELS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -103,8 +104,9 @@ def test_a_table_survives_its_file(tmp_path):
         ({"lines": [["forward", "float32", 1, 1, 0, 1]]}, "integers"),
         ({"lines": 3}, "no table"),
         ({"task_rows": 0}, "integers"),
+        ({"lines": [["forward", "float32", 1, 1, 1, 1]] * 10_001}, "10,001 lines, at most 10,000"),
     ],
-    ids=["format", "processor", "pass", "type", "short", "fraction", "zero", "no list", "task rows"],
+    ids=["format", "processor", "pass", "type", "short", "fraction", "zero", "no list", "task rows", "long"],
 )
 def test_a_file_that_is_no_table_is_refused_by_name(tmp_path, change, says):
     path = tmp_path / "table.json"
@@ -112,7 +114,7 @@ def test_a_file_that_is_no_table_is_refused_by_name(tmp_path, change, says):
     before = products.current()
     with pytest.raises(ValueError, match=says) as caught:
         read_table(path)
-    assert str(path) in str(caught.value) and "metamask tune" in str(caught.value)
+    assert str(path) in str(caught.value) and "remove it" in str(caught.value) and "metamask tune" in str(caught.value)
     assert products.current() == before
 
 
@@ -145,7 +147,7 @@ def test_two_processes_with_one_file_give_the_same_bits(tmp_path):
 @pytest.mark.once
 def test_a_named_file_that_is_not_there_is_an_error(tmp_path):
     ran = _run(tmp_path / "absent.json")
-    assert ran.returncode != 0 and "absent.json" in ran.stderr
+    assert ran.returncode != 0 and "absent.json" in ran.stderr and "METAMASK_PRODUCTS names a file that is not there" in ran.stderr
 
 
 def test_the_default_is_the_machines_file_else_the_packages_table(tmp_path, monkeypatch):
@@ -154,11 +156,60 @@ def test_the_default_is_the_machines_file_else_the_packages_table(tmp_path, monk
     with using_table(PANELS):
         products.install_default()
         assert products.current() == products.known_table() and products.current().lines
-        path = tmp_path / "metamask_ext" / "products.json"
+        path = products.machine_file()
+        assert path.is_relative_to(tmp_path)
         path.parent.mkdir()
         path.write_text(json.dumps(products.as_json(ONE)))
         products.install_default()
         assert products.current().source == str(path)
+
+
+def test_the_file_of_another_processor_in_a_shared_folder_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("METAMASK_PRODUCTS", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    here = products.machine_file()
+    here.parent.mkdir()
+    here.write_text(json.dumps(products.as_json(ONE)))
+    for other in (products.processor()._replace(capability="avx"), products.Processor("../Some Vendor", 1, "default")):
+        monkeypatch.setattr(products, "processor", lambda other=other: other)
+        assert products.machine_file().parent == here.parent and products.machine_file() != here
+        with using_table(PANELS):
+            products.install_default()
+            assert products.current() == products.known_table()
+
+
+@pytest.mark.parametrize("hides", ["no home", "unreadable home"])
+def test_where_no_folder_of_settings_can_be_found_the_packages_table_is_used(tmp_path, monkeypatch, hides):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("METAMASK_PRODUCTS", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if hides == "no home":
+        monkeypatch.setattr(products.Path, "home", no_home)
+    else:  # as root, who may look into any folder, a name that is too long stands for one that may not be looked into
+        monkeypatch.setenv("HOME", str(tmp_path / ("x" * 300)))
+    with using_table(PANELS):
+        products.install_default()
+        assert products.current() == products.known_table()
+
+
+def test_the_model_is_made_from_the_cache_by_which_panels_are_cut(monkeypatch):
+    class Compiled:
+        second_level_cache = staticmethod(lambda: 3 << 20)
+
+    assert products._compiled().second_level_cache() == _second_level_cache()
+    monkeypatch.setattr(products, "processor", lambda: products.Processor("of nobody", 0, "avx2"))
+    monkeypatch.setattr(products, "_compiled", lambda: Compiled)
+    assert products.known_table() == modelled_table(3 << 20)
+
+
+def _second_level_cache() -> int:
+    """The size that the system knows, or 1 MiB where it knows none."""
+    if shutil.which("getconf") is None:
+        pytest.skip("there is no getconf")
+    ran = subprocess.run(["getconf", "LEVEL2_CACHE_SIZE"], capture_output=True, text=True)
+    return int(ran.stdout.strip() or 0) or 1 << 20
 
 
 def test_experiments_compute_by_panels_on_every_processor():
@@ -174,7 +225,7 @@ def test_a_loop_says_when_it_goes_on_under_another_table(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             new_loop(tmp_path).run(2)
-    with using_table(PANELS), pytest.warns(UserWarning, match=f"table of products {ONE.digest}"):
+    with using_table(PANELS), pytest.warns(UserWarning, match=f"table of products '{ONE.digest}'"):
         new_loop(tmp_path).run(3)
 
 
@@ -184,7 +235,8 @@ def test_tune_measures_and_writes_the_file(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "table.json"
     ran = CliRunner().invoke(app.app, ["tune", "--out", str(path), "--threads", "1", "--dtype", "float32"])
     assert ran.exit_code == 0, ran.output
-    lines = read_table(path).lines
+    lines, left = read_table(path).lines[:2], read_table(path).lines[2:]
+    assert left == tuple(line for line in products.known_table().lines if line.dtype != "float32") and left
     assert [line[:5] for line in lines] == [("forward", "float32", 1, 256, 256), ("backward", "float32", 1, 256, 256)]
     assert all(line.rows in (1, 2, LARGEST) for line in lines) and ran.stdout.count("256 -> 256") == 2
     assert f"METAMASK_PRODUCTS={path}" in ran.stdout
@@ -202,3 +254,20 @@ def test_tune_finds_where_blas_begins_to_win(monkeypatch):
 def test_tune_refuses_an_unknown_type():
     ran = CliRunner().invoke(app.app, ["tune", "--dtype", "float16"])
     assert ran.exit_code == 2 and "--dtype must be one of float64, float32" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--out", "{}"], 1, "it is a folder"),
+        (["--out", "{}/file/table.json"], 1, "must be a folder that can be written"),
+        (["--threads", "100000000000"], 2, "--threads must be at most"),
+    ],
+    ids=["a folder", "in a file", "threads"],
+)
+def test_tune_refuses_what_it_cannot_do_before_it_measures(tmp_path, monkeypatch, options, code, says):
+    monkeypatch.setattr(app, "tune", lambda *of: pytest.fail("it measured"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "file").touch()
+    ran = CliRunner().invoke(app.app, ["tune", *(option.format(tmp_path) for option in options)])
+    assert ran.exit_code == code and says in ran.stderr, ran.output

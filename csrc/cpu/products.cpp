@@ -41,7 +41,8 @@ void set_products(const std::vector<ProductLine>& lines, int64_t task_rows) {
     table->fewest_rows = std::min(table->fewest_rows, rows);
   }
   static std::mutex mutex;
-  static std::vector<std::unique_ptr<const Table>> kept;
+  // Never destroyed: a thread that outlives main may still be reading a table.
+  static auto& kept = *new std::vector<std::unique_ptr<const Table>>;
   const std::lock_guard lock(mutex);
   published = table.get();
   kept.push_back(std::move(table));

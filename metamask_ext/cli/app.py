@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..experiments.catalogue import run as run_experiment
 from ..experiments.engine.settings import as_json, to_toml
 from ..experiments.report import report as write_report
 from ..experiments.suite import run_all
-from ..files.atomic import write_atomic
+from ..files.atomic import prepare_folder, write_atomic
 from ..files.errors import OutputError
 from ..tuning import tune
 from .bank import app as bank
@@ -164,7 +165,10 @@ def tune_products(
     threads: Annotated[
         list[int] | None, typer.Option(help="Numbers of threads; by default 1 and torch's.", show_default=False, min=1)
     ] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="Types of products; by default all.", show_default=False)] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="Types of products; by default all. Others keep the package's lines.", show_default=False),
+    ] = None,
 ) -> None:
     """Measure from which batch on BLAS beats the kernels' own products here, and write the table. About ten minutes, alone."""
     if build_info()["backend"] == "reference":
@@ -172,8 +176,16 @@ def tune_products(
     known = [name for name in products.DTYPES if name != "bfloat16" or build_info()["cpu_capability"] == "avx512_bf16"]
     if unknown := [name for name in dtype or () if name not in known]:
         fail(f"--dtype must be one of {', '.join(known)} on this processor, got {unknown[0]!r}", 2)
-    counts = threads or sorted({1, torch.get_num_threads()})
-    path = out or products.machine_file()
+    counts = sorted(set(threads or (1, torch.get_num_threads())))
+    if threads and max(threads) > (cores := os.cpu_count() or 1):
+        fail(f"--threads must be at most {cores}, the processors here, got {max(threads)}", 2)
+    try:
+        path = out or products.machine_file()
+        prepare_folder(path.parent)
+    except RuntimeError as error:
+        fail(error)
+    if path.is_dir():
+        fail(f"cannot write {str(path)!r}: it is a folder")
 
     def report(line: products.Line, ratio: float) -> None:
         never = line.rows == products.LARGEST
@@ -182,13 +194,14 @@ def tune_products(
             + ("panels" if never else f"BLAS from {line.rows} rows (time / panels: {ratio:.2f})")
         )
 
-    table = tune(counts, dtype or known, report)
+    measured = dtype or known
+    table = tune(counts, measured, report)
+    left = [line for line in products.known_table().lines if line.dtype not in measured]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(products.as_json(table), indent=1).encode() + b"\n")
-    except OSError as error:
-        fail(f"cannot write {str(path)!r}: {error.strerror}")
-    typer.echo(f"wrote {path}" + ("" if path == products.machine_file() else f"; METAMASK_PRODUCTS={path} uses it"))
+        write_atomic(path, json.dumps(products.as_json(table._replace(lines=(*table.lines, *left))), indent=1).encode() + b"\n")
+    except OutputError as error:
+        fail(error)
+    typer.echo(f"wrote {path}" + ("" if out is None else f"; METAMASK_PRODUCTS={path} uses it"))
 
 
 def main() -> None:

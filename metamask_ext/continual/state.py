@@ -106,7 +106,7 @@ class Checks:
             self._refuse(f"products must be a string, got {digest!r:.100}")
         if digest not in (None, current().digest):
             warnings.warn(
-                f"{str(self.path)!r} was written under the table of products {digest:.20}, this process uses "
+                f"{str(self.path)!r} was written under the table of products {digest!r:.20}, this process uses "
                 f"{current().digest} ({current().source}): large batches may differ from an unbroken run in the last bits. "
                 "METAMASK_PRODUCTS names the file of the table to use",
                 stacklevel=2,

@@ -8,7 +8,7 @@ from support.blas import through_blas as through_blas  # a fixture
 from support.packed_checks import SHAPES, check, inputs
 from support.samples import DTYPES
 
-from metamask_ext import products
+from metamask_ext import products, unpack_mask
 from metamask_ext.ops.packed import raw as packed_raw
 
 pytestmark = pytest.mark.usefixtures("through_blas")
@@ -37,6 +37,23 @@ def test_each_gradient_alone_equals_all_together(shape):
         got = packed_raw.packed_masked_linear_backward(grad, x, slots, w, packed, b, packed_bias, 1, needs)
         assert [one is not None for one in got] == list(needs)
         torch.testing.assert_close(got[index], together[index], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_behind_cleared_bits_are_not_read(value):
+    x, slots, w, b, grad, packed, packed_bias = inputs(MANY["two tasks"], torch.float32, stacked=False)
+    cleared = torch.stack([unpack_mask(mask, w.shape) for mask in packed]).sum(0) == 0
+    assert bool(cleared.any())
+
+    def results(weight):
+        y = packed_raw.packed_masked_linear(x, slots, weight, packed, b, packed_bias, 1)
+        return y, *packed_raw.packed_masked_linear_backward(grad, x, slots, weight, packed, b, packed_bias, 1)
+
+    for one, other in zip(results(w.masked_fill(cleared, value)), results(w.masked_fill(cleared, 0)), strict=True):
+        assert torch.equal(one, other) and bool(one.isfinite().all())
+    x.view(-1)[3] = value  # the product is that of a theta with zeros, not one that leaves them out
+    row = packed_raw.packed_masked_linear(x, slots, w, packed, b, packed_bias, 1).flatten(0, -2)[0]
+    assert bool((~row.isfinite()).all())
 
 
 def test_panels_differ_by_rounding_alone():
