@@ -41,11 +41,14 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        y = self.norms[0](x)
-        q, k, v = (project(y).view(batch, tokens, self.heads, -1).transpose(1, 2) for project in (self.query, self.key, self.value))
+        normed = self.norms[0](x)
+        q, k, v = (
+            project(normed).view(batch, tokens, self.heads, -1).transpose(1, 2) for project in (self.query, self.key, self.value)
+        )
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         x = x + self.out(attended)
-        return x + self.narrow(F.gelu(self.wide(self.norms[1](x))))
+        added: Tensor = self.narrow(F.gelu(self.wide(self.norms[1](x))))
+        return x + added
 
 
 class _Patches(nn.Module):
@@ -57,7 +60,8 @@ class _Patches(nn.Module):
         self.places = nn.Parameter(0.02 * torch.randn((size // 16) ** 2, width))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.project(images).flatten(2).transpose(1, 2) + self.places
+        patches: Tensor = self.project(images)
+        return patches.flatten(2).transpose(1, 2) + self.places
 
 
 class _Words(nn.Module):
@@ -68,7 +72,8 @@ class _Words(nn.Module):
         self.words, self.places = nn.Embedding(words, width), nn.Parameter(0.02 * torch.randn(tokens, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.words(tokens) + self.places
+        vectors: Tensor = self.words(tokens)
+        return vectors + self.places
 
 
 class _Transformer(nn.Module):
@@ -78,7 +83,8 @@ class _Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.input(x))).mean(1))
+        scores: Tensor = self.head(self.norm(self.blocks(self.input(x))).mean(1))
+        return scores
 
 
 def resnet18_step(batch: int, size: int, fused: bool) -> Problem:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -124,12 +125,16 @@ def known_table() -> Table:
 
 
 def modelled_table(cache_bytes: int, caches: Mapping[Pass, float] = _CACHES) -> Table:
-    """Lines by which BLAS is taken once x has ``caches[pass]`` times the bytes of the second-level cache."""
+    """Lines by which BLAS is taken once x has ``caches[pass]`` times the bytes of the second-level cache, at width 1024.
+
+    At another width a forward takes BLAS at a batch that goes with the root of 1024 / width: theta, which it writes, grows too.
+    """
     lines = []
     for dtype, torch_dtype in DTYPES.items():
         for pass_, factor in caches.items():
             for width in (64, 256, 1024, 4096, 16384):
-                rows = max(128, int(factor * cache_bytes) // (width * torch_dtype.itemsize))
+                columns = math.sqrt(1024 * width) if pass_ == "forward" else width
+                rows = max(128, int(factor * cache_bytes / (columns * torch_dtype.itemsize)))
                 lines.append(Line(pass_, dtype, 1, width, 1024, rows))
     return Table(f"modelled for a second-level cache of {cache_bytes >> 10} KiB", tuple(lines))
 
