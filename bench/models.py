@@ -42,9 +42,8 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         normed = self.norms[0](x)
-        q, k, v = (
-            project(normed).view(batch, tokens, self.heads, -1).transpose(1, 2) for project in (self.query, self.key, self.value)
-        )
+        projections = (self.query, self.key, self.value)
+        q, k, v = (project(normed).view(batch, tokens, self.heads, -1).transpose(1, 2) for project in projections)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         x = x + self.out(attended)
         added: Tensor = self.narrow(F.gelu(self.wide(self.norms[1](x))))

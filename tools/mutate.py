@@ -1,9 +1,9 @@
 """Takes one barrier, one fence, one wait or one bounds check out of a CUDA kernel, on a copy, and checks that a test fails.
 
 A kernel's barriers, fences and waits are written ``__syncthreads()``, ``__syncwarp()``, ``__threadfence()`` and
-``cp_async_wait<N>()``, its bounds checks ``IN_BOUNDS(...)``: this script finds them, removes each in turn, and runs the kernel's smallest tests in the emulator. A removal
-that no test notices is either harmless (take the code out), or the tests are too weak (add one), or EXPLAINED says why the code
-must stay.
+``cp_async_wait<N>()``, its bounds checks ``IN_BOUNDS(...)``: this script finds them, removes each in turn, and runs the kernel's
+smallest tests in the emulator. A removal that no test notices is either harmless (take the code out), or the tests are too weak
+(add one), or EXPLAINED says why the code must stay.
 
     python tools/mutate.py --all
     python tools/mutate.py --sample 4 --seed $(git rev-parse HEAD)
