@@ -30,6 +30,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 R = TypeVar("R")
 
@@ -68,6 +69,10 @@ def in_transform() -> bool:
     """
     return _functorch_level() is not None or forward_ad._current_level >= 0
 
+
+is_made_of_tensors = is_traceable_wrapper_subclass
+"""True for a tensor of a subclass that is made of other tensors, as DTensor: torch compiles the ops on those. A raw op has no rule
+for the subclass."""
 
 in_dispatch_mode = torch._C._len_torch_dispatch_stack
 """The number of ``TorchDispatchMode`` that are active. The tensors of export, make_fx and FakeTensorMode can be of no subclass of

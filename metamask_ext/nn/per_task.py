@@ -309,7 +309,10 @@ def _raise_synchronised() -> NoReturn:
 
 def _refuse_taken(module: nn.Module, name: str, child: nn.Module | None) -> None:
     """Keep tools that replace a module by another class, and move its children there, from dropping what belongs to tasks."""
-    if name != "per_task" or isinstance(module, PerTask) or not isinstance(child, nn.ModuleDict):
+    # Dynamo cannot look at a module that is half made.
+    if torch.compiler.is_dynamo_compiling() or name != "per_task":
+        return
+    if isinstance(module, PerTask) or not isinstance(child, nn.ModuleDict):
         return
     if any(isinstance(tensors, TaskDict) for tensors in child._modules.values()):
         _raise_synchronised()
