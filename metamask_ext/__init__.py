@@ -16,6 +16,7 @@ check_build()
 
 from . import meta, nn, optim
 from .bank import MaskBank
+from .nn.compile import compile
 from .nn.convert import convert
 from .nn.merge import merge
 from .nn.report import conversion_report
@@ -33,6 +34,7 @@ __all__ = [
     "MaskBank",
     "add_task",
     "build_info",
+    "compile",
     "conversion_report",
     "convert",
     "masked_conv2d",

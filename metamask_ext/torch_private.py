@@ -37,6 +37,24 @@ R = TypeVar("R")
 disable_dynamo = _disable_dynamo
 """``torch.compiler.disable`` without importing Dynamo, which takes seconds and is not needed by who never compiles."""
 
+
+def uncompiled_call(module: torch.nn.Module) -> Callable[..., Any]:
+    """What a call of the module runs, hooks included, where it is not compiled."""
+    call: Callable[..., Any] = module._call_impl
+    return call
+
+
+def set_compiled_call(module: torch.nn.Module, call: Callable[..., Any]) -> None:
+    """Let ``call`` run when the module is called, as ``Module.compile`` does; copies and pickles go without it."""
+    module._compiled_call_impl = call
+
+
+def is_untraceable(error: Exception) -> bool:
+    """True for Dynamo's refusal of what it cannot put into one graph, an error that the traced code raises too."""
+    errors = sys.modules.get("torch._dynamo.exc")
+    return errors is not None and isinstance(error, errors.Unsupported)
+
+
 current_graph_task = torch._C._current_graph_task_id
 """The id of the backward that runs in this thread, -1 outside. Without it a recomputation could not be told from a forward."""
 

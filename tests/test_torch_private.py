@@ -64,9 +64,7 @@ def test_is_any_autocast_enabled():
         assert torch._C._is_any_autocast_enabled()
 
 
-@pins(
-    "torch.utils._python_dispatch.is_traceable_wrapper_subclass", "it tells tensors made of others, for which no raw op has a rule"
-)
+@pins("torch.utils._python_dispatch.is_traceable_wrapper_subclass", "for tensors made of others no raw op has a rule")
 def test_is_traceable_wrapper_subclass():
     from torch.testing._internal.two_tensor import TwoTensor
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
