@@ -22,9 +22,7 @@ from metamask_ext.ops import dispatch
 
 pytestmark = pytest.mark.once
 SOME = (
-    "a level of forward-mode AD inside",
     "a meta-step traced in both orders",
-    "a dynamic batch",
     "product convolution: backward outside",
     "mixed-task: a list of masks, backward outside",
     "packed: backward outside",
@@ -32,9 +30,15 @@ SOME = (
 """The cases that run with Inductor too; with --inductor all do (`make test-compiled`)."""
 
 
+OPTIONS = [{"mode": "reduce-overhead"}, {"options": {"cpp_wrapper": True}}]
+
+
 def pytest_generate_tests(metafunc):
+    full = metafunc.config.option.inductor
     if "with_inductor" in metafunc.fixturenames:
-        metafunc.parametrize("with_inductor", CASES if metafunc.config.option.inductor else SOME)
+        metafunc.parametrize("with_inductor", CASES if full else SOME)
+    if "of_inductor" in metafunc.fixturenames:
+        metafunc.parametrize("of_inductor", OPTIONS if full else OPTIONS[:1], ids=str)
 
 
 @pytest.fixture
@@ -171,11 +175,8 @@ def test_exported_programs_hold_no_op_of_the_library(every_size):
         assert list(metamask_nodes(program.graph_module)) == []
 
 
-@pytest.mark.parametrize("options", [{"options": {"cpp_wrapper": True}}, {"mode": "reduce-overhead"}], ids=str)
-def test_options_of_inductor(every_size, request, options):
-    if not request.config.option.inductor:
-        options = {}
-    function = torch.compile(loss_of(ours), fullgraph=True, **options)
+def test_options_of_inductor(every_size, of_inductor):
+    function = torch.compile(loss_of(ours), fullgraph=True, **of_inductor)
     got, wanted = (loss_and_gradients(each, leaves(inputs())) for each in (function, loss_of(plain)))
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
