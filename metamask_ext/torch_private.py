@@ -39,7 +39,7 @@ disable_dynamo = _disable_dynamo
 
 
 def uncompiled_call(module: torch.nn.Module) -> Callable[..., Any]:
-    """What a call of the module runs, hooks included, where it is not compiled."""
+    """The call of the module where it is not compiled, hooks included."""
     call: Callable[..., Any] = module._call_impl
     return call
 

@@ -80,7 +80,7 @@ class _Elsewhere:
 
 
 def _active_of(layer: TaskLayer) -> Any:
-    """What a layer gets as an argument. None: no task is active for it, which is an error where it is called."""
+    """The argument for a layer. None: no task is active for it, which is an error where it is called."""
     try:
         if isinstance(layer, MaskedLayer):
             active = layer._active()

@@ -1,4 +1,4 @@
-"""What layers are given as arguments of a compiled function (:mod:`metamask_ext.nn.compile`): the tensors of the active tasks.
+"""The tensors of active tasks as arguments of a compiled function (:mod:`metamask_ext.nn.compile`).
 
 Dynamo cannot read a context variable, and a graph that knew the name of a task would be compiled again for each. Eager code reads
 what is active, with all checks, and hands over tensors; inside the trace the layers find them here.
@@ -52,7 +52,7 @@ _given = _Given()
 
 
 def given_to(layer: object) -> Any:
-    """What the function that Dynamo traces was given for ``layer``: logits, GivenTasks, tensors by name; None: nothing."""
+    """The tensors that the function which Dynamo traces was given for ``layer``: logits, GivenTasks, or by name; None: none."""
     given = _given.tensors
     return None if given is None else given.get(layer)
 

@@ -171,7 +171,7 @@ def test_a_superposition_and_what_a_meta_learner_adapts():
 
 
 def errors_of(model, x):
-    """What a call raises in situations that are refused."""
+    """Calls that are refused, by name."""
     yield "no task", lambda: model(x)
     for tasks in (["a"] * 3, ["a", "b", "c"]):
         with using_task(model, tasks):

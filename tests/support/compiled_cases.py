@@ -27,7 +27,7 @@ REFUSED = {
     ("autograd.grad with create_graph outside", "counted"): DOUBLE_BACKWARD,
     ("autograd.grad with create_graph outside", "inductor"): DOUBLE_BACKWARD,
 }
-"""What AOTAutograd refuses of any compiled function: cases, backends and the words of the error."""
+"""Cases and backends that AOTAutograd refuses of any compiled function, with the words of the error."""
 
 
 def case(name, **ops):

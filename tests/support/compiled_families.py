@@ -32,7 +32,7 @@ def meta_step(loss):
 
 
 class PlainLayer(nn.Module):
-    """What a masked layer computes, with its parameters, in plain torch."""
+    """A masked layer in plain torch, with its parameters."""
 
     def __init__(self, masked):
         super().__init__()

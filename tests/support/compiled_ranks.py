@@ -1,4 +1,4 @@
-"""What a rank runs: a compiled model in DistributedDataParallel, and the same in one process."""
+"""A compiled model in DistributedDataParallel on a rank, and the same in one process."""
 
 from __future__ import annotations
 
