@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import compiled_families  # noqa: F401  enters its cases
 from support.compiled import COUNTED, Compiled, metamask_nodes
-from support.compiled_cases import CASES, REFUSED, inputs, leaves, loss_and_gradients, loss_of, ours, plain
+from support.compiled_cases import CASES, LOST, REFUSED, inputs, leaves, loss_and_gradients, loss_of, ours, plain
 from support.profiling import metamask_ops
 from torch._dynamo.utils import counters
 from torch.testing._internal.two_tensor import TwoTensor
@@ -57,8 +57,12 @@ def check(name, backend):
     function, ops = CASES[name]
     compiled = Compiled(backend)
     if refused := REFUSED.get((name, backend)):
-        with pytest.raises(RuntimeError, match=refused):
-            function(ours, compiled)
+        for layer in (ours, plain):
+            with pytest.raises(RuntimeError, match=refused):
+                function(layer, Compiled(backend))
+        return
+    if (name, backend) in LOST:
+        assert function(ours, compiled) is None and function(plain, Compiled(backend)) is None
         return
     expected = flat(function(plain, Compiled(None)))
     got = flat(function(ours, compiled))

@@ -26,8 +26,11 @@ REFUSED = {
     ("autograd.grad with create_graph inside, with a graph break", "inductor"): DOUBLE_BACKWARD,
     ("autograd.grad with create_graph outside", "counted"): DOUBLE_BACKWARD,
     ("autograd.grad with create_graph outside", "inductor"): DOUBLE_BACKWARD,
+    ("a batch of gradients outside", "inductor"): "Cannot access data pointer of Tensor that doesn't have storage",
 }
-"""Cases and backends that AOTAutograd refuses of any compiled function, with the words of the error."""
+"""Cases and backends that torch refuses of any compiled function, with the words of the error."""
+LOST = {("a level of forward-mode AD outside", "inductor")}
+"""Inductor's code drops the tangents of its arguments, of any compiled function."""
 
 
 def case(name, **ops):
