@@ -25,6 +25,8 @@ SIZES = {
     "mixed-task-forward": (3, 2, 40),
     "mixed-task-backward": (3, 2, 40),
     "one-shot-inference": (5, 3),
+    "compiled-layers-forward": (2, 8),
+    "compiled-layers-backward": (2, 8),
 }
 SMALLEST = {}
 for _cases in SUITES.values():
