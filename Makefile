@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-compiled test-instruction-sets bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu install-check clean
+.PHONY: help demo test test-compiled test-instruction-sets bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -49,7 +49,7 @@ test-compiled: $(VENV)/.test  ## every case of torch.compile with Inductor too; 
 	$(BIN)/python -m pytest -n 2 --inductor tests/ops/test_composite.py tests/nn/test_compile*.py tests/meta/test_compile.py
 
 CORE := $(filter-out %/test_instruction_sets.py,$(wildcard tests/ops/test_*.py tests/ops/*/test_*.py)) \
-        tests/nn/test_layers.py tests/test_optim.py tests/test_optim_graphs.py
+        tests/nn/test_layers.py tests/test_optim.py tests/test_optim_adamw.py tests/test_optim_graphs.py
 
 # Left out are the tests marked `once`, which neither the set nor the threads can change, and those of the CUDA kernels, `emulated`.
 test-instruction-sets: $(VENV)/.test  ## the core tests on every instruction set of this machine, with one thread and with two
@@ -97,14 +97,24 @@ sanitize: $(VENV)/.test  ## 20,000 cases of the ops' fuzzer under ASan and UBSan
 cuda-check: $(VENV)/.torch  ## compile the CUDA sources for every architecture; needs nvcc, no GPU
 	$(BIN)/python tools/cuda_check.py
 
-cuda-report: $(VENV)/.torch  ## registers, shared memory and spills of every CUDA kernel; needs nvcc, no GPU
+cuda-report: $(VENV)/.torch  ## registers, stack and machine code of every CUDA kernel, and what is worse than it was; needs nvcc, no GPU
+	command -v nvdisasm >/dev/null || $(PIP) nvidia-cuda-nvdisasm
 	$(BIN)/python tools/cuda_report.py
 
 # Whether there is a GPU is asked before anything is built.
-gpu: $(VENV)/.torch  ## on a machine with a GPU: build, test on it, compute-sanitizer, benchmarks into bench/results
-	$(BIN)/python tools/gpu.py --ready
+gpu: $(VENV)/.torch  ## on a machine with a GPU: build, then test and measure on it in stages; results into bench/results
+	$(BIN)/python tools/gpu_stages.py --ready
 	$(MAKE) $(VENV)/.test
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/gpu.py --out $(OUT)/gpu
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/gpu_stages.py --out $(OUT)/gpu --budget 3600; \
+	  ended=$$?; $(BIN)/python tools/gpu_stages.py --keep $(OUT)/gpu && exit $$ended
+
+gpu-dry-run: $(VENV)/.test  ## every stage of `make gpu` on this machine's CPU: nothing is measured
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/gpu_stages.py --dry-run --out $(OUT)/gpu-dry-run
+
+GPU_BUDGET ?= 700
+GPU_EXTRA ?=
+gpu-wheel:  ## a CUDA wheel for a machine with a GPU and no network, into .gpu/wheels, and the command to run there; needs nvcc
+	$(PYTHON) tools/gpu_wheel.py --budget $(GPU_BUDGET) --extra $(GPU_EXTRA)
 
 install-check:  ## install the source distribution as users do, in a fresh environment; needs pip's registry
 	TORCH="$(TORCH)" $(PYTHON) tools/install_check.py

@@ -27,7 +27,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "metamask_ext"
 MINIMUM_TORCH = (2, 11)
-DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0")
+DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 PROBE = """
 import json, os, torch
@@ -185,7 +185,7 @@ else:
 setup(
     packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"], exclude=[f"{PACKAGE}.bench"]), f"{PACKAGE}.bench"],
     package_dir={f"{PACKAGE}.bench": "bench"},
-    package_data={PACKAGE: ["py.typed"]},
+    package_data={PACKAGE: ["py.typed", "products.json"]},
     ext_modules=[Extension(f"{PACKAGE}._C", [])] if BACKEND in ("cpu", "cuda") else [],
     cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
 )

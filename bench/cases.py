@@ -8,14 +8,25 @@ from functools import partial
 
 import torch
 
+from . import grid
 from .bank import OUTPUTS, opened_bank, task_bytes
 from .compiled import many_layers
-from .copy_bandwidth import linear_against_copy, weight_against_copy
+from .copy_bandwidth import (
+    linear_against_copy,
+    mixed_task_against_copy,
+    packed_against_copy,
+    step_against_copy,
+    weight_against_copy,
+)
 from .layers import cnn, masked_linear, masked_weight
 from .meta import checkpoint_memory, fewshot_step, sine_step
 from .mixed_task import inference, mixed_task_linear, packed_forward
+from .models import bert_mini_step, resnet18_step, vit_tiny_step
 from .problem import Problem
-from .training import fused_step, resnet18_step
+from .training import fused_step
+
+BOTH = ("default", "tuned")
+"""The settings of the allocator."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +38,12 @@ class Case:
         build: makes its tensors and contenders, a :class:`Problem <metamask_ext.bench.problem.Problem>`; or, of a case that
             compares no times, measures and returns numbers by name.
         quick: whether it is in the suite's short form.
-        device: where its work runs; ``"cuda"`` work is waited for before the clock is read.
+        device: where its work runs; ``"cuda"`` work is timed by :mod:`metamask_ext.bench.cuda_case`.
         quantities: it compares no times; its numbers are taken with one allocator.
         processes: how many measure it, one after another; the medians are over the rounds of all.
-        tuned: whether it is measured with the tuned allocator too.
+        allocators: with which it is measured. A quick run takes the default one, and ``"tuned"`` of a case of a group.
+        group: cases of one group are measured in one process, one after another; empty: it has a process of its own. With none of
+            the allocators, such a case is only in the full run, which takes both.
     """
 
     suite: str
@@ -41,7 +54,8 @@ class Case:
     device: str = "cpu"
     quantities: bool = False
     processes: int = 1
-    tuned: bool = True
+    allocators: tuple[str, ...] = BOTH
+    group: str = ""
 
     @property
     def id(self) -> str:
@@ -55,15 +69,14 @@ class Case:
 
 
 WIDTHS = (64, 1024, 2048, 4096)
+MODES = ("forward", "backward")
 SMALL = ((10, 40), (16, 64))
 QUICK = ("masked_linear-forward-32x1024", "masked_linear-step-32x1024")
 
 
 def _core() -> list[Case]:
     cases = [
-        (f"masked_weight-{mode}", f"{width}x{width}", partial(masked_weight, width, mode))
-        for mode in ("forward", "backward")
-        for width in WIDTHS
+        (f"masked_weight-{mode}", f"{width}x{width}", partial(masked_weight, width, mode)) for mode in MODES for width in WIDTHS
     ]
     cases += [
         (f"masked_linear-{mode}", f"{batch}x{width}", partial(masked_linear, batch, width, mode))
@@ -78,6 +91,7 @@ def _core() -> list[Case]:
 FORWARD = ((8, 1024), (32, 1024), (256, 1024), (8, 2048), (64, 2048), (8, 4096), (128, 4096))
 TRAINING = (*FORWARD, (1, 2048), (1024, 1024))
 BATCH_1 = ((1, 1024), (1, 2048))
+ADAMW = ((8, 1024), (32, 1024), (256, 1024), (32, 4096))
 
 
 def _cpu() -> list[Case]:
@@ -85,11 +99,15 @@ def _cpu() -> list[Case]:
     cases = [
         *(("masked_linear-forward", f"{b}x{w}", partial(masked_linear, b, w, "forward")) for b, w in (*FORWARD, *BATCH_1)),
         *(("masked_linear-fused-step", f"{b}x{w}", partial(fused_step, b, w)) for b, w in TRAINING),
+        *(("masked_linear-fused-adamw-step", f"{b}x{w}", partial(fused_step, b, w, optimizer="AdamW")) for b, w in ADAMW),
         *(("masked_linear-backward", f"{b}x{w}", partial(masked_linear, b, w, "backward")) for b, w in (*TRAINING, *SMALL)),
-        *(("bfloat16-forward", f"{b}x{w}", partial(masked_linear, b, w, "forward", bfloat16)) for b, w in FORWARD),
-        *(("bfloat16-backward", f"{b}x{w}", partial(masked_linear, b, w, "backward", bfloat16)) for b, w in FORWARD),
+        *(("bfloat16-forward", f"{b}x{w}", partial(masked_linear, b, w, "forward", bfloat16, plain=False)) for b, w in FORWARD),
+        *(("bfloat16-backward", f"{b}x{w}", partial(masked_linear, b, w, "backward", bfloat16, plain=False)) for b, w in FORWARD),
         ("resnet18-step", "16x64x64", partial(resnet18_step, 16, 64, False)),
         ("resnet18-fused-step", "16x64x64", partial(resnet18_step, 16, 64, True)),
+        ("resnet18-fused-step", "32x64x64", partial(resnet18_step, 32, 64, True)),
+        ("vit-tiny-fused-step", "32x128x128", partial(vit_tiny_step, 32, 128)),
+        ("bert-mini-fused-step", "32x128", partial(bert_mini_step, 32, 128)),
     ]
     quick = ("masked_linear-forward-32x1024", "masked_linear-fused-step-32x1024", "masked_linear-backward-32x1024")
     return [Case("cpu", measure, shape, build, f"{measure}-{shape}" in quick) for measure, shape, build in cases]
@@ -133,28 +151,60 @@ SINE, FEWSHOT = (25, 10), (5, 4, 64, 15)
 def _meta() -> list[Case]:
     sine, fewshot = ("x".join(map(str, sizes)) for sizes in (SINE, FEWSHOT))
     return [
-        Case("meta", "sine-step", sine, partial(sine_step, *SINE), quick=True, processes=3, tuned=False),
-        Case("meta", "fewshot-step", fewshot, partial(fewshot_step, *FEWSHOT), processes=3, tuned=False),
+        Case("meta", "sine-step", sine, partial(sine_step, *SINE), quick=True, processes=3, allocators=BOTH[:1]),
+        Case("meta", "fewshot-step", fewshot, partial(fewshot_step, *FEWSHOT), processes=3, allocators=BOTH[:1]),
         Case("meta", "checkpoint-memory", str(SINE[0]), partial(checkpoint_memory, SINE[0]), quick=True, quantities=True),
     ]
 
 
+# Widths; batches at 4096; batch x width x tasks; tasks x rows of each x width.
+CUDA_WIDTHS, CUDA_BATCHES, CUDA_STEPS, CUDA_WIDTH = (4096, 8192), (1, 8, 16), (8, 32), 4096
+CUDA_PACKED, CUDA_MIXED = (64, 4096, 64), (32, 16, 1024)
+
+
 def _cuda() -> list[Case]:
-    on = "cuda"
-    cases = [
-        *(
-            (f"masked_weight-{mode}", f"{width}x{width}", partial(weight_against_copy, width, mode, on))
-            for mode in ("forward", "backward")
-            for width in (4096, 8192)
-        ),
-        *(("masked_linear-forward", f"{b}x4096", partial(linear_against_copy, b, 4096, on)) for b in (1, 8, 16)),
-        *(("masked_linear-fused-step", f"{b}x4096", partial(fused_step, b, 4096, device=on)) for b in (8, 32)),
-        ("bfloat16-fused-step", "4096x4096", partial(fused_step, 4096, 4096, torch.bfloat16, on)),
-        ("packed-forward", "64x4096x64", partial(packed_forward, 64, 4096, 64, on)),
-        ("mixed-task-forward", "32x16x1024", partial(mixed_task_linear, 32, 16, 1024, "forward", on)),
+    width, bfloat16 = CUDA_WIDTH, torch.bfloat16
+    cases: list[tuple[str, tuple[int, ...], Callable[..., Problem]]] = [
+        *((f"masked_weight-{mode}", (w, w), partial(weight_against_copy, w, mode)) for mode in MODES for w in CUDA_WIDTHS),
+        *(("masked_linear-forward", (b, width), partial(linear_against_copy, b, width)) for b in CUDA_BATCHES),
+        *(("masked_linear-fused-step", (b, width), partial(step_against_copy, b, width, torch.float32)) for b in CUDA_STEPS),
+        ("bfloat16-fused-step", (width, width), partial(step_against_copy, width, width, bfloat16)),
+        ("packed-forward", CUDA_PACKED, partial(packed_against_copy, *CUDA_PACKED)),
+        ("mixed-task-forward", CUDA_MIXED, partial(mixed_task_against_copy, *CUDA_MIXED)),
     ]
     quick = ("masked_weight-forward-4096x4096", "masked_linear-forward-8x4096")
-    return [Case("cuda", measure, shape, build, f"{measure}-{shape}" in quick, on) for measure, shape, build in cases]
+    named = [(measure, "x".join(map(str, sizes)), build) for measure, sizes, build in cases]
+    return [
+        Case("cuda", measure, shape, partial(build, device="cuda"), f"{measure}-{shape}" in quick, "cuda")
+        for measure, shape, build in named
+    ]
 
 
-SUITES: dict[str, list[Case]] = {"core": _core(), "cpu": _cpu(), "tasks": _tasks(), "meta": _meta(), "cuda": _cuda()}
+def _grid() -> list[Case]:
+    cases = []
+    for dtype in grid.DTYPES:
+        for weight in grid.WEIGHTS:
+            shape, group = grid.shape_name(*weight), f"{grid.shape_name(*weight)} {grid.name_of(dtype)}"
+            small = dtype == torch.float32 and weight == grid.QUICK_WEIGHT
+            copy = partial(grid.copy_rate, *weight, dtype)
+            name = grid.measure_name("copy", dtype)
+            cases.append(Case("grid", name, shape, copy, small, quantities=True, allocators=BOTH[1:], group=group))
+            for batch in grid.BATCHES:
+                few = batch in grid.FEW_BATCHES
+                allocators = (BOTH if few else BOTH[1:]) if dtype == torch.float32 else BOTH[1:] if few else ()
+                for mode in grid.MODES:
+                    name, shape = grid.measure_name(mode, dtype), grid.shape_name(batch, *weight)
+                    build = partial(grid.problem, batch, *weight, mode, dtype)
+                    quick = small and batch in grid.QUICK_BATCHES
+                    cases.append(Case("grid", name, shape, build, quick, allocators=allocators, group=group))
+    return cases
+
+
+SUITES: dict[str, list[Case]] = {
+    "core": _core(),
+    "cpu": _cpu(),
+    "grid": _grid(),
+    "tasks": _tasks(),
+    "meta": _meta(),
+    "cuda": _cuda(),
+}

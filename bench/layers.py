@@ -17,7 +17,7 @@ from metamask_ext.ops.gate import SIGMOID
 from metamask_ext.ops.linear import reference as linear_reference
 from metamask_ext.ops.weight import reference as weight_reference
 
-from .problem import COMPILED, COMPILED_OURS, LEARNING_RATE, METAMASK, SEED, Contender, Function, Problem, Work, gradient_of
+from .problem import COMPILED, COMPILED_OURS, LEARNING_RATE, METAMASK, SEED, Contender, Function, Layer, Problem, Work, gradient_of
 
 
 class Layers(NamedTuple):
@@ -85,18 +85,30 @@ def masked_weight(width: int, mode: str, device: str = "cpu") -> Problem:
     return _problem(lambda layers: layers.weight, None, [weight], mode, reduction=1, missing=missing, device=device)
 
 
-def masked_linear(batch: int, width: int, mode: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
-    """One square linear layer inside a network: its backward also gives the gradient of its input."""
+def masked_linear(
+    batch: int,
+    width: int,
+    mode: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    outputs: int | None = None,
+    plain: bool = True,
+) -> Problem:
+    """One linear layer inside a network: its backward also gives the gradient of its input.
+
+    Args:
+        outputs: None: as many as inputs.
+        plain: whether plain torch is compared too, or only the floor.
+    """
     shape = (batch, width)
-    missing = {
-        name: "in bfloat16 only the floor is compared" for name in ("eager", COMPILED, COMPILED_OURS) if dtype != torch.float32
-    }
+    missing = {} if plain else {name: "in bfloat16 only the floor is compared" for name in ("eager", COMPILED, COMPILED_OURS)}
     return _problem(
         lambda layers: layers.linear,
         shape,
-        [(width, width)],
+        [(outputs or width, width)],
         mode,
-        reduction=max(batch, width),
+        reduction=max(batch, width, outputs or width),
         input_grad=True,
         missing=missing,
         dtype=dtype,
@@ -155,8 +167,7 @@ def _problem(
         [normal(shape) for shape in weight_shapes],
     )
     if mode != "forward":
-        with torch.no_grad():
-            output = network(EAGER)(*tensors.arguments())
+        output = network(EAGER)(*(tensor.to("meta") for tensor in tensors.arguments()))  # its shape alone, at no cost
         tensors.gradient = normal(output.shape, output.shape[0])
 
     # Work that only reads shares its tensors. A step writes, so each contender has parameters of its own.
@@ -181,7 +192,10 @@ def _problem(
             masked = name != "dense"
             work = _work(function, own(), mode, masked, input_grad)
             contenders[name] = Contender(work, definition, _result_names(tensors, mode, masked, input_grad))
-    return Problem(contenders, reduction, missing, dtype=dtype)
+    layer = None
+    if tensors.input is not None and len(tensors.weights) == 1:
+        layer = Layer(tensors.input, tensors.weights[0], tensors.masks[0], tensors.gradient)
+    return Problem(contenders, reduction, missing, dtype=dtype, layer=layer)
 
 
 def _work(function: Function, tensors: Tensors, mode: str, masked: bool, input_grad: bool) -> Work:

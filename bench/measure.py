@@ -54,24 +54,34 @@ def check(problem: Problem) -> Checked:
     for name, contender in problem.contenders.items():
         if contender.exact not in exact:
             exact[contender.exact] = contender.exact()
-        try:
-            results = contender.work()
-        except TorchDynamoException as error:
-            if name not in (COMPILED, COMPILED_OURS):
-                raise
-            # Its text may be empty or pages long; the first line names the cause (no C++ compiler, say).
-            not_measured[name] = f"torch.compile failed: {(str(error).strip() or repr(error)).splitlines()[0]}"
-            continue
-        errors[name] = _worst_error(name, contender, results, exact[contender.exact], problem)
+        results = first_call(name, contender)
+        if isinstance(results, str):
+            not_measured[name] = results
+        else:
+            errors[name] = worst_error(name, contender.results, results, exact[contender.exact], problem)
     return Checked(errors, not_measured)
 
 
-def _worst_error(
-    name: str, contender: Contender, results: tuple[Tensor, ...], exact: tuple[Tensor, ...], problem: Problem
-) -> float:
-    assert len(results) == len(exact) == len(contender.results), f"{name} returned {len(results)} results, not {len(exact)}"
+def first_call(name: str, contender: Contender) -> tuple[Tensor, ...] | str:
+    """Returns the results of a contender's first call; of one that cannot be compiled, why."""
+    try:
+        return contender.work()
+    except TorchDynamoException as error:
+        if name not in (COMPILED, COMPILED_OURS):
+            raise
+        # Its text may be empty or pages long; the first line names the cause (no C++ compiler, say).
+        return f"torch.compile failed: {(str(error).strip() or repr(error)).splitlines()[0]}"
+
+
+def worst_error(name: str, names: Sequence[str], results: Sequence[Tensor], exact: Sequence[Tensor], problem: Problem) -> float:
+    """Returns the largest error of a contender's results as a share of the tolerance.
+
+    Raises:
+        AssertionError: it is more than 1, or a result has another shape or dtype, or there are more or fewer than ``names``.
+    """
+    assert len(results) == len(exact) == len(names), f"{name} returned {len(results)} results, not {len(exact)}"
     worst = 0.0
-    for what, result, expected in zip(contender.results, results, exact):
+    for what, result, expected in zip(names, results, exact):
         assert result.shape == expected.shape, f"{what} of {name} has shape {list(result.shape)}, not {list(expected.shape)}"
         assert result.dtype == problem.dtype, f"{what} of {name} is {result.dtype}, not {problem.dtype}"
         assert expected.isfinite().all(), f"the float64 reference of {what} is not finite"
@@ -139,19 +149,12 @@ def _send_check(case: Case, sender: Connection) -> None:
         sender.send(AssertionError(text))
 
 
-def timed(case: Case, contender: Contender) -> Callable[[], None]:
+def timed(contender: Contender) -> Callable[[], None]:
     """Makes one unit of work. Its results are freed inside, as in a loop that keeps nothing."""
     work = contender.work
-    if case.device == "cuda":
 
-        def unit() -> None:
-            work()
-            torch.cuda.synchronize()
-
-    else:
-
-        def unit() -> None:
-            work()
+    def unit() -> None:
+        work()
 
     return unit
 
@@ -175,11 +178,19 @@ def nanoseconds(unit: Callable[[], None]) -> int:
     return time.perf_counter_ns() - start
 
 
-def choose_rounds(units: dict[str, Callable[[], None]]) -> int:
-    """Warms up, and returns the number of rounds that fit into :data:`TARGET_SECONDS`, within limits."""
+def choose_rounds(units: dict[str, Callable[[], None]], fewest: int = MIN_ROUNDS, seconds: float = TARGET_SECONDS) -> int:
+    """Warms up, and returns the number of rounds that fit into ``seconds``, from ``fewest`` to :data:`MAX_ROUNDS`."""
     # The shortest: the first compiles, and another may have been disturbed.
     took = min(sum(nanoseconds(unit) for unit in units.values()) for _ in range(WARMUP_ROUNDS))
-    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(TARGET_SECONDS * 1e9 / took)))
+    return max(fewest, min(MAX_ROUNDS, int(seconds * 1e9 / took)))
+
+
+def time_round(units: dict[str, Callable[[], None]], times: dict[str, list[int]]) -> None:
+    """Times every unit once, and adds to ``times``: rotating, so that each follows each other one equally often."""
+    names = list(units)
+    start = len(times[names[0]]) % len(names)
+    for name in names[start:] + names[:start]:
+        times[name].append(nanoseconds(units[name]))
 
 
 class Others:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,15 @@ class Contender:
     results: tuple[str, ...]
 
 
+class Layer(NamedTuple):
+    """The start of a case of one linear layer: ``x``, W, M, and the gradient of the output; None where nothing is derived."""
+
+    x: Tensor
+    weight: Tensor
+    mask: Tensor
+    gradient: Tensor | None
+
+
 @dataclass(frozen=True)
 class Problem:
     """A case made ready to run.
@@ -52,6 +62,8 @@ class Problem:
         tolerance: of the check, on the norm of each result's error, relative to the result's: for networks in which the rounding of
             one element decides others (a maximum, a ReLU). None: each element is checked.
         dtype: of all results.
+        layer: of a case of one linear layer, what its contenders start from.
+        moved: the bytes that ``metamask`` must move at least; those of the contender ``copy``. 0: there is none.
     """
 
     contenders: dict[str, Contender]
@@ -59,6 +71,8 @@ class Problem:
     missing: dict[str, str] = field(default_factory=dict)
     tolerance: float | None = None
     dtype: torch.dtype = torch.float32
+    layer: Layer | None = None
+    moved: int = 0
 
 
 def gradient_of(tensor: Tensor) -> Tensor:

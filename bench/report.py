@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -10,14 +11,63 @@ from rich.table import Table
 
 from metamask_ext.files.atomic import write_atomic
 
-from . import results_json, targets
+from . import cuda_tables, grid_tables, heat_map, results_json, targets
 from .plot import plot
 from .results_json import Results
-from .tables import columns, details, lines, markdown, notes, quantities
+from .tables import as_markdown, columns, details, lines, markdown, notes, quantities
+
+GRID = "grid"
+
+
+def file_name(results: Results) -> str:
+    """Names the file of the results: that of the grid by its processor."""
+    return f"{mark(results).replace(':', '-')}.json" if results["suite"] == GRID else "results.json"
+
+
+def mark(results: Results) -> str:
+    """Names the markers of the results in a page: by the suite, and by the processor of a grid or the card of a GPU's results."""
+    return f"{GRID}:{results['machine']['processor']}" if results["suite"] == GRID else cuda_tables.mark(results)
 
 
 def show(results: Results, console: Console) -> None:
     """Prints the table in the terminal; what metamask loses is red and says so."""
+    if results["suite"] == GRID:
+        for found in grid_tables.tables(results):
+            head, *cells = found.cells
+            _print(console, head, cells, found.title)
+    elif results["suite"] == "cuda":
+        head, *cells = cuda_tables.table(results)
+        _print(console, head, cells, f"suite cuda, {cuda_tables.card(results) or targets.NOT_MEASURED}")
+    else:
+        _show_ratios(results, console)
+    if results["suite"] != GRID and (numbers := quantities(results)):
+        _print(console, numbers[0], numbers[1:])
+    if results["suite"] in targets.TARGETS and not _quick_grid(results):
+        head, *rows = targets.table(results)
+        _print(console, head, rows, "targets", lambda row: "red" if "**no**" in row[-1] else None)
+    for note in notes(results):
+        console.print(note, markup=False, highlight=False)
+
+
+def _quick_grid(results: Results) -> bool:
+    """Tells whether there is too little for any of the targets."""
+    return results["suite"] == GRID and results["quick"]
+
+
+def _print(
+    console: Console,
+    head: list[str],
+    rows: list[list[str]],
+    title: str | None = None,
+    style: Callable[[list[str]], str | None] = lambda row: None,
+) -> None:
+    table = Table(*head, title=title)
+    for row in rows:
+        table.add_row(*row, style=style(row))
+    console.print(table)
+
+
+def _show_ratios(results: Results, console: Console) -> None:
     table = Table(title=f"suite {results['suite']}")
     table.add_column("measure", overflow="fold")
     table.add_column("shape", overflow="fold")
@@ -28,28 +78,18 @@ def show(results: Results, console: Console) -> None:
         mean = line.shape == "geometric mean"
         table.add_row(line.measure, line.shape, *cells, style="bold" if mean else None, end_section=mean)
     console.print(table)
-    if found := quantities(results):
-        numbers = Table(*found[0])
-        for row in found[1:]:
-            numbers.add_row(*row)
-        console.print(numbers)
-    if results["suite"] in targets.TARGETS:
-        head, *rows = targets.table(results)
-        limits = Table(*head, title="targets")
-        for row in rows:
-            limits.add_row(*row, style="red" if "**no**" in row[-1] else None)
-        console.print(limits)
-    for note in notes(results):
-        console.print(note, markup=False, highlight=False)
 
 
 def write(results: Results, out: Path, console: Console) -> None:
-    """Prints the table, and writes ``table.md`` and ``ratios.png`` into ``out``."""
+    """Prints the table, and writes ``table.md`` and ``ratios.png``, or the grid's two heat maps, into ``out``."""
     show(results, console)
     _write_files(results, out)
 
 
 def _write_files(results: Results, out: Path) -> None:
+    if results["suite"] == GRID:
+        write_atomic(out / "table.md", _grid_markdown(results, out).encode())
+        return
     plot(results, out / "ratios.png")
     write_atomic(out / "table.md", markdown(results).encode())
     if results["suite"] in targets.TARGETS:
@@ -59,20 +99,38 @@ def _write_files(results: Results, out: Path) -> None:
 def update(path: Path, results: Results) -> None:
     """Replaces what stands between ``<!-- bench:SUITE -->`` and ``<!-- /bench:SUITE -->`` in a Markdown file by the table.
 
-    Between ``<!-- bench:SUITE:details -->`` and its end, if the file has these, all ratios are put.
+    Between ``<!-- bench:SUITE:details -->`` and its end, if the file has these, all ratios are put. ``SUITE`` of a GPU's results
+    is the suite with the card, as in ``cuda:nvidia-h200``: each card has a table of its own. That of the grid is the suite with the
+    processor, as in ``grid:zen4``; its heat maps are written beside the file.
 
     Raises:
         ValueError: the file has neither pair of markers, or not each once and in this order.
     """
     text = path.read_text()
     found = False
-    for name, table in ((f"bench:{results['suite']}", markdown), (f"bench:{results['suite']}:details", details)):
+    name = f"bench:{mark(results)}"
+    contents: dict[str, Callable[[Results], str]] = {name: markdown, f"{name}:details": details}
+    if results["suite"] == GRID:
+        contents = {name: lambda results: _grid_markdown(results, path.parent)}
+    for name, table in contents.items():
         if f"<!-- {name} -->" in text or f"<!-- /{name} -->" in text:
             text = between_marks(text, name, table(results), path.name)
             found = True
     if not found:
-        raise ValueError(f"{path.name} must have a line <!-- bench:{results['suite']} --> and, after it, its end")
+        raise ValueError(f"{path.name} must have a line <!-- bench:{mark(results)} --> and, after it, its end")
     write_atomic(path, text.encode())
+
+
+def _grid_markdown(results: Results, folder: Path) -> str:
+    """Writes the grid's heat maps into ``folder``, and returns the text that shows them, its tables and notes."""
+    images = {what: f"{mark(results).replace(':', '-')}-{what}.png" for what in ("dense", "plain")}
+    heat_map.draw(results, folder / images["dense"], folder / images["plain"])
+    titles = {"dense": grid_tables.OURS_TO_DENSE, "plain": grid_tables.PLAIN_TO_OURS}
+    parts = [f"![{titles[what]}, {results['machine']['processor']}]({name})\n" for what, name in images.items()]
+    parts += [] if _quick_grid(results) else [as_markdown(targets.table(results))]
+    parts += [f"{table.title[0].upper()}{table.title[1:]}:\n\n{as_markdown(table.cells)}" for table in grid_tables.tables(results)]
+    parts.append("\n".join(notes(results)) + "\n")
+    return "\n".join(parts)
 
 
 def between_marks(text: str, name: str, new: str, file: str) -> str:

@@ -46,6 +46,18 @@ class Timed(Summary):
     not_measured: dict[str, str]
 
 
+class TimedOnGpu(Timed):
+    """Times of a GPU's events: the card's name, the copies of the inputs, the bytes that the case must move.
+
+    ``timed_by``: by contender, ``"graph"``, or ``"events: "`` and why no graph can hold it.
+    """
+
+    gpu: str
+    copies: int
+    moved: int
+    timed_by: dict[str, str]
+
+
 class _Case(TypedDict):
     case: str
     measure: str
@@ -55,9 +67,10 @@ class _Case(TypedDict):
 
 
 class Row(_Case, total=False):
-    """One case under one allocator. A ``status`` other than ``measured`` has a ``reason``."""
+    """One case under one allocator. A ``status`` other than ``measured`` has a ``reason``; the grid's have a ``dtype``."""
 
     reason: str
+    dtype: str
     rounds: int
     cpu_share_of_others: float | None
     error_over_tolerance: dict[str, float]
@@ -65,12 +78,17 @@ class Row(_Case, total=False):
     contenders: dict[str, Spread]
     ratios: dict[str, Ratio]
     quantities: dict[str, float]
+    gpu: str
+    copies: int
+    moved: int
+    timed_by: dict[str, str]
 
 
 class Machine(TypedDict):
-    """The machine and the software."""
+    """The machine and the software. ``processor`` names files; those written before it was there lack it."""
 
     cpu: str
+    processor: str
     cores: int | None
     threads: int
     instruction_set: str | None

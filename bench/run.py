@@ -1,62 +1,61 @@
-"""Measures a suite: one fresh process for each case and allocator setting, all results in one ``results.json``."""
+"""Measures a suite: one fresh process for each case, or group of cases, and allocator setting; all results in one JSON file."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
-from metamask_ext import build_info
 from metamask_ext.files.atomic import prepare_folder
 from metamask_ext.files.errors import OutputError
 from metamask_ext.files.read import read_json
 
-from . import report, targets
+from . import grid_estimate, group, report, results_json, targets
 from .cases import SUITES, Case
+from .group import ALLOCATORS, CaseError, environment
+from .machine import describe_machine
 from .measure import summarise
-from .results_json import FORMAT, Machine, Results, Row, Timed, save
+from .results_json import FORMAT, Results, Row, Timed, save
 
-ALLOCATORS: dict[str, dict[str, str]] = {
-    "default": {},
-    # Freed memory stays with the process instead of going back to the system.
-    "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"},
-}
-# These would change the allocator, or bring in options of the user's pytest.
-DROPPED_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "PYTEST_")
 TIMEOUT_SECONDS = 600
+GRID = "grid"
 console = Console()
 
 
-class CaseError(Exception):
-    """The process of a case failed; the message says why."""
-
-
-def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None = None) -> int:
+def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None = None, full: bool = False) -> int:
     """Measures ``suite`` and writes ``results.json``, ``table.md`` and, if there are ratios, ``ratios.png`` into ``out``.
+
+    The suite ``grid`` writes ``grid-PROCESSOR.json`` and two heat maps. If that file is there, of the same machine and commit, what
+    it has is not measured again.
 
     Args:
         suite: a key of :data:`metamask_ext.bench.cases.SUITES`.
         out: a folder; made if it does not exist.
         quick: only the suite's few quick cases, with the default allocator.
         only: only the cases with these ids.
+        full: of the suite ``grid``, all batches with both dtypes and allocators.
 
     Returns:
         0; 1 if a case failed; 2, after one line on stderr, if there is nothing to run or an extra is not installed.
     """
     if suite not in SUITES:
         return _refuse(f"suite must be one of {', '.join(sorted(SUITES))}, got {suite!r}")
+    if full and (quick or suite != GRID):
+        return _refuse(f"full is for the suite {GRID!r} alone, and not quick, got suite {suite!r} and quick {quick}")
     cases = SUITES[suite]
     if only is not None:
         only = list(only)
@@ -75,9 +74,6 @@ def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None =
     except OutputError as error:
         return _refuse(str(error))
 
-    begin = time.perf_counter()
-    work = [(case, name) for case in cases for name in (ALLOCATORS if _both(case, quick) else ["default"])]
-    rows = [_row(case, allocator, "not measured", "the run ended before it") for case, allocator in work]
     results: Results = {
         "format": FORMAT,
         "suite": suite,
@@ -85,77 +81,128 @@ def run(suite: str, out: Path, quick: bool = False, only: Iterable[str] | None =
         "date": datetime.now(timezone.utc).date().isoformat(),
         "seconds": 0.0,
         "machine": describe_machine(),
-        "rows": rows,
+        "rows": [],
     }
-    for index, (case, allocator) in enumerate(work):
-        rows[index] = _measure(case, allocator)
-        _show(rows[index])
-        results["seconds"] = round(time.perf_counter() - begin, 1)
-        save(results, out / "results.json")  # a run that is stopped keeps what it measured
-
+    path = out / report.file_name(results)
+    try:
+        before = _earlier(path, results) if suite == GRID else []
+    except OutputError as error:
+        return _refuse(str(error))
+    _measure_all(_jobs(cases, quick, full), before, results, path)
     report.write(results, out, console)
-    failed = [row for row in rows if row["status"] == "failed"]
+    failed = [row for row in results["rows"] if row["status"] == "failed"]
     for row in failed:
         console.print(f"failed: {row['case']}, {row['allocator']} allocator: {row['reason']}", style="bold red", markup=False)
     return 1 if failed else 0
 
 
-def _both(case: Case, quick: bool) -> bool:
-    """Tells whether the case is measured with both allocators."""
-    return not quick and case.device == "cpu" and case.tuned and not case.quantities
+class _Job(NamedTuple):
+    """A process's work: a case, or cases of a group."""
+
+    cases: list[Case]
+    allocator: str
 
 
-def describe_machine() -> Machine:
-    """Describes the machine and the software, without names of hosts, users or folders."""
-    from cpuinfo import get_cpu_info  # of pytest-benchmark
-
-    info = build_info()
-    return {
-        "cpu": get_cpu_info().get("brand_raw", "unknown"),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": info["cpu_capability"],
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "gpu_state": _gpu_state(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "metamask_ext": info["version"],
-        "backend": info["backend"],
-        "commit": _commit(),
-    }
+def _jobs(cases: list[Case], quick: bool, full: bool) -> list[_Job]:
+    jobs = []
+    for _, its in groupby(cases, key=lambda case: case.group or case.id):
+        together = list(its)
+        for allocator in ALLOCATORS:
+            if some := [case for case in together if allocator in _allocators(case, quick, full)]:
+                jobs.append(_Job(some, allocator))
+    return jobs
 
 
-def _gpu_state() -> dict[str, str] | None:
-    """Asks nvidia-smi for the driver and clocks (MHz; ``max`` the card's limit) of the GPU in use; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
-    index = str(torch.cuda.current_device())
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", index]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return dict(zip(fields, (value.strip() for value in said.split(","))))
+def _allocators(case: Case, quick: bool, full: bool) -> tuple[str, ...]:
+    if case.group:
+        return case.allocators[-1:] if quick else tuple(ALLOCATORS) if full and not case.quantities else case.allocators
+    both = not quick and case.device == "cpu" and not case.quantities
+    return case.allocators if both else ("default",)
 
 
-def _commit() -> str | None:
-    """Returns the commit of the checkout that this package runs from, marked if files differ; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
+def _earlier(path: Path, results: Results) -> list[Row]:
+    """Returns the rows that an earlier run has measured and written into ``path``, and adds its seconds to ``results``.
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    Raises:
+        OutputError: the file is of another machine, commit or kind of run, or none of results.
+    """
+    if not path.exists():
+        return []
+    try:
+        found = results_json.read(path)
+        other = [key for key in ("suite", "quick") if found[key] != results[key]]
+        # A card's clocks change from minute to minute, and have no part in these times.
+        machine = {key: value for key, value in results["machine"].items() if key != "gpu_state"}
+        other += [key for key, value in machine.items() if found["machine"].get(key) != value]
+        rows = [row for row in found["rows"] if row["status"] == "measured"]
+        results["seconds"] = found["seconds"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{path} must hold results of this suite: {error!r}") from error
+    if other:
+        raise OutputError(f"{path} is of a run with another {', '.join(other)}: give another folder, or remove it")
+    return rows
 
-    modified = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "--short=12", "HEAD") + (" with local changes" if modified else "")
+
+def _measure_all(jobs: list[_Job], before: list[Row], results: Results, path: Path) -> None:
+    """Measures what is not among the rows ``before``, and saves after every row: a run that is stopped keeps what it measured."""
+    begin, earlier = time.perf_counter(), results["seconds"]
+    rows = results["rows"] = [
+        _row(case, job.allocator, "not measured", "the run ended before it") for job in jobs for case in job.cases
+    ]
+    places = {(row["case"], row["allocator"]): index for index, row in enumerate(rows)}
+    for row in before:
+        if (key := (row["case"], row["allocator"])) in places:
+            rows[places[key]] = row
+        else:  # of an earlier full run
+            rows.append(row)
+    for job in jobs:
+        job.cases[:] = [case for case in job.cases if rows[places[case.id, job.allocator]]["status"] != "measured"]
+    if results["suite"] == GRID:
+        minutes = grid_estimate.minutes([job.cases for job in jobs])
+        console.print(f"about {math.ceil(minutes)} min on two cores of AMD Zen 4", highlight=False)
+    for job in jobs:
+        for row in _measured(job):
+            rows[places[row["case"], row["allocator"]]] = row
+            _show(row)
+            results["seconds"] = round(earlier + time.perf_counter() - begin, 1)
+            save(results, path)
+
+
+def _measured(job: _Job) -> Iterator[Row]:
+    """Measures the cases of a job, and yields the row of each."""
+    if not all(case.group for case in job.cases):
+        yield from (_measure(case, job.allocator) for case in job.cases)
+        return
+    left = job.cases
+    while left:
+        if reason := _unable(left[0], job.allocator):
+            yield from (_row(case, job.allocator, "not measured", reason) for case in left)
+            return
+        try:
+            for found in group.measured(left, job.allocator):
+                case, *left = left
+                failed = found.pop("failed", None)
+                row = _row(case, job.allocator, "measured" if failed is None else "failed", failed)
+                row.update(found)  # type: ignore[typeddict-item]  # from JSON
+                yield row
+        except CaseError as error:  # the others get a process of their own
+            case, *left = left
+            yield _row(case, job.allocator, "failed", str(error))
+
+
+def _unable(case: Case, allocator: str) -> str | None:
+    """Returns why a case cannot be measured here."""
+    if case.device == "cuda" and not torch.cuda.is_available():
+        return "no GPU"
+    if allocator == "tuned" and platform.libc_ver()[0] != "glibc":
+        return "the settings are those of glibc's allocator"
+    return None
 
 
 def _measure(case: Case, allocator: str) -> Row:
     """Measures one row of the results."""
-    if case.device == "cuda" and not torch.cuda.is_available():
-        return _row(case, allocator, "not measured", "no GPU")
-    if allocator == "tuned" and platform.libc_ver()[0] != "glibc":
-        return _row(case, allocator, "not measured", "the settings are those of glibc's allocator")
+    if reason := _unable(case, allocator):
+        return _row(case, allocator, "not measured", reason)
     runs: list[Timed] = []
     for _ in range(case.processes):
         try:
@@ -174,9 +221,8 @@ def _measure_once(case: Case, allocator: str) -> Any:
     Raises:
         CaseError: the process failed.
     """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(DROPPED_VARIABLES)}
     # Plugins of other packages, and a checkout's configuration and conftest files, have no say here.
-    environment.update(ALLOCATORS[allocator], PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    variables = {**environment(allocator), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     tests = Path(__file__).with_name("test_suite.py")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "benchmark.json"
@@ -186,7 +232,7 @@ def _measure_once(case: Case, allocator: str) -> Any:
         try:
             child = subprocess.run(
                 command,
-                env=environment,
+                env=variables,
                 cwd=folder,
                 timeout=TIMEOUT_SECONDS,
                 text=True,
@@ -245,9 +291,10 @@ def main() -> None:
     parser.add_argument("--suite", default="core", help=f"one of {', '.join(sorted(SUITES))}")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="a few cases, default allocator")
+    parser.add_argument("--full", action="store_true", help="grid: all batches with both dtypes and allocators")
     parser.add_argument("--only", action="append", metavar="ID", help="a case to run; may be given several times")
     given = parser.parse_args()
-    sys.exit(run(given.suite, given.out, given.quick, given.only))
+    sys.exit(run(given.suite, given.out, given.quick, given.only, given.full))
 
 
 def _refuse(message: str) -> int:

@@ -7,11 +7,12 @@ import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from . import targets
+from . import cuda_tables, targets
+from .cuda_timing import GRAPH
 from .problem import METAMASK
 from .results_json import Results, Row
+from .targets import NOT_MEASURED
 
-NOT_MEASURED = "not measured"
 QUIET = 0.05
 """The share of the CPU time that other processes may take before a measurement counts as disturbed."""
 
@@ -105,16 +106,18 @@ def notes(results: Results) -> list[str]:
     m = results["machine"]
     machine = f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['instruction_set']}, {m['memory_gib']} GiB"
     software = f"torch {m['torch']}, metamask_ext {m['metamask_ext']}" + (f", commit {m['commit']}" if m["commit"] else "")
-    gpu = f", {m['gpu']}" if m["gpu"] else ""
-    found = [
-        'Ratios of medians of interleaved rounds; "slower": there metamask loses. '
-        f"Machine: {machine}{gpu}; {software}; {results['date']}."
-    ]
+    card = cuda_tables.card(results) or m["gpu"]
+    gpu = f", {card}" if card else ""
+    loses = "" if results["suite"] == "grid" else '; "slower": there metamask loses'
+    found = [f"Ratios of medians of interleaved rounds{loses}. Machine: {machine}{gpu}; {software}; {results['date']}."]
     reasons: dict[str, dict[str, None]] = {}
     for row in results["rows"]:
         if row["status"] != "measured":
             what = f"{row['measure']} {row['shape']}, {row['allocator']} allocator"
             reasons.setdefault(f"{row['status']}: {row['reason']}", {})[what] = None
+        for contender, how in row.get("timed_by", {}).items():
+            if how != GRAPH:
+                reasons.setdefault(f"Timed by {how}", {})[f"{row['measure']}, {contender}"] = None
         for contender, reason in row.get("not_measured", {}).items():
             reasons.setdefault(f"{NOT_MEASURED}: {reason}", {})[f"{row['measure']}, {contender}"] = None
     for reason, where in reasons.items():
@@ -136,6 +139,11 @@ def markdown(results: Results) -> str:
     return "\n".join([*_table(targets.table(results)), "", *notes(results)]) + "\n"
 
 
+def as_markdown(cells: list[list[str]]) -> str:
+    """Writes a table as Markdown; the first row is the head."""
+    return "\n".join(_table(cells)) + "\n"
+
+
 def _table(cells: list[list[str]]) -> list[str]:
     """Writes a table as Markdown; the first row is the head."""
     head, *rows = ["| " + " | ".join(row) + " |" for row in cells]
@@ -143,7 +151,9 @@ def _table(cells: list[list[str]]) -> list[str]:
 
 
 def details(results: Results) -> str:
-    """Writes all ratios with the notes, as Markdown."""
+    """Writes all ratios with the notes, as Markdown; of the suite ``cuda``, its times too."""
+    if results["suite"] == "cuda":
+        return "\n".join([*_table(cuda_tables.table(results)), "", *notes(results)]) + "\n"
     head = ["measure", "shape", *(f"{ratio}, {allocator}" for ratio, allocator in columns(results))]
     text = [head]
     for line in lines(results):

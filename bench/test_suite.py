@@ -8,8 +8,10 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from . import cuda_case
 from .cases import SUITES, Case
-from .measure import Others, check_apart, choose_rounds, nanoseconds, summarise, timed
+from .cuda_timing import Gpu
+from .measure import Others, check_apart, choose_rounds, summarise, time_round, timed
 from .problem import METAMASK
 
 
@@ -18,20 +20,19 @@ def test_case(case: Case, benchmark: BenchmarkFixture) -> None:
     if case.quantities:
         benchmark.extra_info["quantities"] = benchmark.pedantic(case.build, rounds=1)
         return
+    if case.device == "cuda":
+        benchmark.extra_info.update(benchmark.pedantic(cuda_case.measure, (case, Gpu()), rounds=1))
+        return
     checked = check_apart(case)
     problem = case.problem()
-    units = {name: timed(case, problem.contenders[name]) for name in checked.errors}
+    units = {name: timed(problem.contenders[name]) for name in checked.errors}
     rounds = choose_rounds(units)
 
     times: dict[str, list[int]] = {name: [] for name in units}
-    names = list(units)
 
     def time_all() -> None:
-        # Rotating, so that each contender follows each other one equally often. metamask too is timed here, not by
-        # pytest-benchmark, whose own work before a call costs a small layer's some of its caches.
-        start = len(times[METAMASK]) % len(names)
-        for name in names[start:] + names[:start]:
-            times[name].append(nanoseconds(units[name]))
+        # metamask too is timed here, not by pytest-benchmark, whose own work before a call costs a small layer some of its caches.
+        time_round(units, times)
 
     others_cpu = Others()
     benchmark.pedantic(units[METAMASK], setup=time_all, rounds=rounds, iterations=1)

@@ -8,6 +8,7 @@
 #include <torch/version.h>
 
 #include "cpu/capability.h"
+#include "cpu/products.h"
 
 TORCH_LIBRARY(metamask, m) {
   // gate_id: 0 sigmoid, 1 hard (core/gate.h). gate_param: the sigmoid's temperature, or the hard gate's threshold. output_mask
@@ -21,6 +22,11 @@ TORCH_LIBRARY(metamask, m) {
       "masked_weight_backward_sgd_(Tensor grad, Tensor(a!) weight, Tensor(b!) mask_logits, Tensor(c!)? weight_momentum_buffer, "
       "Tensor(d!)? mask_momentum_buffer, int gate_id, float gate_param, bool[2] output_mask, bool[2] updates, "
       "float[] weight_settings, float[] mask_settings) -> (Tensor, Tensor)");
+  // The state is exp_avg, exp_avg_sq and step of each parameter with updates[i], the settings lr, beta1, beta2, eps and
+  // weight_decay of each parameter. CPU only.
+  m.def(
+      "masked_weight_backward_adamw_(Tensor grad, Tensor(a!) weight, Tensor(b!) mask_logits, Tensor(c!)[] state, int gate_id, "
+      "float gate_param, bool[2] output_mask, bool[2] updates, float[] settings) -> (Tensor, Tensor)");
   m.def(
       "masked_weight_double_backward(Tensor? cotangent_weight, Tensor? cotangent_mask, Tensor grad, Tensor weight, "
       "Tensor mask_logits, int gate_id, float gate_param, bool[3] output_mask=True) -> (Tensor, Tensor, Tensor)");
@@ -46,6 +52,10 @@ TORCH_LIBRARY(metamask, m) {
       "Tensor(d!)? bias_mask_logits, Tensor(e!)? weight_momentum_buffer, Tensor(f!)? mask_momentum_buffer, "
       "Tensor(g!)? bias_momentum_buffer, Tensor(h!)? bias_mask_momentum_buffer, int gate_id, float gate_param, "
       "bool[5] output_mask, bool[4] updates, float[] settings) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "masked_linear_backward_adamw_(Tensor grad, Tensor input, Tensor(a!) weight, Tensor(b!) mask_logits, Tensor(c!)? bias, "
+      "Tensor(d!)? bias_mask_logits, Tensor(e!)[] state, int gate_id, float gate_param, bool[5] output_mask, bool[4] updates, "
+      "float[] settings) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // im2col: images [N, C, H, W] to rows [N, places, C * kH * kW], one for each place of a convolution's output. col2im: the
   // gradient of the images, where rows overlap and add up. CPU only.
@@ -127,7 +137,7 @@ constexpr const char* kOps[] = {"masked_weight",
                                 "masked_weight_list",
                                 "masked_weight_list_backward",
                                 "masked_weight_list_double_backward"};
-constexpr const char* kCpuOps[] = {"im2col", "col2im"};
+constexpr const char* kCpuOps[] = {"im2col", "col2im", "masked_weight_backward_adamw_", "masked_linear_backward_adamw_"};
 
 TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
   for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&undifferentiable>());
@@ -135,7 +145,8 @@ TORCH_LIBRARY_IMPL(metamask, Autograd, m) {
 }
 
 // Of an op that updates arguments torch resolves none: these ops resolve what they read, and refuse to update a lazy view.
-constexpr const char* kUpdatingOps[] = {"masked_weight_backward_sgd_", "masked_linear_backward_sgd_"};
+constexpr const char* kUpdatingOps[] = {"masked_weight_backward_sgd_", "masked_linear_backward_sgd_",
+                                        "masked_weight_backward_adamw_", "masked_linear_backward_adamw_"};
 
 TORCH_LIBRARY_IMPL(metamask, Negative, m) {
   for (const char* op : kUpdatingOps) m.impl(op, torch::CppFunction::makeFallthrough());
@@ -206,5 +217,12 @@ PYBIND11_MODULE(_C, m) {
         arg("slots"), arg("weight"), arg("packed"), arg("bias"), arg("packed_bias"), arg("groups"), arg("dtype") = pybind11::none(),
         "torch.ops.metamask.packed_masked_linear, called directly.");
   m.def("has_tangent", &metamask::has_tangent, arg("tensor"), "Whether forward-mode AD has given a tensor a tangent.");
+  pybind11::enum_<metamask::cpu::Pass>(m, "Pass")
+      .value("forward", metamask::cpu::Pass::kForward)
+      .value("backward", metamask::cpu::Pass::kBackward);
+  m.def("set_products", &metamask::cpu::set_products, arg("lines"), arg("task_rows"),
+        "Replaces the table that csrc/cpu/products.h describes.");
+  m.def("through_blas", &metamask::cpu::through_blas, arg("pass"), arg("type"), arg("batch"), arg("in_features"),
+        arg("out_features"), "Whether a product of this size goes through BLAS.");
   m.def("build_info", &metamask::build_info, "What this binary was built for and runs with.");
 }

@@ -14,6 +14,10 @@ from ._info import build_info, check_build
 
 check_build()
 
+from .products import install_default as _install_products
+
+_install_products()
+
 from . import meta, nn, optim
 from .bank import MaskBank
 from .nn.compile import compile

@@ -14,6 +14,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 from support.emulator import FORWARD, Emulator, why_not
+from support.gpu import why_no_gpu
+
+# cuDNN multiplies float32 with the 10 bits of TF32 unless told otherwise, and may choose a convolution that adds up in no fixed
+# order: neither is what tests compare.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
 
 MARKERS = (
     "once: neither the instruction set nor the number of threads can change the outcome (schemas, torch.compile, other processes); "
@@ -21,6 +27,7 @@ MARKERS = (
     "every_device(emulated_if=None): the test runs a second time in the emulator, where it takes far longer; emulated_if, "
     "a function of the test's parameters, chooses which of them run there",
     "emulated: the test runs in the emulator (tests/emulator); `make emulate` runs these alone",
+    "cuda: the test needs a GPU, and a build with kernels for it; `pytest -m cuda` runs these alone",
 )
 
 
@@ -54,14 +61,16 @@ def _is_wanted(item):
     if parameters.get("_device") != "emulated":
         return True
     emulated_if = item.get_closest_marker("every_device").kwargs.get("emulated_if")
-    return parameters.get("device") != "cuda" and (emulated_if is None or emulated_if(**parameters))
+    on_gpu = str(parameters.get("device", "cpu")).startswith("cuda")
+    return not on_gpu and (emulated_if is None or emulated_if(**parameters))
 
 
 def pytest_collection_modifyitems(items):
-    if reason := why_not():
-        for item in items:
-            if item.get_closest_marker("emulated"):
-                item.add_marker(pytest.mark.skip(reason))
+    for marker, reason in (("emulated", why_not()), ("cuda", why_no_gpu())):
+        if reason:
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason))
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 from collections import defaultdict
+from functools import cache
 
 import pytest
 from support.paths import ROOT
@@ -109,3 +110,68 @@ def test_docstrings_are_statements():
         ]
         found[name] = lines
     assert_none(found, "a docstring opens with its subject or its verb")
+
+
+ABSENT_BESIDE_A_GPU = ("gymnasium", "mlxtend", "expecttest", "torch.testing._internal", "tomli_w", "torchvision")
+
+
+@cache
+def source_of(module: str) -> str | None:
+    """The file of a module of the tests' support or of the package, by its path from the root."""
+    path = module.replace(".", "/")
+    path = f"tests/{path}" if module.startswith("support") else path.replace("metamask_ext/bench", "bench")
+    found = [name for name in (f"{path}.py", f"{path}/__init__.py") if (ROOT / name).exists()]
+    return found[0] if found else None
+
+
+@cache
+def imports_of(name: str) -> frozenset[str]:
+    """The modules that a file imports outside functions."""
+    package = name.split("/")[:-1]
+    found = set()
+    for node in top_level(parsed(name).body):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        else:
+            begin = package[: len(package) - node.level + 1] if node.level else []
+            if begin[:1] == ["bench"]:
+                begin = ["metamask_ext", *begin]
+            base = ".".join([*begin, *([node.module] if node.module else [])])
+            found.update([base, *(f"{base}.{alias.name}" for alias in node.names)])
+    return frozenset(found)
+
+
+def imported_with(name: str) -> set[str]:
+    """Every module that is imported when this file is, as far as the files of this checkout say."""
+    found: set[str] = set()
+    files, todo = set(), [name]
+    while todo:
+        if (name := todo.pop()) not in files:
+            files.add(name)
+            found |= imports_of(name)
+            todo += [source for module in imports_of(name) if (source := source_of(module)) is not None]
+    return found
+
+
+def top_level(body: list[ast.stmt]) -> list[ast.Import | ast.ImportFrom]:
+    """Imports outside functions."""
+    found: list[ast.Import | ast.ImportFrom] = []
+    for node in body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found.append(node)
+        elif isinstance(node, (ast.Try, ast.With, ast.ClassDef)) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test)
+        ):
+            found += top_level(node.body)
+    return found
+
+
+def test_tests_of_a_gpu_import_what_a_machine_with_one_has():
+    names = [name for name in tracked(".py") if name.startswith("tests/") and "/test_" in name]
+    of_gpu = [name for name in names if "from support.gpu import" in (ROOT / name).read_text()]
+    assert len(of_gpu) > 20 and "metamask_ext.nn.layers" in imported_with("tests/nn/test_layers.py")
+    found = {}
+    for name in of_gpu:
+        modules = [module for module in sorted(imported_with(name)) if module.startswith(ABSENT_BESIDE_A_GPU)]
+        found[name] = [f"{name}: {module}" for module in modules]
+    assert_none(found, "a machine with a GPU has no registry to install these from")

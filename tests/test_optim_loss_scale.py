@@ -1,4 +1,4 @@
-"""FusedMaskedSGD beside torch.amp.GradScaler: a scaled loss is refused, a scaled ordinary step is right."""
+"""Fused optimisers beside torch.amp.GradScaler: a scaled loss is refused, a scaled ordinary step is right."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import time
 
 import pytest
 import torch
-from support.sgd_steps import FUSED, SETTINGS, assert_equal_models, batch, error, mlp, ops_of, torch_sgd
+from support.fused_steps import assert_equal_models, batch, each_kind, error, mlp, ops_of
 from torch.autograd import graph
 
 from metamask_ext import add_task, loss_scale, using_task
-from metamask_ext.optim import FusedMaskedSGD
 
 REFUSED = pytest.raises(ValueError, match="loss is scaled by a GradScaler.*unscaled loss.*scaler.step")
 
@@ -48,9 +47,10 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_a_scaled_loss_is_refused(way):
+@each_kind
+def test_a_scaled_loss_is_refused(way, kind):
     model = mlp()
-    optimizer = FusedMaskedSGD(model, **SETTINGS)
+    optimizer = kind.ours(model, **kind.settings)
     before = copy.deepcopy(model)
     scale = scaler()
     value = way(scale, model, *batch(model, 0))
@@ -65,25 +65,28 @@ def test_a_scaled_loss_is_refused(way):
 
 
 @pytest.mark.parametrize("options", [{"init_scale": 1000.0}, {"init_scale": 2.0}, {"init_scale": 0.25, "growth_factor": 1.5}])
-def test_other_scales(options):
+@each_kind
+def test_other_scales(options, kind):
     model = mlp()
     scale = scaler(**options)
     with REFUSED:
-        FusedMaskedSGD(model, 0.1).backward(scale.scale(error(model, *batch(model, 0))))
+        kind.ours(model, 0.1).backward(scale.scale(error(model, *batch(model, 0))))
 
 
-def test_outputs_with_a_gradient():
+@each_kind
+def test_outputs_with_a_gradient(kind):
     model = mlp()
     x, y = batch(model, 0)
     scale = scaler()
     with REFUSED:
-        FusedMaskedSGD(model, 0.1).backward(scale.scale(model(x)), y)
+        kind.ours(model, 0.1).backward(scale.scale(model(x)), y)
 
 
-def test_what_is_no_scale():
+@each_kind
+def test_what_is_no_scale(kind):
     """A disabled scaler returns the loss; weights of losses are no scales, beside a scaler that lives."""
     ours, theirs = mlp(), mlp()
-    fused, plain = FusedMaskedSGD(ours, **SETTINGS), torch_sgd(theirs, **SETTINGS)
+    fused, plain = kind.ours(ours, **kind.settings), kind.torchs(theirs, **kind.settings)
     off, other = scaler(enabled=False), scaler()
     other.scale(torch.ones((), requires_grad=True))
     weight = torch.tensor(0.5)
@@ -99,18 +102,19 @@ def test_what_is_no_scale():
         group["lr"] = 1e-5
     for seed, way in enumerate(ways):
         value = way(error(ours, *batch(ours, seed)))
-        assert set(ops_of(lambda value=value: fused.backward(value))) == {FUSED[0]}
+        assert set(ops_of(lambda value=value: fused.backward(value))) == {kind.ops[0]}
         way(error(theirs, *batch(theirs, seed))).backward()
         plain.step()
         plain.zero_grad()
     assert_equal_models(ours, theirs, tolerance=1e-9)
 
 
-def test_a_weight_is_looked_up_once_and_new_ones_not_for_ever(monkeypatch):
+@each_kind
+def test_a_weight_is_looked_up_once_and_new_ones_not_for_ever(monkeypatch, kind):
     calls = []
     monkeypatch.setattr(loss_scale, "_scalers", lambda: calls.append(1) or [])
     model = mlp()
-    optimizer = FusedMaskedSGD(model, 1e-3)
+    optimizer = kind.ours(model, 1e-3)
     weight = torch.tensor(0.3)
     for seed in range(5):
         optimizer.backward(weight * error(model, *batch(model, seed)) * weight)
@@ -123,9 +127,10 @@ def test_a_weight_is_looked_up_once_and_new_ones_not_for_ever(monkeypatch):
     assert len(loss_scale._SEARCHES.of_no_scaler) <= 1
 
 
-def test_a_second_backward_over_a_freed_graph_is_torchs_error():
+@each_kind
+def test_a_second_backward_over_a_freed_graph_is_torchs_error(kind):
     model = mlp()
-    optimizer = FusedMaskedSGD(model, 0.1)
+    optimizer = kind.ours(model, 0.1)
     value = torch.tensor(0.5) * error(model, *batch(model, 0))
     value.backward()
     optimizer.zero_grad()
@@ -135,10 +140,11 @@ def test_a_second_backward_over_a_freed_graph_is_torchs_error():
 
 @pytest.mark.parametrize("unscale", [False, True], ids=["step", "unscale_ and step"])
 @pytest.mark.parametrize("new", [False, True], ids=["", "a new task"])
-def test_an_ordinary_step_of_a_scaler(unscale, new):
+@each_kind
+def test_an_ordinary_step_of_a_scaler(unscale, new, kind):
     """Also of a task that was added after the optimiser was made: its gradients are unscaled too."""
     ours, theirs = mlp(), mlp()
-    fused, plain = FusedMaskedSGD(ours, **SETTINGS), torch_sgd(theirs, **SETTINGS)
+    fused, plain = kind.ours(ours, **kind.settings), kind.torchs(theirs, **kind.settings)
     task = "default"
     if new:
         task = "second"
@@ -162,9 +168,10 @@ def test_an_ordinary_step_of_a_scaler(unscale, new):
     assert_equal_models(ours, theirs, tolerance=1e-10)
 
 
-def test_a_step_is_skipped_where_a_gradient_is_infinite():
+@each_kind
+def test_a_step_is_skipped_where_a_gradient_is_infinite(kind):
     model = mlp()
-    optimizer = FusedMaskedSGD(model, **SETTINGS)
+    optimizer = kind.ours(model, **kind.settings)
     before = copy.deepcopy(model)
     scale = scaler()
     x, y = batch(model, 0)
@@ -175,9 +182,10 @@ def test_a_step_is_skipped_where_a_gradient_is_infinite():
     assert_equal_models(model, before, tolerance=0.0)
 
 
-def test_param_groups_are_those_of_the_model_now():
+@each_kind
+def test_param_groups_are_those_of_the_model_now(kind):
     model = mlp()
-    optimizer = FusedMaskedSGD(model, 0.1)
+    optimizer = kind.ours(model, 0.1)
     add_task(model, "second")
     assert set(model.parameters()) == {p for group in optimizer.param_groups for p in group["params"]}
     assert optimizer.param_groups[1]["param_names"][-1] == "2.bias_masks.second"
@@ -186,9 +194,10 @@ def test_param_groups_are_those_of_the_model_now():
     assert len(twin.param_groups[1]["params"]) == 12 and len(optimizer.param_groups[1]["params"]) == 8
 
 
-def test_reading_param_groups_costs_little():
+@each_kind
+def test_reading_param_groups_costs_little(kind):
     model = torch.nn.Sequential(*(mlp() for _ in range(50)))
-    optimizer = FusedMaskedSGD(model, 0.1)
+    optimizer = kind.ours(model, 0.1)
     started = time.perf_counter()
     for _ in range(1000):
         assert optimizer.param_groups

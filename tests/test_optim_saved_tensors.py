@@ -1,4 +1,4 @@
-"""FusedMaskedSGD under hooks on saved tensors: a step never goes to a copy, the numbers are those of torch.optim.SGD."""
+"""Fused optimisers under hooks on saved tensors: a step never goes to a copy, the numbers are those of torch's."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
-from support.sgd_steps import FUSED, PLAIN, SETTINGS, assert_equal_models, batch, cnn, compare, each_setting, error, mlp, torch_sgd
+from support.fused_steps import assert_equal_models, batch, cnn, compare, each_kind, each_setting, error, mlp
 from torch import nn
 from torch.autograd import graph
 from torch.utils.checkpoint import checkpoint
 
 from metamask_ext import add_task, using_task
 from metamask_ext.nn import MaskedLinear
-from metamask_ext.optim import FusedMaskedSGD
 
 
 def to_disk(folder):
@@ -46,29 +45,31 @@ each_hook = pytest.mark.parametrize("hooks", HOOKS.values(), ids=HOOKS)
 @each_setting
 @each_hook
 @pytest.mark.parametrize("make", [mlp, cnn], ids=["mlp", "cnn"])
-def test_hooks_around_the_forward(make, hooks, settings, tmp_path):
+def test_hooks_around_the_forward(make, hooks, settings, tmp_path, kind):
     def loss(model, x, y):
         with hooks(tmp_path):
             return error(model, x, y)
 
-    compare(make, settings, loss)
+    compare(make, kind, settings, loss)
 
 
 @each_hook
-def test_hooks_around_one_layer(hooks, tmp_path):
+@each_kind
+def test_hooks_around_one_layer(hooks, tmp_path, kind):
     def loss(model, x, y):
         with hooks(tmp_path):
             x = model[0](x)
         return error(model[1:], x, y)
 
-    assert FUSED[0] in compare(mlp, SETTINGS, loss)
+    assert kind.ops[0] in compare(mlp, kind, kind.settings, loss)
 
 
 @each_hook
-def test_hooks_around_forward_and_backward(hooks, tmp_path):
+@each_kind
+def test_hooks_around_forward_and_backward(hooks, tmp_path, kind):
     """A backward may also run inside the block."""
     ours, theirs = mlp(), mlp()
-    fused, plain = FusedMaskedSGD(ours, **SETTINGS), torch_sgd(theirs, **SETTINGS)
+    fused, plain = kind.ours(ours, **kind.settings), kind.torchs(theirs, **kind.settings)
     for seed in range(3):
         with hooks(tmp_path):
             fused.backward(error(ours, *batch(ours, seed)))
@@ -80,7 +81,8 @@ def test_hooks_around_forward_and_backward(hooks, tmp_path):
 
 @each_hook
 @pytest.mark.parametrize("outside", [False, True], ids=["inside", "outside"])
-def test_hooks_and_a_checkpoint(hooks, outside, tmp_path):
+@each_kind
+def test_hooks_and_a_checkpoint(hooks, outside, tmp_path, kind):
     """An off-loading checkpoint: hooks around it, or around the layers in it."""
     if hooks is HOOKS["disabled"]:
         pytest.skip("a checkpoint needs hooks")
@@ -93,10 +95,11 @@ def test_hooks_and_a_checkpoint(hooks, outside, tmp_path):
         with hooks(tmp_path) if outside else nullcontext():
             return (checkpoint(run, x, use_reentrant=False) - y).square().mean()
 
-    compare(mlp, SETTINGS, loss)
+    compare(mlp, kind, kind.settings, loss)
 
 
-def test_a_copy_is_not_kept_as_the_parameter():
+@each_kind
+def test_a_copy_is_not_kept_as_the_parameter(kind):
     """The tensor that the hook gave back is as before, the parameter has moved, and nothing but the parameter."""
     model = nn.Sequential(MaskedLinear(5, 3, dtype=torch.float64))
     kept = []
@@ -105,7 +108,7 @@ def test_a_copy_is_not_kept_as_the_parameter():
         kept.append((tensor, tensor.clone()))
         return tensor
 
-    optimizer = FusedMaskedSGD(model, 0.5)
+    optimizer = kind.ours(model, 0.5)
     before = model[0].weight.detach().clone()
     with graph.saved_tensors_hooks(torch.clone, unpack):
         value = error(model, *batch(model, 0))
@@ -114,10 +117,11 @@ def test_a_copy_is_not_kept_as_the_parameter():
     assert not torch.equal(model[0].weight, before)
 
 
-def test_identity_hooks_leave_the_step_in_the_backward_and_bump_versions():
+@each_kind
+def test_identity_hooks_leave_the_step_in_the_backward_and_bump_versions(kind):
     """torch packs an alias that counts its own versions: the step must be seen by the parameter's counter."""
     model = mlp()
-    optimizer = FusedMaskedSGD(model, **PLAIN)
+    optimizer = kind.ours(model, **kind.plain)
     versions = [p._version for p in model.parameters()]
     with HOOKS["identity"](None):
         value = error(model, *batch(model, 0))
@@ -125,9 +129,10 @@ def test_identity_hooks_leave_the_step_in_the_backward_and_bump_versions():
     assert all(p._version > version for p, version in zip(model.parameters(), versions))
 
 
-def test_another_reader_of_the_old_weight_behind_identity_hooks():
+@each_kind
+def test_another_reader_of_the_old_weight_behind_identity_hooks(kind):
     model = mlp()
-    optimizer = FusedMaskedSGD(model, 0.1)
+    optimizer = kind.ours(model, 0.1)
     x, y = batch(model, 0)
     first = nn.functional.linear(x.requires_grad_(), model[0].weight.detach())
     with HOOKS["identity"](None):
@@ -136,13 +141,14 @@ def test_another_reader_of_the_old_weight_behind_identity_hooks():
         optimizer.backward(value)
 
 
-def test_mutation_on_saved_tensors_is_allowed():
+@each_kind
+def test_mutation_on_saved_tensors_is_allowed(kind):
     def loss(model, x, y):
         stack.enter_context(graph.allow_mutation_on_saved_tensors())
         return error(model, x, y)
 
     ours, theirs = mlp(), mlp()
-    fused, plain = FusedMaskedSGD(ours, **SETTINGS), torch_sgd(theirs, **SETTINGS)
+    fused, plain = kind.ours(ours, **kind.settings), kind.torchs(theirs, **kind.settings)
     for seed in range(3):
         with ExitStack() as stack:
             fused.backward(loss(ours, *batch(ours, seed)))
@@ -154,7 +160,8 @@ def test_mutation_on_saved_tensors_is_allowed():
 
 
 @each_hook
-def test_several_tasks(hooks, tmp_path):
+@each_kind
+def test_several_tasks(hooks, tmp_path, kind):
     def make():
         model = mlp()
         add_task(model, "second", init="copy:default")
@@ -164,12 +171,13 @@ def test_several_tasks(hooks, tmp_path):
         with hooks(tmp_path), using_task(model, "second"):
             return error(model, x, y)
 
-    compare(make, SETTINGS, loss)
+    compare(make, kind, kind.settings, loss)
 
 
-def test_nested_hooks():
+@each_kind
+def test_nested_hooks(kind):
     def loss(model, x, y):
         with graph.save_on_cpu(), HOOKS["quantise"](None):
             return error(model, x, y)
 
-    compare(mlp, SETTINGS, loss)
+    compare(mlp, kind, kind.settings, loss)

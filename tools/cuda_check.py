@@ -19,7 +19,7 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 PLANTED = ROOT / "tests" / "emulator" / "planted.cu"
-ARCHITECTURES = ("80", "90", "100")
+ARCHITECTURES = ("80", "90", "100", "120")
 
 
 def run(*command: str) -> None:
@@ -32,7 +32,9 @@ def main() -> None:
     nvcc = find_nvcc()
     if nvcc is None:
         sys.exit("cuda-check: nvcc was not found: put a CUDA toolkit's bin on PATH")
-    codes = [part for arch in ARCHITECTURES for part in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    architectures = [arch for arch in ARCHITECTURES if f"compute_{arch}" in known]
+    codes = [part for arch in architectures for part in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
     with tempfile.TemporaryDirectory() as folder:
         generated = Path(folder) / "include/c10/cuda/impl/cuda_cmake_macros.h"
         generated.parent.mkdir(parents=True)
@@ -47,7 +49,7 @@ def main() -> None:
         def check(source: Path) -> str:
             if source.suffix == ".cu":
                 run(*kernels, str(source), "-o", f"{folder}/{source.stem}.o")
-                return f"{source.name}: compiles for {', '.join(ARCHITECTURES)}"
+                return f"{source.name}: compiles for {', '.join(architectures)}"
             run(*host, str(source))
             return f"{source.name}: compiles"
 

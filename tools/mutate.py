@@ -1,8 +1,9 @@
-"""Takes one barrier, one wait or one bounds check out of a CUDA kernel, on a copy, and checks that a test fails.
+"""Takes one barrier, one fence, one wait or one bounds check out of a CUDA kernel, on a copy, and checks that a test fails.
 
-A kernel's barriers are written ``__syncthreads()`` and ``cp_async_wait<N>()``, its bounds checks ``IN_BOUNDS(...)``: this script
-finds them, removes each in turn, and runs the kernel's smallest tests in the emulator. A removal that no test notices is either
-harmless (take the code out), or the tests are too weak (add one), or EXPLAINED says why the code must stay.
+A kernel's barriers, fences and waits are written ``__syncthreads()``, ``__syncwarp()``, ``__threadfence()`` and
+``cp_async_wait<N>()``, its bounds checks ``IN_BOUNDS(...)``: this script finds them, removes each in turn, and runs the kernel's smallest tests in the emulator. A removal
+that no test notices is either harmless (take the code out), or the tests are too weak (add one), or EXPLAINED says why the code
+must stay.
 
     python tools/mutate.py --all
     python tools/mutate.py --sample 4 --seed $(git rev-parse HEAD)
@@ -44,10 +45,11 @@ TASKS = "test_output_and_gradients and (float32 or bfloat16) and (several or sha
 SMALLEST_TESTS = {
     "masked_linear*.cuh": Tests((LINEAR,), SMALL_BATCH),
     "vector_access.cuh": Tests(("tests/emulator/test_weight.py",), "test_forward_and_derivatives and (17x3 or 2x3) and float32"),
-    "packed_masked_linear.cuh": Tests((PACKED,), TASKS),
+    "packed_masked_linear.cuh": Tests((PACKED, PACK), f"({TASKS}) or (strips and float32) or masks_anywhere"),
+    "packed_masked_linear_backward.cuh": Tests((PACKED,), TASKS),
     "pack_mask.cuh": Tests((PACK,), "test_pack_and_unpack and float32"),
     "packed_superposition_gradient.cuh": Tests((PACKED,), "test_output_and_gradients and many and float32"),
-    "split_k.cuh": Tests((LINEAR,), f"{SMALL_BATCH} and share"),
+    "split_k.cuh": Tests((LINEAR, MIXED_TASK), f"({SMALL_BATCH} and share) or ({TASKS} and share)"),
     "segments.cu": Tests((MIXED_TASK, "tests/ops/mixed_task/test_raw.py"), f"({TASKS} and several) or absent_tasks"),
     "task_masked_linear*.cuh": Tests((MIXED_TASK,), TASKS),
 }
@@ -88,7 +90,7 @@ def closing(text: str, start: int) -> int:
 def mutants_of(path: Path) -> list[Mutant]:
     text = path.read_text()
     found = []
-    for match in re.finditer(r"__syncthreads\(|cp_async_wait<[^>]*>\(|IN_BOUNDS ?\(", text):
+    for match in re.finditer(r"__sync(threads|warp)\(|__threadfence\(|cp_async_wait<[^>]*>\(|IN_BOUNDS ?\(", text):
         end = closing(text, match.start())
         removed = text[match.start() : end]
         instead = "(true)" if removed.startswith("IN_BOUNDS") else "static_cast<void>(0)"

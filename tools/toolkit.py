@@ -5,10 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sysconfig
 
 
 def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def find_nvdisasm() -> str | None:
+    """That of a toolkit, or of the Python package nvidia-cuda-nvdisasm."""
+    places = ("/usr/local/cuda/bin", os.path.join(sysconfig.get_path("purelib"), "nvidia/cu13/bin"))
+    return shutil.which("nvdisasm") or next(filter(None, (shutil.which("nvdisasm", path=place) for place in places)), None)
 
 
 def toolkit_includes(nvcc: str) -> list[str]:

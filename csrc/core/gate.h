@@ -78,13 +78,23 @@ METAMASK_INLINE T exp_nonpositive(T x) {
 // -|x|: one operation on the sign bit, where a comparison is two.
 template <class T>
 METAMASK_INLINE T minus_magnitude(T x) {
+#if defined(__CUDA_ARCH__)
+  return -fabs(x);  // part of the operation that takes it
+#else
   using Bits = typename ExpConstants<T>::Bits;
   Bits bits;
   std::memcpy(&bits, &x, sizeof(T));
   bits |= Bits(1) << (8 * sizeof(T) - 1);
   std::memcpy(&x, &bits, sizeof(T));
   return x;
+#endif
 }
+
+// 1 / x for 1 <= x <= 2; NaN stays NaN. The device has a shorter way for float than a division (cuda/kernels/device.cuh).
+template <class T>
+struct Reciprocal {
+  METAMASK_INLINE static T of(T x) { return T(1) / x; }
+};
 
 // s = sigmoid(m / t) from e = exp(-|m / t|): nothing overflows, s reaches exactly 0 and 1, and d = s (1 - s) / t keeps its relative
 // accuracy where s rounds to 1.
@@ -92,7 +102,7 @@ template <class T>
 METAMASK_INLINE GateValues<T> sigmoid_gate(T m, T inverse_temperature) {
   const T x = m * inverse_temperature;
   const T e = exp_nonpositive(minus_magnitude(x));
-  const T r = T(1) / (T(1) + e);
+  const T r = Reciprocal<T>::of(T(1) + e);
   const T small = e * r;
   const T s = x < T(0) ? small : r;
   const T d = small * r * inverse_temperature;

@@ -1,9 +1,10 @@
 // masked_linear on the CPU, by panels: a few rows of theta at a time are built in a thread's cache and multiplied at once. theta
 // and its gradient never exist in memory; W and M are read once, forward and backward. docs/internals/performance.md explains the
-// sizes.
+// sizes. Each panel passes over all of x and of its gradient, so large batches go through BLAS (cpu/products.h).
 #include "ops/masked_linear.h"
 
 #include "cpu/panels.h"
+#include "cpu/products.h"
 
 namespace metamask::cpu {
 namespace {
@@ -118,25 +119,41 @@ struct Linear {
 };
 
 struct CpuLinear : Cpu {
+  // The type in which a product of x is taken.
+  static at::ScalarType product_type(const at::Tensor& x) {
+    if (x.scalar_type() == at::kBFloat16 && multiplies_bfloat16()) return at::kBFloat16;
+    return compute_type(x);
+  }
+
   static at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, const at::Tensor& b, Gate gate) {
-    if (x.scalar_type() == at::kDouble) return Linear<double>{w, m, gate}.forward(x, b);
-    if (x.scalar_type() == at::kBFloat16 && multiplies_bfloat16()) return linear_bfloat16(x, w, m, b, gate);
-    const at::Tensor y = Linear<float>{w, m, gate}.forward(x, b);
-    return x.scalar_type() == at::kFloat ? y : y.to(x.scalar_type());
+    const at::ScalarType type = product_type(x);
+    at::Tensor y;
+    if (through_blas(Pass::kForward, type, x.size(0), w.size(1), w.size(0))) y = linear_blas(x, w, m, b, gate, type);
+    else if (type == at::kDouble) y = Linear<double>{w, m, gate}.forward(x, b);
+    else if (type == at::kBFloat16) y = linear_bfloat16(x, w, m, b, gate);
+    else y = Linear<float>{w, m, gate}.forward(x, b);
+    return type == x.scalar_type() ? y : y.to(x.scalar_type());
   }
 
   static at::Tensor linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate,
                                     bool needs_dx, const Sink& dw, const Sink& dm) {
-    if (x.scalar_type() == at::kDouble) return Linear<double>{w, m, gate}.backward(dy, x, needs_dx, dw, dm);
-    if (x.scalar_type() == at::kBFloat16 && multiplies_bfloat16()) {
-      return linear_backward_bfloat16(dy, x, w, m, gate, needs_dx, dw, dm);
+    const at::ScalarType type = product_type(x);
+    const bool blas = through_blas(Pass::kBackward, type, x.size(0), w.size(1), w.size(0));
+    if (type == at::kBFloat16 && (dw.wanted() || dm.wanted())) {
+      return linear_backward_bfloat16(dy, x, w, m, gate, needs_dx, dw, dm, blas);
     }
+    if (blas) return linear_backward_blas(dy, x, w, m, gate, type, needs_dx, dw, dm);
+    if (type == at::kBFloat16) return linear_backward_bfloat16(dy, x, w, m, gate, needs_dx, dw, dm, false);
+    if (type == at::kDouble) return Linear<double>{w, m, gate}.backward(dy, x, needs_dx, dw, dm);
     return Linear<float>{w, m, gate}.backward(dy, x, needs_dx, dw, dm);
   }
 };
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(metamask, CPU, library) { MaskedLinear<CpuLinear>::register_in(library); }
+TORCH_LIBRARY_IMPL(metamask, CPU, library) {
+  MaskedLinear<CpuLinear>::register_in(library);
+  MaskedLinear<CpuLinear>::register_adamw_in(library);
+}
 
 }  // namespace metamask::cpu

@@ -71,8 +71,13 @@ struct Linear {
     return y;
   }
 
-  // Returns dx, if it is wanted.
-  at::Tensor backward(const at::Tensor& grad, const at::Tensor& input, bool needs_dx, const Sink& dw, const Sink& dm) const {
+  // Returns dx, if it is wanted. Through BLAS, a panel's theta goes to memory instead of being multiplied; theta's gradient is that
+  // of panels all the same, because BLAS would round it.
+  at::Tensor backward(const at::Tensor& grad, const at::Tensor& input, bool wants_dx, const Sink& dw, const Sink& dm,
+                      bool blas) const {
+    const at::Tensor whole = wants_dx && blas ? at::empty({out, in}, input.options()) : at::Tensor();
+    BFloat16* whole_data = blas && wants_dx ? bits(mutable_data<at::BFloat16>("theta", whole)) : nullptr;
+    const bool needs_dx = wants_dx && !blas;
     const int64_t batch = input.size(0), batch_pairs = (batch + 1) / 2;
     const bool needs_g = dw.wanted() || dm.wanted();
     const Rows<at::BFloat16> dy(grad), x(input);
@@ -100,8 +105,10 @@ struct Linear {
           product.gemm_nn(dy_pairs, 1, dy_row, x_pairs.data + column, wide_row, g, tile_row, rows, batch_pairs, wide, false);
           tile.each_piece([&](int64_t element, int64_t at, int64_t n) {
             kernels.backward(gate, types, g + at, at_element(weight, element, bytes), at_element(mask, element, mask_bytes),
-                             needs_dx ? theta + at : nullptr, at_element(dw, element, bytes), at_element(dm, element, mask_bytes),
-                             n);
+                             whole_data != nullptr ? whole_data + element
+                             : needs_dx            ? theta + at
+                                                   : nullptr,
+                             at_element(dw, element, bytes), at_element(dm, element, mask_bytes), n);
           });
         } else {
           build_theta(tile, theta);
@@ -113,6 +120,7 @@ struct Linear {
         }
       }
     });
+    if (whole.defined()) return at::mm(grad, whole);
     if (!needs_dx) return at::Tensor();
     at::Tensor total = at::empty({batch, in}, input.options());
     BFloat16* total_data = bits(mutable_data<at::BFloat16>("gradient of input", total));
@@ -131,8 +139,8 @@ at::Tensor linear_bfloat16(const at::Tensor& x, const at::Tensor& w, const at::T
 }
 
 at::Tensor linear_backward_bfloat16(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate,
-                                    bool needs_dx, const Sink& dw, const Sink& dm) {
-  return Linear{w, m, gate}.backward(dy, x, needs_dx, dw, dm);
+                                    bool needs_dx, const Sink& dw, const Sink& dm, bool blas) {
+  return Linear{w, m, gate}.backward(dy, x, needs_dx, dw, dm, blas);
 }
 
 }  // namespace metamask::cpu

@@ -3,5 +3,6 @@
 
 TORCH_LIBRARY_IMPL(metamask, CPU, library) {
   metamask::MaskedWeight<metamask::cpu::Cpu>::register_in(library);
+  metamask::MaskedWeight<metamask::cpu::Cpu>::register_adamw_in(library);
   metamask::MaskedWeightList<metamask::cpu::Cpu>::register_in(library);
 }

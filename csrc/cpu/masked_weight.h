@@ -45,9 +45,9 @@ struct Cpu {
   }
 
   static void backward(Gate gate, ParamTypes types, Type grad, const void* g, const void* w, const void* m, const Sink& dw,
-                       const Sink& dm, int64_t n) {
+                       const Sink& dm, int64_t n, void* theta = nullptr) {
     at::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {  //
-      masked_weight_kernels().backward(gate, types, grad, g, w, m, nullptr, dw, dm, begin, end);
+      masked_weight_kernels().backward(gate, types, grad, g, w, m, theta, dw, dm, begin, end);
     });
   }
 

@@ -1,6 +1,7 @@
 // packed_masked_linear and its gradients on the CPU. A panel of W is read once for all samples. Samples whose task has many rows in
 // the batch are grouped: the task's theta is expanded, a tile at a time, and multiplied as a dense one. The others read W through
-// their bits. docs/internals/performance.md has the measurements.
+// their bits. Where the first have so many rows that a panel's passes over them cost more than their products, they go through BLAS
+// (cpu/products.h). docs/internals/performance.md has the measurements.
 #include <torch/library.h>
 
 #include <array>
@@ -8,6 +9,7 @@
 #include <tuple>
 
 #include "cpu/packed_panels.h"
+#include "cpu/products.h"
 #include "ops/packed.h"
 
 namespace metamask::cpu {
@@ -59,6 +61,7 @@ struct Batch {
   }
 
   int64_t sample(int64_t place) const { return order.empty() ? place : order[place]; }
+  int64_t row_of(int64_t place) const { return sample(place / rows) * rows + place % rows; }
 
  private:
   void arrange(const std::vector<int64_t>& sorted, const std::vector<std::pair<int64_t, int64_t>>& many,
@@ -86,8 +89,15 @@ class PackedLinear {
 
   // Adds y without the bias to `y`, in the order of the groups.
   void forward(const PackedRows<T>& x, T* y) const {
+    const bool blas = this->blas(Pass::kForward);
+    if (blas) {
+      each_theta([&](const Batch::Run& run, const at::Tensor& theta) {
+        matrix(y + run.first * w_.out, run.rows, w_.out, w_.out).addmm_(rows_of(run, x, w_.in), theta.t());
+      });
+      if (batch_.few == 0) return;
+    }
     const int64_t bytes = batch_.runs.empty() ? streamed_tile() : expanded_tile();
-    const Panels panels(w_.out, w_.in, x.rows, sizeof(T), bytes, kForwardRow);
+    const Panels panels(w_.out, w_.in, blas ? batch_.few : x.rows, sizeof(T), bytes, kForwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile = panels.rows * tile_row;
     const bool finite = x.finite();
     w_.each_tile(panels, 2 * tile, [&](const GroupTile<T>& part, T* free) {
@@ -96,6 +106,7 @@ class PackedLinear {
       const int64_t offset = part.first * bits_row_ + part.column / 8;
       kernels().forward(from, x.row, finite, {batch_.bits.data(), offset, bits_row_}, part.w, part.w_row, part.next, to, w_.out,
                         batch_.few, part.rows, part.columns);
+      if (blas) return;
       for (const Batch::Run& run : batch_.runs) {
         kernels().expand(run.bits + offset, bits_row_, part.w, part.w_row, free, tile_row, part.rows, part.columns);
         gemm_kernels<T>().gemm_nt(from + run.first * x.row, x.row, free, tile_row, to + run.first * w_.out, w_.out, run.rows,
@@ -106,10 +117,18 @@ class PackedLinear {
 
   // Makes dx, [samples, rows, groups * in] in the batch's own order, and dW, each if it is wanted.
   void backward(const PackedRows<T>& dy, const PackedRows<T>& x, T* dx_result, void* dw) const {
-    const Panels panels(w_.out, w_.in, x.rows, sizeof(T), backward_tile(), kBackwardRow);
+    const bool blas = this->blas(Pass::kBackward);
+    const int64_t panel_rows = blas ? batch_.few : x.rows;
+    // Of the rows that go through BLAS: dx, and the sum of dW.
+    const at::Tensor dx_blas = blas && dx_result != nullptr ? empty(x.rows - batch_.few, w_.in) : at::Tensor();
+    const at::Tensor dw_blas = blas && dw != nullptr ? empty(w_.out, row_).zero_() : at::Tensor();
+    if (blas) backward_blas(dy, x, dx_blas, dw_blas);
+    const T* const begun = data<T>("gradient of weight", dw_blas);
+
+    const Panels panels(w_.out, w_.in, panel_rows, sizeof(T), backward_tile(), kBackwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile = panels.rows * tile_row;
     // Each thread adds to a dx of its own; they are added up in the order of the threads.
-    const int64_t dx_size = dx_result != nullptr ? x.rows * x.row : 0;
+    const int64_t dx_size = dx_result != nullptr ? panel_rows * x.row : 0;
     const Scratch<T> dx(panels.threads * dx_size);
     at::parallel_for(0, panels.threads * dx_size, kGrain, [&](int64_t begin, int64_t end) {  //
       std::fill(dx.data + begin, dx.data + end, T(0));
@@ -123,6 +142,7 @@ class PackedLinear {
         T* to = dx.data + part.thread * dx_size + (from - x.at(0, 0));
         kernels().input_gradient(grad, dy.row, bits, part.w, part.w_row, to, x.row, batch_.few, part.rows, part.columns);
         for (const Batch::Run& run : batch_.runs) {
+          if (blas) break;
           kernels().expand(run.bits + offset, bits_row_, part.w, part.w_row, g, tile_row, part.rows, part.columns);
           gemm_kernels<T>().gemm_nn(grad + run.first * dy.row, dy.row, 1, g, tile_row, to + run.first * x.row, x.row, run.rows,
                                     part.rows, wide, true);
@@ -130,8 +150,12 @@ class PackedLinear {
       }
       if (dw != nullptr) {
         std::fill_n(total, part.rows * tile_row, T(0));
+        for (int64_t i = 0; begun != nullptr && i < part.rows; ++i) {
+          std::copy_n(begun + (part.first + i) * row_ + part.column, part.columns, total + i * tile_row);
+        }
         kernels().weight_gradient(grad, dy.row, bits, from, x.row, total, tile_row, batch_.few, part.rows, part.columns);
         for (const Batch::Run& run : batch_.runs) {
+          if (blas) break;
           gemm_kernels<T>().gemm_nn(grad + run.first * dy.row, 1, dy.row, from + run.first * x.row, x.row, g, tile_row, part.rows,
                                     run.rows, wide, false);
           kernels().add_masked(run.bits + offset, bits_row_, g, tile_row, total, tile_row, part.rows, part.columns);
@@ -141,9 +165,16 @@ class PackedLinear {
     });
     if (dx_result == nullptr) return;
     const int64_t columns = w_.groups * w_.in;
-    add_threads(dx.data, panels.threads, x.rows, x.row, x.row, [&](int64_t i, const T* sum) {
-      T* to = dx_result + (batch_.sample(i / batch_.rows) * batch_.rows + i % batch_.rows) * columns;
+    add_threads(dx.data, panels.threads, panel_rows, x.row, x.row, [&](int64_t i, const T* sum) {
+      T* to = dx_result + batch_.row_of(i) * columns;
       for (int64_t g = 0; g < w_.groups; ++g) std::copy_n(sum + g * x.group, w_.in, to + g * w_.in);
+    });
+    if (!blas) return;
+    const T* const rows = data<T>("gradient of input", dx_blas);
+    at::parallel_for(0, x.rows - panel_rows, std::max<int64_t>(kGrain / columns, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        std::copy_n(rows + i * columns, columns, dx_result + batch_.row_of(panel_rows + i) * columns);
+      }
     });
   }
 
@@ -151,9 +182,67 @@ class PackedLinear {
   static constexpr int64_t kPad = kRowBytes / int64_t(sizeof(T));
   static const PackedKernels<T>& kernels() { return packed_kernels<T>(); }
 
+  // Whether the tasks with many rows go through BLAS.
+  bool blas(Pass pass) const {
+    return w_.groups == 1 && tasks_through_blas(pass, kScalar<T>, batch_.samples * batch_.rows - batch_.few,
+                                                int64_t(batch_.runs.size()), w_.in, w_.out);
+  }
+
+  at::Tensor empty(int64_t rows, int64_t columns) const {
+    return at::empty({rows, columns}, w_.tensor.options().dtype(kScalar<T>));
+  }
+
+  at::Tensor matrix(const T* from, int64_t rows, int64_t columns, int64_t row) const {
+    return at::from_blob(const_cast<T*>(from), {rows, columns}, {row, 1}, w_.tensor.options().dtype(kScalar<T>));
+  }
+
+  at::Tensor rows_of(const Batch::Run& run, const PackedRows<T>& from, int64_t columns) const {
+    return matrix(from.at(run.first, 0), run.rows, columns, from.row);
+  }
+
+  // Calls work(run, its theta) for every task with many rows.
+  template <class Work>
+  void each_theta(const Work& work) const {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const at::Tensor w = w_.tensor.to(kScalar<T>), wide = empty(w_.out, row_), theta = wide.narrow(1, 0, w_.in);
+    const T* const w_data = data<T>("weight", w);
+    T* const theta_data = mutable_data<T>("theta", wide);
+    for (const Batch::Run& run : batch_.runs) {
+      at::parallel_for(0, w_.out, std::max<int64_t>(kGrain / w_.in, 1), [&](int64_t begin, int64_t end) {
+        kernels().expand(run.bits + begin * bits_row_, bits_row_, w_data + begin * w_.in, w_.in, theta_data + begin * row_, row_,
+                         end - begin, w_.in);
+      });
+      work(run, theta);
+    }
+  }
+
+  // Makes dx of the rows that go through BLAS, and adds to dW, [out, row_], each if it is defined.
+  void backward_blas(const PackedRows<T>& dy, const PackedRows<T>& x, const at::Tensor& dx, const at::Tensor& dw) const {
+    const auto add_to_weight = [&](const Batch::Run& run) {
+      const at::Tensor g = at::mm(rows_of(run, dy, w_.out).t(), rows_of(run, x, row_));
+      const T* const g_data = data<T>("gradient of theta", g);
+      T* const dw_data = mutable_data<T>("gradient of weight", dw);
+      at::parallel_for(0, w_.out, std::max<int64_t>(kGrain / w_.in, 1), [&](int64_t begin, int64_t end) {
+        kernels().add_masked(run.bits + begin * bits_row_, bits_row_, g_data + begin * row_, row_, dw_data + begin * row_, row_,
+                             end - begin, w_.in);
+      });
+    };
+    if (!dx.defined()) {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      for (const Batch::Run& run : batch_.runs) add_to_weight(run);
+      return;
+    }
+    each_theta([&](const Batch::Run& run, const at::Tensor& theta) {
+      at::Tensor part = dx.narrow(0, run.first - batch_.few, run.rows);
+      at::mm_out(part, rows_of(run, dy, w_.out), theta);
+      if (dw.defined()) add_to_weight(run);
+    });
+  }
+
   const GroupedWeight<T> w_;
   const Batch& batch_;
   const int64_t bits_row_;
+  const int64_t row_ = round_up(w_.in, kPad);  // of a whole theta, padded with zeros
 };
 
 using OptionalTensor = std::optional<at::Tensor>;

@@ -151,6 +151,8 @@ inline Sink at_element(const Sink& sink, int64_t element, int64_t bytes) {
   moved.gradient = at_element(sink.gradient, element, bytes);
   moved.parameter = at_element(sink.parameter, element, bytes);
   moved.momentum_buffer = at_element(sink.momentum_buffer, element, bytes);
+  moved.exp_avg = at_element(sink.exp_avg, element, bytes);
+  moved.exp_avg_sq = at_element(sink.exp_avg_sq, element, bytes);
   return moved;
 }
 
@@ -190,6 +192,12 @@ void add_threads(T* dx, int64_t threads, int64_t batch, int64_t row, int64_t in,
 bool multiplies_bfloat16();
 at::Tensor linear_bfloat16(const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, const at::Tensor& b, Gate gate);
 at::Tensor linear_backward_bfloat16(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate,
-                                    bool needs_dx, const Sink& dw, const Sink& dm);
+                                    bool needs_dx, const Sink& dw, const Sink& dm, bool blas);
+
+// masked_linear through torch's BLAS (masked_linear_blas.cpp), its products taken in `type`.
+at::Tensor linear_blas(const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, const at::Tensor& b, Gate gate,
+                       at::ScalarType type);
+at::Tensor linear_backward_blas(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate,
+                                at::ScalarType type, bool needs_dx, const Sink& dw, const Sink& dm);
 
 }  // namespace metamask::cpu

@@ -1,8 +1,10 @@
 // task_masked_linear and its derivatives on the CPU, by panels as masked_linear: a tile of W serves all tasks of the batch in turn,
 // so that W is read from memory once, and the gradient of W is added up where the tile is. Of theta and its gradients there is only
-// ever one tile, of one task. The rows of a task are one matrix (segments.h).
+// ever one tile, of one task. The rows of a task are one matrix (segments.h). Tasks of so many rows that a panel's passes over them
+// cost more than their products go through BLAS one after the other, as masked_linear does (cpu/products.h).
 #include "ops/task_masked_linear.h"
 
+#include "cpu/products.h"
 #include "cpu/segments.h"
 
 namespace metamask::cpu {
@@ -81,6 +83,63 @@ struct TaskLinear {
 
   Panels panels(int64_t tiles, int64_t row_bytes) const {
     return Panels(out, in, segments.rows, sizeof(T), tile_bytes(tiles), row_bytes, segments.size());
+  }
+
+  bool blas(Pass pass) const {
+    return groups == 1 && tasks_through_blas(pass, kScalar<T>, segments.rows, segments.size(), in, out);
+  }
+
+  at::Tensor empty(int64_t rows, int64_t columns) const {
+    return at::empty({rows, columns}, given.weight.options().dtype(kScalar<T>));
+  }
+
+  // Returns the rows of a task as a matrix that BLAS takes.
+  at::Tensor rows_of(const Segment& s, const OrderedRows<T>& from, int64_t columns) const {
+    return at::from_blob(const_cast<T*>(from.data) + s.begin * from.row, {s.rows, columns}, {from.row, 1},
+                         given.weight.options().dtype(kScalar<T>));
+  }
+
+  // Makes the whole theta of a task.
+  void build_theta(int64_t task, const at::Tensor& theta) const {
+    Cpu::forward(gate, types, kType<T>, weight, masks[task], mutable_data<T>("theta", theta), out * in);
+  }
+
+  // Adds each task's x theta^T to its rows of y.
+  void forward_blas(const OrderedRows<T>& x, const at::Tensor& y) const {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const at::Tensor theta = empty(out, in);
+    for (int64_t task = 0; task < segments.size(); ++task) {
+      build_theta(task, theta);
+      y.narrow(0, segments[task].begin, segments[task].rows).addmm_(rows_of(segments[task], x, in), theta.t());
+    }
+  }
+
+  // Returns dx in the segments' order, if it is wanted; adds to dw and writes each dm that is not null.
+  at::Tensor backward_blas(const OrderedRows<T>& dy, const OrderedRows<T>& x, bool needs_dx, bool needs_g, T* dw,
+                           const std::vector<void*>& dm) const {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    at::Tensor g = needs_g ? empty(out, in) : at::Tensor(), dx = needs_dx ? empty(segments.rows, in) : at::Tensor();
+    const at::Tensor theta = needs_dx ? empty(out, in) : at::Tensor();
+    T *g_data = mutable_data<T>("g", g), *theta_data = mutable_data<T>("theta", theta);
+    if (dw != nullptr) std::fill_n(dw, out * in, T(0));
+    for (int64_t task = 0; task < segments.size(); ++task) {
+      const Segment& s = segments[task];
+      const at::Tensor dy_rows = rows_of(s, dy, out);
+      if (needs_g) {
+        at::mm_out(g, dy_rows.t(), rows_of(s, x, in));
+        at::parallel_for(0, out * in, kGrain, [&](int64_t begin, int64_t end) {
+          masked_weight_kernels().backward_add(gate, types, g_data + begin, at_element(weight, begin, bytes),
+                                               at_element(masks[task], begin, mask_bytes), offset(theta_data, begin),
+                                               offset(dw, begin), at_element(dm[task], begin, mask_bytes), end - begin);
+        });
+      } else if (needs_dx) {
+        build_theta(task, theta);
+      }
+      if (!needs_dx) continue;
+      at::Tensor part = dx.narrow(0, s.begin, s.rows);
+      at::mm_out(part, dy_rows, theta);
+    }
+    return dx;
   }
 
   // Calls work(group, first row, number) for the rows of a panel in each group of columns of x.
@@ -210,6 +269,7 @@ struct TaskLinear {
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = tile_size + round_up(panels.rows, kPad);
     T* y_data = mutable_data<T>("y", y);
+    const bool blas = this->blas(Pass::kForward);
     panels.run([&](int64_t, int64_t first, int64_t rows) {
       T *theta = thread_tiles<T>(scratch_size), *row = theta + tile_size;
       for (int64_t task = 0; task < segments.size(); ++task) {
@@ -219,6 +279,7 @@ struct TaskLinear {
         }
         fill(task, first, rows, masked_bias ? row : offset(plain, first), y_data);
       }
+      if (blas) return;
       for (int64_t column = 0; column < in; column += panels.columns) {
         const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
         for (int64_t task = 0; task < segments.size(); ++task) {
@@ -227,6 +288,7 @@ struct TaskLinear {
         }
       }
     });
+    if (blas) forward_blas(x, y);
     return segments.template put_back<T>(y);
   }
 
@@ -244,7 +306,8 @@ struct TaskLinear {
     const Panels panels = this->panels(2, kBackwardRow);
     const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = 2 * tile_size + round_up(panels.rows, kPad);
-    const int64_t dx_size = output_mask[0] ? segments.rows * x.row : 0;
+    const bool blas = this->blas(Pass::kBackward);
+    const int64_t dx_size = output_mask[0] && !blas ? segments.rows * x.row : 0;
     const Scratch<T> dx(panels.threads * dx_size);
     std::fill_n(dx.data, panels.threads * dx_size, T(0));
     panels.run([&](int64_t thread, int64_t first, int64_t rows) {
@@ -260,6 +323,7 @@ struct TaskLinear {
           for (int64_t j = 0; j < rows; ++j) db_data[first + j] += row[j];
         }
       }
+      if (blas) return;
       for (int64_t column = 0; column < in; column += panels.columns) {
         const Tile tile{first, rows, column, std::min(panels.columns, in - column), in, tile_row};
         clear(tile, dw_data);
@@ -274,7 +338,12 @@ struct TaskLinear {
         }
       }
     });
-    if (output_mask[0]) made.input = input_gradient(dx.data, panels.threads, x);
+    if (blas) {
+      const at::Tensor ordered = backward_blas(dy, x, output_mask[0], needs_g, dw_data, dm);
+      if (output_mask[0]) made.input = segments.template put_back<T>(ordered);
+    } else if (output_mask[0]) {
+      made.input = input_gradient(dx.data, panels.threads, x);
+    }
     made.weight = dw.as(given.weight.scalar_type());
     if (has_bias) made.bias = db.as(given.bias.scalar_type());
     return made;

@@ -2,8 +2,6 @@
 // gradient to memory; a large one the elementwise kernels around torch's GEMM.
 #pragma once
 
-#include <ATen/Context.h>
-
 #include "cuda/kernels/masked_linear.h"
 #include "cuda/masked_weight.h"
 #include "ops/masked_linear.h"
@@ -41,8 +39,7 @@ struct CudaLinear : Cuda {
 
  private:
   static LinearCase case_of(const at::Tensor& x, const at::Tensor& w, const at::Tensor& m, Gate gate) {
-    // torch's own float32 product would use the same setting.
-    const bool tf32 = x.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
+    const bool tf32 = x.scalar_type() == at::kFloat && float32_as_tf32();
     return {gate, types_of(w, m), type_of(x.scalar_type()), tf32, x.size(0), w.size(0), w.size(1)};
   }
 

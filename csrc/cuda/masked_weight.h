@@ -2,6 +2,7 @@
 // cuda/kernels/masked_weight.cu.
 #pragma once
 
+#include <ATen/Context.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -15,6 +16,13 @@ namespace metamask::cuda {
 // Allocates a workspace; undefined if none is needed.
 inline at::Tensor bytes(int64_t count, const at::Tensor& like) {
   return count > 0 ? at::empty({count}, like.options().dtype(at::kByte)) : at::Tensor();
+}
+
+// Returns whether torch's own products of float32 on CUDA would round to tf32, whichever of its two settings says so
+// (allowTF32CuBLAS() raises once the newer one has been used).
+inline bool float32_as_tf32() {
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::TF32 && !at::NoTF32Guard::should_disable_tf32();
 }
 
 struct Cuda {

@@ -2,8 +2,6 @@
 // the rows and check the slots.
 #pragma once
 
-#include <ATen/Context.h>
-
 #include "cuda/kernels/task_masked_linear.h"
 #include "cuda/mixed_task.h"
 
@@ -24,7 +22,7 @@ struct TaskCall {
     used = at::zeros({tasks}, longs);
     int64_t* const memory = mutable_data<int64_t>("rows", rows);
     const SortedRows sorted{samples, given.rows_per_sample, tasks, memory, memory + count, memory + 2 * count};
-    const bool tf32 = product == at::kFloat && at::globalContext().allowTF32CuBLAS();
+    const bool tf32 = product == at::kFloat && float32_as_tf32();
     const ParamTypes types{type_of(given.weight.scalar_type()), given.masks.type};
     kernel = {given.gate,           types, given.bias_masks.type, type_of(product), tf32, given.groups, given.weight.size(0),
               given.weight.size(1), sorted};

@@ -5,6 +5,8 @@
 #include <ATen/ATen.h>
 #include <c10/util/SmallVector.h>
 
+#include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <optional>
@@ -212,45 +214,99 @@ struct NoAutocast {
   const c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
-// An in-place step of SGD that a parameter takes instead of giving its gradient.
+// An in-place step that a parameter takes instead of giving its gradient: of AdamW where its means are defined, else of SGD.
 struct Update {
   bool wanted = false;
   Sgd sgd = {};
   at::Tensor momentum_buffer;  // undefined: no momentum
+  AdamW adamw = {};
+  at::Tensor exp_avg, exp_avg_sq, count;  // the means, and how many steps were taken
+  double step = 0;                        // the number of this one, from 1
 };
 
-// Checks and returns an update. `settings` are lr, weight_decay and momentum.
-inline Update update(const char* name, bool wanted, const std::optional<at::Tensor>& momentum_buffer, at::ArrayRef<double> settings,
-                     const at::Tensor& parameter) {
-  if (!wanted) return {};
-  TORCH_CHECK_VALUE(settings.size() == 3, "the settings of ", name, " must be lr, weight_decay and momentum, got ", settings.size(),
-                    " numbers");
-  Update made{true, {settings[0], settings[1], settings[2]}, at::Tensor()};
+inline void check_updated(const char* name, const at::Tensor& parameter) {
   TORCH_CHECK_VALUE(parameter.is_non_overlapping_and_dense(), name, " must be dense to be updated in place");
   TORCH_CHECK_VALUE(holds_its_values(parameter), name, " must hold its values to be updated in place, got a lazy view: call ",
                     "resolve_neg");
+}
+
+// Checks a tensor of a parameter's size that a step updates too; `kind` is "the momentum buffer of ", for example.
+inline void check_state(const char* kind, const char* name, const at::Tensor& state, const at::Tensor& parameter) {
+  TORCH_CHECK_VALUE(holds_its_values(state), kind, name,
+                    " must hold its values to be updated in place, got a lazy view: call resolve_neg");
+  TORCH_CHECK_VALUE(state.sizes() == parameter.sizes() && state.strides() == parameter.strides() &&
+                        state.scalar_type() == parameter.scalar_type() && state.device() == parameter.device(),
+                    kind, name, " must have its shape, strides, dtype and device, got ", state.sizes(), ", ", state.strides(), ", ",
+                    state.scalar_type(), " on ", state.device());
+}
+
+// Checks and returns an update of SGD. `settings` are lr, weight_decay and momentum.
+inline Update sgd_update(const char* name, const std::optional<at::Tensor>& momentum_buffer, at::ArrayRef<double> settings,
+                         const at::Tensor& parameter) {
+  TORCH_CHECK_VALUE(settings.size() == 3, "the settings of ", name, " must be lr, weight_decay and momentum, got ", settings.size(),
+                    " numbers");
+  Update made;
+  made.wanted = true;
+  made.sgd = {settings[0], settings[1], settings[2]};
+  check_updated(name, parameter);
   if (is_given(momentum_buffer)) {
     made.momentum_buffer = *momentum_buffer;
-    TORCH_CHECK_VALUE(holds_its_values(*momentum_buffer), "the momentum buffer of ", name,
-                      " must hold its values to be updated in place, got a lazy view: call resolve_neg");
-    TORCH_CHECK_VALUE(
-        momentum_buffer->sizes() == parameter.sizes() && momentum_buffer->strides() == parameter.strides() &&
-            momentum_buffer->scalar_type() == parameter.scalar_type() && momentum_buffer->device() == parameter.device(),
-        "the momentum buffer of ", name, " must have its shape, strides, dtype and device, got ", momentum_buffer->sizes(), ", ",
-        momentum_buffer->strides(), ", ", momentum_buffer->scalar_type(), " on ", momentum_buffer->device());
+    check_state("the momentum buffer of ", name, *momentum_buffer, parameter);
   }
   TORCH_CHECK_VALUE(made.momentum_buffer.defined() || made.sgd.momentum == 0, name, " has momentum ", made.sgd.momentum,
                     " and no buffer");
   return made;
 }
 
+// The arguments of the steps of AdamW that `parameters` parameters take where updates[i]: `state` is exp_avg, exp_avg_sq and the
+// count of steps of each that is updated, `settings` lr, beta1, beta2, eps and weight_decay of each.
+struct AdamWArguments {
+  at::TensorList state;
+  at::ArrayRef<double> settings;
+  at::ArrayRef<bool> updates;
+
+  void check() const {
+    const size_t updated = std::count(updates.begin(), updates.end(), true);
+    TORCH_CHECK_VALUE(settings.size() == 5 * updates.size(), "settings must be lr, beta1, beta2, eps and weight_decay of ",
+                      updates.size(), " parameters, got ", settings.size(), " numbers");
+    TORCH_CHECK_VALUE(state.size() == 3 * updated, "state must be exp_avg, exp_avg_sq and step of ", updated,
+                      " updated parameters, got ", state.size(), " tensors");
+  }
+
+  // Checks and returns the update of one parameter.
+  Update update(size_t parameter_index, const char* name, const at::Tensor& parameter) const {
+    const size_t place = std::count(updates.begin(), updates.begin() + parameter_index, true);
+    const at::ArrayRef<double> its = settings.slice(5 * parameter_index, 5);
+    const double lr = its[0], beta1 = its[1], beta2 = its[2];
+    TORCH_CHECK_VALUE(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, "the betas of ", name, " must be in [0, 1), got ", beta1,
+                      " and ", beta2);
+    check_updated(name, parameter);
+    Update made;
+    made.wanted = true;
+    made.exp_avg = state[3 * place];
+    made.exp_avg_sq = state[3 * place + 1];
+    made.count = state[3 * place + 2];
+    check_state("exp_avg of ", name, made.exp_avg, parameter);
+    check_state("exp_avg_sq of ", name, made.exp_avg_sq, parameter);
+    TORCH_CHECK_VALUE(made.count.numel() == 1 && holds_its_values(made.count) && made.count.device() == parameter.device() &&
+                          (made.count.scalar_type() == at::kFloat || made.count.scalar_type() == at::kDouble),
+                      "step of ", name, " must be one float32 or float64 number on its device, got ", made.count.sizes(), ", ",
+                      made.count.scalar_type(), " on ", made.count.device());
+    made.step = 1 + (made.count.scalar_type() == at::kFloat ? *data<float>("step", made.count) : *data<double>("step", made.count));
+    made.adamw = {
+        1 - lr * its[4], beta1, beta2, lr / (1 - std::pow(beta1, made.step)), 1 / std::sqrt(1 - std::pow(beta2, made.step)),
+        its[3]};
+    return made;
+  }
+};
+
 struct Argument {
   const char* name;
   const at::Tensor& tensor;
 };
 
-// Refuses to update a parameter, with its momentum buffer, that shares memory with another argument: what is read there would
-// depend on the order of the work. `parameters` are all of the op's, with their updates.
+// Refuses to update a parameter, or what the optimiser keeps of it, that shares memory with another argument: what is read there
+// would depend on the order of the work. `parameters` are all of the op's, with their updates.
 inline void check_apart(std::initializer_list<std::pair<Argument, const Update&>> parameters,
                         std::initializer_list<Argument> others) {
   struct Part {
@@ -258,10 +314,17 @@ inline void check_apart(std::initializer_list<std::pair<Argument, const Update&>
     Extent extent;
     bool updated;
   };
-  c10::SmallVector<Part, 12> parts;
+  c10::SmallVector<Part, 18> parts;
   for (const auto& [argument, update] : parameters) {
     parts.push_back({argument.name, Extent(argument.tensor), update.wanted});
-    if (update.wanted) parts.push_back({"a momentum buffer", Extent(update.momentum_buffer), true});
+    if (!update.wanted) continue;
+    const std::initializer_list<Argument> state = {{"a momentum buffer", update.momentum_buffer},
+                                                   {"exp_avg", update.exp_avg},
+                                                   {"exp_avg_sq", update.exp_avg_sq},
+                                                   {"step", update.count}};
+    for (const Argument& each : state) {
+      if (each.tensor.defined()) parts.push_back({each.name, Extent(each.tensor), true});
+    }
   }
   for (const Argument& argument : others) parts.push_back({argument.name, Extent(argument.tensor), false});
   for (const Part& one : parts) {
@@ -272,15 +335,25 @@ inline void check_apart(std::initializer_list<std::pair<Argument, const Update&>
   }
 }
 
-// Returns the destination of a parameter's gradient: the parameter, or `gradient` if that is defined, or none. Bumps the version of
-// what the op writes: autograd does not see an op write to its arguments, and those who saved the parameter must notice.
+// Returns the destination of a parameter's gradient: the parameter, or `gradient` if that is defined, or none. Counts the step, and
+// bumps the version of what the op writes: autograd does not see an op write to its arguments, and those who saved the parameter
+// must notice.
 inline Sink sink(const Update& update, const at::Tensor& parameter, const at::Tensor& gradient) {
   if (!update.wanted) return {mutable_data_in_order("gradient", gradient, parameter)};
-  for (const at::Tensor& changed : {parameter, update.momentum_buffer}) {
+  for (const at::Tensor& changed : {parameter, update.momentum_buffer, update.exp_avg, update.exp_avg_sq, update.count}) {
     if (changed.defined() && !changed.is_inference()) changed.unsafeGetTensorImpl()->bump_version();
   }
-  return {nullptr, mutable_data_in_order("parameter", parameter, parameter),
-          mutable_data_in_order("momentum_buffer", update.momentum_buffer, parameter), update.sgd};
+  if (update.count.defined()) {
+    if (update.count.scalar_type() == at::kFloat) *mutable_data<float>("step", update.count) = float(update.step);
+    else *mutable_data<double>("step", update.count) = update.step;
+  }
+  return {nullptr,
+          mutable_data_in_order("parameter", parameter, parameter),
+          mutable_data_in_order("momentum_buffer", update.momentum_buffer, parameter),
+          update.sgd,
+          mutable_data_in_order("exp_avg", update.exp_avg, parameter),
+          mutable_data_in_order("exp_avg_sq", update.exp_avg_sq, parameter),
+          update.adamw};
 }
 
 // Returns the cotangent of the gradient of `parameter` (a weight, or logits in its memory order), in its dtype and memory order;

@@ -51,13 +51,40 @@ struct MaskedLinear {
                                 at::ArrayRef<double> settings) {
     TORCH_CHECK_VALUE(settings.size() == 12, "settings must be lr, weight_decay and momentum of four parameters, got ",
                       settings.size(), " numbers");
+    const std::array<const OptionalTensor*, 4> buffers = {&weight_momentum_buffer, &mask_momentum_buffer, &bias_momentum_buffer,
+                                                          &bias_mask_momentum_buffer};
+    return backward_and_update(grad, input, weight, mask_logits, bias, bias_mask_logits, Gate{GateKind(gate_id), gate_param},
+                               output_mask, updates, [&](size_t index, const char* name, const at::Tensor& parameter) {
+                                 return sgd_update(name, *buffers[index], settings.slice(3 * index, 3), parameter);
+                               });
+  }
+
+  // The same with steps of AdamW.
+  static Gradients backward_adamw(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
+                                  const at::Tensor& mask_logits, const OptionalTensor& bias, const OptionalTensor& bias_mask_logits,
+                                  at::TensorList state, int64_t gate_id, double gate_param, std::array<bool, 5> output_mask,
+                                  std::array<bool, 4> updates, at::ArrayRef<double> settings) {
+    const AdamWArguments arguments{state, settings, updates};
+    arguments.check();
+    return backward_and_update(
+        grad, input, weight, mask_logits, bias, bias_mask_logits, Gate{GateKind(gate_id), gate_param}, output_mask, updates,
+        [&](size_t index, const char* name, const at::Tensor& parameter) { return arguments.update(index, name, parameter); });
+  }
+
+  // make_update(index, name, parameter) checks and returns the update of each parameter that takes a step.
+  template <class MakeUpdate>
+  static Gradients backward_and_update(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
+                                       const at::Tensor& mask_logits, const OptionalTensor& bias,
+                                       const OptionalTensor& bias_mask_logits, Gate gate, std::array<bool, 5> output_mask,
+                                       std::array<bool, 4> updates, const MakeUpdate& make_update) {
     check_pair(weight, mask_logits);
     check_linear(input, weight, bias, bias_mask_logits);
     TORCH_CHECK_VALUE(!(updates[2] || updates[3]) || is_given(bias_mask_logits), "bias must have logits to be updated here");
-    std::array<Update, 4> made = {update("weight", updates[0], weight_momentum_buffer, settings.slice(0, 3), weight),
-                                  update("mask_logits", updates[1], mask_momentum_buffer, settings.slice(3, 3), mask_logits)};
-    if (updates[2]) made[2] = update("bias", true, bias_momentum_buffer, settings.slice(6, 3), *bias);
-    if (updates[3]) made[3] = update("bias_mask_logits", true, bias_mask_momentum_buffer, settings.slice(9, 3), *bias_mask_logits);
+    std::array<Update, 4> made;
+    if (updates[0]) made[0] = make_update(0, "weight", weight);
+    if (updates[1]) made[1] = make_update(1, "mask_logits", mask_logits);
+    if (updates[2]) made[2] = make_update(2, "bias", *bias);
+    if (updates[3]) made[3] = make_update(3, "bias_mask_logits", *bias_mask_logits);
     for (const auto& [name, updated, parameter] :
          {std::tuple{"weight", updates[0], weight}, std::tuple{"mask_logits", updates[1], mask_logits}}) {
       TORCH_CHECK_VALUE(!updated || parameter.is_contiguous(), name, " must be contiguous to be updated in place, got strides ",
@@ -69,7 +96,7 @@ struct MaskedLinear {
                  {{"bias_mask_logits", bias_mask_logits.value_or(at::Tensor())}, made[3]}},
                 {{"grad", grad}, {"input", input}});
     return backward_or_update(resolved(grad), resolved(input), resolved(weight), resolved(mask_logits), resolved(bias),
-                              resolved(bias_mask_logits), Gate{GateKind(gate_id), gate_param}, output_mask, made);
+                              resolved(bias_mask_logits), gate, output_mask, made);
   }
 
   // A bias without logits has the sum over the batch as its gradient.
@@ -92,10 +119,10 @@ struct MaskedLinear {
     const at::Tensor w = weight.contiguous(), m = mask_logits.contiguous();
     at::Tensor dw = output_mask[1] && !updates[0].wanted ? Device::gradient_like(w) : at::Tensor();
     at::Tensor dm = output_mask[2] && !updates[1].wanted ? Device::gradient_like(m) : at::Tensor();
+    const Sink to_w = sink(updates[0], w, dw), to_m = sink(updates[1], m, dm);
     // Without weights, an empty sum.
     at::Tensor dx = w.numel() == 0 ? (output_mask[0] ? at::zeros_like(x) : at::Tensor())
-                                   : Device::linear_backward(dy, x, w, m, gate, output_mask[0], sink(updates[0], w, dw),
-                                                             sink(updates[1], m, dm));
+                                   : Device::linear_backward(dy, x, w, m, gate, output_mask[0], to_w, to_m);
     if (output_mask[0] && input.dim() != 2) dx = dx.view(input.sizes());
     if (output_mask[0] && dx.scalar_type() != input.scalar_type()) dx = dx.to(input.scalar_type());
     at::Tensor db, dbm;
@@ -119,6 +146,9 @@ struct MaskedLinear {
     library.impl("masked_linear_backward", &backward);
     library.impl("masked_linear_backward_sgd_", &backward_sgd);
   }
+
+  // On CUDA torch's own fused kernel takes AdamW's steps.
+  static void register_adamw_in(torch::Library& library) { library.impl("masked_linear_backward_adamw_", &backward_adamw); }
 };
 
 }  // namespace metamask

@@ -48,11 +48,31 @@ struct MaskedWeight {
                                                          std::array<bool, 2> updates, at::ArrayRef<double> weight_settings,
                                                          at::ArrayRef<double> mask_settings) {
     check_pair(weight, mask_logits);
-    const Update weight_update = update("weight", updates[0], weight_momentum_buffer, weight_settings, weight);
-    const Update mask_update = update("mask_logits", updates[1], mask_momentum_buffer, mask_settings, mask_logits);
-    check_apart({{{"weight", weight}, weight_update}, {{"mask_logits", mask_logits}, mask_update}}, {{"grad", grad}});
-    return backward_or_update(resolved(grad), resolved(weight), resolved(mask_logits), Gate{GateKind(gate_id), gate_param},
-                              output_mask, weight_update, mask_update);
+    std::array<Update, 2> made;
+    if (updates[0]) made[0] = sgd_update("weight", weight_momentum_buffer, weight_settings, weight);
+    if (updates[1]) made[1] = sgd_update("mask_logits", mask_momentum_buffer, mask_settings, mask_logits);
+    return backward_apart(grad, weight, mask_logits, Gate{GateKind(gate_id), gate_param}, output_mask, made);
+  }
+
+  // The same with steps of AdamW.
+  static std::tuple<at::Tensor, at::Tensor> backward_adamw(const at::Tensor& grad, const at::Tensor& weight,
+                                                           const at::Tensor& mask_logits, at::TensorList state, int64_t gate_id,
+                                                           double gate_param, std::array<bool, 2> output_mask,
+                                                           std::array<bool, 2> updates, at::ArrayRef<double> settings) {
+    check_pair(weight, mask_logits);
+    const AdamWArguments arguments{state, settings, updates};
+    arguments.check();
+    std::array<Update, 2> made;
+    if (updates[0]) made[0] = arguments.update(0, "weight", weight);
+    if (updates[1]) made[1] = arguments.update(1, "mask_logits", mask_logits);
+    return backward_apart(grad, weight, mask_logits, Gate{GateKind(gate_id), gate_param}, output_mask, made);
+  }
+
+  static std::tuple<at::Tensor, at::Tensor> backward_apart(const at::Tensor& grad, const at::Tensor& weight,
+                                                           const at::Tensor& mask_logits, Gate gate,
+                                                           std::array<bool, 2> output_mask, const std::array<Update, 2>& updates) {
+    check_apart({{{"weight", weight}, updates[0]}, {{"mask_logits", mask_logits}, updates[1]}}, {{"grad", grad}});
+    return backward_or_update(resolved(grad), resolved(weight), resolved(mask_logits), gate, output_mask, updates[0], updates[1]);
   }
 
   static std::tuple<at::Tensor, at::Tensor> backward_or_update(const at::Tensor& grad, const at::Tensor& weight,
@@ -102,6 +122,9 @@ struct MaskedWeight {
     library.impl("masked_weight_backward_sgd_", &backward_sgd);
     library.impl("masked_weight_double_backward", &double_backward);
   }
+
+  // On CUDA torch's own fused kernel takes AdamW's steps.
+  static void register_adamw_in(torch::Library& library) { library.impl("masked_weight_backward_adamw_", &backward_adamw); }
 };
 
 }  // namespace metamask

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..files.lock import ThreadLock
 from ..ops.packed.functional import unpack_mask
+from ..ops.streams import current_stream
 
 _BLOCK = 1 << 22
 """Bytes of masks that are added together: about a core's second cache."""
@@ -98,6 +99,8 @@ class Sums:
         if kept is None or not _holds(kept.bits, masks):
             bits = torch.stack([*masks])
             kept = Summed(bits, count_bits(bits, like))
+            if (stream := current_stream(bits.device)) is not None:
+                stream.synchronize()  # who uses it next may be on another one
             with self._lock.held():
                 self._kept[owner] = kept
         return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from importlib import import_module
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Annotated
 import torch
 import typer
 
+from .. import products
 from .._info import build_info
 from ..experiments.catalogue import EXPERIMENTS, JobError, OptionError, settings_of
 from ..experiments.catalogue import run as run_experiment
 from ..experiments.engine.settings import as_json, to_toml
 from ..experiments.report import report as write_report
 from ..experiments.suite import run_all
+from ..files.atomic import write_atomic
 from ..files.errors import OutputError
+from ..tuning import tune
 from .bank import app as bank
 from .terminal import fail, show
 
@@ -126,6 +130,7 @@ def info() -> None:
         "CPU capability": build["cpu_capability"],
         "CPU capabilities": ", ".join(build["cpu_capabilities"] or []),
         "threads": torch.get_num_threads(),
+        "products": f"{products.current().source} ({products.current().digest})",
         "CUDA of torch": torch.version.cuda,
         "CUDA archs": build["cuda_archs"],
         "CUDA devices": ", ".join(devices),
@@ -139,15 +144,51 @@ def bench(
     suite: Annotated[str, typer.Option(help="The benchmarks to run.")] = "core",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench"),
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few repetitions.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="grid: all batches, dtypes and allocators; 90 minutes.")] = False,
 ) -> None:
-    """Time masked layers against plain and dense ones."""
+    """Time masked layers against plain and dense ones. A stopped run of the grid goes on in the same OUT."""
     try:
         benchmarks = import_module("metamask_ext.bench.run")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("metamask_ext"):
             fail(f"the benchmarks are not in this installation ({error})")
         fail(f'{error.name} is not installed: pip install "metamask_ext[bench]"')
-    raise typer.Exit(benchmarks.run(suite, out, quick))
+    raise typer.Exit(benchmarks.run(suite, out, quick, full=full))
+
+
+@app.command(name="tune")
+def tune_products(
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; by default the one that is used from then on.", show_default=False)
+    ] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option(help="Numbers of threads; by default 1 and torch's.", show_default=False, min=1)
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Types of products; by default all.", show_default=False)] = None,
+) -> None:
+    """Measure from which batch on BLAS beats the kernels' own products here, and write the table. About ten minutes, alone."""
+    if build_info()["backend"] == "reference":
+        fail("the reference backend has no products to choose from")
+    known = [name for name in products.DTYPES if name != "bfloat16" or build_info()["cpu_capability"] == "avx512_bf16"]
+    if unknown := [name for name in dtype or () if name not in known]:
+        fail(f"--dtype must be one of {', '.join(known)} on this processor, got {unknown[0]!r}", 2)
+    counts = threads or sorted({1, torch.get_num_threads()})
+    path = out or products.machine_file()
+
+    def report(line: products.Line, ratio: float) -> None:
+        never = line.rows == products.LARGEST
+        typer.echo(
+            f"{line.pass_:<9}{line.dtype:<9}{line.threads:>3} threads, {line.in_features:>5} -> {line.out_features:<5}: "
+            + ("panels" if never else f"BLAS from {line.rows} rows (time / panels: {ratio:.2f})")
+        )
+
+    table = tune(counts, dtype or known, report)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(products.as_json(table), indent=1).encode() + b"\n")
+    except OSError as error:
+        fail(f"cannot write {str(path)!r}: {error.strerror}")
+    typer.echo(f"wrote {path}" + ("" if path == products.machine_file() else f"; METAMASK_PRODUCTS={path} uses it"))
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import products
 from ..files.atomic import output_errors, prepare_folder, sweep
 from ..files.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from ..files.errors import CheckpointError, OutputError
@@ -355,6 +356,7 @@ class TaskLoop:
             "seconds": self.seconds,
             "metrics_length": self._metrics_length,
             "metrics_sha256": self._metrics_sha256,
+            "products": products.current().digest,
             "generator": self._generator.get_state(),
             "tasks": tasks,
             "model": model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..nn.names import describe, escape, unescape
 from ..nn.settings import decoded
 from ..nn.task_dict import TaskDict
 from ..ops.geometry import packed_shape
+from ..products import current
 from ..torch_private import EXTRA_STATE
 
 _Form = tuple[torch.dtype, torch.Size]
@@ -33,6 +35,7 @@ class LoopState(TypedDict):
     seconds: float
     metrics_length: int
     metrics_sha256: str | None
+    products: str
     generator: Tensor
     tasks: list[str]
     model: dict[str, object]
@@ -62,7 +65,7 @@ class Checks:
 
     def checked(self, state: Mapping[str, object], shared: Iterable[nn.Parameter]) -> LoopState:
         """Return ``state`` if a loop can go on with it. CheckpointError that names what cannot be."""
-        wanted = LoopState.__annotations__.keys() - {"metrics_sha256"}  # earlier versions wrote none
+        wanted = LoopState.__annotations__.keys() - {"metrics_sha256", "products"}  # earlier versions wrote none
         if missing := sorted(wanted - state.keys()):
             self._refuse(f"it lacks {missing[0]!r}")
         self._check_settings(state["settings"])
@@ -74,6 +77,7 @@ class Checks:
         self._check_optimizer("optimizer", found["optimizer"], [(p.dtype, p.shape) for p in shared], of_masks=False)
         for task, optimizer in found["mask_optimizers"].items():
             self._check_optimizer(f"mask_optimizers[{task!r}]", optimizer, self._mask_forms(task, model), of_masks=True)
+        self._check_products(found.get("products"))
         return found
 
     def _refuse(self, why: str) -> NoReturn:
@@ -96,6 +100,17 @@ class Checks:
             torch.Generator().set_state(state["generator"])
         except (TypeError, RuntimeError) as error:
             self._refuse(f"generator is no state of one ({error})")
+
+    def _check_products(self, digest: object) -> None:
+        if digest is not None and not isinstance(digest, str):
+            self._refuse(f"products must be a string, got {digest!r:.100}")
+        if digest not in (None, current().digest):
+            warnings.warn(
+                f"{str(self.path)!r} was written under the table of products {digest:.20}, this process uses "
+                f"{current().digest} ({current().source}): large batches may differ from an unbroken run in the last bits. "
+                "METAMASK_PRODUCTS names the file of the table to use",
+                stacklevel=2,
+            )
 
     def _check_count(self, name: str, value: object) -> None:
         if type(value) is not int or not 0 <= value < 2**63:

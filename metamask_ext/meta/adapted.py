@@ -19,6 +19,7 @@ from ..nn.task_dict import TaskDict
 from ..nn.task_layer import TaskLayer
 from ..nn.task_masks import TaskMasks
 from ..nn.tasks import check_amounts, refuse_nan, tasks
+from ..ops.streams import current_stream
 from . import batch_norm
 from .batch_norm import Normalisation, Statistics
 
@@ -82,7 +83,7 @@ class AdaptedModel:
         # without a copy. Task by task: the rows of a task are one matrix of linear layers.
         self._by_sample = bool(self.norms) or any(isinstance(layer, MaskedConv2d) for layer in self._masks)
         self._active = list(dict.fromkeys([*self.layers, *self.norms]))
-        self._slots: tuple[tuple[int, int, torch.device], Tensor] | None = None
+        self._slots: tuple[tuple[int, int, torch.device, int | None], Tensor] | None = None
 
     def _checked_start(self, start: Start | None) -> str | Superposition:
         if not self.layers:
@@ -255,7 +256,9 @@ class AdaptedModel:
 
     def _slots_of(self, count: int, samples: int, device: torch.device) -> Tensor:
         """``K`` samples of each of ``T`` tasks; kept for the next call, which mostly asks for the same."""
-        wanted = count, samples, device
+        # They are made on a stream: another has not waited for it.
+        stream = current_stream(device)
+        wanted = count, samples, device, None if stream is None else stream.stream_id
         found = self._slots
         if found is None or found[0] != wanted:
             with torch.inference_mode(False):

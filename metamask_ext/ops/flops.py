@@ -60,12 +60,13 @@ def _superposition_gradient(arguments: Arguments) -> int:
 
 FORMULAS: dict[str, Callable[[Arguments], int]] = {
     **dict.fromkeys(
-        ("masked_weight", "masked_weight_backward", "masked_weight_backward_sgd_", "masked_weight_double_backward"), _nothing
+        ("masked_weight", "masked_weight_backward", "masked_weight_backward_sgd_", "masked_weight_backward_adamw_"), _nothing
     ),
+    "masked_weight_double_backward": _nothing,
     **dict.fromkeys(("masked_weight_list", "masked_weight_list_backward", "masked_weight_list_double_backward"), _nothing),
     **dict.fromkeys(("pack_mask", "unpack_mask", "im2col", "col2im"), _nothing),
     **dict.fromkeys(("masked_linear", "task_masked_linear", "packed_masked_linear"), _product),
-    **dict.fromkeys(("masked_linear_backward", "masked_linear_backward_sgd_"), _gradients),
+    **dict.fromkeys(("masked_linear_backward", "masked_linear_backward_sgd_", "masked_linear_backward_adamw_"), _gradients),
     **dict.fromkeys(("task_masked_linear_backward", "packed_masked_linear_backward"), _gradients),
     "task_masked_linear_double_backward": _second_gradients,
     "packed_superposition_gradient": _superposition_gradient,

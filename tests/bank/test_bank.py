@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from support.bank_numbers import entropy_gradients
+from support.gpu import DEVICES
 from support.mixed_task_models import MIXED, alone, cnn
 from support.models import assert_same_gradients, gradients, mlp, randomize_masks
 from torch import nn
@@ -16,26 +17,27 @@ from metamask_ext import MaskBank, add_task, merge, using_task
 from metamask_ext.nn import MaskedLayer, MaskedLinear, TaskBatchNorm2d
 
 SHAPES = {"mlp": (4,), "cnn": (2, 6, 6), "cnn-hard": (2, 6, 6)}
+each_device = pytest.mark.parametrize("device", DEVICES)
 each_model = pytest.mark.parametrize("name", SHAPES)
 each_packed = pytest.mark.parametrize("packed", ["", "b", "abc"], ids=["logits", "b-packed", "all-packed"])
 
 
-def make(name, packed="", samples=5):
+def make(name, packed="", samples=5, device="cpu"):
     """A bank with tasks a, b, c (two of them of the same kind in some tests), and inputs."""
     model = mlp() if name == "mlp" else cnn("hard" if name == "cnn-hard" else "sigmoid")
     if name == "mlp":
         add_task(model, "c")
-    bank = MaskBank(model.eval())
+    bank = MaskBank(model.eval().to(device))
     for task in packed:
         bank.pack(task)
-    return bank, torch.randn(samples, *SHAPES[name], dtype=torch.float64)
+    return bank, torch.randn(samples, *SHAPES[name], dtype=torch.float64).to(device)
 
 
 def theta(layer, task, kind):
     masks = getattr(layer, "masks" if kind == "weight" else "bias_masks")[task]
     shared = getattr(layer, kind)
     if masks.dtype == torch.uint8:
-        bits = (masks[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
+        bits = (masks[..., None] >> torch.arange(8, dtype=torch.uint8, device=masks.device)) & 1
         flat = bits.flatten(-2)
         row = shared[0].numel() if shared.dim() > 1 else len(shared)
         return shared * flat[..., :row].reshape(shared.shape)
@@ -89,10 +91,12 @@ class TestTasks:
 
 
 class TestSuperpose:
+    @pytest.mark.every_device(emulated_if=lambda packed, **_: packed == "b")
+    @each_device
     @each_model
     @each_packed
-    def test_theta_is_the_combination_of_the_tasks_thetas(self, name, packed):
-        bank, x = make(name, packed)
+    def test_theta_is_the_combination_of_the_tasks_thetas(self, name, packed, device):
+        bank, x = make(name, packed, device=device)
         alphas = {"a": 0.5, "c": -0.25, "b": 1.5}
         plain = merge(bank.model, "a")
         for layer, target in zip(bank.model, plain):
@@ -179,9 +183,9 @@ class TestSuperpose:
         assert bank.model[0].masks["new"].requires_grad
 
 
-def sharp(name, packed, samples):
+def sharp(name, packed, samples, device="cpu"):
     """Weights so large, and biases so small, that the samples disagree about the task."""
-    bank, x = make(name, packed, samples)
+    bank, x = make(name, packed, samples, device)
     with torch.no_grad():
         for layer in bank.model:
             if isinstance(layer, MaskedLayer):
@@ -192,26 +196,29 @@ def sharp(name, packed, samples):
 
 
 class TestInference:
+    @each_device
     @each_model
     @each_packed
-    def test_one_shot_takes_the_largest_negative_gradient_for_each_sample(self, name, packed):
-        bank, x = sharp(name, packed, samples=16)
+    def test_one_shot_takes_the_largest_negative_gradient_for_each_sample(self, name, packed, device):
+        bank, x = sharp(name, packed, 16, device)
         wanted = entropy_gradients(bank, x, bank.tasks)
         names = [bank.tasks[index] for index in wanted.argmin(1).tolist()]
         assert len(set(names)) > 1
         assert bank.infer_task(x) == names
         assert bank.infer_task(x, per_sample=False) == bank.tasks[int(wanted.sum(0).argmin())]
 
+    @pytest.mark.every_device(emulated_if=lambda packed, **_: packed == "b")
+    @each_device
     @each_model
     @each_packed
-    def test_the_gradient_is_autograds(self, name, packed):
+    def test_the_gradient_is_autograds(self, name, packed, device):
         from metamask_ext.bank.inference import Snapshot, entropy_gradient
 
-        bank, x = make(name, packed)
+        bank, x = make(name, packed, device=device)
         snapshot = Snapshot(bank.model)
         for names in (["a", "b", "c"], ["c", "a"], ["b", "c", "a"], ["b"]):
             got = entropy_gradient(bank.model, names, x, True, snapshot)
-            torch.testing.assert_close(got, entropy_gradients(bank, x, names))
+            torch.testing.assert_close(got.cpu(), entropy_gradients(bank, x, names))
             torch.testing.assert_close(entropy_gradient(bank.model, names, x, False, snapshot)[0], got.sum(0))
         assert all(grad is None for grad in gradients(bank.model).values())
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from support.gpu import DEVICES
 from support.mixed_task_models import alone, cnn
 from support.models import assert_same_gradients, gradients, randomize_masks
 from torch import nn
@@ -67,13 +68,14 @@ def unchanged(model):
 
 
 class TestRoundTrip:
-    def test_a_model_of_the_same_layers_computes_the_same(self, tmp_path):
-        bank = new_bank()
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_a_model_of_the_same_layers_computes_the_same(self, tmp_path, device):
+        bank = new_bank(mlp().to(device))
         bank.save(tmp_path)
-        loaded = MaskBank.load(tmp_path, mlp())
+        loaded = MaskBank.load(tmp_path, mlp().to(device))
         assert loaded.tasks == ["a/é", "b", "c"] and loaded.slots == bank.slots == [None, "a/é", "b", "c"]
         assert [loaded.is_packed(task) for task in loaded.tasks] == [True, True, False]
-        x = torch.randn(5, 9)
+        x = torch.randn(5, 9).to(device)
         torch.testing.assert_close(mixed(loaded, x), mixed(bank, x), rtol=0, atol=0)
         assert loaded.infer_task(x) == bank.infer_task(x)
         loaded.verify()

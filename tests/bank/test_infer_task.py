@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support.bank_changes import CHANGES, INPUT, new_bank, tensor_of
 from support.bank_numbers import entropy_gradients
+from support.streams import Recorder
 from torch import nn
 
 import metamask_ext as mm
@@ -105,6 +106,19 @@ class TestWhatChanged:
         twin = copy.deepcopy(bank)
         twin.model[4].masks["a"].data ^= 1
         assert twin.infer_task(x) == MaskBank(twin.model).infer_task(x) and bank.infer_task(x) == wanted
+
+
+class TestStreams:
+    def test_sums_are_ready_for_every_stream(self, monkeypatch):
+        """On a GPU the next inference may run on a stream that does not wait for the one that made them."""
+        log = []
+        Recorder(monkeypatch, log)
+        bank = new_bank()
+        bank.infer_task(torch.randn(4, *INPUT))
+        made = len(log)
+        assert made > 0 and set(log) == {"the host waits for A"}
+        bank.infer_task(torch.randn(4, *INPUT))
+        assert len(log) == made  # only where one was made
 
 
 class TestThreads:

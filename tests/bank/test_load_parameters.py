@@ -10,12 +10,13 @@ from torch import nn
 import metamask_ext as mm
 from metamask_ext import MaskBank, using_task
 from metamask_ext.bank import BankError
-from metamask_ext.optim import FusedMaskedSGD
+from metamask_ext.optim import FusedMaskedAdamW, FusedMaskedSGD
 
 OPTIMIZERS = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9),
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.1),
-    "fused": lambda model: FusedMaskedSGD(model, lr=1.0),
+    "fused sgd": lambda model: FusedMaskedSGD(model, lr=1.0),
+    "fused adamw": lambda model: FusedMaskedAdamW(model, lr=0.1),
 }
 
 
@@ -37,7 +38,7 @@ def saved(folder, packed="a", tasks="ab"):
 def train(model, optimizer, task):
     with using_task(model, task):
         loss = model(torch.randn(8, 4)).square().sum()
-    if isinstance(optimizer, FusedMaskedSGD):
+    if isinstance(optimizer, (FusedMaskedSGD, FusedMaskedAdamW)):
         optimizer.backward(loss)
     else:
         optimizer.zero_grad(), loss.backward(), optimizer.step()

@@ -123,13 +123,15 @@ def test_missing_package_is_one_line(tmp_path, monkeypatch):
 def test_bench_hands_over(tmp_path, monkeypatch, code):
     calls = []
 
-    def run(suite: str, out: Path, quick: bool) -> int:
-        calls.append((suite, out, quick))
+    def run(suite: str, out: Path, quick: bool, full: bool) -> int:
+        calls.append((suite, out, quick, full))
         return code
 
     monkeypatch.setattr(app, "import_module", lambda name: SimpleNamespace(run=run) if name == "metamask_ext.bench.run" else None)
     result = _metamask("bench", "--suite", "cpu", "--out", str(tmp_path), "--quick")
-    assert result.exit_code == code and calls == [("cpu", tmp_path, True)]
+    assert result.exit_code == code and calls == [("cpu", tmp_path, True, False)]
+    _metamask("bench", "--suite", "grid", "--out", str(tmp_path), "--full")
+    assert calls[1:] == [("grid", tmp_path, False, True)]
 
 
 def test_bench_without_its_packages(monkeypatch):

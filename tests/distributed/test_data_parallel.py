@@ -23,6 +23,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
+@pytest.mark.usefixtures("_each_optimizer")
 def test_steps_are_those_of_one_process(ranks, run):
     for difference, moved in ranks(run, {}):
         assert difference < 1e-6 < moved
@@ -35,6 +36,7 @@ def test_options_of_the_wrapper(ranks, run, name):
         assert difference < 1e-6 < moved
 
 
+@pytest.mark.usefixtures("_each_optimizer")
 def test_a_model_beside_a_wrapped_one_is_fused(ranks):
     for difference, nodes in ranks(cases.beside_a_wrapped_model):
         assert difference < 1e-6 and nodes == 4

@@ -9,6 +9,8 @@ extern "C" {
 
 void cuda_on_cpu_set(int schedule, uint64_t seed) { settings() = {Schedule(schedule), seed}; }
 
+void cuda_on_cpu_limit_grid(unsigned most) { most_blocks() = most; }
+
 uint64_t cuda_on_cpu_launches() { return launches(); }
 
 void* cuda_on_cpu_allocate(size_t bytes, int initialised) { return allocate(bytes, initialised != 0); }

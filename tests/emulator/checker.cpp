@@ -20,7 +20,7 @@ struct Stamp {
 
 struct Cell {
   Stamp write, read;
-  bool copying, written;
+  bool copying, written, atomic;  // the last write
 };
 
 namespace {
@@ -36,7 +36,7 @@ int warp_of_group(uint16_t who) { return who >= kLanesOf ? who - kLanesOf : who 
 bool unordered(const Stamp& earlier, const Thread& self) {
   const Clock& clock = barrier_clock();
   if (earlier.time < clock.launch) return false;
-  if (earlier.time < clock.block) return true;  // another block of this launch
+  if (earlier.time < clock.block) return !ordered_by_fences(earlier.time, earlier.who, self);  // another block of this launch
   if (earlier.time < clock.now || earlier.who == self.number) return false;
   if (earlier.who == kSeveralWarps || warp_of_group(earlier.who) != self.warp()) return true;
   return earlier.warp_time == uint16_t(warp_of(self).syncs);
@@ -67,7 +67,8 @@ void check_byte(Cell& cell, const Thread& self, Access access, const Buffer& buf
   const bool reads = access == Access::kRead;
   if (reads && cell.copying) report("a cp.async to it has not been waited for", buffer, offset, operation);
   if (reads && !cell.written && !buffer.initialised) report("uninitialised value", buffer, offset, operation);
-  if (unordered(cell.write, self)) report("race with a write by " + name_of(cell.write), buffer, offset, operation);
+  const bool both_atomic = access == Access::kAtomic && cell.atomic;
+  if (!both_atomic && unordered(cell.write, self)) report("race with a write by " + name_of(cell.write), buffer, offset, operation);
   if (reads) {
     note_read(cell.read, self);
     return;
@@ -76,6 +77,7 @@ void check_byte(Cell& cell, const Thread& self, Access access, const Buffer& buf
   cell.write = now(self);
   cell.copying = access == Access::kStartCopy;
   cell.written = true;
+  cell.atomic = access == Access::kAtomic;
 }
 
 size_t shadow_bytes(const Buffer& buffer) { return buffer.bytes * sizeof(Cell); }

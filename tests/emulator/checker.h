@@ -9,7 +9,7 @@
 
 namespace cuda_on_cpu {
 
-enum class Access { kRead, kWrite, kStartCopy, kEndCopy };
+enum class Access { kRead, kWrite, kAtomic, kStartCopy, kEndCopy };
 
 // Does nothing in the fast build.
 void check_access(const void* address, size_t bytes, Access access, const char* operation);

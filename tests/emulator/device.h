@@ -6,10 +6,13 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <tuple>
 #include <type_traits>
 
+#include "atomics.h"
 #include "device_index.h"
 #include "scheduler.h"
 #include "shared.h"
@@ -43,6 +46,12 @@ inline void __syncwarp(unsigned mask = ~0u, cuda_on_cpu::Location where = cuda_o
   cuda_on_cpu::sync_warp(mask, where);
 }
 
+inline void __threadfence() { cuda_on_cpu::fence(); }
+
+inline unsigned long long atomicCAS(unsigned long long* at, unsigned long long expected, unsigned long long desired) {
+  return cuda_on_cpu::compare_and_swap(at, expected, desired);
+}
+
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, cuda_on_cpu::Location where = cuda_on_cpu::Location::current()) {
   return cuda_on_cpu::shuffle(mask, value, source % 32, "__shfl_sync", where);
@@ -58,6 +67,15 @@ template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned distance, cuda_on_cpu::Location where = cuda_on_cpu::Location::current()) {
   const int lane = cuda_on_cpu::current_lane(), source = lane + int(distance);
   return cuda_on_cpu::shuffle(mask, value, source < 32 ? source : lane, "__shfl_down_sync", where);
+}
+
+inline int __all_sync(unsigned mask, int predicate, cuda_on_cpu::Location where = cuda_on_cpu::Location::current()) {
+  return cuda_on_cpu::all_of_warp(mask, predicate, where);
+}
+
+// The low word of high:low, shifted right by as many bits as the low five bits of `bits` say.
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned bits) {
+  return unsigned((uint64_t(high) << 32 | low) >> (bits & 31));
 }
 
 namespace metamask::cuda {
@@ -77,6 +95,36 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 
 // Few: a test's small layers are shared out among blocks too.
 inline int multiprocessors() { return 2; }
+
+inline unsigned long long new_key() { return 0x9e3779b97f4a7c15u * (cuda_on_cpu::launches() + 1); }
+
+// One unit in the last place off, up or down, as the device's may be.
+inline float approximate_reciprocal(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const float exact = 1.0f / x;
+  return exact == 0 || !std::isfinite(exact) ? exact : std::nextafter(exact, bits % 2 == 0 ? 0.0f : 2 * exact);
+}
+
+template <int kBytes>
+DEVICE_INLINE void store_bytes(void* to, const void* from) {
+  struct alignas(kBytes) Bytes {
+    char value[kBytes];
+  };
+  *static_cast<Bytes*>(to) = *static_cast<const Bytes*>(from);
+}
+
+template <class T>
+void multiply_add_if(uint32_t bits, uint32_t mask, T a, T b, T& sum) {
+  if (bits & mask) sum += a * b;
+}
+
+inline uint32_t merge_bits(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+
+template <class T>
+T kept(T value) {
+  return value;
+}
 
 template <int kBytes>
 void cp_async(void* to, const void* from, bool valid) {

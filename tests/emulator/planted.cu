@@ -1,6 +1,7 @@
 // Kernels with a bug planted in them, one at a time, for the emulator's own tests: each must be caught, and the correct kernel
 // (kNone) must not be blamed. The bugs are those that such kernels really have.
 #include "cuda/kernels/device.cuh"
+#include "cuda/kernels/split_k.cuh"
 #include "planted.h"
 
 #include <cstring>
@@ -102,6 +103,37 @@ __global__ void pipeline_kernel(float* __restrict__ out, const float* __restrict
   out[thread] = sum;
 }
 
+// out[c] = sum over blocks of in[block][c], in [gridDim.x, 128]: the last block adds up what all have put into sums. Without a bug
+// the ticket is that of the library's kernels.
+template <Bug bug>
+__global__ void last_block_kernel(float* out, const float* in, float* sums, unsigned long long* ticket) {
+  SHARED(bool, last, [1]);
+  const int thread = int(threadIdx.x);
+  sums[blockIdx.x * 128 + thread] = in[blockIdx.x * 128 + thread];
+  if (bug == Bug::kNone) {
+    const bool mine = last_block(ticket, 1234567890123u, gridDim.x);
+    if (thread == 0) last[0] = mine;
+  } else if (bug != Bug::kNoBarrierBeforeTicket) {
+    __syncthreads();
+  }
+  if (thread == 0 && bug != Bug::kNone) {
+    if (bug != Bug::kNoFenceBeforeTicket) __threadfence();
+    unsigned long long held = 0, was;
+    if (bug == Bug::kTicketNotAtomic) {
+      held = (*ticket)++;
+    } else {
+      while ((was = atomicCAS(ticket, held, held + 1)) != held) held = was;
+    }
+    if (bug != Bug::kNoFenceAfterTicket) __threadfence();
+    last[0] = held + 1 == gridDim.x;
+  }
+  if (bug != Bug::kNoBarrierAfterTicket) __syncthreads();
+  if (!last[0]) return;
+  float sum = 0;
+  for (unsigned block = 0; block < gridDim.x; ++block) sum += sums[block * 128 + thread];
+  out[thread] = sum;
+}
+
 // One tile of the tensor cores: c [16, 8] = a [16, k] b [k, 8], k 8 (tf32) or 16 (two 16-bit numbers a register).
 template <class Read, class Multiply>
 __device__ void tile(float* out, Read read, Multiply mma) {
@@ -164,6 +196,14 @@ void run_with(Bug wanted, const Case& given) {
       launch(product_kernel<bug>, dim3((n + 15) / 16, (m + 15) / 16), dim3(256), 0, stream, out, a, b, m, n, k);
       break;
     case Kernel::kPipeline: launch(pipeline_kernel<bug>, dim3(1), dim3(128), 2 * 128 * sizeof(float), stream, out, a, k); break;
+    case Kernel::kLastBlock: {
+      // [m, 128], and the ticket. Twice with one key, as a CUDA graph does.
+      float* sums = const_cast<float*>(b);
+      for (int turn = 0; turn < 2; ++turn)
+        launch(last_block_kernel<bug>, dim3(m), dim3(128), 0, stream, out, a, sums,
+               reinterpret_cast<unsigned long long*>(sums + int64_t(m) * 128));
+      break;
+    }
     case Kernel::kTf32Tile: launch(tf32_tile_kernel, dim3(1), dim3(32), 0, stream, out, a, b); break;
     case Kernel::kBFloat16Tile: launch(tile_16_bit_kernel<__nv_bfloat16>, dim3(1), dim3(32), 0, stream, out, a, b); break;
     case Kernel::kFloat16Tile: launch(tile_16_bit_kernel<__half>, dim3(1), dim3(32), 0, stream, out, a, b); break;

@@ -3,7 +3,7 @@
 
 namespace cuda_on_cpu {
 
-enum class Kernel : int { kTwice, kRowSum, kProduct, kPipeline, kTf32Tile, kBFloat16Tile, kFloat16Tile };
+enum class Kernel : int { kTwice, kRowSum, kProduct, kPipeline, kTf32Tile, kBFloat16Tile, kFloat16Tile, kLastBlock };
 
 enum class Bug : int {
   kNone,
@@ -22,6 +22,11 @@ enum class Bug : int {
   kNoAsyncWait,
   kNoBarrierAfterAsyncWait,
   kNoBarrierInPipeline,
+  kTicketNotAtomic,
+  kNoBarrierBeforeTicket,
+  kNoFenceBeforeTicket,
+  kNoFenceAfterTicket,
+  kNoBarrierAfterTicket,
   kCount
 };
 

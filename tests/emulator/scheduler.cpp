@@ -184,12 +184,14 @@ void run_block(uint3 index) {
   machine.warps.assign(machine.count / 32, Warp{});
   machine.ready.clear();
   start_shared_memory(machine.launch->shared_bytes);
+  start_block_of_atomics();
   for (int i = 0; i < machine.count; ++i) {
     Thread& thread = *machine.threads[i];
     const unsigned number = unsigned(i);
     thread.number = i;
     thread.index = {number % size.x, number / size.x % size.y, number / size.x / size.y};
     thread.copies = {};
+    thread.fences = {};
     prepare(thread);
     wake(thread);
   }
@@ -212,8 +214,9 @@ void check_limits(const Launch& launch) {
   // CUDA allows it; no kernel here needs it, and every warp being full keeps warp operations simple.
   if (threads % 32 != 0) throw Error("a block must be whole warps here, got " + std::to_string(threads) + " threads");
   const dim3 grid = launch.grid;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-    throw Error("a grid has 1 to 2147483647 x 65535 x 65535 blocks, got " + std::to_string(grid.x) + " x " +
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > most_blocks() || grid.z > most_blocks()) {
+    const std::string most = std::to_string(most_blocks());
+    throw Error("a grid has 1 to 2147483647 x " + most + " x " + most + " blocks, got " + std::to_string(grid.x) + " x " +
                 std::to_string(grid.y) + " x " + std::to_string(grid.z));
   }
 }
@@ -230,6 +233,11 @@ Settings& settings() {
   return only;
 }
 
+unsigned& most_blocks() {
+  static unsigned most = 65535;
+  return most;
+}
+
 void run(const Launch& launch) {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   machine.launch = &launch;
@@ -241,6 +249,7 @@ void run(const Launch& launch) {
   gridDim = launch.grid;
   blockDim = launch.block;
   forget_cached_buffers();
+  start_launch_of_atomics();
   const FaultCatcher faults;
   try {
     check_limits(launch);

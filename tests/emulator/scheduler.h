@@ -11,6 +11,7 @@
 #include <string>
 
 #include "async.h"
+#include "atomics.h"
 #include "warp.h"
 
 namespace cuda_on_cpu {
@@ -34,6 +35,9 @@ struct Settings {
 };
 Settings& settings();
 
+// The blocks that a grid may have in y and in z: as many as a device takes, or fewer, to see which launches would need more.
+unsigned& most_blocks();
+
 enum class State { kReady, kAtBarrier, kInWarpOperation, kReturned };
 
 struct Thread {
@@ -42,6 +46,7 @@ struct Thread {
   State state;
   Location where;  // it waits
   AsyncCopies copies;
+  Fences fences;
   char* stack = nullptr;
   void* stack_pointer = nullptr;
 

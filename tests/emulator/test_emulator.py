@@ -11,7 +11,7 @@ from support.emulator import BUILDS, FORWARD, RANDOM_WARPS, Emulator
 pytestmark = pytest.mark.emulated
 
 # Kernels and bugs, by their numbers in planted.h
-TWICE, ROW_SUM, PRODUCT, PIPELINE, TF32_TILE, BFLOAT16_TILE, FLOAT16_TILE = range(7)
+TWICE, ROW_SUM, PRODUCT, PIPELINE, TF32_TILE, BFLOAT16_TILE, FLOAT16_TILE, LAST_BLOCK = range(8)
 BUGS = (
     "none",
     "tail off by one",
@@ -29,6 +29,11 @@ BUGS = (
     "no wait for cp.async",
     "no barrier after the wait for cp.async",
     "no barrier in a pipeline",
+    "ticket not atomic",
+    "no barrier before a ticket",
+    "no fence before a ticket",
+    "no fence after a ticket",
+    "no barrier after a ticket",
 )
 SCHEDULES = {"forward": FORWARD, "random warps": RANDOM_WARPS}
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
@@ -60,7 +65,7 @@ def reference(kernel, a, b):
         return 2 * a
     if kernel == ROW_SUM:
         return a.sum(1)
-    if kernel == PIPELINE:
+    if kernel in (PIPELINE, LAST_BLOCK):
         return a.sum(0)
     return a @ b
 
@@ -68,9 +73,12 @@ def reference(kernel, a, b):
 def run(emulator, kernel, m, n, k, bug="none", schedule=FORWARD, seed=1):
     """Returns what the emulator said (None: nothing), and the kernel's result beside the right one."""
     shapes = {TWICE: ((n,), (1,), (n,)), ROW_SUM: ((m, n), (1,), (m,)), PIPELINE: ((k, 128), (1,), (128,))}
+    shapes[LAST_BLOCK] = (m, 128), (m + 1, 128), (128,)
     a_shape, b_shape, out_shape = shapes.get(kernel, ((m, k), (k, n), (m, n)))
     # Small integers: exact in every type, whatever the order of the sums
     a, b = (torch.randint(-8, 9, shape).float() for shape in (a_shape, b_shape))
+    if kernel == LAST_BLOCK and bug != "none":
+        b.zero_()  # the planted tickets count from 0, the correct one from any number
     arrays = [DeviceArray(emulator, out_shape), DeviceArray(emulator, a_shape, a), DeviceArray(emulator, b_shape, b)]
     emulator.set(schedule, seed)
     said = emulator.run_planted(BUGS.index(bug), kernel, *(array.address for array in arrays), m, n, k)
@@ -82,6 +90,7 @@ CORRECT = [
     *((ROW_SUM, m, n, 1) for m, n in ((1, 1), (3, 31), (5, 256), (2, 1000))),
     *((PRODUCT, m, n, k) for m, n, k in ((1, 1, 1), (16, 16, 16), (17, 15, 33), (33, 40, 7))),
     *((PIPELINE, 1, 1, k) for k in (1, 2, 3, 8)),
+    *((LAST_BLOCK, m, 1, 1) for m in (1, 2, 9)),
     (TF32_TILE, 16, 8, 8),
     (BFLOAT16_TILE, 16, 8, 16),
     (FLOAT16_TILE, 16, 8, 16),
@@ -114,11 +123,16 @@ PLANTED = {
     "no wait for cp.async": (PIPELINE, 1, 1, 3, "has not been waited for"),
     "no barrier after the wait for cp.async": (PIPELINE, 1, 1, 3, "uninitialised value|has not been waited for|race"),
     "no barrier in a pipeline": (PIPELINE, 1, 1, 3, "race with a read|has not been waited for"),
+    "ticket not atomic": (LAST_BLOCK, 3, 1, 1, "race with a write by another block"),
+    "no barrier before a ticket": (LAST_BLOCK, 3, 1, 1, "race with a write by another block"),
+    "no fence before a ticket": (LAST_BLOCK, 3, 1, 1, "race with a write by another block"),
+    "no fence after a ticket": (LAST_BLOCK, 3, 1, 1, "race with a write by another block"),
+    "no barrier after a ticket": (LAST_BLOCK, 3, 1, 1, "uninitialised value|race"),
 }
 
 
 def test_every_bug_is_planted():
-    assert tuple(PLANTED) == BUGS[1:] and len(PLANTED) == 15
+    assert tuple(PLANTED) == BUGS[1:] and len(PLANTED) == 20
 
 
 @each_schedule

@@ -58,16 +58,19 @@ def test_linear_of_a_small_batch(emulator, case, dtype, schedule):
     check(*case, GATES[1], dtype)
 
 
-@pytest.fixture
-def _tf32():
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+# torch has an older and a newer setting, and does not answer by the older one once the newer one has been used.
+@pytest.fixture(params=[("allow_tf32", True), ("fp32_precision", "tf32")], ids=["older", "newer"])
+def _tf32(request):
+    matmul, (name, value) = torch.backends.cuda.matmul, request.param
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
     yield
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    setattr(matmul, name, before)
 
 
+@pytest.mark.usefixtures("_tf32")
 @each_fused
-def test_linear_of_a_small_batch_with_tf32(case, _tf32):
+def test_linear_of_a_small_batch_with_tf32(case):
     tensors = inputs(*case, torch.float32)
     y, grads = expected(tensors, GATES[0])
     *arguments, grad = tensors

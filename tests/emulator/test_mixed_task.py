@@ -56,7 +56,31 @@ def test_without_a_bias():
     check_double_backward(CASES["several windows"], GATES[0], torch.float32, True, bias=False)
 
 
+def test_blocks_lie_in_the_dimension_that_has_room_for_them(emulator):
+    """A device takes 65,535 blocks in the other ones: more groups or rows there would be."""
+    emulator.limit_grid(1)
+    try:
+        check(CASES["groups share"], GATES[0], torch.float32, True)
+        check_double_backward(CASES["groups share"], GATES[0], torch.float64, True)
+    finally:
+        emulator.limit_grid(65535)
+
+
 def test_a_slot_that_is_no_tasks_ends_the_kernel():
     batch = Batch(((3,), 1, 8, 4, [0, 6, 1]))
     with pytest.raises(RuntimeError, match="assertion failed: task >= 0"):
         mixed_task_raw.task_masked_linear(*batch.arguments(GATES[0]))
+
+
+def test_the_newer_setting_of_tf32():
+    """torch no longer answers by the older setting then."""
+    arguments = Batch(CASES["several windows"], torch.float32).arguments(GATES[0])
+    exact = mixed_task_raw.task_masked_linear(*arguments)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        rounded = mixed_task_raw.task_masked_linear(*arguments)
+    finally:
+        matmul.fp32_precision = before
+    assert 0 < (rounded - exact).abs().max() <= 2**-8 * exact.abs().max()

@@ -14,8 +14,12 @@ from metamask_ext.ops.packed import raw as packed_raw
 pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("in_the_emulator")]
 
 # Some of packed_checks.py and more like them: rows that are whole packs and rows that are not, windows of rows, sums of one block
-# and of several, more tasks and samples than a tile of the superposition has
+# and of several, more tasks and samples than a tile of the superposition has. Strips of 128 columns: their ring goes round twice
+# and a last row has no partner; with a fifth strip a warp has two.
 SHAPES = {
+    "strips": ([i * i % 5 for i in range(19)], (), 1, 40, 256, 5),
+    "ragged strips": ([2, 0, 1, 2, 2, 0, 1, 1, 0], (), 1, 3, 637, 3),
+    "two strips a warp": ([1, 0], (), 16, 1, 640, 2),
     "aligned": ([0, 1, 1], (), 1, 24, 64, 2),
     "windows share": ([i * i % 7 for i in range(35)], (), 1, 70, 280, 7),
     "many tasks": (list(range(0, 70, 4)), (), 1, 3, 72, 70),
@@ -33,6 +37,15 @@ SHAPES = {
 def test_output_and_gradients_equal_float64(emulator, shape, dtype, stacked, schedule):
     emulator.set(schedule, 1)
     check(shape, dtype, stacked)
+
+
+def test_blocks_lie_in_the_dimension_that_has_room_for_them(emulator):
+    """A device takes 65,535 blocks in the other ones: more groups, rows or samples there would be."""
+    emulator.limit_grid(1)
+    try:
+        check(SHAPES["groups share"], torch.float32)
+    finally:
+        emulator.limit_grid(65535)
 
 
 def test_a_slot_that_is_no_tasks_ends_the_kernel():

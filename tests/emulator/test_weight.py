@@ -55,3 +55,14 @@ def test_a_list_takes_one_launch_until_its_arguments_are_too_many(emulator, list
         before = emulator.launches()
         run()
         assert emulator.launches() == before + wanted
+
+
+def test_the_sigmoid_of_float32_is_close_to_float64_and_exact_at_both_ends():
+    logits = torch.cat([torch.linspace(-30, 30, 8001), torch.tensor([0.0, -86.0, 86.0, 1e4, torch.inf])])
+    got = weight_raw.masked_weight(torch.ones_like(logits), logits, *GATES[0])
+    exact = torch.sigmoid(logits.double())
+    unit = torch.nextafter(exact.float(), torch.tensor(2.0)).double() - exact.float()
+    assert ((got.double() - exact).abs() / unit).max() <= 4
+    ends = torch.tensor([-torch.inf, -1e4, -120.0, 0.0, 17.5, 1e4, torch.inf, torch.nan])
+    at_ends = weight_raw.masked_weight(torch.ones_like(ends), ends, *GATES[0])
+    assert torch.equal(at_ends[:-1], torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0])) and at_ends[-1].isnan()

@@ -140,6 +140,18 @@ void sync_warp(unsigned mask, const Location& where) {
            [](unsigned present, Lane(&lanes)[32]) { ++*static_cast<const Count*>(lanes[__builtin_ctz(present)].in)->syncs; });
 }
 
+bool all_of_warp(unsigned mask, bool predicate, const Location& where) {
+  bool all = false;
+  together(mask, "__all_sync", where, &predicate, &all, [](unsigned present, Lane(&lanes)[32]) {
+    bool every = true;
+    for (int lane = 0; lane < 32; ++lane) every &= !(present >> lane & 1) || *static_cast<const bool*>(lanes[lane].in);
+    for (int lane = 0; lane < 32; ++lane) {
+      if (present >> lane & 1) *static_cast<bool*>(lanes[lane].out) = every;
+    }
+  });
+  return all;
+}
+
 int current_lane() { return running()->lane(); }
 
 void multiply(Factor factor, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Location& where) {

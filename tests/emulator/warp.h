@@ -48,6 +48,8 @@ T shuffle(unsigned mask, T value, int source, const char* operation, const Locat
   return out;
 }
 
+bool all_of_warp(unsigned mask, bool predicate, const Location& where);
+
 int current_lane();
 
 // mma.sync: c += a b with fragments laid out as in the PTX ISA, "Matrix Fragments for mma.m16n8k8 / m16n8k16".

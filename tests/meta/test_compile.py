@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.gpu import DEVICES
 from torch import nn
 
 from metamask_ext.meta import MAML
@@ -24,11 +25,11 @@ def loss(prediction, target):
     return (prediction - target).square().mean()
 
 
-def case(name, adapt):
+def case(name, adapt, device):
     build, shape = MODELS[name]
     torch.manual_seed(0)
-    model = build().double()
-    data = [torch.randn(3, 5, *size).double() for size in (shape, (1,), shape, (1,))]
+    model = build().double().to(device)
+    data = [torch.randn(3, 5, *size).double().to(device) for size in (shape, (1,), shape, (1,))]
     return model, MAML(model, 0.1, 2, adapt=adapt), tuple(data[:2]), tuple(data[2:])
 
 
@@ -43,8 +44,9 @@ def meta_gradients(model, maml, support, query):
 @pytest.mark.parametrize("adapt", ["masks", "weights", "all"])
 @pytest.mark.parametrize("name", MODELS)
 @BACKENDS
-def test_a_compiled_model_is_adapted_as_in_eager_mode(name, adapt, backend):
-    model, maml, support, query = case(name, adapt)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_model_is_adapted_as_in_eager_mode(name, adapt, backend, device):
+    model, maml, support, query = case(name, adapt, device)
     adapted = maml.adapt(loss, support)
     with torch.no_grad():
         wanted = maml.predict(adapted, query[0])
@@ -64,7 +66,7 @@ def test_a_compiled_model_is_adapted_as_in_eager_mode(name, adapt, backend):
 
 @BACKENDS
 def test_predict_itself_compiled(backend):
-    _, maml, support, query = case("linear", "masks")
+    _, maml, support, query = case("linear", "masks", "cpu")
     adapted = maml.adapt(loss, support)
     torch.compiler.reset()
     predict = torch.compile(maml.predict, backend=backend)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from support.gpu import DEVICES
 from support.meta_models import (
     LR,
     MODELS,
@@ -18,6 +19,7 @@ from support.meta_models import (
     chosen,
     images,
     linear_net,
+    on,
     regression,
     run,
 )
@@ -30,29 +32,33 @@ from metamask_ext._build import BACKEND
 from metamask_ext.meta import MAML
 from metamask_ext.nn import MaskedLinear
 
+each_device = pytest.mark.parametrize("device", DEVICES)
 each_order = pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
 each_choice = pytest.mark.parametrize("adapt", ["masks", "weights", "all"])
 
 
+@pytest.mark.every_device(emulated_if=lambda steps, adapt, **_: steps == 2 and adapt != "weights")
+@each_device
 @each_order
 @each_choice
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("kind", MODELS)
-def test_meta_gradients_are_those_of_a_loop(kind, steps, adapt, first_order):
+def test_meta_gradients_are_those_of_a_loop(kind, steps, adapt, first_order, device):
     make, data, loss_fn = MODELS[kind]
-    model = make().double()
-    support, query = data(), data(QUERIES)
+    model = make().double().to(device)
+    support, query = on(device, data()), on(device, data(QUERIES))
     maml = MAML(model, LR, steps, adapt, first_order)
     assert maml.adapted_names and set(maml.adapted_names) == set(chosen(model, adapt))
     wanted = by_hand(model, chosen(model, adapt), loss_fn, support, query, steps, first_order)
     assert_same(maml(loss_fn, support, query), wanted, model.parameters())
 
 
+@each_device
 @each_order
 @pytest.mark.parametrize("adapt", ["masks", "all"])
-def test_learned_rates(adapt, first_order):
-    model = linear_net().double()
-    support, query = regression(), regression(QUERIES)
+def test_learned_rates(adapt, first_order, device):
+    model = linear_net().double().to(device)
+    support, query = on(device, regression()), on(device, regression(QUERIES))
     maml = MAML(model, LR, 2, adapt, first_order, learn_inner_lr=True)
     assert maml.inner_lr.shape == (len(maml.adapted_names),) and maml.inner_lr in set(maml.parameters())
     with torch.no_grad():
@@ -61,12 +67,13 @@ def test_learned_rates(adapt, first_order):
     assert_same(maml(F.mse_loss, support, query), wanted, maml.parameters())
 
 
+@each_device
 @pytest.mark.parametrize("steps", [1, 3, 7])
 @pytest.mark.parametrize(("kind", "adapt"), [("linear", "masks"), ("cnn", "masks"), ("linear", "all")])
-def test_steps_computed_again_give_the_same(kind, adapt, steps):
+def test_steps_computed_again_give_the_same(kind, adapt, steps, device):
     make, data, loss_fn = MODELS[kind]
-    model = make().double()
-    support, query = data(), data(QUERIES)
+    model = make().double().to(device)
+    support, query = on(device, data()), on(device, data(QUERIES))
     x = support[0].requires_grad_()
     plain, again = (MAML(model, LR, steps, adapt, learn_inner_lr=True, checkpoint=checkpoint) for checkpoint in (False, True))
     again.inner_lr = plain.inner_lr

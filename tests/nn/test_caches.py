@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from support.streams import Recorder
 from torch import nn
 
 import metamask_ext as mm
@@ -147,6 +148,16 @@ class TestMetaLearner:
             assert maml._adapted._slots_of(3, 4, x.device).tolist() == [0] * 4 + [1] * 4 + [2] * 4
         maml(F.mse_loss, (x, y), (x, y)).backward()
         assert any(parameter.grad is not None and parameter.grad.any() for parameter in maml.model.parameters())
+
+    def test_another_stream_makes_its_own(self, monkeypatch):
+        """On a GPU they may not be written yet, on the stream that makes them."""
+        stream = Recorder(monkeypatch, [])
+        adapted, device = self.maml()._adapted, torch.device("cpu")
+        first = adapted._slots_of(3, 4, device)
+        assert adapted._slots_of(3, 4, device) is first
+        stream.here = "B"
+        other = adapted._slots_of(3, 4, device)
+        assert other is not first and other.tolist() == first.tolist()
 
     def test_sizes_of_several_threads(self):
         maml = self.maml()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.gpu import DEVICES
 from support.models import assert_same_gradients, gradients, mlp, randomize_masks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -55,17 +56,19 @@ def test_a_converted_model_whose_weights_are_read_compiles_to_one_graph(backend)
     _assert_same(model, compiled, torch.randn(2, 4, 8).double())
 
 
-def test_inductor_gives_eagers_output_and_gradients():
-    model = nn.Sequential(MaskedLinear(4, 6), nn.Tanh(), MaskedLinear(6, 2)).double()
+@pytest.mark.parametrize("device", DEVICES)
+def test_inductor_gives_eagers_output_and_gradients(device):
+    model = nn.Sequential(MaskedLinear(4, 6), nn.Tanh(), MaskedLinear(6, 2)).double().to(device)
     compiled = torch.compile(model, fullgraph=True)
-    _assert_same(model, compiled, torch.randn(3, 4).double())
+    _assert_same(model, compiled, torch.randn(3, 4).double().to(device))
 
 
 @BACKENDS
-def test_with_several_tasks_each_call_gives_its_own_tasks_output_and_gradients(backend):
-    model = mlp()
+@pytest.mark.parametrize("device", DEVICES)
+def test_with_several_tasks_each_call_gives_its_own_tasks_output_and_gradients(backend, device):
+    model = mlp().to(device)
     compiled = torch.compile(model, backend=backend)
-    x = torch.randn(3, 4).double()
+    x = torch.randn(3, 4).double().to(device)
     for task in "abbab":
         _assert_same(model, compiled, x, task)
     with pytest.raises(RuntimeError, match="none is active"):

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from support.fused_steps import each_kind
 from torch import nn
 
 import metamask_ext
@@ -14,7 +15,6 @@ from metamask_ext.bank.export import task_state
 from metamask_ext.bank.store import Store
 from metamask_ext.meta import MAML
 from metamask_ext.nn import MaskedConv2d, MaskedLinear, TaskBatchNorm2d
-from metamask_ext.optim import FusedMaskedSGD
 
 
 def _net():
@@ -169,11 +169,12 @@ def test_a_meta_learner_adapts_inside_as_without_gradients(adapt):
     maml(loss, (x, y), (x, y)).backward()
 
 
-def test_momentum_of_a_step_inside_is_used_outside():
+@each_kind
+def test_the_state_of_a_step_inside_is_used_outside(kind):
     def run(inside):
         torch.manual_seed(0)
         model = nn.Sequential(MaskedLinear(4, 3))
-        optimizer = FusedMaskedSGD(model, 0.1, momentum=0.9)
+        optimizer = kind.ours(model, **kind.settings)
         x = torch.ones(2, 4)
         model(x).sum().backward()
         with torch.inference_mode(inside):

@@ -10,6 +10,7 @@ import pickle
 
 import pytest
 import torch
+from support.gpu import DEVICES, SECOND
 from support.models import LOGIT_ON, masks_on
 from torch import nn
 from torch.nn.utils import skip_init
@@ -50,16 +51,17 @@ CASES = [
     *(pytest.param(MaskedLinear, nn.Linear, *case, id=f"linear-{name}") for name, case in LINEAR_CASES.items()),
     *(pytest.param(MaskedConv2d, nn.Conv2d, *case, id=f"conv2d-{name}") for name, case in CONV_CASES.items()),
 ]
+each_device = pytest.mark.parametrize("device", DEVICES)
 LAYERS = [
     pytest.param(lambda **options: MaskedLinear(5, 3, **options), (2, 5), id="linear"),
     pytest.param(lambda **options: MaskedConv2d(2, 3, 3, **options), (2, 2, 5, 5), id="conv2d"),
 ]
 
 
-def _pair(masked_type, plain_type, arguments, options, dtype):
+def _pair(masked_type, plain_type, arguments, options, dtype, device):
     """A masked layer and torch's with the same weights."""
-    plain = plain_type(*arguments, **options, dtype=dtype)
-    masked = masked_type(*arguments, **options, dtype=dtype)
+    plain = plain_type(*arguments, **options, dtype=dtype, device=device)
+    masked = masked_type(*arguments, **options, dtype=dtype, device=device)
     masked.load_state_dict(plain.state_dict())
     return masked, plain
 
@@ -72,32 +74,39 @@ def _run(layer, input):
     return [output, *torch.autograd.grad(output.square().sum(), leaves)]
 
 
+@each_device
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize(("masked_type", "plain_type", "arguments", "options", "shape"), CASES)
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_with_all_logits_at_plus_100_the_layer_is_torchs(masked_type, plain_type, arguments, options, shape, dtype):
-    masked, plain = _pair(masked_type, plain_type, arguments, options, dtype)
+def test_with_all_logits_at_plus_100_the_layer_is_torchs(masked_type, plain_type, arguments, options, shape, dtype, device):
+    masked, plain = _pair(masked_type, plain_type, arguments, options, dtype, device)
     masks_on(masked)
-    input = torch.randn(shape, dtype=dtype)
+    input = torch.randn(shape, dtype=dtype).to(device)
     for got, wanted in zip(_run(masked, input), _run(plain, input), strict=True):
         torch.testing.assert_close(got, wanted)
 
 
+def _in_the_emulator(masked_type, options, **_):
+    return masked_type is MaskedLinear or options == {"groups": 2}
+
+
+@pytest.mark.every_device(emulated_if=_in_the_emulator)
+@pytest.mark.parametrize("device", [*DEVICES, SECOND])
 @pytest.mark.parametrize(("masked_type", "plain_type", "arguments", "options", "shape"), CASES)
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_random_masks_give_torchs_layer_with_theta_and_its_gradients_by_the_chain_rule(
-    masked_type, plain_type, arguments, options, shape
+    masked_type, plain_type, arguments, options, shape, device
 ):
-    masked, plain = _pair(masked_type, plain_type, arguments, options, torch.float64)
+    masked, plain = _pair(masked_type, plain_type, arguments, options, torch.float64, device)
     gates = {"weight": masked.masks["default"].detach().sigmoid()}
     if plain.bias is not None:
         gates["bias"] = masked.bias_masks["default"].detach().sigmoid()
     with torch.no_grad():
         for name, gate in gates.items():
             getattr(plain, name).mul_(gate)
-    input = torch.randn(shape, dtype=torch.float64)
+    input = torch.randn(shape, dtype=torch.float64).to(device)
     output, wanted = masked(input), plain(input)
     torch.testing.assert_close(output, wanted)
     output.square().sum().backward()

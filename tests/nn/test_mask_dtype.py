@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from support.sgd_steps import compare
+from support.fused_steps import ADAMW, SGD, compare
 from torch import nn
 
 import metamask_ext as mm
@@ -306,17 +306,26 @@ def test_the_statistics_of_a_batch_norm_and_other_tensors_of_tasks_are_converted
     assert layer.per_task["weight"]["default"].dtype == torch.bfloat16
 
 
+STEPS = {
+    SGD: {"lr": 0.1, "momentum": 0.9, "mask_weight_decay": 0.1},
+    ADAMW: {"lr": 0.1, "eps": 1e-2, "weight_decay": 0.0, "mask_weight_decay": 0.1},
+}
+each_optimizer = pytest.mark.parametrize("kind", STEPS, ids=lambda kind: kind.name)
+
+
+@each_optimizer
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=lambda dtype: str(dtype)[6:])
-def test_fused_steps_of_float32_masks_beside_16_bit_weights_are_torchs(dtype):
+def test_fused_steps_of_float32_masks_beside_16_bit_weights_are_torchs(dtype, kind):
     def make():
         torch.manual_seed(0)
         return nn.Sequential(MaskedLinear(5, 6), nn.Tanh(), MaskedLinear(6, 3)).to(dtype)
 
-    compare(make, {"lr": 0.1, "momentum": 0.9, "mask_weight_decay": 0.1}, tolerance=50 * torch.finfo(dtype).eps)
+    compare(make, kind, STEPS[kind], tolerance=50 * torch.finfo(dtype).eps)
 
 
+@each_optimizer
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=lambda dtype: str(dtype)[6:])
-def test_float32_masks_beside_frozen_16_bit_weights_step_inside_the_backward(dtype):
+def test_float32_masks_beside_frozen_16_bit_weights_step_inside_the_backward(dtype, kind):
     def make():
         torch.manual_seed(0)
         model = nn.Sequential(MaskedLinear(5, 6), nn.Tanh(), MaskedLinear(6, 3)).to(dtype)
@@ -324,5 +333,5 @@ def test_float32_masks_beside_frozen_16_bit_weights_step_inside_the_backward(dty
             layer.weight.requires_grad_(False), layer.bias.requires_grad_(False)
         return model
 
-    names = compare(make, {"lr": 0.1, "momentum": 0.9, "mask_weight_decay": 0.1}, tolerance=1e-6)
-    assert set(names) == {"metamask::masked_linear_backward_sgd_"}
+    names = compare(make, kind, STEPS[kind], tolerance=1e-6)
+    assert set(names) == {kind.ops[0]}

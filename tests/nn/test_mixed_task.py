@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support.gpu import DEVICES
 from support.mixed_task_models import MIXED, MODELS, alone, compare, make, three_task_mlp, together
 from support.models import assert_same_gradients, expected, gradients, mlp, randomize_masks
 from torch import nn
@@ -21,17 +22,20 @@ from metamask_ext import add_task, remove_task, slots, tasks, using_task
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
 from metamask_ext.optim import FusedMaskedSGD
 
+each_device = pytest.mark.parametrize("device", DEVICES)
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
+@pytest.mark.every_device(emulated_if=lambda names, **_: names is MIXED)
+@each_device
 @each_model
 @pytest.mark.parametrize(
     "names",
     [MIXED, ["a"] * 5, ["c", "c", "c", "c", "a"], ["a", "a", "b", "b", "c"]],
     ids=["mixed", "one-task", "one-other", "sorted"],
 )
-def test_a_mixed_batch_is_each_sample_alone_forward_and_gradients(name, names):
-    model, x = make(name)
+def test_a_mixed_batch_is_each_sample_alone_forward_and_gradients(name, names, device):
+    model, x = make(name, device=device)
     grads = compare(model, x, names)
     unused = {task for task in tasks(model) if task not in names}
     for parameter, grad in grads.items():
@@ -39,9 +43,10 @@ def test_a_mixed_batch_is_each_sample_alone_forward_and_gradients(name, names):
             assert (grad is None) == (parameter.rpartition(".")[2] in unused), parameter
 
 
+@each_device
 @each_model
-def test_slots_in_a_list_and_in_a_tensor_mean_the_names_at_them(name):
-    model, x = make(name)
+def test_slots_in_a_list_and_in_a_tensor_mean_the_names_at_them(name, device):
+    model, x = make(name, device=device)
     by_name = {task: slot for slot, task in enumerate(slots(model)) if task is not None}
     given = [by_name[task] for task in MIXED]
     assert min(given) == 1  # slot 0 was that of "default"
@@ -50,8 +55,10 @@ def test_slots_in_a_list_and_in_a_tensor_mean_the_names_at_them(name):
         torch.testing.assert_close(together(model, x, form), wanted, rtol=0, atol=0)
 
 
-def test_second_derivatives_are_those_of_the_samples_alone():
-    model, x = make("mlp")
+@pytest.mark.every_device
+@each_device
+def test_second_derivatives_are_those_of_the_samples_alone(device):
+    model, x = make("mlp", device=device)
     found = []
     for run in (lambda: together(model, x, MIXED), lambda: alone(model, x, MIXED)):
         first = torch.autograd.grad(run().square().sum(), model[0].weight, create_graph=True)[0]

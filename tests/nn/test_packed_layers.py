@@ -7,6 +7,8 @@ import io
 
 import pytest
 import torch
+from support.fused_steps import each_kind
+from support.gpu import DEVICES
 from support.mixed_task_models import MIXED, MODELS, alone, compare, make
 from support.models import assert_same_gradients, gradients, mlp, randomize_masks
 from torch import nn
@@ -16,8 +18,8 @@ from metamask_ext import add_task, convert, merge, remove_task, slots, tasks, us
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
 from metamask_ext.nn.masked_layer import MaskedLayer
 from metamask_ext.nn.tasks import pack_task
-from metamask_ext.optim import FusedMaskedSGD
 
+each_device = pytest.mark.parametrize("device", DEVICES)
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -38,10 +40,12 @@ def layers(model):
     return [layer for layer in model.modules() if isinstance(layer, MaskedLayer)]
 
 
+@pytest.mark.every_device(emulated_if=lambda name, **_: name in ("mlp", "cnn-hard"))
+@each_device
 @each_model
 @pytest.mark.parametrize("given", ["b", ["b"] * 5], ids=["name", "batch"])
-def test_a_packed_task_is_its_hard_mask_with_gradients_of_the_shared_weights_only(name, given):
-    model, x = make(name)
+def test_a_packed_task_is_its_hard_mask_with_gradients_of_the_shared_weights_only(name, given, device):
+    model, x = make(name, device=device)
     wanted_model = hardened(model, "b")
     pack_task(model, "b")
     results = []
@@ -57,10 +61,12 @@ def test_a_packed_task_is_its_hard_mask_with_gradients_of_the_shared_weights_onl
     assert_same_gradients(results[0][2], results[1][2])
 
 
+@pytest.mark.every_device(emulated_if=lambda packed, name, **_: packed == "ab" and name != "mlp-more-dimensions")
+@each_device
 @each_model
 @pytest.mark.parametrize("packed", ["b", "ab", "abc"])
-def test_a_batch_of_bits_and_logits_is_each_sample_alone(name, packed):
-    model, x = make(name)
+def test_a_batch_of_bits_and_logits_is_each_sample_alone(name, packed, device):
+    model, x = make(name, device=device)
     for task in packed:
         pack_task(model, task)
     grads = compare(model, x, MIXED)
@@ -203,9 +209,10 @@ class TestStateDict:
 
 
 class TestTraining:
-    def test_the_optimiser_lets_go_of_a_packed_tasks_masks_and_goes_on(self):
+    @each_kind
+    def test_the_optimiser_lets_go_of_a_packed_tasks_masks_and_goes_on(self, kind):
         model, x = make("mlp")
-        optimizer = FusedMaskedSGD(model, 0.1, momentum=0.9)
+        optimizer = kind.ours(model, **kind.settings)
         with using_task(model, "b"):
             optimizer.backward(model(x).square().sum())
         pack_task(model, "b")

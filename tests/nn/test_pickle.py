@@ -13,7 +13,7 @@ from support.models import randomize_masks
 
 from metamask_ext import MaskBank, add_task, convert, using_task
 from metamask_ext.meta import MAML
-from metamask_ext.optim import FusedMaskedSGD
+from metamask_ext.optim import FusedMaskedAdamW, FusedMaskedSGD
 
 
 def _bank(**options):
@@ -89,9 +89,10 @@ def test_layers_optimisers_blocks_and_learners(copied):
             assert torch.equal(one, its)
     with using_task(model, ["b", "default"]):
         _assert_same(model, copied(model))
-    optimizer = copied(FusedMaskedSGD(model, lr=0.1))
-    with using_task(optimizer.model, "b"):
-        optimizer.backward(optimizer.model(X).sum())
+    for make in (FusedMaskedSGD, FusedMaskedAdamW):
+        optimizer = copied(make(model, lr=0.1))
+        with using_task(optimizer.model, "b"):
+            optimizer.backward(optimizer.model(X).sum())
     assert isinstance(copied(MAML(model, 0.1, start="b")), MAML)
     copied(using_task(model, "b"))
 

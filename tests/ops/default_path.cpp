@@ -35,6 +35,12 @@ void masked_weight() {
   kernels.backward(gate, types, Type::kFloat32, g.data(), w_after.data(), m_after.data(), nullptr,
                    Sink{nullptr, w_after.data(), momentum_buffer.data(), {0.1, 0.01, 0.9}},
                    Sink{nullptr, m_after.data(), nullptr, {0.2, 0.02, 0.0}}, 0, n);
+  std::vector<float> w_moved = w, mean(n, 0.25f), square(n, 0.5f);
+  Sink adamw{nullptr, w_moved.data()};
+  adamw.exp_avg = mean.data();
+  adamw.exp_avg_sq = square.data();
+  adamw.adamw = {0.99, 0.9, 0.75, 0.2, 1.5, 0.1};
+  kernels.backward(gate, types, Type::kFloat32, g.data(), w_moved.data(), m.data(), nullptr, adamw, Sink{}, 0, n);
   // The same weights in 16 bits, beside the same logits.
   std::vector<BFloat16> w_bits(n);
   std::vector<float> theta_of_bits(n), dm_of_bits(n);
@@ -52,6 +58,10 @@ void masked_weight() {
     compare(dm_of_bits[i], dm[i], 0);
     compare(w_after[i], w[i] - 0.1 * (0.9 * 0.5 + exact_dw + 0.01 * w[i]), 1 + std::fabs(w[i]));
     compare(m_after[i], m[i] - 0.2 * (exact_dm + 0.02 * m[i]), 1 + std::fabs(m[i]));
+    const double exact_mean = 0.9 * 0.25 + 0.1 * exact_dw, exact_square = 0.75 * 0.5 + 0.25 * exact_dw * exact_dw;
+    compare(mean[i], exact_mean, 1);
+    compare(square[i], exact_square, 1);
+    compare(w_moved[i], 0.99 * w[i] - 0.2 * exact_mean / (1.5 * std::sqrt(exact_square) + 0.1), 1 + std::fabs(w[i]));
   }
 }
 

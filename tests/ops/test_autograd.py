@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from support.closeness import assert_close
 from support.derivatives import flat, nested_gradients, options
+from support.gpu import DEVICES
 from support.profiling import metamask_ops
-from support.samples import ALL, DEVICES, DTYPES, GATES, SMALL, ids
+from support.samples import ALL, DTYPES, GATES, SMALL, ids
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import metamask_ext as mm

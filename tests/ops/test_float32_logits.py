@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import linear_checks, mixed_task, samples, sgd_checks, weight_checks
+from support import linear_checks, mixed_task, samples, step_checks, weight_checks
 from support.closeness import assert_close
+from support.gpu import DEVICES
 from support.linear_checks import inputs
 from support.mixed_task import Batch, cotangents_of
-from support.samples import ALL, DEVICES, GATE_IDS, GATES, PAIR_IDS, PAIRS, SMALL, opcheck
+from support.samples import ALL, GATE_IDS, GATES, PAIR_IDS, PAIRS, SMALL, opcheck
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metamask_ext.ops.gate import HARD, SIGMOID
@@ -113,14 +114,14 @@ def test_the_gradient_of_the_logits_was_never_rounded_to_16_bits(batch, dtype, m
         assert error < 1e-5, f"gradient {index}: {error:.3g}"
 
 
-@pytest.mark.every_device
-@each_device
+@pytest.mark.every_device(emulated_if=step_checks.has_kernels)
+@step_checks.each_step(("sgd", False), ("sgd", True), ("adamw", True))
 @each_pair
 @pytest.mark.parametrize("gate", GATES[::2], ids=GATE_IDS[::2])
-@pytest.mark.parametrize("momentum", [False, True], ids=["no momentum", "momentum"])
-@pytest.mark.parametrize("shape", sgd_checks.SHAPES.values(), ids=sgd_checks.SHAPES.keys())
-def test_a_step_of_every_parameter_of_masked_linear(shape, momentum, gate, dtype, mask_dtype, device):
-    sgd_checks.check(*shape, gate, dtype, momentum, device, mask_dtype)
+@pytest.mark.parametrize("shape", step_checks.SHAPES.values(), ids=step_checks.SHAPES.keys())
+def test_a_step_of_every_parameter_of_masked_linear(shape, step, gate, dtype, mask_dtype, device):
+    """``step``: a rule, and whether something is kept of the parameters."""
+    step_checks.check(*shape, gate, dtype, *step, device, mask_dtype)
 
 
 @pytest.mark.every_device

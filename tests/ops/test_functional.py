@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.samples import DEVICES, DTYPES
+from support.gpu import DEVICES
+from support.samples import DTYPES
 
 import metamask_ext as mm
 
@@ -61,6 +62,11 @@ def test_masked_conv2d_values(geometry, batch, dtype, device):
     assert_near(mm.masked_conv2d(x, w, m, b, bm, *geometry), expected, dtype)
     channels_last = w.contiguous(memory_format=torch.channels_last)
     assert_near(mm.masked_conv2d(x, channels_last, m, b, bm, *geometry), expected, dtype)
+
+
+def test_the_convolutions_of_tests_are_exact_and_repeat():
+    """On a GPU the comparisons above fail without the one, gradcheck without the other."""
+    assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.deterministic
 
 
 def test_by_hand():

@@ -132,7 +132,7 @@ CHILD = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch
 from metamask_ext import build_info
-from support import linear_checks, mixed_task, packed_checks, sgd_checks, weight_checks
+from support import linear_checks, mixed_task, packed_checks, step_checks, weight_checks
 from support.samples import ALL, DTYPES, GATES
 assert build_info()["cpu_capability"] == sys.argv[2]
 torch.set_num_threads(2)
@@ -140,9 +140,11 @@ for dtype in DTYPES:
     for sample in ALL:
         for gate in (GATES[1], GATES[3]):
             weight_checks.check(sample, gate, dtype)
-    for module in (linear_checks, sgd_checks):
-        for shape in module.SHAPES.values():
-            module.check(*shape, GATES[1], dtype)
+    for shape in linear_checks.SHAPES.values():
+        linear_checks.check(*shape, GATES[1], dtype)
+    for shape in step_checks.SHAPES.values():
+        for rule in step_checks.SETTINGS:
+            step_checks.check(*shape, GATES[1], dtype, rule)
     for case in ("3-d", "129 rows", "groups over panels"):
         mixed_task.check(case, GATES[1], dtype, True)
         mixed_task.check_double_backward(case, GATES[1], dtype, False)

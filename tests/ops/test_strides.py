@@ -9,13 +9,12 @@ import torch
 from support.linear_checks import inputs
 from support.paths import ROOT
 from support.samples import DTYPES, PAIR_IDS, PAIRS
+from support.step_checks import SETTINGS, state_of, tensors_of
 from support.strides import (
-    FIRST,
     GATE,
     LAYOUTS,
     PUBLIC,
     RAW,
-    SECOND,
     SIZES,
     Make,
     contiguous,
@@ -27,12 +26,13 @@ from torch.utils._pytree import tree_leaves
 
 from metamask_ext.ops.linear import raw as linear_raw
 from metamask_ext.ops.weight import raw as weight_raw
+from metamask_ext.ops.weight.raw import AdamWState
 
 # Memory order decides which elements share a vector, and a remainder may round otherwise; a stride that is not seen is off by
 # about the largest element.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 # Their values are made contiguous before anything is computed: bit for bit the same.
-EXACT = re.compile(r"masked_linear(?!.*_sgd_)|mask$|im2col|col2im")
+EXACT = re.compile(r"masked_linear(?!.*_(?:sgd|adamw)_)|mask$|im2col|col2im")
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 each_sizes = pytest.mark.parametrize("sizes", SIZES)
@@ -105,7 +105,7 @@ def check_raw_op(op, make, emulated):
             return run(**given)
         except ValueError as error:
             # An updated parameter stays where it is, and the other one has its memory order.
-            if "must have the strides of weight" in str(error) and op.endswith("_sgd_ mask"):
+            if "must have the strides of weight" in str(error) and op.endswith(("_sgd_ mask", "_adamw_ mask")):
                 return run(**contiguous(given))
             raise
 
@@ -139,20 +139,29 @@ def check_public(function, make):
 
 # What a step changes is not copied.
 REFUSED = ("sliced", "sliced_rows", "column", "expanded_rows", "expanded_columns", "transposed", "sliced_with_offset", "negated")
-REFUSAL = "in place|momentum buffer of|must have the strides"
+REFUSAL = "in place|(momentum buffer|exp_avg|exp_avg_sq) of|must have the strides"
+KEPT = {"sgd": 1, "adamw": 3}
+"""The tensors that are kept of a parameter. The last one of AdamW counts its steps, in any layout."""
 
 
-@pytest.mark.every_device(emulated_if=lambda layout, **_: layout in ("sliced", "offset"))
-@pytest.mark.parametrize("layout", [*REFUSED, "offset"])
-@pytest.mark.parametrize("index", range(8), ids=lambda index: ["W", "M", "b", "Mb", "vW", "vM", "vb", "vMb"][index])
-def test_a_step_of_masked_linear_changes_the_tensor_itself_or_is_refused(index, layout):
-    x, *parameters, grad = inputs((5, 18), 10, torch.float32)
-    tensors = [*parameters, *(torch.full_like(p, 0.25) for p in parameters)]
+def each_changed(parameters):
+    """The rules, with the places of the tensors that a step changes: the parameters, then what is kept of each."""
+    places = {
+        rule: [*range(parameters), *(parameters + kept * of + at for of in range(parameters) for at in range(min(kept, 2)))]
+        for rule, kept in KEPT.items()
+    }
+    return pytest.mark.parametrize(("rule", "index"), [(rule, index) for rule in places for index in places[rule]])
+
+
+def check_step(rule, index, layout, parameters, take):
+    """``take(parameters, states)`` changes the tensor itself, or is refused."""
+    count = len(parameters)
+    tensors = [*parameters, *(tensor for p in parameters for tensor in tensors_of(state_of(rule, p)))]
 
     def step(tensors):
-        updates = [True] * 4
-        settings = [FIRST, SECOND, FIRST, SECOND]
-        return linear_raw.masked_linear_backward_sgd_(grad, x, *tensors[:4], *GATE, (True,) * 5, updates, tensors[4:], settings)
+        kept = tensors[count:]
+        states = kept if rule == "sgd" else [AdamWState(*kept[at : at + 3]) for at in range(0, len(kept), 3)]
+        return take(tensors[:count], states)
 
     tensors[index] = LAYOUTS[layout](tensors[index])
     before, wanted = contiguous(tensors), contiguous(tensors)
@@ -166,27 +175,30 @@ def test_a_step_of_masked_linear_changes_the_tensor_itself_or_is_refused(index, 
     assert difference(tensors, wanted, layout in REFUSED) is None
 
 
-@pytest.mark.every_device(emulated_if=lambda layout, **_: layout in ("sliced", "transposed"))
+@pytest.mark.every_device(emulated_if=lambda layout, rule, **_: rule == "sgd" and layout in ("sliced", "offset"))
 @pytest.mark.parametrize("layout", [*REFUSED, "offset"])
-@pytest.mark.parametrize("index", range(4), ids=["W", "M", "vW", "vM"])
-def test_a_step_of_masked_weight_changes_the_tensor_itself_or_is_refused(index, layout):
+@each_changed(4)
+def test_a_step_of_masked_linear_changes_the_tensor_itself_or_is_refused(rule, index, layout):
+    x, *parameters, grad = inputs((5, 18), 10, torch.float32)
+
+    def take(parameters, states):
+        op = linear_raw.UPDATES[rule]
+        return op(grad, x, *parameters, *GATE, (True,) * 5, (True,) * 4, states, SETTINGS[rule])
+
+    check_step(rule, index, layout, parameters, take)
+
+
+@pytest.mark.every_device(emulated_if=lambda layout, rule, **_: rule == "sgd" and layout in ("sliced", "transposed"))
+@pytest.mark.parametrize("layout", [*REFUSED, "offset"])
+@each_changed(2)
+def test_a_step_of_masked_weight_changes_the_tensor_itself_or_is_refused(rule, index, layout):
     make = Make(SIZES["ragged"], torch.float32)
-    grad, *tensors = (make.random(10, 18) for _ in range(5))
+    grad, *parameters = (make.random(10, 18) for _ in range(3))
 
-    def step(tensors):
-        both = (True, True)
-        return weight_raw.masked_weight_backward_sgd_(grad, *tensors[:2], *GATE, both, both, tensors[2:], [FIRST, SECOND])
+    def take(parameters, states):
+        return weight_raw.UPDATES[rule](grad, *parameters, *GATE, (True, True), (True, True), states, SETTINGS[rule][:2])
 
-    tensors[index] = LAYOUTS[layout](tensors[index])
-    before, wanted = contiguous(tensors), contiguous(tensors)
-    if layout in REFUSED:
-        with pytest.raises(ValueError, match=REFUSAL):
-            step(tensors)
-        wanted = before
-    else:
-        step(tensors), step(wanted)
-        assert not torch.equal(wanted[index], before[index])
-    assert difference(tensors, wanted, layout in REFUSED) is None
+    check_step(rule, index, layout, parameters, take)
 
 
 @pytest.mark.once

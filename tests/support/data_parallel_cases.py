@@ -9,16 +9,16 @@ import tempfile
 import torch
 import torch.distributed as dist
 from support.distributed_models import (
-    SETTINGS,
     STEPS,
     batch,
     by_one_process,
     copies,
     difference,
+    fused,
     loss_of,
     moved,
     net,
-    sgd,
+    torchs,
     train,
     unchanged,
 )
@@ -44,20 +44,20 @@ OPTIONS = {
 
 def wrapped_after_the_optimiser(rank, options):
     model = net()
-    optimizer = sgd(model)
+    optimizer = fused(model)
     train(model, optimizer, rank, DistributedDataParallel(model, **options))
     return difference(model, by_one_process(net())), moved(model, net())
 
 
 def wrapped_before_the_optimiser(rank, options):
     wrapper = DistributedDataParallel(net(), **options)
-    train(wrapper.module, sgd(wrapper.module), rank, wrapper)
+    train(wrapper.module, fused(wrapper.module), rank, wrapper)
     return difference(wrapper.module, by_one_process(net())), moved(wrapper.module, net())
 
 
 def submodules_wrapped(rank, options):
     model = net()
-    optimizer = sgd(model)
+    optimizer = fused(model)
     for index in (0, 3, 4):
         model[index] = DistributedDataParallel(model[index], **options)
     train(model, optimizer, rank)
@@ -67,13 +67,13 @@ def submodules_wrapped(rank, options):
 def of_another_group(rank, options):
     model = net()
     wrapper = DistributedDataParallel(model, process_group=dist.new_group([0, 1]), **options)
-    train(model, sgd(model), rank, wrapper)
+    train(model, fused(model), rank, wrapper)
     return difference(model, by_one_process(net())), moved(model, net())
 
 
 def copied(rank, options):
     wrapper = copy.deepcopy(DistributedDataParallel(net(), **options))
-    train(wrapper.module, sgd(wrapper.module), rank, wrapper)
+    train(wrapper.module, fused(wrapper.module), rank, wrapper)
     return difference(wrapper.module, by_one_process(net())), moved(wrapper.module, net())
 
 
@@ -81,7 +81,7 @@ def with_a_communication_hook(rank, options):
     model = net()
     wrapper = DistributedDataParallel(model, **options)
     wrapper.register_comm_hook(None, default_hooks.allreduce_hook)
-    train(model, sgd(model), rank, wrapper)
+    train(model, fused(model), rank, wrapper)
     return difference(model, by_one_process(net())), moved(model, net())
 
 
@@ -93,7 +93,7 @@ def with_gradient_hooks_of_saved_tensors(rank, options):
         with torch.autograd.graph.save_on_cpu():
             return wrapper(x)
 
-    train(model, sgd(model), rank, call)
+    train(model, fused(model), rank, call)
     return difference(model, by_one_process(net())), moved(model, net())
 
 
@@ -104,14 +104,14 @@ class Checkpointed(nn.Sequential):
 
 def of_a_checkpoint(rank, options):
     model = Checkpointed(*net())
-    optimizer = sgd(model)
+    optimizer = fused(model)
     train(model, optimizer, rank, DistributedDataParallel(model, static_graph=True))
     return difference(model, by_one_process(net())), moved(model, net())
 
 
 def replicated(rank, options):
     model = net()
-    optimizer = sgd(model)
+    optimizer = fused(model)
     replicate(model, **options)
     train(model, optimizer, rank)
     return difference(model, by_one_process(net())), moved(model, net())
@@ -120,7 +120,7 @@ def replicated(rank, options):
 def a_wrapped_and_a_bare_forward(rank, options):
     model = net()
     wrapper = DistributedDataParallel(model, **options)
-    optimizer = sgd(model)
+    optimizer = fused(model)
     for number in range(STEPS):
         optimizer.backward(loss_of(wrapper, *batch(rank, number)) + loss_of(model, *batch(rank, number)))
     return difference(model, by_one_process(net(), scale=2.0)), moved(model, net())
@@ -130,7 +130,7 @@ def without_synchronisation(rank, options):
     """Gradients accumulate in no_sync and are averaged with those of the step."""
     model, other = net(), net()
     wrapper = DistributedDataParallel(model)
-    optimizer, plain = sgd(model), torch.optim.SGD(other.parameters(), **SETTINGS)
+    optimizer, plain = fused(model), torchs(other.parameters())
     for number in range(STEPS):
         with wrapper.no_sync():
             loss_of(wrapper, *batch(rank, number)).backward()
@@ -144,9 +144,9 @@ def without_synchronisation(rank, options):
 
 
 def a_step_without_synchronisation(rank, options):
-    """As with torch.optim.SGD, each rank takes the step of its own gradients."""
+    """As with torch's optimiser, each rank takes the step of its own gradients."""
     model, other = net(), net()
-    optimizer, plain = sgd(model), torch.optim.SGD(other.parameters(), **SETTINGS)
+    optimizer, plain = fused(model), torchs(other.parameters())
     wrapper = DistributedDataParallel(model)
     for number in range(STEPS):
         with wrapper.no_sync():
@@ -161,7 +161,7 @@ def another_task_on_each_rank(rank, options):
     tasks = ("default", "b")
     model = net(["b", "c"])
     wrapper = DistributedDataParallel(model, find_unused_parameters=True)
-    train(model, sgd(model), rank, wrapper, tasks)
+    train(model, fused(model), rank, wrapper, tasks)
     return difference(model, by_one_process(net(["b", "c"]), tasks)), moved(model, net(["b", "c"]))
 
 
@@ -169,7 +169,7 @@ def beside_a_wrapped_model(rank):
     """A model of this process alone keeps its steps in the backward."""
     model, other = net(), net()
     wrapper = DistributedDataParallel(net())
-    optimizer, plain = sgd(model), torch.optim.SGD(other.parameters(), **SETTINGS)
+    optimizer, plain = fused(model), torchs(other.parameters())
     nodes = optimizer._fused_nodes(loss_of(model, *batch(rank, 0)).grad_fn)
     train(model, optimizer, rank)
     train(other, None, rank, step=lambda value: (plain.zero_grad(), value.backward(), plain.step()))
@@ -251,7 +251,7 @@ def unwrapped_and_wrapped_again(rank):
     del wrapper
     mm.add_task(model, "b", init="copy:default")
     wrapper = DistributedDataParallel(model, find_unused_parameters=True)
-    train(model, sgd(model), rank, wrapper, ("b", "b"))
+    train(model, fused(model), rank, wrapper, ("b", "b"))
     return difference(model, by_one_process(net(["b"]), ("b", "b")))
 
 
@@ -273,7 +273,7 @@ def removed_and_packed(rank):
     wrapper = DistributedDataParallel(model, find_unused_parameters=True)
     mm.remove_task(wrapper, "b")
     mm.MaskBank(model).pack("c")
-    train(model, sgd(model), rank, wrapper, ("default", "default"))
+    train(model, fused(model), rank, wrapper, ("default", "default"))
     other = by_one_process(net(), ("default", "default"))
     return difference(model, other)
 
@@ -285,7 +285,7 @@ def a_bank_of_the_same_tasks(rank):
     with tempfile.TemporaryDirectory() as folder:
         mm.MaskBank(net(["b"])).save(f"{folder}/bank")
         mm.MaskBank.load(f"{folder}/bank", model)
-    train(model, sgd(model), rank, wrapper, ("b", "b"))
+    train(model, fused(model), rank, wrapper, ("b", "b"))
     return difference(model, by_one_process(net(["b"]), ("b", "b")))
 
 

@@ -9,10 +9,15 @@ from torch import nn
 
 from metamask_ext import add_task, using_task
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
-from metamask_ext.optim import FusedMaskedSGD
+from metamask_ext.optim import FusedMaskedAdamW, FusedMaskedSGD
 
-SETTINGS = {"lr": 0.1, "momentum": 0.9}
+OPTIMIZERS = {
+    "SGD": (FusedMaskedSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    # A small eps would turn roundings of small gradients into large differences.
+    "AdamW": (FusedMaskedAdamW, torch.optim.AdamW, {"lr": 0.01, "eps": 1e-2, "weight_decay": 0.0}),
+}
 STEPS = 3
+_used = ["SGD"]
 
 
 def net(tasks=()):
@@ -50,8 +55,8 @@ def train(model, optimizer, rank, call=None, tasks=None, step=None):
 
 
 def by_one_process(model, tasks=None, parameters=None, scale=1.0):
-    """The same steps of torch.optim.SGD on the mean of the losses of all ranks."""
-    optimizer = torch.optim.SGD(model.parameters() if parameters is None else parameters, **SETTINGS)
+    """The same steps of torch's optimiser on the mean of the losses of all ranks."""
+    optimizer = torchs(model.parameters() if parameters is None else parameters)
     for number in range(STEPS):
         optimizer.zero_grad()
         for rank in range(RANKS):
@@ -65,8 +70,19 @@ def by_one_process(model, tasks=None, parameters=None, scale=1.0):
     return model
 
 
-def sgd(model):
-    return FusedMaskedSGD(model, **SETTINGS)
+def use(rank, name):
+    """From now on this rank's runs are of that optimiser."""
+    _used[0] = name
+
+
+def fused(model):
+    ours, _, settings = OPTIMIZERS[_used[0]]
+    return ours(model, **settings)
+
+
+def torchs(parameters):
+    _, theirs, settings = OPTIMIZERS[_used[0]]
+    return theirs(parameters, **settings)
 
 
 def whole(parameter):

@@ -86,6 +86,8 @@ class Emulator:
         self.enter, self.leave = library.cuda_on_cpu_enter, library.cuda_on_cpu_leave
         self.set = library.cuda_on_cpu_set
         self.set.argtypes = [ctypes.c_int, ctypes.c_uint64]
+        self.limit_grid = library.cuda_on_cpu_limit_grid
+        self.limit_grid.argtypes, self.limit_grid.restype = [ctypes.c_uint], None
         self.launches = library.cuda_on_cpu_launches
         self.launches.restype = ctypes.c_uint64
         self.allocate, self.release = library.cuda_on_cpu_allocate, library.cuda_on_cpu_release

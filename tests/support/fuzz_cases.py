@@ -146,6 +146,38 @@ def masked_weight_backward_sgd_(make: Make) -> Arguments:
     return [make.tensor(shape, make.product()), *parameters, *buffers, *make.gate(), make.flags(2), updates, *settings]
 
 
+def _adamw_steps(
+    make: Make, shapes: list[Sequence[int]], dtypes: list[torch.dtype]
+) -> tuple[list[Tensor], list[bool], list[Tensor], list[float]]:
+    """The same for AdamW: the tensors that are kept of those which take a step, and the numbers of all."""
+    parameters, updates, _, settings = _steps(make, shapes, dtypes)
+    state: list[Tensor] = []
+    for shape, dtype, update in zip(shapes, dtypes, updates):
+        if update:
+            count = torch.tensor(
+                make.chance.choice((0.0, 1.0, 9.0, 1000.0)), dtype=make.chance.choice((torch.float32, torch.float64))
+            )
+            state += [make.random(shape, dtype), make.random(shape, dtype).square() + 0.5, count]
+    numbers = []
+    for lr, decay, _ in settings:
+        numbers += [
+            lr,
+            make.chance.choice((0.0, 0.5, 0.9)),
+            make.chance.choice((0.5, 0.999)),
+            make.chance.choice((0.0, 1e-8)),
+            decay,
+        ]
+    return parameters, updates, state, numbers
+
+
+def masked_weight_backward_adamw_(make: Make) -> Arguments:
+    shape = _shape(make)
+    parameters, updates, state, numbers = _adamw_steps(make, [shape, shape], [make.weight, make.logits])
+    if updates[1]:
+        parameters[0] = make.random(shape, make.weight)
+    return [make.tensor(shape, make.product()), *parameters, state, *make.gate(), make.flags(2), updates, numbers]
+
+
 def _lists(make: Make) -> tuple[list[list[int]], list[Tensor], list[Tensor]]:
     shapes = [_shape(make) for _ in range(make.chance.choice((1, 2, 5)))]
     return shapes, [make.tensor(shape, make.weight) for shape in shapes], [make.tensor(shape, make.logits) for shape in shapes]
@@ -209,6 +241,17 @@ def masked_linear_backward_sgd_(make: Make) -> Arguments:
     rows = [make.tensor([*lead, out], make.product()), make.tensor([*lead, columns], make.product())]
     numbers = [number for its in settings for number in its]
     return [*rows, *given, *buffers, *make.gate(), make.flags(5), updates, numbers]
+
+
+def masked_linear_backward_adamw_(make: Make) -> Arguments:
+    out, columns, lead = make.size(), make.size(), _lead(make)
+    shapes: list[Sequence[int]] = [[out, columns], [out, columns], [out], [out]]
+    parameters, updates, state, numbers = _adamw_steps(make, shapes, [make.weight, make.logits] * 2)
+    given: list[Tensor | None] = list(parameters)
+    if not (updates[2] or updates[3]) and make.is_so(0.5):
+        given[2:] = [None, None]
+    rows = [make.tensor([*lead, out], make.product()), make.tensor([*lead, columns], make.product())]
+    return [*rows, *given, state, *make.gate(), make.flags(5), updates, numbers]
 
 
 class Batch(NamedTuple):
@@ -333,6 +376,7 @@ CASES: dict[str, Callable[[Make], Arguments]] = {
             *(masked_weight, masked_weight_backward, masked_weight_double_backward, masked_weight_backward_sgd_),
             *(masked_weight_list, masked_weight_list_backward, masked_weight_list_double_backward),
             *(masked_linear, masked_linear_backward, masked_linear_backward_sgd_),
+            *(masked_weight_backward_adamw_, masked_linear_backward_adamw_),
             *(task_masked_linear, task_masked_linear_backward, task_masked_linear_double_backward),
             *(packed_masked_linear, packed_masked_linear_backward, packed_superposition_gradient, im2col, col2im),
         )

@@ -19,8 +19,13 @@ from metamask_ext.ops.vjp import pull_back
 from metamask_ext.ops.weight import reference as weight
 
 LOGITS = ("mask_logits", "masks", "bias_mask_logits", "bias_masks")
-STEPS = {"masked_weight_backward_sgd_": (1, 3), "masked_linear_backward_sgd_": (2, 6)}
-"""The places of the first parameter and of the first momentum buffer."""
+STEPS = {
+    "masked_weight_backward_sgd_": (1, 3),
+    "masked_linear_backward_sgd_": (2, 6),
+    "masked_weight_backward_adamw_": (1, 3),
+    "masked_linear_backward_adamw_": (2, 6),
+}
+"""The places of the first parameter, and of the first momentum buffer or of AdamW's state."""
 ROUNDED = 1e-14
 """Of the steepest gate: torch differentiates some references, and its derivative of a sigmoid that rounds to 1 is 0."""
 LOST = (1e-6, 1e-14)
@@ -42,11 +47,13 @@ def flat(result: Any) -> list[Tensor | None]:
 
 
 def changed(case: Case) -> list[Tensor | None]:
-    """The tensors that the op updates in place: parameters, then their momentum buffers."""
+    """The tensors that the op updates in place: parameters, then their momentum buffers or state."""
     if case.op not in STEPS:
         return []
     first, buffers = STEPS[case.op]
-    return [one if isinstance(one, Tensor) else None for one in case.arguments[first : 2 * buffers - first]]
+    state = case.arguments[buffers] if case.op.endswith("_adamw_") else case.arguments[buffers : 2 * buffers - first]
+    kept = state if isinstance(state, list) else []
+    return [one if isinstance(one, Tensor) else None for one in (*case.arguments[first:buffers], *kept)]
 
 
 def _linear_backward(grad, input, weight, mask, bias, bias_mask, gate_id, gate_param, output_mask):
@@ -86,6 +93,53 @@ def _linear_sgd(grad, input, w, m, b, bm, v_w, v_m, v_b, v_bm, gate_id, gate_par
     return [dx if output_mask[0] else None, *rest]
 
 
+def _adamw_step(parameter, gradient, state, settings):
+    """A parameter and its state after a step of AdamW."""
+    lr, beta1, beta2, eps, decay = settings
+    mean, square, count = beta1 * state[0] + (1 - beta1) * gradient, beta2 * state[1] + (1 - beta2) * gradient**2, state[2] + 1
+    root = (square / (1 - beta2**count)).sqrt() + eps
+    return (1 - lr * decay) * parameter - lr * (mean / (1 - beta1**count)) / root, [mean, square, count]
+
+
+def _adamw_sizes(parameter, gradient, state, settings):
+    """The sizes of the terms: the root may be that of the old mean alone, and moves with the gradient."""
+    lr, beta1, beta2, eps, decay = settings
+    mean, square, count = beta1 * state[0] + (1 - beta1) * gradient, beta2 * state[1] + (1 - beta2) * gradient**2, state[2] + 1
+    scale = 1 / (1 - beta2**count).sqrt()
+    least = (beta2 * state[1]).sqrt() * scale + eps
+    moved = lr * (mean / (1 - beta1**count)) / least * (1 + (1 - beta2) ** 0.5 * scale * gradient / least)
+    return (1 + lr * decay) * parameter + moved, [mean, 2 * square, count]
+
+
+def _adamw_steps(step, grads, parameters, state, output_mask, updates, settings):
+    """As :func:`_steps`, with the state in one list."""
+    moved, kept, left = list(parameters), [], list(state)
+    for index, update in enumerate(updates):
+        if update:
+            moved[index], its = step(parameters[index], grads[index], left[:3], settings[5 * index : 5 * index + 5])
+            kept += its
+            del left[:3]
+    rest = [grad if need and not update else None for grad, need, update in zip(grads, output_mask, updates)]
+    return [*rest, *moved, *kept]
+
+
+def _weight_adamw(step):
+    def run(grad, w, m, state, gate_id, gate_param, output_mask, updates, settings):
+        grads = weight.masked_weight_backward(grad, w, m, gate_id, gate_param)
+        return _adamw_steps(step, grads, (w, m), state, output_mask, updates, settings)
+
+    return run
+
+
+def _linear_adamw(step):
+    def run(grad, input, w, m, b, bm, state, gate_id, gate_param, output_mask, updates, settings):
+        dx, *grads = _linear_backward(grad, input, w, m, b, bm, gate_id, gate_param, (True,) * 5)
+        rest = _adamw_steps(step, grads, (w, m, b, bm), state, output_mask[1:], updates, settings)
+        return [dx if output_mask[0] else None, *rest]
+
+    return run
+
+
 def _im2col(input, *steps):
     kernel, stride, padding, dilation = steps
     if input.numel():
@@ -109,12 +163,14 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "masked_weight_backward": weight.masked_weight_backward,
     "masked_weight_double_backward": weight.masked_weight_double_backward,
     "masked_weight_backward_sgd_": _weight_sgd,
+    "masked_weight_backward_adamw_": _weight_adamw(_adamw_step),
     "masked_weight_list": _without_dtype(weight.masked_weight_list),
     "masked_weight_list_backward": weight.masked_weight_list_backward,
     "masked_weight_list_double_backward": weight.masked_weight_list_double_backward,
     "masked_linear": _without_dtype(linear.masked_linear),
     "masked_linear_backward": _linear_backward,
     "masked_linear_backward_sgd_": _linear_sgd,
+    "masked_linear_backward_adamw_": _linear_adamw(_adamw_step),
     "task_masked_linear": _without_dtype(mixed_task.task_masked_linear),
     "task_masked_linear_backward": mixed_task.task_masked_linear_backward,
     "task_masked_linear_double_backward": mixed_task.task_masked_linear_double_backward,
@@ -126,6 +182,13 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "im2col": _im2col,
     "col2im": _col2im,
 }
+
+OF_SIZES: dict[str, Callable[..., Any]] = {
+    **REFERENCES,
+    "masked_weight_backward_adamw_": _weight_adamw(_adamw_sizes),
+    "masked_linear_backward_adamw_": _linear_adamw(_adamw_sizes),
+}
+"""The same for arguments whose results are the sizes of terms."""
 
 
 def _float64(leaf: object) -> object:
@@ -158,9 +221,10 @@ class Expected:
         dtypes |= {argument for argument in case.arguments if isinstance(argument, torch.dtype)}
         self.coarsest = max(dtypes, key=EPSILON.__getitem__, default=torch.float64)
         # The second derivative of the sigmoid is positive below 0, the first one even: of -|M| every term is counted with its size.
-        sums = [flat(reference(*_sizes_of(given, logits))) for logits in (lambda m: m, lambda m: -m.abs())]
+        of_sizes = OF_SIZES[op]
+        sums = [flat(of_sizes(*_sizes_of(given, logits))) for logits in (lambda m: m, lambda m: -m.abs())]
         slope = -abs(dict(zip(names(op), given.arguments)).get("gate_param", 1.0))
-        steepest = flat(reference(*_sizes_of(given, lambda m: torch.full_like(m, slope))))
+        steepest = flat(of_sizes(*_sizes_of(given, lambda m: torch.full_like(m, slope))))
         lost = LOST[self.coarsest == torch.float64] if "double" in op else FLUSHED[self.coarsest == torch.float64]
         if op.startswith(("task_", "masked_linear_")):
             lost = max(lost, ROUNDED)

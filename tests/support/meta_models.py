@@ -34,6 +34,10 @@ def images(shots: int = SHOTS, tasks: int = TASKS) -> tuple[Tensor, Tensor]:
     return torch.randn(tasks, shots, 2, 6, 6, dtype=torch.float64), torch.randint(3, (tasks, shots))
 
 
+def on(device: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(device) for tensor in tensors)
+
+
 MODELS = {"linear": (linear_net, regression, F.mse_loss), "cnn": (cnn, images, F.cross_entropy)}
 
 

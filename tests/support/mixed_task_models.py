@@ -40,9 +40,9 @@ MODELS = {
 }
 
 
-def make(name, samples=5):
+def make(name, samples=5, device="cpu"):
     build, shape = MODELS[name]
-    return build(), torch.randn(samples, *shape, dtype=torch.float64)
+    return build().to(device), torch.randn(samples, *shape, dtype=torch.float64).to(device)
 
 
 def alone(model, x, names):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metamask_ext import build_info
 from metamask_ext.ops.gate import HARD, SIGMOID
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -20,9 +19,6 @@ PAIRS = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))
 PAIR_IDS = ["bfloat16-float32", "float16-float32"]
 GATES = ((SIGMOID, 1.0), (SIGMOID, 0.5), (HARD, 0.0), (HARD, 0.25))
 GATE_IDS = ["sigmoid", "sigmoid-t0.5", "hard", "hard-c0.25"]
-
-# All devices that this machine and this build have: the suite is the same on a GPU.
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and build_info()["cuda_archs"] else [])
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ import tempfile
 
 import torch
 from support.distributed_models import (
-    SETTINGS,
     STEPS,
     batch,
     by_one_process,
     copies,
     difference,
+    fused,
     loss_of,
     moved,
     net,
-    sgd,
+    torchs,
     train,
     unchanged,
 )
@@ -43,7 +43,7 @@ def shard(model, kind):
 
 def steps(rank, kind):
     model = shard(net(), kind)
-    train(model, sgd(model), rank)
+    train(model, fused(model), rank)
     return difference(model, by_one_process(net())), moved(model, net())
 
 
@@ -52,13 +52,13 @@ def after_a_forward_for_evaluation(rank, kind):
     model = shard(net(), kind)
     with torch.no_grad():
         model(batch(rank, 0)[0])
-    train(model, sgd(model), rank)
+    train(model, fused(model), rank)
     return difference(model, by_one_process(net())), moved(model, net())
 
 
 def with_evaluation_between(rank, kind):
     model = shard(net(), kind)
-    optimizer = sgd(model)
+    optimizer = fused(model)
     for number in range(STEPS):
         with torch.no_grad():
             model(batch(rank, 0)[0])
@@ -71,19 +71,19 @@ def with_evaluation_between(rank, kind):
 def several_tasks(rank, kind):
     tasks = ("b", "b")
     model = shard(net(["b", "c"]), kind)
-    train(model, sgd(model), rank, None, tasks)
+    train(model, fused(model), rank, None, tasks)
     return difference(model, by_one_process(net(["b", "c"]), tasks)), moved(model, net(["b", "c"]))
 
 
 def step_by_step(rank, kind):
     model = shard(net(), kind)
-    optimizer = sgd(model)
+    optimizer = fused(model)
     train(model, optimizer, rank, step=lambda value: (value.backward(), optimizer.step(), optimizer.zero_grad()))
     return difference(model, by_one_process(net())), moved(model, net())
 
 
 def as_torchs(rank, kind):
-    """If fully_shard itself leaves ranks apart, or weights behind, the numbers are those of torch.optim.SGD."""
+    """If fully_shard itself leaves ranks apart, or weights behind, the numbers are those of torch's optimiser."""
     models = []
     for ours in (True, False):
         model = net()
@@ -92,7 +92,7 @@ def as_torchs(rank, kind):
         else:
             fully_shard(model)
             model.set_reshard_after_backward(False)
-        optimizer = sgd(model) if ours else torch.optim.SGD(model.parameters(), **SETTINGS)
+        optimizer = fused(model) if ours else torchs(model.parameters())
         if ours:
             train(model, optimizer, rank)
         else:
@@ -111,7 +111,7 @@ def as_torchs(rank, kind):
 def a_part(rank, kind):
     """The optimiser of one layer of a model that is sharded as a whole."""
     model, other = shard(net(), "root"), net()
-    train(model, sgd(model[4]), rank)
+    train(model, fused(model[4]), rank)
     return difference(model, by_one_process(other, parameters=other[4].parameters())), moved(model, net())
 
 
@@ -130,12 +130,12 @@ def a_part_with_gathered_parameters(rank):
     before = copies(model)
     with torch.no_grad():
         model(batch(rank, 0)[0])
-    return _refused(lambda: sgd(model[4]), model, before)
+    return _refused(lambda: fused(model[4]), model, before)
 
 
 def sharded_after_the_optimiser(rank, kind):
     model = net()
-    optimizer = sgd(model)
+    optimizer = fused(model)
     shard(model, kind)
     before = copies(model)
     value = loss_of(model, *batch(rank, 0))

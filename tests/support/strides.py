@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from support.step_checks import SETTINGS, state_of
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -16,10 +17,9 @@ from metamask_ext.ops.mixed_task import raw as mixed_task_raw
 from metamask_ext.ops.packed import raw as packed_raw
 from metamask_ext.ops.packed import reference as packed_reference
 from metamask_ext.ops.weight import raw as weight_raw
+from metamask_ext.ops.weight.raw import Rule
 
 GATE = (0, 0.5)
-FIRST = (0.1, 0.01, 0.9)
-SECOND = (0.2, 0.02, 0.8)
 
 
 def _gaps(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -136,19 +136,21 @@ Case = tuple[Callable[..., object], Arguments]
 class Make:
     """Random tensors of one case."""
 
-    def __init__(self, sizes: Sizes, dtype: torch.dtype, mask_dtype: torch.dtype | None = None) -> None:
-        self.sizes, self.dtype, self.mask_dtype = sizes, dtype, mask_dtype or dtype
+    def __init__(
+        self, sizes: Sizes, dtype: torch.dtype, mask_dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.sizes, self.dtype, self.mask_dtype, self.device = sizes, dtype, mask_dtype or dtype, device
         self.generator = torch.Generator().manual_seed(3)
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype or self.dtype)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.device, dtype or self.dtype)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """That of the logits, and of what belongs to them, by the argument's name."""
         return self.mask_dtype if "mask" in name else self.dtype
 
     def slots(self) -> Tensor:
-        return torch.tensor([(i * i + 1) % self.sizes.tasks for i in range(self.sizes.batch)])
+        return torch.tensor([(i * i + 1) % self.sizes.tasks for i in range(self.sizes.batch)], device=self.device)
 
     def weights(self, *names: str) -> Arguments:
         return {name: self.random(self.sizes.outputs, self.sizes.inputs, dtype=self.dtype_of(name)) for name in names}
@@ -248,33 +250,32 @@ def _masked_linear_backward_bfloat16(make: Make) -> Case:
     return (lambda **of: linear_raw.masked_linear_backward(*of.values(), None, *GATE, needs)), arguments
 
 
-def _weight_sgd(make: Make, updates: tuple[bool, bool]) -> Case:
+def _weight_step(make: Make, rule: Rule, updates: tuple[bool, bool]) -> Case:
     """The arguments that no step changes; what a step changes is contiguous, and part of the result."""
-    names = [name for name, update in zip(("weight", "mask_logits"), updates) if not update]
-    updated = make.weights(*(name for name, update in zip(("weight", "mask_logits"), updates) if update))
+    names = ("weight", "mask_logits")
+    updated = make.weights(*(name for name, update in zip(names, updates) if update))
 
     def run(grad, **of):
         mine = contiguous(updated)
-        ordered = [{**of, **mine}[name] for name in ("weight", "mask_logits")]
-        buffers = [torch.full_like(p, 0.25) if update else None for p, update in zip(ordered, updates)]
-        got = weight_raw.masked_weight_backward_sgd_(grad, *ordered, *GATE, (True, True), updates, buffers, [FIRST, SECOND])
-        return got, list(mine.values()), buffers
+        ordered = [{**of, **mine}[name] for name in names]
+        states = [state_of(rule, p) if update else None for p, update in zip(ordered, updates)]
+        got = weight_raw.UPDATES[rule](grad, *ordered, *GATE, (True, True), updates, states, SETTINGS[rule][:2])
+        return got, list(mine.values()), states
 
-    return run, make.weights("grad", *names)
+    return run, make.weights("grad", *(name for name in names if name not in updated))
 
 
-def _linear_sgd(make: Make, updates: tuple[bool, bool, bool, bool]) -> Case:
-    """As :func:`_weight_sgd`, of all four parameters."""
+def _linear_step(make: Make, rule: Rule, updates: tuple[bool, bool, bool, bool]) -> Case:
+    """As :func:`_weight_step`, of all four parameters."""
     every = {**make.weights("weight", "mask_logits"), **make.biases("bias", "bias_mask_logits")}
     updated = {name: tensor for (name, tensor), update in zip(every.items(), updates) if update}
 
     def run(grad, input, **of):
         mine = contiguous(updated)
         ordered = [{**of, **mine}[name] for name in every]
-        buffers = [torch.full_like(p, 0.25) if update else None for p, update in zip(ordered, updates)]
-        settings = [FIRST, SECOND, FIRST, SECOND]
-        got = linear_raw.masked_linear_backward_sgd_(grad, input, *ordered, *GATE, (True,) * 5, updates, buffers, settings)
-        return got, list(mine.values()), buffers
+        states = [state_of(rule, p) if update else None for p, update in zip(ordered, updates)]
+        got = linear_raw.UPDATES[rule](grad, input, *ordered, *GATE, (True,) * 5, updates, states, SETTINGS[rule])
+        return got, list(mine.values()), states
 
     kept = {name: tensor for name, tensor in every.items() if name not in updated}
     return run, {"grad": make.grad(), "input": make.input(), **kept}
@@ -383,9 +384,10 @@ RAW: dict[str, Callable[[Make], Case]] = {
     "masked_weight": _masked_weight,
     "masked_weight_backward": _masked_weight_backward,
     "masked_weight_double_backward": _masked_weight_double_backward,
-    "masked_weight_backward_sgd_ weight": lambda make: _weight_sgd(make, (True, False)),
-    "masked_weight_backward_sgd_ mask": lambda make: _weight_sgd(make, (False, True)),
-    "masked_weight_backward_sgd_ both": lambda make: _weight_sgd(make, (True, True)),
+    "masked_weight_backward_sgd_ weight": lambda make: _weight_step(make, "sgd", (True, False)),
+    "masked_weight_backward_sgd_ mask": lambda make: _weight_step(make, "sgd", (False, True)),
+    "masked_weight_backward_sgd_ both": lambda make: _weight_step(make, "sgd", (True, True)),
+    "masked_weight_backward_adamw_ weight": lambda make: _weight_step(make, "adamw", (True, False)),
     "masked_weight_list": _masked_weight_list,
     "masked_weight_list_backward": _masked_weight_list_backward,
     "masked_weight_list_double_backward": _masked_weight_list_double_backward,
@@ -394,9 +396,11 @@ RAW: dict[str, Callable[[Make], Case]] = {
     "masked_linear bfloat16": _masked_linear_bfloat16,
     "masked_linear_backward": _masked_linear_backward,
     "masked_linear_backward bfloat16": _masked_linear_backward_bfloat16,
-    "masked_linear_backward_sgd_ weight, bias mask": lambda make: _linear_sgd(make, (True, False, False, True)),
-    "masked_linear_backward_sgd_ mask, bias": lambda make: _linear_sgd(make, (False, True, True, False)),
-    "masked_linear_backward_sgd_ all": lambda make: _linear_sgd(make, (True,) * 4),
+    "masked_linear_backward_sgd_ weight, bias mask": lambda make: _linear_step(make, "sgd", (True, False, False, True)),
+    "masked_linear_backward_sgd_ mask, bias": lambda make: _linear_step(make, "sgd", (False, True, True, False)),
+    "masked_linear_backward_sgd_ all": lambda make: _linear_step(make, "sgd", (True,) * 4),
+    "masked_linear_backward_adamw_ weight, bias mask": lambda make: _linear_step(make, "adamw", (True, False, False, True)),
+    "masked_linear_backward_adamw_ all": lambda make: _linear_step(make, "adamw", (True,) * 4),
     **_both(_task_masked_linear, "task_masked_linear"),
     "task_masked_linear plain bias": _task_masked_linear_plain_bias,
     **_both(_task_masked_linear_backward, "task_masked_linear_backward"),

@@ -212,6 +212,20 @@ METAMASK_INLINE void give(const Sink& sink, int64_t i, Lanes p, Lanes g, __mmask
   alignas(64) float parameter[kLanes], gradient[kLanes], momentum_buffer[kLanes] = {};
   spread(parameter, p);
   spread(gradient, g);
+  if (sink.exp_avg != nullptr) {
+    alignas(64) float mean[kLanes], square[kLanes];
+    P *const means = static_cast<P*>(sink.exp_avg) + i, *const squares = static_cast<P*>(sink.exp_avg_sq) + i;
+    prefetch(means);
+    prefetch(squares);
+    spread(mean, load<whole>(means, some));
+    spread(square, load<whole>(squares, some));
+    const AdamW adamw = sink.adamw;
+    for (int64_t j = 0; j < kLanes; ++j) parameter[j] = descend(parameter[j], gradient[j], adamw, mean[j], square[j]);
+    store<whole>(static_cast<P*>(sink.parameter) + i, gathered(parameter), some);
+    store<whole>(means, gathered(mean), some);
+    store<whole>(squares, gathered(square), some);
+    return;
+  }
   P* const buffer = static_cast<P*>(sink.momentum_buffer) + (sink.momentum_buffer == nullptr ? 0 : i);
   if (sink.momentum_buffer != nullptr) spread(momentum_buffer, load<whole>(buffer, some));
   const Sgd sgd = sink.sgd;

@@ -71,20 +71,43 @@ class Output {
   alignas(64) T copy_[kBlock];
 };
 
-// Takes one step along a block of gradients: changes the parameter that `p` was read from, and its momentum buffer.
+// An array that a step reads and writes.
+template <class T>
+class State {
+ public:
+  State(Type type, void* data) : in_(type, data), out_(type, data) {}
+
+  const T* from(int64_t begin, int64_t n) { return in_.block(begin, n); }
+  T* to(int64_t begin) { return out_.block(begin); }
+  void finish(int64_t begin, int64_t n) { out_.finish(begin, n); }
+
+ private:
+  Input<T> in_;
+  Output<T> out_;
+};
+
+// Takes one step along a block of gradients: changes the parameter that `p` was read from, and what the optimiser keeps of it.
 template <class T>
 class Descent {
  public:
+  // `first` is the momentum buffer, or AdamW's mean of gradients.
   Descent(Type type, const Sink& sink)
       : sink_(sink),
-        momentum_buffer_in_(type, sink.momentum_buffer),
-        momentum_buffer_out_(type, sink.momentum_buffer),
+        first_(type, sink.exp_avg != nullptr ? sink.exp_avg : sink.momentum_buffer),
+        exp_avg_sq_(type, sink.exp_avg_sq),
         out_(type, sink.parameter) {}
 
   void run(const T* p, const T* g, int64_t begin, int64_t n) {
     if (sink_.parameter == nullptr) return;
-    const Sgd sgd = sink_.sgd;
     T* to = out_.block(begin);
+    if (sink_.exp_avg != nullptr) adamw(p, g, to, begin, n);
+    else sgd(p, g, to, begin, n);
+    out_.finish(begin, n);
+  }
+
+ private:
+  void sgd(const T* p, const T* g, T* to, int64_t begin, int64_t n) {
+    const Sgd sgd = sink_.sgd;
     if (sink_.momentum_buffer == nullptr) {
       // Works in place, element by element: `to` is the same array as `p`, or apart from it.
 #pragma GCC ivdep
@@ -93,23 +116,36 @@ class Descent {
         to[i] = descend(p[i], g[i], sgd, momentum_buffer);
       }
     } else {
-      const T* momentum_buffer_from = momentum_buffer_in_.block(begin, n);
-      T* momentum_buffer_to = momentum_buffer_out_.block(begin);
+      const T* momentum_buffer_from = first_.from(begin, n);
+      T* momentum_buffer_to = first_.to(begin);
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
         T momentum_buffer = momentum_buffer_from[i];
         to[i] = descend(p[i], g[i], sgd, momentum_buffer);
         momentum_buffer_to[i] = momentum_buffer;
       }
-      momentum_buffer_out_.finish(begin, n);
+      first_.finish(begin, n);
     }
-    out_.finish(begin, n);
   }
 
- private:
+  void adamw(const T* p, const T* g, T* to, int64_t begin, int64_t n) {
+    const AdamW adamw = sink_.adamw;
+    const T *mean_from = first_.from(begin, n), *square_from = exp_avg_sq_.from(begin, n);
+    T *mean_to = first_.to(begin), *square_to = exp_avg_sq_.to(begin);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      T mean = mean_from[i], square = square_from[i];
+      to[i] = descend(p[i], g[i], adamw, mean, square);
+      mean_to[i] = mean;
+      square_to[i] = square;
+    }
+    first_.finish(begin, n);
+    exp_avg_sq_.finish(begin, n);
+  }
+
   Sink sink_;
-  Input<T> momentum_buffer_in_;
-  Output<T> momentum_buffer_out_, out_;
+  State<T> first_, exp_avg_sq_;
+  Output<T> out_;
 };
 
 template <class T, GateKind kind>

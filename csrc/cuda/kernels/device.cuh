@@ -12,7 +12,9 @@
 
 #if defined(__CUDACC__)
 
+#include <atomic>
 #include <cassert>
+#include <random>
 // <cassert> declares it only without NDEBUG.
 extern "C" __host__ __device__ void __assert_fail(const char*, const char*, unsigned, const char*) noexcept;
 
@@ -32,8 +34,9 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
   constexpr size_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  if (shared_bytes > kWithoutAsking &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)) != cudaSuccess) {
+    return;
   }
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
 }
@@ -48,6 +51,73 @@ inline int multiprocessors() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
+}
+
+// A number that was not there before, as far as 64 bits go: those of one process are far from each other, and begin anywhere.
+inline unsigned long long new_key() {
+  static std::atomic<unsigned long long> last = [] {
+    std::random_device random;
+    return static_cast<unsigned long long>(random()) << 32 | random();
+  }();
+  return last.fetch_add(0x9e3779b97f4a7c15u);
+}
+
+// 1 / x to within one unit in the last place; what is subnormal, argument or result, counts as zero.
+METAMASK_INLINE float approximate_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(r) : "f"(x));
+  return r;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// Stores kBytes (1, 2, 4, 8 or 16) at an address aligned to kBytes, in one access. (A compiler may split the plain assignment of
+// an array.)
+template <int kBytes>
+DEVICE_INLINE void store_bytes(void* to, const void* from) {
+  if constexpr (kBytes == 16) {
+    uint4 bits;
+    memcpy(&bits, from, sizeof bits);
+    __stwb(static_cast<uint4*>(to), bits);
+  } else if constexpr (kBytes == 8) {
+    uint2 bits;
+    memcpy(&bits, from, sizeof bits);
+    __stwb(static_cast<uint2*>(to), bits);
+  } else {
+    static_assert(kBytes <= 4);
+    memcpy(__builtin_assume_aligned(to, kBytes), from, kBytes);
+  }
+}
+
+// sum += a b if one of the bits of `mask` is set in `bits`. (Of the plain condition a compiler makes two operations for some bits:
+// a remainder, a sign. Of this one it takes the predicates for seven bits of a byte from one.)
+DEVICE_INLINE void multiply_add_if(uint32_t bits, uint32_t mask, float a, float b, float& sum) {
+  asm("{\n.reg .pred on;\n.reg .b32 bit;\nand.b32 bit, %1, %2;\nsetp.ne.u32 on, bit, 0;\n@on fma.rn.f32 %0, %3, %4, %0;\n}\n"
+      : "+f"(sum)
+      : "r"(bits), "r"(mask), "f"(a), "f"(b));
+}
+DEVICE_INLINE void multiply_add_if(uint32_t bits, uint32_t mask, double a, double b, double& sum) {
+  asm("{\n.reg .pred on;\n.reg .b32 bit;\nand.b32 bit, %1, %2;\nsetp.ne.u32 on, bit, 0;\n@on fma.rn.f64 %0, %3, %4, %0;\n}\n"
+      : "+d"(sum)
+      : "r"(bits), "r"(mask), "d"(a), "d"(b));
+}
+
+// The bits of a where `mask` has ones, those of b elsewhere, in one operation.
+DEVICE_INLINE uint32_t merge_bits(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t merged;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;\n" : "=r"(merged) : "r"(mask), "r"(a), "r"(b));
+  return merged;
+}
+
+// The same value, which the compiler keeps in a register instead of computing it again at each use. All lanes call it.
+DEVICE_INLINE int64_t kept(int64_t value) { return __shfl_sync(~0u, value, int(threadIdx.x) % 32); }
+// A pointer into shared memory.
+template <class T>
+DEVICE_INLINE T* kept(T* pointer) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+  return static_cast<T*>(__cvta_shared_to_generic(__shfl_sync(~0u, address, int(threadIdx.x) % 32)));
 }
 
 // Copies kBytes (4, 8 or 16) from global to shared memory without waiting; zeros where !valid. Both addresses are aligned to
@@ -115,10 +185,22 @@ DEVICE_INLINE void mma_16_bit<__half>(float (&c)[4], const uint32_t (&a)[4], con
 // Guards an access; written so that a script can find and remove each one, to see whether a test notices (tools/mutate.py).
 #define IN_BOUNDS(...) (__VA_ARGS__)
 
+namespace metamask {
+
+// One step of Newton's method, instead of the call that a division is. x is finite, so that nothing becomes inf * 0.
+template <>
+struct Reciprocal<float> {
+  METAMASK_INLINE static float of(float x) {
+    const float r = cuda::approximate_reciprocal(x);
+    return fmaf(r, fmaf(-x, r, 1.0f), r);
+  }
+};
+
+}  // namespace metamask
+
 namespace metamask::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kPackBytes = 16;  // the widest load and store
 
 template <class T, int N>
 struct alignas(N * sizeof(T)) Pack {

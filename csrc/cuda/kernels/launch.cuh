@@ -1,6 +1,7 @@
 // Parts of the launchers: pointers and types known at run time, and the number of blocks that share a sum.
 #pragma once
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -32,12 +33,12 @@ struct Tag {
 
 // Calls run(Tag<P>) for the type P.
 template <class Run>
-void with_type(Type type, Run run) {
+auto with_type(Type type, Run run) {
   switch (type) {
     case Type::kFloat64: return run(Tag<double>{});
     case Type::kFloat32: return run(Tag<float>{});
     case Type::kBFloat16: return run(Tag<__nv_bfloat16>{});
-    case Type::kFloat16: return run(Tag<__half>{});
+    default: return run(Tag<__half>{});
   }
 }
 
@@ -70,9 +71,9 @@ struct Share {
 };
 
 // A block takes `step` of it at a time. Eight blocks for each multiprocessor keep all of them busy to the end, if there is that
-// much to do; more only make the sums of the blocks cost more.
+// much to do. A narrow layer gets one for each multiprocessor: more only make the sums of the blocks cost more.
 inline Share share(int64_t length, int64_t step, int64_t blocks_without) {
-  const int64_t steps = length > 0 ? ceil_div(length, step) : 1, most = 64;
+  const int64_t steps = length > 0 ? ceil_div(length, step) : 1, most = std::max(64, multiprocessors());
   const int64_t wanted = ceil_div(8 * int64_t(multiprocessors()), blocks_without);
   const int64_t count = wanted < steps ? wanted : steps, each = ceil_div(steps, count < most ? count : most) * step;
   return {length > 0 ? int(ceil_div(length, each)) : 1, each};

@@ -1,141 +1,54 @@
-// Launchers of masked_linear: they choose one kernel from types, sizes and pointers known at run time, and how many blocks share a
-// sum.
+// masked_linear: the parts of its launchers that need no kernel.
 #include "cuda/kernels/masked_linear.h"
 
-#include "cuda/kernels/masked_linear_backward.cuh"
-#include "cuda/kernels/split_k.cuh"
+#include "cuda/kernels/masked_linear_launch.cuh"
 
 namespace metamask::cuda {
-namespace {
-
-constexpr int kFew = 8;  // the samples that one mma has room for
-
-// Calls run(Tag<P>, Tag<M>, Tag<Product>) for the kernels of a case: Tensor<X, room> or Plain<X, room>, where room is kFew if that
-// holds the batch, else kMany. Returns false if there is no kernel, or the batch is larger than kMost.
-template <int kMost, template <class, int> class Tensor, int kManyTensor, template <class, int> class Plain, int kManyPlain,
-          class Run>
-bool with_product(const LinearCase& given, Run run) {
-  const auto with_room = [&]<class P, class M, class Few, class Many>(Tag<P> p, Tag<M> m, Tag<Few> few, Tag<Many> many) {
-    if (given.batch < 1 || given.batch > kMost) return false;
-    if (given.batch <= Few::kBatch) run(p, m, few);
-    else run(p, m, many);
-    return true;
-  };
-  const auto tensor = [&]<class P, class M, class X>(Tag<P> p, Tag<M> m, Tag<X>) {
-    return with_room(p, m, Tag<Tensor<X, kFew>>{}, Tag<Tensor<X, kManyTensor>>{});
-  };
-  const auto plain = [&]<class T>(Tag<T> p) { return with_room(p, p, Tag<Plain<T, kFew>>{}, Tag<Plain<T, kManyPlain>>{}); };
-  if (given.out == 0 || given.in == 0) return false;
-  const Type weight = given.types.weight;
-  const bool widened = weight == Type::kFloat32;  // parameters of float32 under autocast
-  const auto sixteen = [&]<class X>(Tag<X> x) {
-    if (widened) return tensor(Tag<float>{}, Tag<float>{}, x);
-    if (weight != given.product) return false;
-    return given.types.mask == Type::kFloat32 ? tensor(x, Tag<float>{}, x) : tensor(x, x, x);
-  };
-  switch (given.product) {
-    case Type::kFloat64: return plain(Tag<double>{});
-    case Type::kBFloat16: return sixteen(Tag<__nv_bfloat16>{});
-    case Type::kFloat16: return sixteen(Tag<__half>{});
-    default:
-      if (!widened) return false;
-      return given.tf32 ? tensor(Tag<float>{}, Tag<float>{}, Tag<float>{}) : plain(Tag<float>{});
-  }
-}
-
-template <class Run>
-bool with_forward(const LinearCase& given, Run run) {
-  return with_product<64, TensorForward, 64, PlainForward, 32>(given, run);
-}
-
-template <class Run>
-bool with_backward(const LinearCase& given, Run run) {
-  return with_product<32, TensorBackward, 32, PlainBackward, 32>(given, run);
-}
-
-template <class Product>
-int64_t forward_blocks(const LinearCase& given) {
-  return ceil_div(given.out, kRowsOfTile) * ceil_div(given.batch, Product::kBatch);
-}
-
-template <class Product>
-Share forward_share(const LinearCase& given) {
-  return share(given.in, kWarps * kColumnsOfStep, forward_blocks<Product>(given));
-}
-
-template <class Product>
-Share backward_share(const LinearCase& given) {
-  return share(given.out, kWarps * 4 * Product::kRows, ceil_div(given.in, 8 * Product::kColumns));
-}
-
-template <class Run>
-void with_gate_and_alignment(GateKind kind, bool packs, Run run) {
-  with_alignment(packs, [&]<bool kAligned>() {
-    if (kind == kSigmoid) run.template operator()<kSigmoid, kAligned>();
-    else run.template operator()<kHard, kAligned>();
-  });
-}
-
-}  // namespace
 
 bool fuses_masked_linear(const LinearCase& given) {
-  return with_forward(given, [](auto, auto, auto) {});
+  return with_types(given, [&]<class P, class X>() { return with_forward<P, X>(given, [](auto, auto) {}); });
 }
 
 bool fuses_masked_linear_backward(const LinearCase& given) {
-  return with_backward(given, [](auto, auto, auto) {});
+  return with_types(given, [&]<class P, class X>() { return with_backward<P, X>(given, [](auto, auto) {}); });
 }
 
 int64_t masked_linear_workspace(const LinearCase& given) {
   int64_t bytes = 0;
-  with_forward(given, [&]<class P, class M, class Product>(Tag<P>, Tag<M>, Tag<Product>) {
-    const Share shared = forward_share<Product>(given);
-    if (shared.count > 1) bytes = shared.count * given.batch * given.out * int64_t(sizeof(typename Product::Sum));
+  with_types(given, [&]<class P, class X>() {
+    return with_forward<P, X>(given, [&]<class M, class Product>(Tag<M>, Tag<Product>) {
+      bytes = SplitK<typename Product::Sum>::bytes(forward_blocks<Product>(given), forward_share<Product>(given).count,
+                                                   kRowsOfTile * Product::kBatch);
+    });
   });
   return bytes;
 }
 
 int64_t masked_linear_backward_workspace(const LinearCase& given, bool needs_dx) {
+  if (!needs_dx) return 0;
   int64_t bytes = 0;
-  with_backward(given, [&]<class P, class M, class Product>(Tag<P>, Tag<M>, Tag<Product>) {
-    const Share shared = backward_share<Product>(given);
-    if (needs_dx && shared.count > 1) bytes = shared.count * given.batch * given.in * int64_t(sizeof(typename Product::Sum));
+  with_types(given, [&]<class P, class X>() {
+    return with_backward<P, X>(given, [&]<class M, class Product>(Tag<M>, Tag<Product>) {
+      bytes = SplitK<typename Product::Sum>::bytes(backward_blocks<Product>(given), backward_share<Product>(given).count,
+                                                   8 * Product::kColumns * Product::kBatch);
+    });
   });
   return bytes;
 }
 
 void masked_linear(const LinearCase& given, const void* x, const void* w, const void* m, const void* bias, void* y, void* workspace,
                    cudaStream_t stream) {
-  with_forward(given, [&]<class P, class M, class Product>(Tag<P>, Tag<M>, Tag<Product>) {
-    using X = typename Product::X;
-    using Sum = typename Product::Sum;
-    const Share shared = forward_share<Product>(given);
-    const dim3 grid = grid_of(forward_blocks<Product>(given), shared.count);
-    Sum* split_k_sums = shared.count > 1 ? out<Sum>(workspace) : nullptr;
-    with_gate_and_alignment(given.gate.kind, rows_aligned<P, X>(given.in, x, w, m), [&]<GateKind kind, bool kAligned>() {
-      launch(masked_linear_kernel<kind, kAligned, P, M, Product>, grid, dim3(kBlock), 0, stream,
-             gate_param_of<Compute<P>>(given.gate), in<X>(x), in<P>(w), in<M>(m), in<X>(bias), out<X>(y), split_k_sums,
-             int(given.batch), given.out, given.in, shared.each);
-    });
-    if (split_k_sums != nullptr) add_split_k<X>(split_k_sums, bias, y, shared.count, given.batch, given.out, stream);
+  with_types(given, [&]<class P, class X>() {
+    masked_linear_of<P, X>(given, x, w, m, bias, y, workspace, stream);
+    return true;
   });
 }
 
 void masked_linear_backward(const LinearCase& given, const void* dy, const void* x, const void* w, const void* m, Sink dw, Sink dm,
                             void* dx, void* workspace, cudaStream_t stream) {
-  with_backward(given, [&]<class P, class M, class Product>(Tag<P>, Tag<M>, Tag<Product>) {
-    using X = typename Product::X;
-    using Sum = typename Product::Sum;
-    const Share shared = backward_share<Product>(given);
-    const dim3 grid = grid_of(ceil_div(given.in, 8 * Product::kColumns), shared.count);
-    Sum* split_k_sums = dx != nullptr && shared.count > 1 ? out<Sum>(workspace) : nullptr;
-    const bool packs = rows_aligned<P, X>(given.in, x, w, m, dw.gradient, dw.momentum_buffer, dm.gradient, dm.momentum_buffer);
-    with_gate_and_alignment(given.gate.kind, packs, [&]<GateKind kind, bool kAligned>() {
-      launch(masked_linear_backward_kernel<kind, kAligned, P, M, Product>, grid, dim3(kBlock), 0, stream,
-             gate_param_of<Compute<P>>(given.gate), in<X>(dy), in<X>(x), in<P>(w), in<M>(m), dw, dm, out<X>(dx), split_k_sums,
-             int(given.batch), given.out, given.in, shared.each);
-    });
-    if (split_k_sums != nullptr) add_split_k<X>(split_k_sums, nullptr, dx, shared.count, given.batch, given.in, stream);
+  with_types(given, [&]<class P, class X>() {
+    masked_linear_backward_of<P, X>(given, dy, x, w, m, dw, dm, dx, workspace, stream);
+    return true;
   });
 }
 

@@ -6,10 +6,11 @@
 // g = lane / 4 and t = lane % 4 rows g and g + 8, columns 8 t to 8 t + 7. Sums over columns have no order of their own: theta and x
 // take the same one, that in which a lane's loads are neighbours, and the chunk is a fragment of the tensor cores as it is.
 //
-// gridDim.y blocks share the columns (`columns_each` each). The sums of warps, then of blocks, are added in a fixed order: the same
-// numbers every time.
+// gridDim.y blocks share the columns (`columns_each` each). The sums of warps, then of blocks (split_k.cuh), are added in a fixed
+// order: the same numbers every time.
 #pragma once
 
+#include "cuda/kernels/split_k.cuh"
 #include "cuda/kernels/vector_access.cuh"
 
 namespace metamask::cuda {
@@ -18,18 +19,18 @@ constexpr int kWarps = 8, kBlock = 32 * kWarps;
 constexpr int kRowsOfTile = 16, kChunk = 8, kColumnsOfStep = 4 * kChunk;
 
 // Loads N neighbours of a row of `columns` elements, with zeros beyond its end. kAligned: rows are whole packs of kPackBytes,
-// aligned.
-template <bool kAligned, int N, class T>
-DEVICE_INLINE void load_raw(const T* __restrict__ row, int64_t column, int64_t columns, T (&to)[N]) {
+// aligned. kInside: none lies beyond the end.
+template <bool kAligned, bool kInside = false, int N, class T>
+DEVICE_INLINE void load_raw(const T* row, int64_t column, int64_t columns, T (&to)[N]) {
   constexpr int kWidest = kPackBytes / int(sizeof(T)), kPack = !kAligned ? 1 : N < kWidest ? N : kWidest;
   for (int j = 0; j < N; j += kPack) {
-    const Pack<T, kPack> pack = load_pack<kPack, true>(row, column + j, columns);
+    const Pack<T, kPack> pack = load_pack<kPack, true, kInside>(row, column + j, columns);
     for (int k = 0; k < kPack; ++k) to[j + k] = pack.value[k];
   }
 }
 
 template <bool kAligned, int N, class T>
-DEVICE_INLINE void load_chunk(const T* __restrict__ row, int64_t column, int64_t columns, Compute<T> (&to)[N]) {
+DEVICE_INLINE void load_chunk(const T* row, int64_t column, int64_t columns, Compute<T> (&to)[N]) {
   T raw[N];
   load_raw<kAligned>(row, column, columns, raw);
   for (int j = 0; j < N; ++j) to[j] = to_compute(raw[j]);
@@ -90,8 +91,8 @@ struct TensorForward {
   float sums[kBatch / 8][4] = {};
 
   // Adds the products with rows `begin` to `end` of x. kAlone: no others are ever added to these sums; else, what is not finite in
-  // theta must not reach them (in the tensor cores it meets their rows too, as zeros).
-  template <bool kAligned, bool kAlone = true>
+  // theta must not reach them (in the tensor cores it meets their rows too, as zeros). kInside: no column lies beyond the end.
+  template <bool kAligned, bool kAlone = true, bool kInside = false>
   DEVICE_INLINE void add(const float (&theta)[2][kChunk], const Rows<X>& x, int64_t column, int begin, int end, int64_t in) {
     X rounded[2][kChunk];
     for (int r = 0; r < 2; ++r) {
@@ -104,7 +105,7 @@ struct TensorForward {
       const int b = 8 * n + g;
       const bool there = IN_BOUNDS(b >= begin && b < end);
       X of_x[kChunk];
-      load_raw<kAligned>(x[there ? b : begin], column, there ? in : 0, of_x);
+      load_raw<kAligned, kAlone && kInside>(x[there ? b : begin], column, there ? in : 0, of_x);
       if constexpr (kAlone) {
         mma_chunk(sums[n], rounded[0], rounded[1], of_x);
       } else {
@@ -139,13 +140,13 @@ struct PlainForward {
   static constexpr int kBatch = kBatch_;
   T sums[2][kBatch] = {};
 
-  template <bool kAligned, bool kAlone = true>
+  template <bool kAligned, bool kAlone = true, bool kInside = false>
   DEVICE_INLINE void add(const T (&theta)[2][kChunk], const Rows<T>& x, int64_t column, int begin, int end, int64_t in) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (b < begin || b >= end) continue;
       T of_x[kChunk];
-      load_raw<kAligned>(x[b], column, in, of_x);
+      load_raw<kAligned, kInside>(x[b], column, in, of_x);
       for (int j = 0; j < kChunk; ++j) {
         for (int r = 0; r < 2; ++r) sums[r][b] += theta[r][j] * of_x[j];
       }
@@ -186,13 +187,12 @@ DEVICE_INLINE void add_warps(Sum (&total)[kRows][kColumns], const Product& produ
   }
 }
 
-// w: [out, in] of P; m: [out, in] of M; x: [batch, in], bias: [out] or null, y: [batch, out], all of X. With `split_k_sums`
-// [gridDim.y, batch, out] the sums go there instead. A batch too large for a lane's sums is cut into windows: the blocks of a
-// tile's windows run side by side, so that W and M come from memory once.
+// w: [out, in] of P; m: [out, in] of M; x: [batch, in], bias: [out] or null, y: [batch, out], all of X. A batch too large for a
+// lane's sums is cut into windows: the blocks of a tile's windows run side by side, so that W and M come from memory once.
 template <GateKind kind, bool kAligned, class P, class M, class Product>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, sizeof(typename Product::Sum) == 4 ? 2 : 1)
     masked_linear_kernel(Compute<P> gate_param, const typename Product::X* x, const P* w, const M* m,
-                         const typename Product::X* bias, typename Product::X* y, typename Product::Sum* split_k_sums, int batch,
+                         const typename Product::X* bias, typename Product::X* y, SplitK<typename Product::Sum> split, int batch,
                          int64_t out, int64_t in, int64_t columns_each) {
   using Sum = typename Product::Sum;
   SHARED(Sum, total, [kRowsOfTile][Product::kBatch]);
@@ -202,33 +202,49 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t first_row = int64_t(int(blockIdx.x) / windows) * kRowsOfTile;
   const int64_t first = blockIdx.y * columns_each, last = first + columns_each < in ? first + columns_each : in;
   const Rows<typename Product::X> rows{x + window * in, in};
+  const P* w_rows[2];
+  const M* m_rows[2];
+  for (int r = 0; r < 2; ++r) {
+    // Instead of a row beyond the last one the last one is computed again, for nobody.
+    const int64_t row = first_row + g + 8 * r, begin = (IN_BOUNDS(row < out) ? row : out - 1) * in;
+    w_rows[r] = w + begin;
+    m_rows[r] = m + begin;
+  }
   Product product;
-  for (int64_t step = first + warp * kColumnsOfStep; step < last; step += kWarps * kColumnsOfStep) {
+  const auto add_step = [&]<bool kInside>(int64_t step) {
     const int64_t column = step + kChunk * t;
-    Sum theta[2][kChunk];
+    P w_[2][kChunk];
+    M m_[2][kChunk];
+    // All of it, before anything waits for a part.
     for (int r = 0; r < 2; ++r) {
-      const int64_t row = first_row + g + 8 * r, columns = IN_BOUNDS(row < out) ? in : 0;
-      Compute<P> w_[kChunk], m_[kChunk];
-      load_chunk<kAligned>(w + row * in, column, columns, w_);
-      load_chunk<kAligned>(m + row * in, column, columns, m_);
-      for (int j = 0; j < kChunk; ++j) theta[r][j] = theta_of<kind>(w_[j], m_[j], gate_param);
+      load_raw<kAligned, kInside>(w_rows[r], column, in, w_[r]);
+      load_raw<kAligned, kInside>(m_rows[r], column, in, m_[r]);
     }
-    product.template add<kAligned>(theta, rows, column, 0, count, in);
+    Sum theta[2][kChunk];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) theta[r][j] = theta_of<kind>(to_compute(w_[r][j]), to_compute(m_[r][j]), gate_param);
+    }
+    product.template add<kAligned, true, kInside>(theta, rows, column, 0, count, in);
+  };
+  int64_t step = first + warp * kColumnsOfStep;
+  if constexpr (kAligned) {
+    for (; step + kColumnsOfStep <= last; step += kWarps * kColumnsOfStep) add_step.template operator()<true>(step);
+    if (step < last) add_step.template operator()<false>(step);
+  } else {
+    for (; step < last; step += kWarps * kColumnsOfStep) add_step.template operator()<false>(step);
   }
   product.finish();
   add_warps(total, product);
-  for (int i = int(threadIdx.x); i < kRowsOfTile * count; i += kBlock) {
-    const int of_window = i / kRowsOfTile, b = window + of_window;
-    const int64_t row = first_row + i % kRowsOfTile;
-    if (!IN_BOUNDS(row < out)) continue;
-    Sum sum = total[i % kRowsOfTile][of_window];
-    if (split_k_sums != nullptr) {
-      split_k_sums[(int64_t(blockIdx.y) * batch + b) * out + row] = sum;
-    } else {
-      if (bias != nullptr) sum += to_compute(bias[row]);
-      from_compute(sum, y[int64_t(b) * out + row]);
-    }
-  }
+  add_parts<kRowsOfTile * Product::kBatch>(
+      split, blockIdx.x, blockIdx.y, gridDim.y, kRowsOfTile * count, [&](int i) { return total[i % kRowsOfTile][i / kRowsOfTile]; },
+      [&](int i, Sum sum) {
+        const int64_t row = first_row + i % kRowsOfTile;
+        if (!IN_BOUNDS(row < out)) return;
+        if (bias != nullptr) sum += to_compute(bias[row]);
+        from_compute(sum, y[int64_t(window + i / kRowsOfTile) * out + row]);
+      });
 }
 
 }  // namespace metamask::cuda

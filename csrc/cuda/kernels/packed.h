@@ -15,6 +15,7 @@ struct PackedCase {
   int64_t rows() const { return samples * rows_per_sample; }
 };
 
+// `packed` of pack_mask and `mask` of unpack_mask begin at a multiple of kPackBytes.
 void pack_mask(Type type, const void* logits, double threshold, uint8_t* packed, int64_t rows, int64_t columns,
                cudaStream_t stream);
 void unpack_mask(const uint8_t* packed, bool* mask, int64_t rows, int64_t columns, cudaStream_t stream);

@@ -1,7 +1,9 @@
 // The gradient of a superposition of masks of one bit a weight.
 #pragma once
 
-#include "cuda/kernels/packed_masked_linear.cuh"
+#include "cuda/kernels/grid.cuh"
+#include "cuda/kernels/masked_linear.cuh"
+#include "cuda/kernels/packed_sizes.cuh"
 
 namespace metamask::cuda {
 
@@ -9,18 +11,19 @@ constexpr int kSuperposedTasks = 64, kSuperposedSamples = 16, kSuperposedColumns
 
 // result[b, t] = sum over the weights of bit_t P_b, P_b = dy_b^T x_b W. Of P a tile (a piece of a row of W, for kSuperposedSamples)
 // is in shared memory at a time; a thread adds up four samples for one task, so that a bit decides for four. Four of a P lie side
-// by side: one read. gridDim.z blocks share the rows of W; `split_k_sums` [gridDim.z, samples, tasks].
+// by side: one read. grid.z blocks share the rows of W; `split_k_sums` [grid.z, samples, tasks].
 template <class P>
 __global__ void __launch_bounds__(kBlock)
     packed_superposition_kernel(PackedSizes sizes, const P* w, PerTask bits, const Compute<P>* dy, const Compute<P>* x,
-                                Compute<P>* split_k_sums, int64_t samples, int64_t rows_each) {
+                                Compute<P>* split_k_sums, int64_t samples, int64_t rows_each, Grid grid) {
   using T = Compute<P>;
   constexpr int kSome = 4, kPad = 4;  // the padding spreads the writes of a column over the banks
   SHARED(T, products, [kSuperposedColumns][kSuperposedSamples + kPad]);
-  const int64_t task = int64_t(blockIdx.x) * kSuperposedTasks + threadIdx.x % kSuperposedTasks;
-  const int64_t first_sample = int64_t(blockIdx.y) * kSuperposedSamples;
+  const uint3 place = grid.place();
+  const int64_t task = int64_t(place.x) * kSuperposedTasks + threadIdx.x % kSuperposedTasks;
+  const int64_t first_sample = int64_t(place.y) * kSuperposedSamples;
   const int some = int(threadIdx.x) / kSuperposedTasks * kSome;
-  const int64_t first = blockIdx.z * rows_each, last = first + rows_each < sizes.out ? first + rows_each : sizes.out;
+  const int64_t first = place.z * rows_each, last = first + rows_each < sizes.out ? first + rows_each : sizes.out;
   const int64_t in = sizes.in, each = sizes.rows_per_sample, row_bytes = sizes.row_bytes();
   const uint8_t* mask = nullptr;
   if IN_BOUNDS (task < sizes.tasks) mask = array_of<const uint8_t>(bits, task);
@@ -55,7 +58,7 @@ __global__ void __launch_bounds__(kBlock)
   for (int s = 0; s < kSome; ++s) {
     const int64_t sample = first_sample + some + s;
     if IN_BOUNDS (task < sizes.tasks && sample < samples) {
-      split_k_sums[(int64_t(blockIdx.z) * samples + sample) * sizes.tasks + task] = sums[s];
+      split_k_sums[(int64_t(place.z) * samples + sample) * sizes.tasks + task] = sums[s];
     }
   }
 }

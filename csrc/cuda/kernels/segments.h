@@ -15,6 +15,7 @@ struct PerTask {
   void* first = nullptr;
   int64_t stride = 0;
   void* const* table = nullptr;
+  bool packs = true;  // each array begins at a multiple of kPackBytes
 };
 
 // The rows of a batch, the tasks in ascending order: for row i, its row in the batch, its task, and the end of its task's rows.

@@ -6,6 +6,7 @@
 // that W, and the mask of a task with more rows, come from memory once.
 #pragma once
 
+#include "cuda/kernels/grid.cuh"
 #include "cuda/kernels/masked_linear.cuh"
 #include "cuda/kernels/segments.cuh"
 #include "cuda/kernels/task_masked_linear.h"
@@ -52,58 +53,107 @@ DEVICE_INLINE Compute<P> bias_of(const TaskSizes& sizes, Compute<P> gate_param, 
   return sizes.gate == kSigmoid ? theta_of<kSigmoid>(b, m, gate_param) : theta_of<kHard>(b, m, gate_param);
 }
 
+// What a block's rows need of their tasks at each step, by the number of the row in its window: looked up once.
+template <class M>
+struct TaskWindow {
+  int64_t source[kTaskRoom];  // the row in the batch
+  int end[kTaskRoom];         // of the rows of its task
+  const M *m[kTaskRoom], *dm[kTaskRoom];
+
+  DEVICE_INLINE void find(const TaskSizes& sizes, const PerTask& masks, const PerTask& cotangents, int64_t window, int count) {
+    const int i = int(threadIdx.x);
+    if IN_BOUNDS (i < count) {
+      const int64_t task = sizes.task[window + i], left = sizes.end[window + i] - window;
+      source[i] = sizes.source[window + i];
+      end[i] = left < count ? int(left) : count;
+      m[i] = array_of<M>(masks, task);
+      dm[i] = array_of<M>(cotangents, task);
+    }
+    __syncthreads();
+  }
+};
+
 // With kSecond y is the gradient for dy of <cotangents, first derivatives>: theta meets the cotangent of dx, and what the
 // cotangents of dW and dM make of W and M (V = A s + B W d) meets x. x or the cotangent of dx may be null then. With `split_k_sums`
-// [gridDim.z, rows, out] the sums go there instead.
+// [grid.z, rows, out] the sums go there instead.
 template <bool kSecond, bool kAligned, class P, class M, class Product>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, !kSecond && sizeof(typename Product::Sum) == 4 ? 2 : 1)
     task_masked_linear_kernel(TaskSizes sizes, Compute<P> gate_param, TaskParameters given, TaskCotangents cotangents,
                               const typename Product::X* x, typename Product::X* y, typename Product::Sum* split_k_sums,
-                              int64_t columns_each) {
+                              int64_t columns_each, Grid grid) {
   using X = typename Product::X;
   using Sum = typename Product::Sum;
   SHARED(Sum, total, [kRowsOfTile][Product::kBatch]);
+  SHARED(TaskWindow<M>, tasks, [1]);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
-  const int64_t in = sizes.in, group_out = sizes.group_out(), group = blockIdx.y / sizes.tiles;
-  const int64_t first_row = group * group_out + blockIdx.y % sizes.tiles * kRowsOfTile, end_row = (group + 1) * group_out;
-  const int64_t window = int64_t(blockIdx.x) * kTaskRoom;
+  const uint3 place = grid.place();
+  const int64_t in = sizes.in, group_out = sizes.group_out(), group = place.y / sizes.tiles;
+  const int64_t first_row = group * group_out + place.y % sizes.tiles * kRowsOfTile, end_row = (group + 1) * group_out;
+  const int64_t window = int64_t(place.x) * kTaskRoom;
   const int count = int(sizes.rows - window < kTaskRoom ? sizes.rows - window : kTaskRoom);
-  const int64_t first = blockIdx.z * columns_each, last = first + columns_each < in ? first + columns_each : in;
+  const int64_t first = place.z * columns_each, last = first + columns_each < in ? first + columns_each : in;
   const P *const w = static_cast<const P*>(given.w), *const dw = static_cast<const P*>(cotangents.dw);
   const X* const ax = static_cast<const X*>(cotangents.dx);
-  const Rows<X> rows_of_x{x + group * in, sizes.groups * in, sizes.source + window},
-      rows_of_ax{ax + group * in, sizes.groups * in, sizes.source + window};
+  tasks[0].find(sizes, given.masks, cotangents.masks, window, count);
+  int64_t begins[2];
+  for (int r = 0; r < 2; ++r) {
+    // Instead of a row beyond the last one the last one is computed again, for nobody.
+    const int64_t row = first_row + g + 8 * r;
+    begins[r] = (IN_BOUNDS(row < end_row) ? row : end_row - 1) * in;
+  }
+  constexpr bool kAhead = kAligned && !kSecond && sizeof(Sum) == 4;  // else there are no registers for it
   Product product;
   for (int64_t step = first + warp * kColumnsOfStep; step < last; step += kWarps * kColumnsOfStep) {
     const int64_t column = step + kChunk * t;
-    Compute<P> w_[2][kChunk], a_[2][kChunk];
-    for (int r = 0; r < 2; ++r) {
-      const int64_t row = first_row + g + 8 * r, columns = IN_BOUNDS(row < end_row) ? in : 0;
-      load_chunk<kAligned>(w + row * in, column, columns, w_[r]);
-      if constexpr (kSecond) load_chunk_or_zero<kAligned>(dw + row * in, column, columns, dw != nullptr, a_[r]);
-    }
+    // A compiler would find all rows before the first step, and keep them in registers that it does not have.
+    const int64_t* const source = kept(tasks[0].source);
+    const Rows<X> rows_of_x{x + group * in, sizes.groups * in, source}, rows_of_ax{ax + group * in, sizes.groups * in, source};
+    const auto load_tile = [&]<class T>(const T* from, T(&to)[2][kChunk]) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) load_raw<kAligned>(from + begins[r], column, in, to[r]);
+    };
+    P w_[2][kChunk];
+    M next[2][kChunk];
+    load_tile(w, w_);
+    if constexpr (kAhead) load_tile(tasks[0].m[0], next);  // before anything waits for w_
     for (int begin = 0, end; begin < count; begin = end) {
-      const int64_t task = sizes.task[window + begin], left = sizes.end[window + begin] - window;
-      end = left < count ? int(left) : count;
-      const M *const m = array_of<M>(given.masks, task), *const dm = array_of<M>(cotangents.masks, task);
-      Sum theta[2][kChunk], second[2][kChunk];
-      for (int r = 0; r < 2; ++r) {
-        const int64_t row = first_row + g + 8 * r, columns = IN_BOUNDS(row < end_row) ? in : 0;
-        Compute<P> m_[kChunk], b_[kChunk];
-        load_chunk<kAligned>(m + row * in, column, columns, m_);
-        if constexpr (kSecond) load_chunk_or_zero<kAligned>(dm + row * in, column, columns, dm != nullptr, b_);
-        with_gate(sizes.gate, [&]<GateKind kind>() {
-          for (int j = 0; j < kChunk; ++j) {
-            theta[r][j] = theta_of<kind>(w_[r][j], m_[j], gate_param);
-            if constexpr (kSecond) second[r][j] = double_backward_of<kind>(a_[r][j], b_[j], Sum(0), w_[r][j], m_[j], gate_param).g;
-          }
-        });
-      }
-      if constexpr (kSecond) {
-        if (ax != nullptr) product.template add<kAligned, false>(theta, rows_of_ax, column, begin, end, in);
-        if (x != nullptr) product.template add<kAligned, false>(second, rows_of_x, column, begin, end, in);
+      end = tasks[0].end[begin];
+      M m_[2][kChunk];
+      if constexpr (kAhead) {
+        memcpy(m_, next, sizeof m_);
+        if (end < count) load_tile(tasks[0].m[end], next);
       } else {
-        product.template add<kAligned, false>(theta, rows_of_x, column, begin, end, in);
+        load_tile(tasks[0].m[begin], m_);
+      }
+      const auto add = [&](const Rows<X>& rows, auto fill) {
+        Sum tile[2][kChunk];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) fill(r, tile[r]);
+        product.template add<kAligned, false>(tile, rows, column, begin, end, in);
+      };
+      const auto theta = [&](int r, Sum(&to)[kChunk]) {
+        with_gate(sizes.gate, [&]<GateKind kind>() {
+#pragma unroll
+          for (int j = 0; j < kChunk; ++j) to[j] = theta_of<kind>(to_compute(w_[r][j]), to_compute(m_[r][j]), gate_param);
+        });
+      };
+      if constexpr (kSecond) {
+        const M* const dm = tasks[0].dm[begin];
+        if (ax != nullptr) add(rows_of_ax, theta);
+        const auto second = [&](int r, Sum(&to)[kChunk]) {
+          Compute<P> a_[kChunk], b_[kChunk];
+          load_chunk_or_zero<kAligned>(dw + begins[r], column, in, dw != nullptr, a_);
+          load_chunk_or_zero<kAligned>(dm + begins[r], column, in, dm != nullptr, b_);
+          with_gate(sizes.gate, [&]<GateKind kind>() {
+#pragma unroll
+            for (int j = 0; j < kChunk; ++j) {
+              to[j] = double_backward_of<kind>(a_[j], b_[j], Sum(0), to_compute(w_[r][j]), to_compute(m_[r][j]), gate_param).g;
+            }
+          });
+        };
+        if (x != nullptr) add(rows_of_x, second);
+      } else {
+        add(rows_of_x, theta);
       }
     }
   }
@@ -114,11 +164,11 @@ __global__ void __launch_bounds__(kBlock)
     const int64_t row = first_row + i % kRowsOfTile;
     if (!IN_BOUNDS(row < end_row)) continue;
     Sum sum = total[i % kRowsOfTile][b];
-    if (blockIdx.z == 0) {
+    if (place.z == 0) {
       sum += bias_of<P>(sizes, gate_param, static_cast<const P*>(given.bias), given.bias_masks, sizes.task[window + b], row);
     }
-    const int64_t to = sizes.source[window + b] * sizes.out + row;
-    if (split_k_sums != nullptr) split_k_sums[int64_t(blockIdx.z) * sizes.rows * sizes.out + to] = sum;
+    const int64_t to = tasks[0].source[b] * sizes.out + row;
+    if (split_k_sums != nullptr) split_k_sums[int64_t(place.z) * sizes.rows * sizes.out + to] = sum;
     else from_compute(sum, y[to]);
   }
 }

@@ -10,7 +10,7 @@
 namespace metamask::cuda {
 
 // dw: [out, in] of the type of the arithmetic; dm: of M; dx: [rows, groups * in]. What is null is not wanted. With `split_k_sums`
-// [gridDim.y, rows, groups * in] the sums of dx go there instead.
+// [grid.y, rows, groups * in] the sums of dx go there instead.
 //
 // With kSecond they are the gradients of <cotangents, first derivatives>: V takes the place of theta, and H = dy^T (cotangent of
 // dx) is a second gradient of theta, which reaches W and M as G does in the first backward.
@@ -18,15 +18,16 @@ template <bool kSecond, bool kAligned, class P, class M, class Product>
 __global__ void __launch_bounds__(kBlock)
     task_masked_linear_backward_kernel(TaskSizes sizes, Compute<P> gate_param, TaskParameters given, TaskCotangents cotangents,
                                        const typename Product::X* dy, const typename Product::X* x, Compute<P>* dw, PerTask dm,
-                                       typename Product::X* dx, typename Product::Sum* split_k_sums, int64_t rows_each) {
+                                       typename Product::X* dx, typename Product::Sum* split_k_sums, int64_t rows_each, Grid grid) {
   using X = typename Product::X;
   using Sum = typename Product::Sum;
   constexpr int kRows = Product::kRows, kColumns = Product::kColumns, kStrip = 8 * kColumns;
   SHARED(Sum, total, [Product::kBatch][kStrip]);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
-  const int64_t in = sizes.in, out = sizes.out, group = blockIdx.z, group_end = (group + 1) * sizes.group_out();
-  const int64_t first_column = int64_t(blockIdx.x) * kStrip, column = first_column + kColumns * g;
-  const int64_t first = group * sizes.group_out() + blockIdx.y * rows_each;
+  const uint3 place = grid.place();
+  const int64_t in = sizes.in, out = sizes.out, group = place.z, group_end = (group + 1) * sizes.group_out();
+  const int64_t first_column = int64_t(place.x) * kStrip, column = first_column + kColumns * g;
+  const int64_t first = group * sizes.group_out() + place.y * rows_each;
   const int64_t last = first + rows_each < group_end ? first + rows_each : group_end;
   const bool needs_dm = dm.first != nullptr || dm.table != nullptr, needs_gradient = dw != nullptr || needs_dm;
   const P *const w = static_cast<const P*>(given.w), *const a = static_cast<const P*>(cotangents.dw);
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kBlock)
         if (!IN_BOUNDS(at < in)) continue;
         const Sum sum = total[i / kStrip][i % kStrip];
         const int64_t to = (sizes.source[begin + i / kStrip] * sizes.groups + group) * in + at;
-        if (split_k_sums != nullptr) split_k_sums[int64_t(blockIdx.y) * sizes.rows * sizes.groups * in + to] = sum;
+        if (split_k_sums != nullptr) split_k_sums[int64_t(place.y) * sizes.rows * sizes.groups * in + to] = sum;
         else from_compute(sum, dx[to]);
       }
       __syncthreads();  // the next rows' sums take the place of these

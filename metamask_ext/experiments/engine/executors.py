@@ -16,6 +16,8 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
+from metamask_ext.products import PANELS, using_table
+
 from .jobs import Job, JobError, Key, described, file_name, json_bytes
 from .tracking import Tracking, recording
 
@@ -32,11 +34,15 @@ def cores() -> int:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one thread: these models gain nothing from more, and their results then do not depend on the number of cores."""
+    """Compute with one thread, and by panels: these models gain nothing from more threads or from BLAS.
+
+    Their results then depend neither on the number of cores nor on the processor's table of products.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with using_table(PANELS):
+            yield
     finally:
         torch.set_num_threads(threads)
 

@@ -17,7 +17,8 @@ from metamask_ext.torch_private import set_node_default
 from ..geometry import Geometry, Pair, output_size
 from ..linear import raw as linear_raw
 from ..linear.raw import Gradients
-from ..weight.autograd import Steps, bias_gradients, theta_of, weight_gradients
+from ..weight.autograd import State, Steps, bias_gradients, theta_of, weight_gradients
+from ..weight.raw import AdamWState
 from . import raw
 
 
@@ -97,9 +98,11 @@ def _backward(
         backward: Callable[..., Gradients] = linear_raw.masked_linear_backward
         grads = backward(rows, patches, _rows(weight), _rows(mask_logits), bias, bias_mask_logits, *gate, output_mask)
     else:
-        update: Callable[..., Gradients] = linear_raw.masked_linear_backward_sgd_
-        parameters, (updates, buffers, settings) = steps.on((weight, mask_logits, bias, bias_mask_logits))
-        grads = update(rows, patches, *_matrices(parameters), *gate, output_mask, updates, _matrices(buffers), settings)
+        update = linear_raw.UPDATES[steps.rule]
+        parameters, (updates, states, settings) = steps.on((weight, mask_logits, bias, bias_mask_logits))
+        matrices = [None if tensor is None else _rows(tensor) for tensor in parameters[:2]]
+        kept = [*map(_state_rows, states[:2]), *states[2:]]
+        grads = update(rows, patches, *matrices, *parameters[2:], *gate, output_mask, updates, kept, settings)
     dx, dw, dm, db, dbm = grads
     if dx is not None:
         dx = raw.col2im(dx, input.shape, weight.shape[2:], *geometry)
@@ -131,9 +134,11 @@ def _differentiable_backward(
     return dx, dw, dm, db, dbm
 
 
-def _matrices(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The first two, those of the weight and of its mask, as rows."""
-    return [*(None if tensor is None else _rows(tensor) for tensor in tensors[:2]), *tensors[2:]]
+def _state_rows(state: State | None) -> State | None:
+    """The state of a weight or of its mask, as rows."""
+    if isinstance(state, AdamWState):
+        return AdamWState(_rows(state.exp_avg), _rows(state.exp_avg_sq), state.step)
+    return None if state is None else _rows(state)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class MaskedLinear(Function):
     def backward(ctx, grad):
         output_mask, steps = ctx.needs_input_grad[:5], ctx.steps
         if steps is not None:
-            update: Callable[..., raw.Gradients] = raw.masked_linear_backward_sgd_
+            update = raw.UPDATES[steps.rule]
             input, *saved = ctx.saved_tensors
             parameters, arguments = steps.on(saved)
             grads = update(grad, input, *parameters, ctx.gate_id, ctx.gate_param, output_mask, *arguments)

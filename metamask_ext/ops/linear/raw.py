@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +13,8 @@ from metamask_ext._build import BACKEND
 from ..checks import check_flags, check_linear, check_pair, check_storage, check_tensor
 from ..gate import check_gate
 from ..geometry import check_sizes
-from ..sgd_checks import Updated, check_apart, check_update
-from ..weight.raw import SgdSettings
+from ..step_checks import adamw_updates, check_apart, sgd_updates
+from ..weight.raw import AdamWSettings, AdamWState, Rule, SgdSettings, state_of
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of input, weight, mask_logits, bias and bias_mask_logits; None where not needed."""
@@ -78,6 +78,40 @@ def masked_linear_backward_sgd_(
     return grads
 
 
+def masked_linear_backward_adamw_(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+    output_mask: Sequence[bool],
+    updates: Sequence[bool],
+    states: Sequence[AdamWState | None],
+    settings: Sequence[AdamWSettings],
+) -> Gradients:
+    """As :func:`masked_linear_backward`, with steps as
+    :func:`metamask_ext.ops.weight.raw.masked_weight_backward_adamw_` takes them.
+
+    ``updates``, ``states`` and ``settings`` are those of weight, mask_logits, bias and bias_mask_logits. CPU only.
+    """
+    grads: Gradients = torch.ops.metamask.masked_linear_backward_adamw_.default(
+        *(grad, input, weight, mask_logits, bias, bias_mask_logits, state_of(updates, states)),
+        *(gate_id, gate_param, output_mask, updates),
+        [number for its in settings for number in its],
+    )
+    return grads
+
+
+UPDATES: dict[Rule, Callable[..., Gradients]] = {
+    "sgd": masked_linear_backward_sgd_,
+    "adamw": masked_linear_backward_adamw_,
+}
+"""As those of :mod:`metamask_ext.ops.weight.raw`."""
+
+
 if BACKEND != "reference":
 
     @torch.library.register_fake("metamask::masked_linear")
@@ -111,22 +145,33 @@ if BACKEND != "reference":
         updates,
         settings,
     ):
-        check_flags("output_mask", output_mask, 5)
-        check_flags("updates", updates, 4)
         if len(settings) != 12:
             raise ValueError(f"settings must be lr, weight_decay and momentum of four parameters, got {len(settings)} numbers")
+        tensors = (weight, mask_logits, bias, bias_mask_logits)
+
+        def updated():
+            its = [settings[first : first + 3] for first in range(0, 12, 3)]
+            return sgd_updates(tensors, updates, (v_w, v_m, v_b, v_bm), its)
+
+        return _updated(grad, input, *tensors, gate_id, gate_param, output_mask, updates, updated)
+
+    @torch.library.register_fake("metamask::masked_linear_backward_adamw_")
+    def _(grad, input, weight, mask_logits, bias, bias_mask_logits, state, gate_id, gate_param, output_mask, updates, settings):
+        tensors = (weight, mask_logits, bias, bias_mask_logits)
+
+        def updated():
+            return adamw_updates(tensors, updates, state, settings)
+
+        return _updated(grad, input, *tensors, gate_id, gate_param, output_mask, updates, updated)
+
+    def _updated(grad, input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, output_mask, updates, updated):
+        check_flags("output_mask", output_mask, 5)
+        check_flags("updates", updates, 4)
         _check(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param)
         _check_grad(grad, input, weight)
         if (updates[2] or updates[3]) and bias_mask_logits is None:
             raise ValueError("bias must have logits to be updated here")
-        parameters = [
-            Updated("weight", weight, updates[0], v_w, settings[0:3]),
-            Updated("mask_logits", mask_logits, updates[1], v_m, settings[3:6]),
-            Updated("bias", bias, updates[2], v_b, settings[6:9]),
-            Updated("bias_mask_logits", bias_mask_logits, updates[3], v_bm, settings[9:12]),
-        ]
-        for of in parameters:
-            check_update(of)
+        parameters = updated()
         for name, update, parameter in (("weight", updates[0], weight), ("mask_logits", updates[1], mask_logits)):
             if update and not parameter.is_contiguous():
                 raise ValueError(f"{name} must be contiguous to be updated in place, got strides {list(parameter.stride())}")

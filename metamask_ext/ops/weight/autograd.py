@@ -22,42 +22,49 @@ from torch.autograd import Function
 
 from metamask_ext.torch_private import is_legacy_batched, set_node_default
 
+from ..streams import Streams
 from ..vjp import pull_back
 from . import raw, reference
 
-NO_STEP: raw.SgdSettings = (0.0, 0.0, 0.0)
-Arguments = tuple[Sequence[bool], Sequence[Tensor | None], Sequence[raw.SgdSettings]]
+State = Tensor | raw.AdamWState
+"""The state of a parameter: a momentum buffer, or AdamW's means and number of steps."""
+Arguments = tuple[Sequence[bool], Sequence[State | None], Sequence[tuple[float, ...]]]
 
 
 class Steps(NamedTuple):
-    """Steps of SGD that a node's backward takes instead of giving gradients, set by :class:`metamask_ext.optim.FusedMaskedSGD`.
+    """Steps that a node's backward takes instead of giving gradients, set by the optimisers of :mod:`metamask_ext.optim`.
 
-    For each parameter of the node, in its order: whether it takes a step, its momentum buffer, ``lr, weight_decay, momentum``, and
-    the parameter itself.
+    For each parameter of the node, in its order: whether it takes a step, what the optimiser keeps of it, the numbers of the step,
+    and the parameter itself. ``streams`` are those on which nodes take their steps.
     """
 
+    rule: raw.Rule
     updates: tuple[bool, ...]
-    momentum_buffers: tuple[Tensor | None, ...]
-    settings: tuple[raw.SgdSettings, ...]
+    states: tuple[State | None, ...]
+    settings: tuple[tuple[float, ...], ...]
     parameters: tuple[Tensor | None, ...]
+    streams: Streams
 
     def on(self, saved: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Arguments]:
-        """The tensors to compute with, and the arguments ``updates, momentum_buffers, settings`` of an op that takes steps.
+        """The tensors to compute with, and the arguments ``updates, states, settings`` of the op that takes these steps.
 
         Only a parameter whose saved tensor is its own memory takes its step, on the parameter itself. Hooks on saved tensors
         (off-loading, quantisation) may give back a copy: a step on that would be lost, so the parameter gets a gradient instead.
         """
+        weight = saved[0]
+        assert weight is not None
+        self.streams.note(weight)
         if all(map(operator.is_, saved, self.parameters)):
-            return list(saved), (self.updates, self.momentum_buffers, self.settings)
-        tensors, updates, buffers, settings = list(saved), list(self.updates), list(self.momentum_buffers), list(self.settings)
+            return list(saved), (self.updates, self.states, self.settings)
+        tensors, updates, states = list(saved), list(self.updates), list(self.states)
         for index, tensor in enumerate(saved):
             parameter = self.parameters[index]
             if tensor is not parameter and updates[index]:
                 if _same_memory(tensor, parameter):
                     tensors[index] = parameter
                 else:
-                    updates[index], buffers[index], settings[index] = False, None, NO_STEP
-        return tensors, (updates, buffers, settings)
+                    updates[index], states[index] = False, None
+        return tensors, (updates, states, self.settings)
 
 
 def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
@@ -85,7 +92,8 @@ class MaskedWeight(Function):
             grads = MaskedWeightBackward.apply(grad, weight, mask_logits, ctx.gate_id, ctx.gate_param, output_mask)
         else:
             (weight, mask_logits), arguments = steps.on((weight, mask_logits))
-            grads = raw.masked_weight_backward_sgd_(grad, weight, mask_logits, ctx.gate_id, ctx.gate_param, output_mask, *arguments)
+            update = raw.UPDATES[steps.rule]
+            grads = update(grad, weight, mask_logits, ctx.gate_id, ctx.gate_param, output_mask, *arguments)
         return (
             *grads,
             None,  # gate_id

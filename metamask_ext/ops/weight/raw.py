@@ -6,8 +6,8 @@ A raw op has no derivative: called with grad mode on and an input that requires 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,23 @@ from metamask_ext._build import BACKEND
 from ..checks import check_each_like, check_flags, check_like, check_pair, check_pairs, check_storage
 from ..gate import check_gate
 from ..geometry import check_sizes
-from ..sgd_checks import Updated, check_apart, check_update
+from ..step_checks import adamw_updates, check_apart, sgd_updates
 
+Rule = Literal["sgd", "adamw"]
+"""The steps that a parameter may take inside a backward."""
 SgdSettings = tuple[float, float, float]
 """Of a step of SGD: ``lr, weight_decay, momentum``."""
+AdamWSettings = tuple[float, float, float, float, float]
+"""Of a step of AdamW: ``lr, beta1, beta2, eps, weight_decay``."""
+
+
+class AdamWState(NamedTuple):
+    """AdamW's state of a parameter: the means of its gradient and of the gradient's square, and the number of steps."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
 
 if TYPE_CHECKING:
 
@@ -113,6 +126,42 @@ def masked_weight_backward_sgd_(
     return grads
 
 
+def masked_weight_backward_adamw_(
+    grad: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    gate_id: int,
+    gate_param: float,
+    output_mask: Sequence[bool],
+    updates: Sequence[bool],
+    states: Sequence[AdamWState | None],
+    settings: Sequence[AdamWSettings],
+) -> tuple[Tensor | None, Tensor | None]:
+    """As :func:`masked_weight_backward`, but where ``updates`` says so a parameter takes a step of AdamW and gives None. CPU only.
+
+    ``a = beta1 * a + (1 - beta1) * grad``, ``b = beta2 * b + (1 - beta2) * grad**2`` and ``p = (1 - lr * weight_decay) * p - lr *
+    (a / (1 - beta1**k)) / (sqrt(b / (1 - beta2**k)) + eps)``, with ``a`` and ``b`` the means of its state, and ``k`` its number of
+    steps with this one. ``updates``, ``states`` and ``settings`` are those of weight and mask_logits.
+    """
+    grads: tuple[Tensor | None, Tensor | None] = torch.ops.metamask.masked_weight_backward_adamw_.default(
+        *(grad, weight, mask_logits, state_of(updates, states), gate_id, gate_param, output_mask, updates),
+        [number for its in settings for number in its],
+    )
+    return grads
+
+
+UPDATES: dict[Rule, Callable[..., tuple[Tensor | None, Tensor | None]]] = {
+    "sgd": masked_weight_backward_sgd_,
+    "adamw": masked_weight_backward_adamw_,
+}
+"""The ops that take steps; their last arguments are ``updates``, what the optimiser keeps, and ``settings``."""
+
+
+def state_of(updates: Sequence[bool], states: Sequence[AdamWState | None]) -> list[Tensor]:
+    """The tensors of the parameters that take a step, one after another."""
+    return [tensor for update, state in zip(updates, states) if update and state is not None for tensor in state]
+
+
 if BACKEND != "reference":
 
     def _check(weight, mask_logits, gate_id, gate_param):
@@ -147,16 +196,24 @@ if BACKEND != "reference":
 
     @torch.library.register_fake("metamask::masked_weight_backward_sgd_")
     def _(grad, weight, mask_logits, weight_buffer, mask_buffer, gate_id, gate_param, output_mask, updates, *settings):
+        def updated():
+            return sgd_updates((weight, mask_logits), updates, (weight_buffer, mask_buffer), settings)
+
+        return _updated(grad, weight, mask_logits, gate_id, gate_param, output_mask, updates, updated)
+
+    @torch.library.register_fake("metamask::masked_weight_backward_adamw_")
+    def _(grad, weight, mask_logits, state, gate_id, gate_param, output_mask, updates, settings):
+        def updated():
+            return adamw_updates((weight, mask_logits), updates, state, settings)
+
+        return _updated(grad, weight, mask_logits, gate_id, gate_param, output_mask, updates, updated)
+
+    def _updated(grad, weight, mask_logits, gate_id, gate_param, output_mask, updates, updated):
         check_flags("output_mask", output_mask, 2)
         check_flags("updates", updates, 2)
         _check(weight, mask_logits, gate_id, gate_param)
         check_like("grad", grad, weight)
-        parameters = [
-            Updated("weight", weight, updates[0], weight_buffer, settings[0]),
-            Updated("mask_logits", mask_logits, updates[1], mask_buffer, settings[1]),
-        ]
-        for parameter in parameters:
-            check_update(parameter)
+        parameters = updated()
         if updates[1] and mask_logits.numel() > 1 and mask_logits.stride() != torch.empty_like(weight).stride():
             raise ValueError(
                 f"mask_logits must have the strides of weight to be updated in place, {list(weight.stride())}, "

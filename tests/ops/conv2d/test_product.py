@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.derivatives import nested_gradients
+from support.fused_steps import compare, each_kind, each_setting, error
 from support.profiling import largest_allocation, metamask_ops
-from support.sgd_steps import FUSED, compare, each_setting, error
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -175,38 +175,42 @@ def net(dtype=torch.float64):
 
 
 @each_setting
-def test_the_fused_steps_numbers_are_those_of_torch(settings):
-    names = compare(net, settings)
+def test_the_fused_steps_numbers_are_those_of_torch(kind, settings):
+    names = compare(net, kind, settings)
     # The first convolution has too many places; of the others nothing gives a gradient
-    assert names.count(FUSED[0]) == 2 * 4 and names.count(FUSED[1]) == 2 * 4 and "metamask::masked_linear_backward" not in names
+    assert [names.count(op) for op in kind.ops] == [2 * 4, 2 * 4] and "metamask::masked_linear_backward" not in names
 
 
-def test_a_penalty_is_not_fused_and_right():
+@each_kind
+def test_a_penalty_is_not_fused_and_right(kind):
     def loss(model, x, y):
         return error(model, x, y) + 0.1 * model[2].weight.square().sum() + 0.1 * model[4].mask_logits.abs().sum()
 
-    assert FUSED[0] in compare(net, {"lr": 0.1, "momentum": 0.9}, loss)
+    assert kind.ops[0] in compare(net, kind, kind.settings, loss)
 
 
-def test_a_momentum_buffer_in_another_order_is_brought_into_that_of_its_weight():
+@each_kind
+def test_state_in_another_order_is_brought_into_that_of_its_weight(kind):
     x = torch.randn(1, 2, 8, 8, dtype=torch.float64)
     moved = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
         model = net()
-        optimizer = FusedMaskedSGD(model, 0.1, momentum=0.9)
+        optimizer = kind.ours(model, **kind.settings)
         weight = model[2].weight
         buffer = torch.arange(weight.numel(), dtype=weight.dtype).view(weight.shape) / weight.numel()
-        optimizer.state[weight]["momentum_buffer"] = buffer.contiguous(memory_format=memory_format)
+        for name in kind.state:
+            optimizer.state[weight][name] = buffer.clone(memory_format=memory_format)
         optimizer.backward(model(x).square().sum())
-        moved.append([weight.detach(), optimizer.state[weight]["momentum_buffer"]])
+        moved.append([weight.detach(), *(optimizer.state[weight][name] for name in kind.state)])
     assert all(torch.equal(one, other) and one.stride() == other.stride() for one, other in zip(*moved))
 
 
-def test_a_fused_step_tells_those_who_saved_the_weight():
+@each_kind
+def test_a_fused_step_tells_those_who_saved_the_weight(kind):
     model = net()
     versions = [parameter._version for parameter in (model[2].weight, model[2].mask_logits)]
-    FusedMaskedSGD(model, 0.1).backward(model(torch.randn(1, 2, 8, 8, dtype=torch.float64)).square().sum())
+    kind.ours(model, 0.1).backward(model(torch.randn(1, 2, 8, 8, dtype=torch.float64)).square().sum())
     assert all(parameter._version > version for parameter, version in zip((model[2].weight, model[2].mask_logits), versions))
 
 

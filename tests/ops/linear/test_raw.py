@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from support.closeness import assert_near
+from support.gpu import DEVICES
 from support.linear_checks import SHAPES, check, expected, inputs
 from support.profiling import largest_allocation
-from support.samples import DEVICES, DTYPES, GATE_IDS, GATES, offset, opcheck, transposed, wider
+from support.samples import DTYPES, GATE_IDS, GATES, offset, opcheck, transposed, wider
 
 import metamask_ext as mm
 from metamask_ext.ops.gate import SIGMOID

@@ -5,16 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from support.derivatives import flat, nested_gradients, options
+from support.fused_steps import SGD, assert_equal_models, each_setting
 from support.mixed_task import Batch, assert_near, cotangents_of, plain, plain_gradients
 from support.profiling import allocated, metamask_ops
 from support.samples import DTYPES, GATES
-from support.sgd_steps import SETTINGS, assert_equal_models, each_setting, torch_sgd
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import metamask_ext as mm
 from metamask_ext.nn import MaskedLinear
-from metamask_ext.optim import FusedMaskedSGD
 
 each_gate = pytest.mark.parametrize("gate", [GATES[1], GATES[3]], ids=["sigmoid", "hard"])
 each_form = pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
@@ -282,7 +281,7 @@ def test_a_training_step_from_a_list_allocates_only_the_gradients_of_the_masks_i
     assert allocated(second) < 12 * size
 
 
-# --- FusedMaskedSGD: parameters that a mixed-task batch reaches get ordinary gradients, and torch.optim.SGD's step.
+# --- Fused optimisers: parameters that a mixed-task batch reaches get ordinary gradients, and the step of torch's.
 
 
 def two_layers():
@@ -310,9 +309,9 @@ def mixed_and_ordinary(model, x, slots):
 
 @each_setting
 @pytest.mark.parametrize("make_loss", [only_mixed, mixed_and_ordinary], ids=lambda function: function.__name__)
-def test_fused_sgd_takes_torchs_step_where_a_batch_mixes_tasks(make_loss, settings):
+def test_a_fused_optimiser_takes_torchs_step_where_a_batch_mixes_tasks(make_loss, kind, settings):
     ours, theirs = two_layers(), two_layers()
-    fused, plain_sgd = FusedMaskedSGD(ours, **settings), torch_sgd(theirs, **settings)
+    fused, plain = kind.ours(ours, **settings), kind.torchs(theirs, **settings)
     ops = {}
     for seed in range(3):
         torch.manual_seed(seed)
@@ -321,20 +320,20 @@ def test_fused_sgd_takes_torchs_step_where_a_batch_mixes_tasks(make_loss, settin
         ops = metamask_ops(lambda value=value: fused.backward(value))
         assert all(p.grad is None for p in ours.parameters())
         make_loss(theirs, x, slots).backward()
-        plain_sgd.step()
-        plain_sgd.zero_grad()
-    assert_equal_models(ours, theirs)
+        plain.step()
+        plain.zero_grad()
+    assert_equal_models(ours, theirs, kind.tolerance)
     assert ops == (
         {"task_masked_linear_backward": 2}
         if make_loss is only_mixed
-        else {"task_masked_linear_backward": 1, "masked_linear_backward": 1, "masked_linear_backward_sgd_": 1}
+        else {"task_masked_linear_backward": 1, "masked_linear_backward": 1, kind.ops[0].removeprefix("metamask::"): 1}
     )
 
 
 def test_a_mask_that_the_batch_does_not_use_decays_only_if_it_is_passed():
     """A zero gradient is a gradient: SGD with weight decay moves the mask. One that is not in the list does not move."""
     model = two_layers()
-    optimizer = FusedMaskedSGD(model, **SETTINGS)
+    optimizer = SGD.ours(model, **SGD.settings)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     layer = model[0]
     masks = [layer.masks["b"], layer.masks["c"]]

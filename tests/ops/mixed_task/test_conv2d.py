@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.derivatives import nested_gradients, options
+from support.gpu import DEVICES
 from support.mixed_task import assert_near
 from support.profiling import metamask_ops
 from support.samples import DTYPES, GATES, channels_last, wider
@@ -32,20 +33,25 @@ each_shape = pytest.mark.parametrize("shape", SHAPES)
 SLOTS = torch.tensor([2, 0, 2])
 
 
+each_device = pytest.mark.parametrize("device", DEVICES)
+
+
 @pytest.fixture(autouse=True, params=["im2col", "one convolution"])
 def path(request, monkeypatch):
-    """The path of the CPU and that of a GPU, on CPU tensors. In "many" theta is larger than the columns of im2col."""
+    """The path of the CPU and that of a GPU, also on CPU tensors. In "many" theta is larger than the columns of im2col."""
     if request.param == "one convolution":
-        monkeypatch.setattr(mixed, "ONE_CONVOLUTION_ON", ("cpu",))
+        monkeypatch.setattr(mixed, "ONE_CONVOLUTION_ON", ("cpu", "cuda"))
+    elif request.node.callspec.params.get("device") == "cuda":
+        monkeypatch.setattr(mixed, "ONE_CONVOLUTION_ON", ())
     return request.param
 
 
-def inputs(shape, dtype=torch.float64, tasks=3):
+def inputs(shape, dtype=torch.float64, tasks=3, device="cpu"):
     """input, weight, masks, bias, bias masks."""
     c_in, c_out, kernel, *_, groups = SHAPES[shape]
     generator = torch.Generator().manual_seed(1)
     shapes = [(3, c_in, 6, 7), (c_out, c_in // groups, *kernel), (tasks, c_out, c_in // groups, *kernel), (c_out,), (tasks, c_out)]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
 
 
 def plain(x, w, m, b, bm, shape, gate, slots=SLOTS):
@@ -58,7 +64,7 @@ def plain(x, w, m, b, bm, shape, gate, slots=SLOTS):
 
 
 def ours(x, w, m, b, bm, shape, gate, slots=SLOTS):
-    return mm.task_masked_conv2d(x, slots, w, m, b, bm, *SHAPES[shape][3:], **options(gate))
+    return mm.task_masked_conv2d(x, slots.to(x.device), w, m, b, bm, *SHAPES[shape][3:], **options(gate))
 
 
 @pytest.mark.every_device(
@@ -66,18 +72,19 @@ def ours(x, w, m, b, bm, shape, gate, slots=SLOTS):
         path == "one convolution" and shape in ("3x3", "groups", "uneven") and dtype != torch.float16 and gate == GATES[1]
     )
 )
+@each_device
 @each_gate
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @each_shape
-def test_output_and_gradients_equal_conv2d_sample_by_sample(shape, dtype, gate):
-    tensors = [tensor.requires_grad_() for tensor in inputs(shape, dtype)]
-    doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
+def test_output_and_gradients_equal_conv2d_sample_by_sample(shape, dtype, gate, device):
+    tensors = [tensor.requires_grad_() for tensor in inputs(shape, dtype, device=device)]
+    doubles = [tensor.detach().double().cpu().requires_grad_() for tensor in tensors]
     got, wanted = ours(*tensors, shape, gate), plain(*doubles, shape, gate)
     assert got.dtype == dtype and got.is_contiguous()
     terms = tensors[1][0].numel()
     assert_near(got.detach(), wanted.detach(), terms, "y")
     grad = torch.randn(got.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
-    grads = torch.autograd.grad(got, tensors, grad)
+    grads = torch.autograd.grad(got, tensors, grad.to(device))
     for index, (one, other) in enumerate(zip(grads, torch.autograd.grad(wanted, doubles, grad.double()))):
         assert one.dtype == dtype and one.shape == tensors[index].shape
         # col2im adds gradients up in the tensor's dtype, one for each place of the kernel
@@ -93,28 +100,33 @@ def test_gradcheck_and_gradgradcheck(shape):
 
 
 @pytest.mark.every_device(emulated_if=lambda path, gate, **_: path == "one convolution" and gate == GATES[1])
+@each_device
 @each_gate
-def test_derivatives_to_the_third_order_equal_conv2d(gate):
-    tensors = [tensor.requires_grad_() for tensor in inputs("groups")]
+def test_derivatives_to_the_third_order_equal_conv2d(gate, device):
+    tensors = [tensor.requires_grad_() for tensor in inputs("groups", device=device)]
     got = nested_gradients(lambda *t: ours(*t, "groups", gate), tensors, 3)
     wanted = nested_gradients(lambda *t: plain(*t, "groups", gate), tensors, 3)
     for one, other in zip(got, wanted):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-def test_a_list_of_masks_equals_one_tensor_also_in_the_gradients():
+@each_device
+def test_a_list_of_masks_equals_one_tensor_also_in_the_gradients(device):
     results = []
     for listed in (False, True):
-        x, w, m, b, bm = (tensor.requires_grad_() for tensor in inputs("groups"))
+        x, w, m, b, bm = (tensor.requires_grad_() for tensor in inputs("groups", device=device))
         masks, bias_masks = (list(m.unbind()), list(bm.unbind())) if listed else (m, bm)
-        y = mm.task_masked_conv2d(x, SLOTS, w, masks, b, bias_masks, groups=2)
+        y = mm.task_masked_conv2d(x, SLOTS.to(device), w, masks, b, bias_masks, groups=2)
         results.append((y, *torch.autograd.grad(y.square().sum(), (x, w, m, b, bm))))
-    assert all(torch.equal(one, other) for one, other in zip(*results))
+    for one, other in zip(*results):
+        # A GPU computes from memory that is aligned otherwise, in another order.
+        torch.testing.assert_close(one, other, rtol=0 if device == "cpu" else 1e-12, atol=0 if device == "cpu" else 1e-12)
 
 
+@each_device
 @pytest.mark.parametrize("layout", [channels_last, wider], ids=["channels-last", "wider"])
-def test_any_strides(layout):
-    x, w, m, b, bm = inputs("groups")
+def test_any_strides(layout, device):
+    x, w, m, b, bm = inputs("groups", device=device)
     wanted = ours(x, w, m, b, bm, "groups", GATES[0])
     loose = ours(layout(x), layout(w), wider(m), wider(b), wider(bm), "groups", GATES[0])
     torch.testing.assert_close(loose, wanted, rtol=1e-13, atol=1e-13)
@@ -132,9 +144,10 @@ def test_no_bias_a_bias_without_masks_and_one_sample_without_a_batch():
     torch.testing.assert_close(alone, none[1], rtol=1e-12, atol=1e-12)
 
 
-def test_an_empty_batch():
-    x, w, m, b, bm = (tensor.requires_grad_() for tensor in inputs("3x3"))
-    y = mm.task_masked_conv2d(x[:0], SLOTS[:0], w, m, b, bm, padding=1)
+@each_device
+def test_an_empty_batch(device):
+    x, w, m, b, bm = (tensor.requires_grad_() for tensor in inputs("3x3", device=device))
+    y = mm.task_masked_conv2d(x[:0], SLOTS[:0].to(device), w, m, b, bm, padding=1)
     assert y.shape == (0, 6, 6, 7)
     y.sum().backward()
     assert all(bool((tensor.grad == 0).all()) for tensor in (x, w, m, b, bm))
@@ -159,9 +172,10 @@ def test_transforms_and_torch_compile():
     torch.testing.assert_close(vmapped[1], plain(x, w, -m, b, bm, "groups", GATES[1]), rtol=1e-12, atol=1e-12)
 
 
-def test_autocast():
-    x, w, m, b, bm = inputs("3x3", torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+@each_device
+def test_autocast(device):
+    x, w, m, b, bm = inputs("3x3", torch.float32, device=device)
+    with torch.autocast(device, torch.bfloat16):
         y = ours(x, w, m, b, bm, "3x3", GATES[0])
     assert y.dtype == torch.bfloat16
     assert_near(y, plain(*(t.double() for t in (x, w, m, b, bm)), "3x3", GATES[0]), 36, "y")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.gpu import DEVICES
 from support.mixed_task import (
     CASES,
     GATE,
@@ -19,7 +20,7 @@ from support.mixed_task import (
     plain_gradients,
 )
 from support.profiling import allocated
-from support.samples import DEVICES, DTYPES, GATES, opcheck
+from support.samples import DTYPES, GATES, opcheck
 
 import metamask_ext as mm
 from metamask_ext.ops.gate import SIGMOID

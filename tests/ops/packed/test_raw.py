@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.closeness import assert_near
+from support.gpu import DEVICES
 from support.packed_checks import SHAPES, by_hand, check, expected, inputs
-from support.samples import DEVICES, DTYPES, offset, transposed, wider
+from support.samples import DTYPES, offset, transposed, wider
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
@@ -50,7 +51,9 @@ def test_the_reference_equals_a_loop_over_samples(shape, stacked):
 
 
 @pytest.mark.every_device
-@pytest.mark.parametrize("shape", [(1,), (17,), (3, 1), (5, 129), (4, 1134), (3, 2, 3, 3), (0, 5), (3, 0)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1,), (17,), (3, 1), (5, 129), (4, 1134), (3, 2, 3, 3), (3, 8), (67, 64), (0, 5), (3, 0)], ids=str
+)
 @each_dtype
 def test_pack_and_unpack(shape, dtype):
     generator = torch.Generator().manual_seed(3)
@@ -130,9 +133,10 @@ def test_a_sample_does_not_depend_on_its_neighbours(dtype):
 
 
 @pytest.mark.every_device
-def test_masks_anywhere_in_memory_are_read_to_their_end_only():
+@pytest.mark.parametrize("columns", [17, 256])
+def test_masks_anywhere_in_memory_are_read_to_their_end_only(columns):
     """Rows of bits that begin at any byte, the last one at the end of its memory."""
-    x, slots, w, b, _, packed, packed_bias = inputs(([0], (), 1, 7, 17, 1), torch.float32)
+    x, slots, w, b, _, packed, packed_bias = inputs(([0], (), 1, 7, columns, 1), torch.float32)
     want = packed_raw.packed_masked_linear(x, slots, w, packed, b, packed_bias, 1)
     for start in range(1, 9):
         memory = torch.full((start + packed[0].numel(),), 255, dtype=torch.uint8)
@@ -142,7 +146,7 @@ def test_masks_anywhere_in_memory_are_read_to_their_end_only():
 
 
 @pytest.mark.every_device
-@pytest.mark.parametrize("wide", [0, 70])
+@pytest.mark.parametrize("wide", [0, 70, 253])
 def test_a_weight_that_is_off_is_zero_whatever_it_was_and_a_bad_input_shows(wide):
     """The same rule where bits are tested (few rows; wide: two vectors of them at once) and where theta is expanded (many)."""
     for samples in (1, 30):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from support.closeness import assert_close
 from support.derivatives import nested_gradients, options
+from support.gpu import DEVICES
 from support.profiling import metamask_ops
-from support.samples import DEVICES, DTYPES, GATE_IDS, GATES, LARGE
+from support.samples import DTYPES, GATE_IDS, GATES, LARGE
 from support.weight_checks import BY_NAME, LISTS, MIXED, as_double, columns, terms_to_mask
 from torch.autograd import gradcheck, gradgradcheck
 

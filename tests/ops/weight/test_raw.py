@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 from support import samples
-from support.samples import ALL, DEVICES, DTYPES, GATE_IDS, GATES, SMALL
+from support.gpu import DEVICES
+from support.samples import ALL, DTYPES, GATE_IDS, GATES, SMALL
 from support.weight_checks import MIXED, check, check_forward
 
 from metamask_ext import build_info

@@ -1,88 +1,57 @@
-"""Gradient descent whose update of masked layers happens inside the backward."""
+"""The common part of the optimisers whose update of masked layers happens inside the backward."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import BackwardCFunction
 from torch.optim.optimizer import StateDict
 
-from .loss_scale import is_scaled
-from .nn.masked_layer import MaskedLayer
-from .nn.names import escape
-from .nn.paths import plain_path
-from .nn.task_dict import CHANGES, TaskDict
-from .nn.tasks import tasks
-from .nn.wrappers import averaged_parameters, is_sharded, place_shards
-from .ops.conv2d.autograd import MaskedConv2d
-from .ops.linear.autograd import MaskedLinear
-from .ops.weight.autograd import NO_STEP, MaskedWeight, Steps
-from .torch_private import function_of, has_gradient_hooks
+from metamask_ext.loss_scale import is_scaled
+from metamask_ext.nn.masked_layer import MaskedLayer
+from metamask_ext.nn.names import escape
+from metamask_ext.nn.paths import plain_path
+from metamask_ext.nn.task_dict import CHANGES, TaskDict
+from metamask_ext.nn.tasks import tasks
+from metamask_ext.nn.wrappers import averaged_parameters, is_sharded, place_shards
+from metamask_ext.ops.streams import Streams
+from metamask_ext.ops.weight.autograd import State, Steps
+from metamask_ext.ops.weight.raw import Rule
+from metamask_ext.torch_private import has_gradient_hooks
 
-# Where a node's parameters are among its inputs.
-_PARAMETERS: dict[type[Function] | None, tuple[int, ...]] = {
-    MaskedLinear: (1, 2, 3, 4),
-    MaskedConv2d: (1, 2, 3, 4),
-    MaskedWeight: (0, 1),
-}
-_PLAIN = ("nesterov", "dampening", "maximize", "differentiable")
-Node = Any
-"""A node of autograd's graph. Its attributes depend on its function: ``variable`` of a leaf's, ``steps`` of a masked layer's."""
+from .graph import Node, walk
 
 
-class FusedMaskedSGD(torch.optim.SGD):
-    """:class:`torch.optim.SGD` for a model with masked layers, in one pass over ``W`` and the used masks.
+class FusedOptimizer(torch.optim.Optimizer):
+    """An optimiser of torch, its next base class, that takes its step inside the backward where it can.
 
-    ``optimizer.backward(loss)`` takes the place of ``loss.backward(); optimizer.step(); optimizer.zero_grad()``. For each parameter
-    ``p`` with gradient ``g``: ``v = momentum * v + g + weight_decay * p`` and ``p = p - lr * v``. Where it can, a masked layer's
-    backward does that itself, a panel of the weight at a time: no gradient of the layer's weight, mask, bias or bias mask is ever
-    stored. The numbers are those of ``torch.optim.SGD`` with two parameter groups: what all tasks share, with ``weight_decay``, and
-    the masks, with ``mask_weight_decay``.
-
-    A parameter is updated inside the backward if exactly one masked layer's node of the graph uses it and nothing else does. Else
-    it gets an ordinary gradient and the step that ``torch.optim.SGD`` takes, with the same numbers: a layer that is used twice, a
-    penalty on ``layer.weight``, tied weights, a gradient of a gradient, a compiled model, a reentrant checkpoint anywhere in the
-    graph, a parameter that has a ``.grad`` already (accumulation) or a hook on its gradient, one whose saved tensor is a copy
-    (hooks as ``save_on_cpu``), one whose gradient ``DistributedDataParallel`` averages, a model under ``fully_shard``, and every
-    plain layer. Masks of tasks that the loss does not use do not move.
-
-    ``loss.backward()`` and ``step()`` work as with ``torch.optim.SGD``; so do ``param_groups``, schedulers and state dicts, whose
-    momentum buffers have torch's names. Tasks that are added to the model later are picked up.
-
-    Two things cannot be seen from here: hooks on autograd's own nodes (``AccumulateGrad``), and functions of other packages whose
-    backward runs a backward of its own over the same parameters. Keep such a parameter out by a hook on its gradient.
-
-    To clip or scale gradients, use ``loss.backward()`` and ``step()``. ``torch.amp.GradScaler`` scales them, and ``backward``
-    refuses a loss that it scaled; bfloat16 needs no scaling.
-
-    Args:
-        model: has at least one masked layer.
-        lr: learning rate.
-        weight_decay: L2 factor of what all tasks share (``W``, biases, plain layers).
-        mask_weight_decay: L2 factor of the masks.
-        momentum: of all parameters.
-
-    Raises:
-        TypeError: ``model`` is no module.
-        ValueError: ``model`` has no masked layer, or holds a DistributedDataParallel (give the module that it wraps), or a number
-            is negative.
-        RuntimeError: ``model`` is a part of one that ``fully_shard`` holds, with gathered parameters; or FullyShardedDataParallel
-            holds it.
+    A subclass says which step: its rule, what it keeps of a parameter, its numbers, and where only torch's step will do. Its own
+    ``__init__`` gives torch's the groups of :meth:`_groups_of`, and then calls :meth:`_begin`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float,
-        weight_decay: float = 0.0,
-        mask_weight_decay: float = 0.0,
-        momentum: float = 0.0,
-    ):
+    model: nn.Module
+    _rule: Rule
+    _no_step: tuple[float, ...]
+    """Numbers in the place of those of a parameter that takes no step in the backward."""
+    _options: tuple[str, ...]
+    """Options that a group of a state dict has if it is of this kind of optimiser."""
+
+    _cpu_only: bool
+    """The op that takes the step runs on the CPU only."""
+
+    @abstractmethod
+    def _numbers(self, group: StateDict) -> tuple[float, ...] | None:
+        """The numbers of a step, as the op takes them; None if the group has options that only torch's step knows."""
+
+    @abstractmethod
+    def _kept(self, parameter: Tensor, group: StateDict) -> State | None:
+        """The state of a parameter, as the op takes it; begun as torch begins it."""
+
+    def _groups_of(self, model: nn.Module, weight_decay: float, mask_weight_decay: float, **numbers: float) -> list[StateDict]:
+        """Check the model and the numbers; returns the groups of what all tasks share and of the masks."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if not any(isinstance(module, MaskedLayer) for module in model.modules()):
@@ -92,8 +61,8 @@ class FusedMaskedSGD(torch.optim.SGD):
                 "model must not hold a DistributedDataParallel: give the module that it wraps. Where a wrapper averages gradients, "
                 "they are stored, and the step is an ordinary one"
             )
-        numbers = {"lr": lr, "weight_decay": weight_decay, "mask_weight_decay": mask_weight_decay, "momentum": momentum}
-        for name, number in numbers.items():
+        checked = {**numbers, "weight_decay": weight_decay, "mask_weight_decay": mask_weight_decay}
+        for name, number in checked.items():
             if not number >= 0.0:
                 raise ValueError(f"{name} must be at least 0, got {number!r}")
         self.model = model
@@ -101,12 +70,10 @@ class FusedMaskedSGD(torch.optim.SGD):
         shared, masks = _parameters(model)
         if not masks:
             raise ValueError("model must have a task, got one without masks")
-        groups = [
+        return [
             {"params": list(shared.items()), "weight_decay": weight_decay},
             {"params": list(masks.items()), "weight_decay": mask_weight_decay},
         ]
-        super().__init__(groups, lr=lr, momentum=momentum)
-        self._begin()
 
     def _begin(self) -> None:
         self._is_sharded = is_sharded(self.model.modules())
@@ -156,6 +123,9 @@ class FusedMaskedSGD(torch.optim.SGD):
         finally:
             for node, _ in nodes:
                 del node.steps
+            # A node steps on the stream of its forward, and gives autograd no gradient to wait for. All note it in one place.
+            for _, steps in nodes[:1]:
+                steps.streams.wait()
         self.step()
         for group in self._groups:
             for parameter in group["params"]:
@@ -187,7 +157,7 @@ class FusedMaskedSGD(torch.optim.SGD):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """As torch's, but a state of parameters with other names, or in another order, is refused.
+        """As torch's, but a state of parameters with other names, in another order, or of another optimiser is refused.
 
         Names are those of the plain model; those that torch gives the parameters of the wrapped one (``_orig_mod.…``), as earlier
         versions saved them, are read too.
@@ -195,6 +165,11 @@ class FusedMaskedSGD(torch.optim.SGD):
         self._find_new_tasks()
         state_dict = self._by_plain_names(state_dict)
         for index, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
+            missing = [option for option in self._options if option not in theirs]
+            if missing:
+                raise ValueError(
+                    f"state_dict is of another optimiser than {type(self).__name__}: group {index} has no {', '.join(missing)}"
+                )
             names = theirs.get("param_names")
             if names is not None and names != ours["param_names"]:
                 differing = set(names) ^ set(ours["param_names"])
@@ -262,7 +237,7 @@ class FusedMaskedSGD(torch.optim.SGD):
         """The masked layers' nodes of the graph that can update parameters, with the steps they are to take."""
         if self._is_sharded:
             return []
-        uses, nodes = _walk(root)
+        uses, nodes = walk(root)
         # Not for an input that requires a gradient: looking through the model costs as much as a small step.
         if any(isinstance(variable, nn.Parameter) and variable not in self._group_of for variable in uses):
             self._update_groups()
@@ -274,20 +249,19 @@ class FusedMaskedSGD(torch.optim.SGD):
         # A wrapper takes the gradient from where autograd stores it, and gives back the mean.
         for averaged in averaged_parameters():
             uses = {variable: count for variable, count in uses.items() if variable not in averaged}
+        numbers = {id(group): self._numbers(group) for group in self._groups}
         found = []
+        streams = Streams()
         for node, variables in nodes:
-            taken = [self._can_update(node, variable, uses) for variable in variables]
+            taken, states, settings = [], [], []
+            for variable in variables:
+                group = self._group_of.get(variable) if self._can_update(node, variable, uses) else None
+                its = None if group is None else numbers[id(group)]
+                taken.append(its is not None)
+                states.append(None if variable is None or group is None or its is None else self._kept(variable, group))
+                settings.append(self._no_step if its is None else its)
             if any(taken):
-                groups = [self._group_of[variable] if take else None for variable, take in zip(variables, taken)]
-                steps = Steps(
-                    tuple(taken),
-                    tuple(
-                        None if variable is None or group is None else self._momentum_buffer(variable, group)
-                        for variable, group in zip(variables, groups)
-                    ),
-                    tuple(NO_STEP if group is None else _settings(group) for group in groups),
-                    tuple(variables),
-                )
+                steps = Steps(self._rule, tuple(taken), tuple(states), tuple(settings), tuple(variables), streams)
                 found.append((node, steps))
         return found
 
@@ -295,41 +269,33 @@ class FusedMaskedSGD(torch.optim.SGD):
         # Not a tensor of another class (DTensor), which has its memory elsewhere.
         if variable is None or type(variable) not in (nn.Parameter, Tensor):
             return False
-        if uses.get(variable) != 1 or not _dense(variable) or not getattr(node, "same_order", True):
+        if uses.get(variable) != 1 or not is_dense(variable) or not getattr(node, "same_order", True):
             return False
-        group = self._group_of.get(variable)
-        return not (
-            group is None or variable.grad is not None or has_gradient_hooks(variable) or any(group[option] for option in _PLAIN)
-        )
+        return variable.grad is None and not has_gradient_hooks(variable) and (variable.is_cpu or not self._cpu_only)
 
-    def _momentum_buffer(self, parameter: Tensor, group: StateDict) -> Tensor | None:
-        if not group["momentum"]:
-            return None
-        state = self.state[parameter]
-        # From zeros, the first step's v is the gradient, as torch begins.
-        buffer: Tensor | None = state.get("momentum_buffer")
-        if buffer is None:
-            buffer = state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-        elif buffer.stride() != parameter.stride() and buffer.shape == parameter.shape:
-            # From a checkpoint, or the model has taken another memory format: a step walks through both in one order.
-            buffer = torch.empty_like(parameter, dtype=buffer.dtype, requires_grad=False).copy_(buffer)
-            state["momentum_buffer"] = buffer
-        return buffer
+    def _in_order(self, state: StateDict, parameter: Tensor, name: str) -> Tensor:
+        """A tensor of a parameter's state in its memory order, in which a step walks through both; zeros where there is none yet.
+
+        The order differs in a checkpoint, or after the model has taken another memory format.
+        """
+        kept: Tensor | None = state.get(name)
+        if kept is None:
+            kept = state[name] = torch.zeros_like(parameter, requires_grad=False)
+        elif kept.stride() != parameter.stride() and kept.shape == parameter.shape:
+            kept = torch.empty_like(parameter, dtype=kept.dtype, requires_grad=False).copy_(kept)
+            state[name] = kept
+        return kept
 
 
-def _dense(p: Tensor) -> bool:
+def is_dense(p: Tensor) -> bool:
     return p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
 
 
-def _settings(group: StateDict) -> tuple[float, float, float]:
-    return float(group["lr"]), float(group["weight_decay"]), float(group["momentum"])
-
-
-def _find_new_tasks(optimizer: FusedMaskedSGD, *_: object) -> None:
+def _find_new_tasks(optimizer: FusedOptimizer, *_: object) -> None:
     optimizer._find_new_tasks()
 
 
-def _keep_outside(optimizer: FusedMaskedSGD, *_: object) -> None:
+def _keep_outside(optimizer: FusedOptimizer, *_: object) -> None:
     """Put copies in the place of momentum that was made under ``inference_mode``: a later step writes to it."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
@@ -346,35 +312,3 @@ def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn
     found = {task: [tensors._parameters.get(escape(task)) for tensors in of_tasks] for task in tasks(model)}
     masks = {names[parameter]: parameter for of_task in found.values() for parameter in of_task if parameter is not None}
     return {name: parameter for parameter, name in names.items() if name not in masks}, masks
-
-
-def _walk(root: Node) -> tuple[dict[Tensor, int], list[tuple[Node, list[Tensor | None]]]]:
-    """Counts the edges to each leaf of the graph, and finds the masked layers' nodes with their parameters (None: no leaf)."""
-    uses: dict[Tensor, int] = {}
-    nodes = []
-    seen, stack = {root}, [root]
-    hidden = False
-    while stack:
-        node = stack.pop()
-        # Most nodes are C++'s. A reentrant checkpoint's runs a backward of its own, over a graph that does not exist yet.
-        if isinstance(node, BackwardCFunction):
-            positions = _PARAMETERS.get(function_of(node))
-            if positions is not None:
-                nodes.append((node, _leaves(node, positions)))
-            hidden = hidden or type(node).__name__ == "CheckpointFunctionBackward"
-        for child, _ in node.next_functions:
-            if child is None:
-                continue
-            if type(child).__name__ == "AccumulateGrad":
-                uses[child.variable] = uses.get(child.variable, 0) + 1
-            elif child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return uses, [] if hidden else nodes
-
-
-def _leaves(node: Node, positions: tuple[int, ...]) -> list[Tensor | None]:
-    """The leaves among the inputs of ``node`` at these positions. An absent bias, the last of the inputs, has no edge."""
-    edges: dict[int, Node] = dict(enumerate(edge for edge, _ in node.next_functions))
-    inputs: list[Node] = [edges.get(position) for position in positions]
-    return [edge.variable if type(edge).__name__ == "AccumulateGrad" else None for edge in inputs]

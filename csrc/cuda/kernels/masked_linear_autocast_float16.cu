@@ -1,0 +1,5 @@
+#include "cuda/kernels/masked_linear_launch.cuh"
+
+namespace metamask::cuda {
+METAMASK_FORWARD_OF(float, __half);
+}

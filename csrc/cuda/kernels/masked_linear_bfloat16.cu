@@ -1,0 +1,5 @@
+#include "cuda/kernels/masked_linear_launch.cuh"
+
+namespace metamask::cuda {
+METAMASK_FORWARD_OF(__nv_bfloat16, __nv_bfloat16);
+}
