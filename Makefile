@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-instruction-sets bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel install-check clean
+.PHONY: help demo test test-compiled test-instruction-sets bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -44,6 +44,9 @@ demo: $(VENV)/.built  ## two experiments, one on real digits, with figures, and 
 
 test: $(VENV)/.test  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+
+test-compiled: $(VENV)/.test  ## every case of torch.compile with Inductor too; minutes
+	$(BIN)/python -m pytest -n 2 --inductor tests/ops/test_composite.py tests/nn/test_compile*.py tests/meta/test_compile.py
 
 CORE := $(filter-out %/test_instruction_sets.py,$(wildcard tests/ops/test_*.py tests/ops/*/test_*.py)) \
         tests/nn/test_layers.py tests/test_optim.py tests/test_optim_adamw.py tests/test_optim_graphs.py

@@ -10,6 +10,7 @@ import torch
 
 from . import grid
 from .bank import OUTPUTS, opened_bank, task_bytes
+from .compiled import many_layers
 from .copy_bandwidth import (
     linear_against_copy,
     mixed_task_against_copy,
@@ -116,6 +117,8 @@ def _cpu() -> list[Case]:
 PACKED = ((16, 1024, 16), (64, 1024, 64), (16, 2048, 64), (64, 1024, 1000))
 MIXED_TASK = ((16, 16, 1024), (64, 4, 1024), (32, 16, 256))
 INFERENCE = (64, 250)
+# Layers x width.
+COMPILED = (12, 64)
 BANK_TASKS, FEW_TASKS = 2500, 100
 
 
@@ -128,6 +131,7 @@ def _tasks() -> list[Case]:
         *(("mixed-task-forward", shape(sizes), partial(mixed_task_linear, *sizes, "forward")) for sizes in MIXED_TASK),
         *(("mixed-task-backward", shape(sizes), partial(mixed_task_linear, *sizes, "backward")) for sizes in MIXED_TASK[:2]),
         ("one-shot-inference", shape(INFERENCE), partial(inference, *INFERENCE, OUTPUTS)),
+        *((f"compiled-layers-{mode}", shape(COMPILED), partial(many_layers, *COMPILED, mode)) for mode in ("forward", "backward")),
     ]
     quantities = [("task-bytes", FEW_TASKS, task_bytes), ("bank", BANK_TASKS, opened_bank)]
     quick = ("packed-forward-16x1024x16", "mixed-task-forward-32x16x256", f"task-bytes-{FEW_TASKS}")

@@ -17,7 +17,7 @@ from metamask_ext.ops.gate import SIGMOID
 from metamask_ext.ops.linear import reference as linear_reference
 from metamask_ext.ops.weight import reference as weight_reference
 
-from .problem import LEARNING_RATE, METAMASK, SEED, Contender, Function, Layer, Problem, Work, gradient_of
+from .problem import COMPILED, COMPILED_OURS, LEARNING_RATE, METAMASK, SEED, Contender, Function, Layer, Problem, Work, gradient_of
 
 
 class Layers(NamedTuple):
@@ -78,7 +78,10 @@ class Tensors:
 def masked_weight(width: int, mode: str, device: str = "cpu") -> Problem:
     """``theta`` of one square weight."""
     weight = (width, width)
-    missing = {"dense": "without a mask there is no theta to compute"}
+    missing = {
+        "dense": "without a mask there is no theta to compute",
+        COMPILED_OURS: "of a weight alone plain torch is what a compiled model runs",
+    }
     return _problem(lambda layers: layers.weight, None, [weight], mode, reduction=1, missing=missing, device=device)
 
 
@@ -99,7 +102,7 @@ def masked_linear(
         plain: whether plain torch is compared too, or only the floor.
     """
     shape = (batch, width)
-    missing = {} if plain else {name: "in bfloat16 only the floor is compared" for name in ("eager", "compiled")}
+    missing = {} if plain else {name: "in bfloat16 only the floor is compared" for name in ("eager", COMPILED, COMPILED_OURS)}
     return _problem(
         lambda layers: layers.linear,
         shape,
@@ -145,7 +148,7 @@ def _problem(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Problem:
-    """Makes the four contenders of ``network``, a function from a contender's layers to its forward.
+    """Makes the contenders of ``network``, a function from a contender's layers to its forward.
 
     Args:
         mode: ``"forward"``, with nothing to differentiate; ``"backward"``, forward and the gradients of everything; ``"step"``,
@@ -176,12 +179,13 @@ def _problem(
         return lambda: _work(network(layers), tensors.copy(torch.float64), mode, masked, input_grad)()
 
     specification = exact(SPECIFICATION, True)
-    compiled = torch.compile(network(EAGER), dynamic=False, fullgraph=True)
+    compiled, compiled_ours = (torch.compile(network(layers), dynamic=False, fullgraph=True) for layers in (EAGER, MASKED))
     contenders = {}
     for name, function, definition in (
         (METAMASK, network(MASKED), specification),
         ("eager", network(EAGER), specification),
-        ("compiled", compiled, specification),
+        (COMPILED, compiled, specification),
+        (COMPILED_OURS, compiled_ours, specification),
         ("dense", network(DENSE), exact(DENSE, False)),
     ):
         if name not in missing:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from .cases import Case
-from .problem import METAMASK, Contender, Problem, Work
+from .problem import COMPILED, COMPILED_OURS, METAMASK, Contender, Problem, Work
 from .results_json import Ratio, Spread, Summary
 
 ROUNDINGS = 32.0
@@ -67,7 +67,7 @@ def first_call(name: str, contender: Contender) -> tuple[Tensor, ...] | str:
     try:
         return contender.work()
     except TorchDynamoException as error:
-        if name != "compiled":
+        if name not in (COMPILED, COMPILED_OURS):
             raise
         # Its text may be empty or pages long; the first line names the cause (no C++ compiler, say).
         return f"torch.compile failed: {(str(error).strip() or repr(error)).splitlines()[0]}"
@@ -223,12 +223,15 @@ class Others:
 def summarise(times: dict[str, list[int]]) -> Summary:
     """Summarises the times of interleaved rounds: nanoseconds, by contender.
 
-    A ratio says how many times as long as metamask a contender takes; that to the floor is the other way round.
+    A ratio says how many times as long as metamask a contender takes; that to the floor is the other way round. This library
+    compiled is compared with plain torch compiled.
     """
     ratios: dict[str, Ratio] = {}
     for name in times:
         if name != METAMASK:
             above, below = (METAMASK, name) if name == FLOOR else (name, METAMASK)
+            if name == COMPILED_OURS:
+                above, below = (COMPILED if COMPILED in times else METAMASK), name
             per_round = [a / b for a, b in zip(times[above], times[below])]
             ratios[f"{above}/{below}"] = {
                 "of_medians": statistics.median(times[above]) / statistics.median(times[below]),

@@ -25,7 +25,7 @@ from metamask_ext.ops.gate import SIGMOID
 from metamask_ext.ops.packed import reference as packed_reference
 from metamask_ext.ops.weight import reference as weight_reference
 
-from .problem import METAMASK, SEED, Contender, Function, Problem, Work
+from .problem import COMPILED, COMPILED_OURS, METAMASK, SEED, Contender, Function, Problem, Work
 
 SLOW = "with 1,000 tasks only the floor is compared: masks of bool would take 1 GiB, of float32 4 GiB"
 
@@ -129,10 +129,15 @@ def mixed_task_linear(tasks: int, rows: int, width: int, mode: str, device: str 
     dense_names = ("output", "gradient of input", "gradient of weights")
     some = 1 if mode == "forward" else None
     exact = exactly(specification, given)
-    compiled = torch.compile(plain, dynamic=False, fullgraph=True)
+    compiled, ours = (torch.compile(function, dynamic=False, fullgraph=True) for function in (plain, masked))
     contenders = {
         name: Contender(work(function, given, gradient), exact, names[:some])
-        for name, function in ((METAMASK, masked), ("eager", plain), ("compiled", compiled))
+        for name, function in (
+            (METAMASK, masked),
+            ("eager", plain),
+            (COMPILED, compiled),
+            (COMPILED_OURS, ours),
+        )
     }
     contenders["dense"] = Contender(work(ready_made, dense, gradient), exactly(ready_made, dense), dense_names[:some])
     # The gradient of the weight sums over tasks and rows.

@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # a suite is measured before matplotlib is loaded
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, apart also in grey; the marker says the same again.
-STYLES = {"eager": ("#D55E00", "s"), "compiled": ("#0072B2", "o"), "dense": ("#000000", "^")}
-OTHER_STYLES = (("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X"))
+STYLES = {"eager": ("#D55E00", "s"), "compiled": ("#0072B2", "o"), "compiled-ours": ("#56B4E9", "o"), "dense": ("#000000", "^")}
+OTHER_STYLES = (("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#F0E442", "X"))
 
 LEGEND_WIDTH = 2.4
 """The width of a column of the legend, in inches."""

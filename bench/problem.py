@@ -1,7 +1,8 @@
 """Defines what a case times: contenders that do the same unit of work, each with its float64 reference.
 
 The contenders of most cases: ``metamask``, this library; ``eager``, plain PyTorch, ``W * torch.sigmoid(M)``; ``compiled``, the same
-eager function under ``torch.compile``; ``dense``, the same network with no mask at all, the floor.
+eager function under ``torch.compile``; ``compiled-ours``, this library under ``torch.compile``; ``dense``, the same network with no
+mask at all, the floor.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor
 
 METAMASK = "metamask"
 """The contender that a case is about: this library."""
+
+COMPILED, COMPILED_OURS = "compiled", "compiled-ours"
+"""Contenders that need a compiler; the second is compared with the first."""
 
 LEARNING_RATE = 1e-3
 SEED = 0

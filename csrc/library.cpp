@@ -61,7 +61,7 @@ TORCH_LIBRARY(metamask, m) {
   // im2col: images [N, C, H, W] to rows [N, places, C * kH * kW], one for each place of a convolution's output. col2im: the
   // gradient of the images, where rows overlap and add up. CPU only.
   m.def("im2col(Tensor input, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
-  m.def("col2im(Tensor grad, int[4] size, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+  m.def("col2im(Tensor grad, SymInt[4] size, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
 
   // `masks` is one tensor [T, out, in] or T tensors [out, in], `bias_masks` likewise or empty; gradients come in the same form.
   m.def(
@@ -182,6 +182,9 @@ at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots
   return op.call(input, slots, weight, packed, bias, packed_bias, groups, dtype);
 }
 
+// Also where Python does not know of a level of forward-mode AD: a graph of torch.compile enters one without its count.
+bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["torch"] = TORCH_VERSION;
@@ -214,6 +217,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_masked_linear", &metamask::packed_masked_linear, pybind11::call_guard<pybind11::gil_scoped_release>(), arg("input"),
         arg("slots"), arg("weight"), arg("packed"), arg("bias"), arg("packed_bias"), arg("groups"), arg("dtype") = pybind11::none(),
         "torch.ops.metamask.packed_masked_linear, called directly.");
+  m.def("has_tangent", &metamask::has_tangent, arg("tensor"), "Whether forward-mode AD has given a tensor a tangent.");
   pybind11::enum_<metamask::cpu::Pass>(m, "Pass")
       .value("forward", metamask::cpu::Pass::kForward)
       .value("backward", metamask::cpu::Pass::kBackward);

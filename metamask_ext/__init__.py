@@ -20,6 +20,7 @@ _install_products()
 
 from . import meta, nn, optim
 from .bank import MaskBank
+from .nn.compile import compile
 from .nn.convert import convert
 from .nn.merge import merge
 from .nn.report import conversion_report
@@ -37,6 +38,7 @@ __all__ = [
     "MaskBank",
     "add_task",
     "build_info",
+    "compile",
     "conversion_report",
     "convert",
     "masked_conv2d",

@@ -30,11 +30,30 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 R = TypeVar("R")
 
 disable_dynamo = _disable_dynamo
 """``torch.compiler.disable`` without importing Dynamo, which takes seconds and is not needed by who never compiles."""
+
+
+def uncompiled_call(module: torch.nn.Module) -> Callable[..., Any]:
+    """The call of the module where it is not compiled, hooks included."""
+    call: Callable[..., Any] = module._call_impl
+    return call
+
+
+def set_compiled_call(module: torch.nn.Module, call: Callable[..., Any]) -> None:
+    """Let ``call`` run when the module is called, as ``Module.compile`` does; copies and pickles go without it."""
+    module._compiled_call_impl = call
+
+
+def is_untraceable(error: Exception) -> bool:
+    """True for Dynamo's refusal of what it cannot put into one graph, an error that the traced code raises too."""
+    errors = sys.modules.get("torch._dynamo.exc")
+    return errors is not None and isinstance(error, errors.Unsupported)
+
 
 current_graph_task = torch._C._current_graph_task_id
 """The id of the backward that runs in this thread, -1 outside. Without it a recomputation could not be told from a forward."""
@@ -68,6 +87,10 @@ def in_transform() -> bool:
     """
     return _functorch_level() is not None or forward_ad._current_level >= 0
 
+
+is_made_of_tensors = is_traceable_wrapper_subclass
+"""True for a tensor of a subclass that is made of other tensors, as DTensor: torch compiles the ops on those. A raw op has no rule
+for the subclass."""
 
 in_dispatch_mode = torch._C._len_torch_dispatch_stack
 """The number of ``TorchDispatchMode`` that are active. The tensors of export, make_fx and FakeTensorMode can be of no subclass of

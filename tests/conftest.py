@@ -33,6 +33,7 @@ MARKERS = (
 
 def pytest_addoption(parser):
     parser.addoption("--threads", help="run every test with each of these numbers of threads, as in 1,2")
+    parser.addoption("--inductor", action="store_true", help="run every case of torch.compile with Inductor too: minutes")
 
 
 def pytest_configure(config):

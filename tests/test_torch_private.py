@@ -64,6 +64,16 @@ def test_is_any_autocast_enabled():
         assert torch._C._is_any_autocast_enabled()
 
 
+@pins("torch.utils._python_dispatch.is_traceable_wrapper_subclass", "for tensors made of others no raw op has a rule")
+def test_is_traceable_wrapper_subclass():
+    from torch.testing._internal.two_tensor import TwoTensor
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    x = torch.ones(2)
+    assert not is_traceable_wrapper_subclass(x) and not is_traceable_wrapper_subclass(torch.nn.Parameter(x))
+    assert is_traceable_wrapper_subclass(TwoTensor(x, x))
+
+
 @pins("torch._C._functorch.maybe_current_level", "it is None outside of all torch.func transforms")
 def test_maybe_current_level():
     seen = []

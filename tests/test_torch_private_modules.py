@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 import sys
 
 import pytest
@@ -197,3 +199,34 @@ def test_len_torch_dispatch_stack():
         Noting()(torch.ones(2))
     assert len(seen) >= 4 and all(seen)
     assert torch._C._len_torch_dispatch_stack() == 0
+
+
+@pins("torch.nn.Module._call_impl", "it is what a compiled call runs")
+def test_call_impl():
+    module = torch.nn.Linear(2, 1)
+    module.register_forward_hook(lambda module, inputs, output: output + 1)
+    x = torch.ones(1, 2)
+    assert torch.equal(module._call_impl(x), module.forward(x) + 1)
+
+
+@pins("torch.nn.Module._compiled_call_impl", "it runs when a compiled module is called, and is not copied")
+def test_compiled_call_impl():
+    module = torch.nn.Linear(2, 1)
+    module._compiled_call_impl = lambda x: "compiled"
+    assert module(torch.ones(1, 2)) == "compiled"
+    assert copy.deepcopy(module)._compiled_call_impl is None
+    assert pickle.loads(pickle.dumps(module))._compiled_call_impl is None
+
+
+@pins("torch._dynamo.exc.Unsupported", "it tells Dynamo's refusal to trace from other errors")
+def test_unsupported():
+    from torch._dynamo.exc import Unsupported
+
+    def refuse(x):
+        raise ValueError("of the traced code")
+
+    try:
+        torch.compile(refuse, backend="eager", fullgraph=True)(torch.ones(1))
+    except Unsupported:
+        return
+    raise AssertionError("an error of the traced code came as another one")

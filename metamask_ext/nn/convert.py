@@ -11,7 +11,7 @@ from torch import nn
 
 from .convertible import has_own_forward, holds_matrix, own_tensors, unmasked, unsupported, unsupported_norm
 from .layers import MaskedConv2d, MaskedLinear
-from .masked_layer import MaskedLayer, MaskInit
+from .masked_layer import MaskedLayer
 from .names import DEFAULT_TASK
 from .own_forward import own_forward_type
 from .paths import plain_path
@@ -19,7 +19,7 @@ from .per_task import keep_per_task
 from .read_through import ReadThroughConv2d, ReadThroughLinear
 from .reads import forget, is_read
 from .task_layer import TaskLayer
-from .task_masks import check_mask_dtype
+from .task_masks import MaskInit, check_mask_dtype
 from .tasks import slots
 from .wrappers import check_may_grow
 

@@ -16,7 +16,8 @@ from ..ops.mixed_task.functional import task_masked_conv2d, task_masked_linear
 from ..ops.packed.functional import packed_masked_conv2d, packed_masked_linear
 from ..ops.weight.functional import masked_weight
 from ..torch_private import fx_trace, traced_call
-from .masked_layer import MaskedLayer, MaskInit
+from .masked_layer import MaskedLayer
+from .task_masks import MaskInit
 
 ConvArguments = tuple[tuple[int, int], str | int | tuple[int, int], tuple[int, int], int]
 """``stride, padding, dilation, groups``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -17,16 +18,15 @@ from ..ops.packed.functional import pack_mask, unpack_mask
 from ..ops.weight.functional import masked_weight
 from ..torch_private import disable_dynamo, fx_trace, traced_attribute
 from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
+from .given import GivenTasks, Logits, given_to
 from .guarded import raise_folded
 from .names import DEFAULT_TASK, escape, plain
-from .selection import GivenMasks, ObservedSuperposition, Superposition, TaskBatch
+from .selection import GivenMasks, ObservedSuperposition, Superposition, TaskBatch, along, check_samples
 from .settings import Settings, decoded, settings_in
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
-from .task_masks import TaskMasks, check_mask_dtype, logits_dtype
+from .task_masks import MaskInit, TaskMasks, check_mask_dtype, check_mask_init, logits_dtype
 from .wrappers import check_one_dtype
-
-MaskInit = str | float | Callable[[Tensor], object]
 
 
 class Gate(TypedDict):
@@ -80,7 +80,7 @@ class MaskedLayer(TaskLayer):
         check_mask_dtype(mask_dtype, weight.dtype)
         self.gate, self.temperature, self.threshold, self.mask_init = plain(gate), temperature, threshold, mask_init
         self.mask_dtype = mask_dtype
-        _check_mask_init(mask_init)
+        check_mask_init(mask_init)
         self.masks = TaskMasks(mask_dtype).train(self.training)
         self.bias_masks = None if bias is None else TaskMasks(mask_dtype).train(self.training)
         for task in [DEFAULT_TASK] if tasks is None else tasks:
@@ -235,14 +235,17 @@ class MaskedLayer(TaskLayer):
                 for _, logits in masks._logits():
                     self._init_logits(logits)
 
-    def _active(self) -> tuple[Tensor, Tensor | None] | Key | None:
+    def _active(self) -> Logits | Key | GivenTasks | None:
         """The active task's logits of the weight and of the bias; where there are none, the key of a packed task, or a selection.
 
-        None: under torch.compile, which must leave those to eager mode.
+        None: under torch.compile, which must leave those to eager mode. GivenTasks: only there.
         """
         masks: TaskMasks = self._modules["masks"]
         key: Key
         if torch.compiler.is_dynamo_compiling():
+            given: Logits | GivenTasks | None = given_to(self)
+            if given is not None:
+                return given
             # What is read here becomes a guard: first what changes least.
             if not masks._single or LIVE.selections:
                 return _active_in_eager(self)
@@ -272,7 +275,7 @@ class MaskedLayer(TaskLayer):
         what = "the active task is packed: its mask has bits" if isinstance(active, str) else "tasks are superposed"
         raise RuntimeError(f"mask_logits of {type(self).__name__} cannot be read: {what}")
 
-    def _forward_selected(self, input: Tensor, active: Key | None) -> Tensor:
+    def _forward_selected(self, input: Tensor, active: Key | GivenTasks | None) -> Tensor:
         """The output where the active masks are no logits of one task."""
         if active is None:
             return _forward_in_eager(self, input)
@@ -282,6 +285,8 @@ class MaskedLayer(TaskLayer):
             return self._one_task(input, active)
         if isinstance(active, TaskBatch):
             return self._forward_batch(input, active)
+        if isinstance(active, GivenTasks):
+            return self._forward_given_tasks(input, active)
         if isinstance(active, GivenMasks):
             return self._forward_given(input, active)
         shared, _ = self._shared()
@@ -300,10 +305,16 @@ class MaskedLayer(TaskLayer):
         weight, bias = self._shared()
         if not keys:
             return self._plain(input, weight, bias)  # of no sample
-        if batch.dim == 1:
-            # A copy even where it is in order: no output is a view, an activation may write to it.
-            return self._forward_tasks(input.transpose(0, 1), batch).transpose(0, 1).clone(memory_format=torch.contiguous_format)
-        return self._forward_tasks(input, batch)
+        return along(batch.dim, partial(self._forward_tasks, batch=batch), input)
+
+    def _forward_given_tasks(self, input: Tensor, given: GivenTasks) -> Tensor:
+        masks, bias_masks, slots = given.masks, given.bias_masks, given.slots
+        if slots is not None:
+            check_samples(self, input, self.sample_dim, slots.shape[0], given.dim, given.guessed and given.several)
+        if slots is None or not given.several:
+            return self._with_one(input, given.packed, masks[0], None if bias_masks is None else bias_masks[0])
+        run = self._packed if given.packed else self._mixed_task
+        return along(given.dim, partial(run, slots=slots, masks=masks, bias_masks=bias_masks), input)
 
     def _forward_tasks(self, input: Tensor, batch: TaskBatch) -> Tensor:
         """The output for an input whose first dimension is that of samples of several tasks."""
@@ -338,7 +349,11 @@ class MaskedLayer(TaskLayer):
     def _one_task(self, input: Tensor, key: str) -> Tensor:
         masks, bias_masks = self._task_dict(), self.bias_masks
         mask, bias_mask = masks._tensor(key), None if bias_masks is None else bias_masks._tensor(key)
-        if not masks._is_bits(key):
+        return self._with_one(input, masks._is_bits(key), mask, bias_mask)
+
+    def _with_one(self, input: Tensor, packed: bool, mask: Tensor, bias_mask: Tensor | None) -> Tensor:
+        """The output with these logits, or bits, for all samples."""
+        if not packed:
             return self._masked(input, mask, bias_mask)
         batched = input.dim() > self.sample_dim
         rows = input if batched else input[None]
@@ -481,11 +496,3 @@ def _forward_in_eager(layer: MaskedLayer, input: Tensor) -> Tensor:
     """For torch.compile, where a layer's masks are many, or bits that may have to be fetched."""
     output: Tensor = layer.forward(input)
     return output
-
-
-def _check_mask_init(mask_init: MaskInit) -> None:
-    if not (mask_init == "normal" or callable(mask_init)):
-        try:
-            float(mask_init)
-        except (TypeError, ValueError):
-            raise ValueError(f"mask_init must be 'normal', a number or a function, got {mask_init!r}") from None

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..ops.gate import compute_dtype
 from ..torch_private import BatchNorm, disable_dynamo, fx_trace, synchronises, traced_attribute, traced_call
 from .context import AmbiguousTaskError
+from .given import given_to
 from .guarded import AmbiguousTensor, raise_taken
 from .names import DEFAULT_TASK
 from .selection import GivenMasks, Selection, Superposition, TaskBatch
@@ -85,7 +86,8 @@ class PerTask(TaskLayer):
         if fx_trace._is_fx_tracing_flag and (traced := traced_attribute(self, name)) is not None:
             return traced
         if torch.compiler.is_dynamo_compiling():
-            return _read_in_eager(self, name)
+            given = given_to(self)
+            return _read_in_eager(self, name) if given is None else given[name]
         try:
             return self._read(name, self._selected())
         except AmbiguousTaskError as error:
@@ -147,7 +149,8 @@ class PerTask(TaskLayer):
         if fx_trace._is_fx_tracing_flag and (traced := traced_call(self, *inputs, **options)) is not None:
             return traced
         if torch.compiler.is_dynamo_compiling():
-            return _forward_in_eager(self, *inputs, **options)
+            run = _forward_in_eager if given_to(self) is None else type(self)._plain_forward
+            return run(self, *inputs, **options)
         selected = self._selected()
         if isinstance(selected, str):
             return self._plain_forward(*inputs, **options)
@@ -309,7 +312,10 @@ def _raise_synchronised() -> NoReturn:
 
 def _refuse_taken(module: nn.Module, name: str, child: nn.Module | None) -> None:
     """Keep tools that replace a module by another class, and move its children there, from dropping what belongs to tasks."""
-    if name != "per_task" or isinstance(module, PerTask) or not isinstance(child, nn.ModuleDict):
+    # Dynamo cannot look at a module that is half made.
+    if torch.compiler.is_dynamo_compiling() or name != "per_task":
+        return
+    if isinstance(module, PerTask) or not isinstance(child, nn.ModuleDict):
         return
     if any(isinstance(tensors, TaskDict) for tensors in child._modules.values()):
         _raise_synchronised()

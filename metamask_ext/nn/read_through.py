@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops.weight.functional import masked_weight
 from ..torch_private import disable_dynamo, fx_trace, in_dispatch_mode, in_transform, reparametrises, traced_attribute
 from .context import AmbiguousTaskError
+from .given import GivenTasks
 from .guarded import AmbiguousTensor, ComputedTensor, raise_taken
 from .layers import MaskedConv2d, MaskedLinear
 from .masked_layer import MaskedLayer
@@ -94,6 +95,7 @@ def _read(layer: MaskedLayer, what: str) -> Tensor | None:
     if isinstance(active, tuple):
         shared, logits = layer._group(what)[0], active[what == "bias"]
         return None if shared is None else masked_weight(shared, cast(Tensor, logits), **layer._gate())
+    assert not isinstance(active, GivenTasks)  # only layers that nobody reads past forward are given some
     return layer._read(what, active)
 
 

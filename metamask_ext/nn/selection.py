@@ -89,26 +89,39 @@ class TaskBatch(Selection):
 
     def check_input(self, layer: nn.Module, input: Tensor, sample_dim: int) -> None:
         """RuntimeError unless ``input`` has a sample, of ``sample_dim`` dimensions, for each entry."""
-        dim, which = self.dim, ("first", "second")[self.dim]
-        batched = input.dim() > sample_dim + dim
-        if dim and not batched:
-            raise RuntimeError(
-                f"{type(layer).__name__} was called with an input of shape {list(input.shape)} inside a using_task block whose "
-                f"batch is the second dimension there: it has too few. {_ADVICE}"
-            )
-        samples = input.shape[dim] if batched else 1
-        if samples != self.size:
-            raise RuntimeError(
-                f"{type(layer).__name__} was called with {samples} samples inside a using_task block that names a task for each of "
-                f"{self.size}: the {which} dimension of its input must be the batch's, got shape {list(input.shape)}. "
-                + (_rows_each(samples // self.size) if self.size and samples > self.size and samples % self.size == 0 else _ADVICE)
-            )
-        if self.guessed and len(self.keys) > 1 and input.dim() > sample_dim + 1 and input.shape[1] == samples:
-            raise RuntimeError(
-                f"{type(layer).__name__} was called with an input of shape {list(input.shape)}: the first or the second dimension "
-                f"may be the batch's, since other modules of the model have batch_first=False, or torch.fx traced it and left out "
-                f"those that may have had it. {_ADVICE}"
-            )
+        check_samples(layer, input, sample_dim, self.size, self.dim, self.guessed and len(self.keys) > 1)
+
+
+def along(dim: int, function: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    """``function``, which has the samples first, of an input whose samples lie along ``dim``."""
+    if dim == 0:
+        return function(input)
+    # A copy even where it is in order: no output is a view, an activation may write to it.
+    return function(input.transpose(0, 1)).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+
+def check_samples(layer: nn.Module, input: Tensor, sample_dim: int, size: int, dim: int, guessed: bool) -> None:
+    """RuntimeError unless ``input`` has, along ``dim``, a sample of ``sample_dim`` dimensions for each of ``size`` entries."""
+    which = ("first", "second")[dim]
+    batched = input.dim() > sample_dim + dim
+    if dim and not batched:
+        raise RuntimeError(
+            f"{type(layer).__name__} was called with an input of shape {list(input.shape)} inside a using_task block whose "
+            f"batch is the second dimension there: it has too few. {_ADVICE}"
+        )
+    samples = input.shape[dim] if batched else 1
+    if samples != size:
+        raise RuntimeError(
+            f"{type(layer).__name__} was called with {samples} samples inside a using_task block that names a task for each of "
+            f"{size}: the {which} dimension of its input must be the batch's, got shape {list(input.shape)}. "
+            + (_rows_each(samples // size) if size and samples > size and samples % size == 0 else _ADVICE)
+        )
+    if guessed and input.dim() > sample_dim + 1 and input.shape[1] == samples:
+        raise RuntimeError(
+            f"{type(layer).__name__} was called with an input of shape {list(input.shape)}: the first or the second dimension "
+            f"may be the batch's, since other modules of the model have batch_first=False, or torch.fx traced it and left out "
+            f"those that may have had it. {_ADVICE}"
+        )
 
 
 def _rows_each(count: int) -> str:

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..ops.gate import SIXTEEN_BITS
 from .task_dict import TaskDict
 
+MaskInit = str | float | Callable[[Tensor], object]
+
 
 class TaskMasks(TaskDict):
     """The masks of a layer's weight, or of its bias: logits, parameters; or bits, uint8 buffers.
@@ -59,3 +61,11 @@ def check_mask_dtype(mask_dtype: torch.dtype | None, weight: torch.dtype, name: 
         wanted += f" or {weight}" if weight in SIXTEEN_BITS else ""
         of = f"the {weight} weight of {name!r}" if name else f"a {weight} weight"
         raise TypeError(f"mask_dtype must be None or {wanted} beside {of}, got {mask_dtype!r}")
+
+
+def check_mask_init(mask_init: MaskInit) -> None:
+    if not (mask_init == "normal" or callable(mask_init)):
+        try:
+            float(mask_init)
+        except (TypeError, ValueError):
+            raise ValueError(f"mask_init must be 'normal', a number or a function, got {mask_init!r}") from None

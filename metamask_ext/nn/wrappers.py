@@ -26,7 +26,8 @@ class _Wrappers:
         self._missed = distributed()
 
     def saw(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
-        if isinstance(module, DistributedDataParallel):
+        # Dynamo cannot look at a module that is half made, as compiled autograd makes one; it makes no wrapper.
+        if not torch.compiler.is_dynamo_compiling() and isinstance(module, DistributedDataParallel):
             self._known[module] = None
 
     def may_have_missed(self) -> None:

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from metamask_ext._build import BACKEND
-from metamask_ext.torch_private import in_transform, is_any_autocast_enabled
+from metamask_ext.torch_private import in_transform, is_any_autocast_enabled, is_made_of_tensors
 
 from .gate import SIXTEEN_BITS
 
+if TYPE_CHECKING:
+
+    def has_tangent(tensor: Tensor) -> bool:
+        """True if forward-mode AD has given the tensor a tangent, also where Python does not know of a level."""
+
+elif BACKEND != "reference":
+    from metamask_ext._C import has_tangent
+
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _no_kernels = BACKEND == "reference"
-_is_compiling = torch.compiler.is_compiling
+_is_compiling, _is_exporting = torch.compiler.is_compiling, torch.compiler.is_exporting
+KERNELS_ON = {"cpu": ("cpu",), "cuda": ("cpu", "cuda")}.get(BACKEND, ())
+"""Types of device for which this build has kernels."""
+SMALLEST = 2**16
+"""Elements of a weight from which on a compiled masked_linear is the kernel.
+
+For fewer, two kernels of Inductor take no longer than the call of one op (measured: docs/internals/compiled.md)."""
 
 
 def use_reference() -> bool:
@@ -24,6 +39,37 @@ def use_reference() -> bool:
     warning; under torch.func and forward-mode AD a Function of the form ``forward(ctx, ...)`` does not work at all.
     """
     return _no_kernels or _is_compiling() or in_transform()
+
+
+def in_compiled_graph() -> bool:
+    """True if Dynamo traces this code, and a composite op is to stand for what runs. An exported program holds plain torch only."""
+    return _is_compiling() and not _no_kernels and not _is_exporting()
+
+
+def is_plain(tensors: Iterable[Tensor | None], gate_param: float | torch.SymFloat = 0.0) -> bool:
+    """True if plain torch must run where a compiled graph runs, or is traced below Dynamo: asked in a composite op's body.
+
+    So it is under torch.func and forward-mode AD; for tensors made of other tensors (DTensor), whose ops are torch's; on a device
+    without kernels; for a temperature that has changed since the first trace: a raw op would be compiled again for each.
+    """
+    return (
+        in_transform()
+        or isinstance(gate_param, torch.SymFloat)
+        or any(
+            tensor is not None and (tensor.device.type not in KERNELS_ON or is_made_of_tensors(tensor) or has_tangent(tensor))
+            for tensor in tensors
+        )
+    )
+
+
+def is_small(weight: Tensor) -> bool:
+    """True if a compiled masked_linear of this weight is no faster as a kernel than in plain torch."""
+    return weight.numel() < SMALLEST
+
+
+def is_differentiated(tensors: Iterable[Tensor | None]) -> bool:
+    """True if autograd records an op on these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def of_one_dtype(weight: Tensor, masks: list[Tensor]) -> list[Tensor]:

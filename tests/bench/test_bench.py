@@ -27,6 +27,8 @@ SIZES = {
     "mixed-task-forward": (3, 2, 40),
     "mixed-task-backward": (3, 2, 40),
     "one-shot-inference": (5, 3),
+    "compiled-layers-forward": (2, 8),
+    "compiled-layers-backward": (2, 8),
 }
 SMALLEST = {}
 for _cases in SUITES.values():
@@ -42,9 +44,10 @@ SMALLEST = {case.id: case for case in SMALLEST.values()}
 
 
 def eager_problem(case):
-    """The case without its compiled contender, which would take seconds to compile."""
+    """The case without its compiled contenders, which would take seconds to compile."""
     problem = case.build()
-    problem.contenders.pop("compiled", None)
+    for name in ("compiled", "compiled-ours"):
+        problem.contenders.pop(name, None)
     return problem
 
 
@@ -137,6 +140,9 @@ def test_summary_of_times_worked_out_by_hand():
         "metamask/dense": {"of_medians": 1.0, "per_round": 1.0, "iqr": 0.75},
     }
     assert summary["contenders"]["metamask"] == {"median": 20, "iqr": 10.0, "times": [10, 20, 30]}
+    compiled = measure.summarise({"metamask": [10, 20, 30], "compiled": [30, 60, 60], "compiled-ours": [20, 20, 20]})
+    assert compiled["ratios"].keys() == {"compiled/metamask", "compiled/compiled-ours"}
+    assert compiled["ratios"]["compiled/compiled-ours"]["of_medians"] == 3
 
 
 @pytest.mark.parametrize(
@@ -390,12 +396,14 @@ def test_run_measures_one_case_in_its_own_process(tmp_path):
     assert (measured["case"], measured["allocator"], measured["status"]) == (TINY, "default", "measured")
     assert measured["not_measured"] == {}
     contenders = measured["contenders"]
-    assert contenders.keys() == measured["error_over_tolerance"].keys() == {"metamask", "eager", "compiled", "dense"}
+    assert (
+        contenders.keys() == measured["error_over_tolerance"].keys() == {"metamask", "eager", "compiled", "compiled-ours", "dense"}
+    )
     assert measured["rounds"] >= measure.MIN_ROUNDS
     for contender in contenders.values():
         assert len(contender["times"]) == measured["rounds"]
         assert contender["median"] == statistics.median(contender["times"]) > 0
-    assert measured["ratios"].keys() == {"eager/metamask", "compiled/metamask", "metamask/dense"}
+    assert measured["ratios"].keys() == {"eager/metamask", "compiled/metamask", "compiled/compiled-ours", "metamask/dense"}
     for name, ratio in measured["ratios"].items():
         above, below = (contenders[part]["times"] for part in name.split("/"))
         assert ratio["of_medians"] == statistics.median(above) / statistics.median(below)

@@ -33,6 +33,13 @@ def test_life_of_a_task():
     assert left["own"].tasks == ["default", "b"] and set(left["own"].per_task) >= {"4.weight", "4.bias", "1.running_mean"}
 
 
+def test_compile():
+    left, blocks = _run_blocks("docs/guide/compile.md", {})
+    assert blocks == 2
+    assert left["mixed"].shape == (8, 10) and metamask_ext.tasks(left["model"]) == ["default", "b", "c", "d", "e"]
+    assert left["model"][0].masks["b"].grad is not None and left["model"][0].masks["default"].grad is None
+
+
 def test_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x, y = torch.rand(2, 784), torch.tensor([3, 7])

@@ -338,5 +338,6 @@ def test_eager_forward_backward_and_double_backward_dispatch_the_kernels(device)
 def test_no_kernel_runs_where_a_function_cannot_go():
     w, m, x = transform_inputs()
     assert metamask_ops(lambda: torch.func.grad(loss)(w, m, x)) == {}
+    # A small weight: tests/ops/test_composite.py has those that are large enough
     assert metamask_ops(lambda: torch.compile(loss, backend="eager")(w, m, x)) == {}
     assert metamask_ops(lambda: loss(w, m, x)) == {"masked_linear": 1}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metamask_ext.continual import LoopConfig, TaskLoop
 from metamask_ext.data import sine_of_linear_tasks
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
-from metamask_ext.nn.masked_layer import MaskInit
+from metamask_ext.nn.task_masks import MaskInit
 
 from ..engine.claims import Claim, Metrics, Numbers, mean
 from ..engine.figures import STYLES, Figures, bands, new_figure

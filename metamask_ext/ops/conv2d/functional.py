@@ -12,7 +12,16 @@ from torch import Tensor
 from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
 from ..checks import check_bias, check_conv2d, check_dense, check_pair
-from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
+from ..composite import composite_op
+from ..dispatch import (
+    autocast_dtype,
+    check_input_dtype,
+    in_compiled_graph,
+    is_differentiated,
+    is_plain,
+    use_reference,
+    worded,
+)
 from ..gate import resolve_gate
 from ..geometry import Geometry, check_steps, output_size
 from ..weight.functional import theta
@@ -86,15 +95,57 @@ def _conv2d(
     check_input_dtype(input, weight)
     check_bias(weight, bias, bias_mask_logits)
     if use_reference():
+        if groups == 1 and not isinstance(padding, str) and in_compiled_graph():
+            return _compiled(input, *parameters, *_pairs(stride, padding, dilation), gate_id, gate_param)
         return reference.masked_conv2d(input, *parameters, stride, padding, dilation, groups, gate_id, gate_param)
     if groups == 1 and (geometry := _product_geometry(input, weight, mask_logits, stride, padding, dilation)) is not None:
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (input, *parameters)):
-            return _apply_conv2d(input, *parameters, gate_id, gate_param, geometry)
-        return conv2d_product(input, *parameters, gate_id, gate_param, *geometry)[0]
+        return _product(input, *parameters, gate_id, gate_param, geometry)
     weights, bias = _masked_parameters(*parameters, gate_id, gate_param)
     return F.conv2d(input, weights, bias, stride, padding, dilation, groups)
 
 
+def _product(
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+    geometry: Geometry,
+) -> Tensor:
+    tensors = (input, weight, mask_logits, bias, bias_mask_logits)
+    if is_differentiated(tensors):
+        return _apply_conv2d(*tensors, gate_id, gate_param, geometry)
+    return conv2d_product(*tensors, gate_id, gate_param, *geometry)[0]
+
+
+def _in_graph(
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    gate_id: int,
+    gate_param: float,
+) -> Tensor:
+    tensors = (input, weight, mask_logits, bias, bias_mask_logits)
+    pairs = (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1])
+    geometry = None if is_plain(tensors, gate_param) else _product_geometry(input, weight, mask_logits, *pairs)
+    if geometry is None:
+        # Inductor writes theta in one pass, as the kernel would, and fuses it with what it finds.
+        return reference.masked_conv2d(*tensors, *pairs, 1, gate_id, gate_param)
+    return _product(*tensors, gate_id, gate_param, geometry)
+
+
+_compiled = composite_op(
+    "compiled_conv2d(Tensor input, Tensor weight, Tensor mask_logits, Tensor? bias, Tensor? bias_mask_logits, int[2] stride, "
+    "int[2] padding, int[2] dilation, int gate_id, Scalar gate_param) -> Tensor",
+    _in_graph,
+)
 CHANNELS_PER_PLACE, CHANNELS_PER_PLACE_1X1 = 4, 8
 """A convolution is a product with patches where its output has at least this many channels for each place (of all samples).
 
@@ -117,7 +168,7 @@ def _product_geometry(
     """
     if weight.dtype not in (torch.float32, torch.float64) or weight.device.type != "cpu" or input.dim() != 4:
         return None
-    pairs = [(value, value) if isinstance(value, int) else value for value in (stride, padding, dilation)]
+    pairs = _pairs(stride, padding, dilation)
     if any(isinstance(both, str) or len(both) != 2 for both in pairs):
         return None
     geometry = Geometry(*pairs)  # type: ignore[arg-type]  # no string is left
@@ -127,10 +178,14 @@ def _product_geometry(
     out, _, *kernel = weight.shape
     height, width = output_size(input.shape, kernel, *geometry)
     least = CHANNELS_PER_PLACE_1X1 if kernel == [1, 1] else CHANNELS_PER_PLACE
-    if height < 1 or width < 1 or weight.numel() == 0 or not 0 < least * len(input) * height * width <= out:
+    if height < 1 or width < 1 or weight.numel() == 0 or not 0 < least * input.shape[0] * height * width <= out:
         return None
     in_order = input.is_contiguous() and weight.is_contiguous() and mask_logits.is_contiguous()
     return geometry if in_order and autocast_dtype(weight) is None else None
+
+
+def _pairs(*steps: int | str | tuple[int, int]) -> list[str | tuple[int, int]]:
+    return [(value, value) if isinstance(value, int) else value for value in steps]
 
 
 def _masked_parameters(

@@ -10,7 +10,17 @@ from torch import Tensor
 from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
 from ..checks import check_dense, check_linear, check_pair
-from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
+from ..composite import composite_op
+from ..dispatch import (
+    autocast_dtype,
+    check_input_dtype,
+    in_compiled_graph,
+    is_differentiated,
+    is_plain,
+    is_small,
+    use_reference,
+    worded,
+)
 from ..gate import resolve_gate
 from . import raw, reference
 from .autograd import MaskedLinear
@@ -51,7 +61,8 @@ def masked_linear(
     parameters = (weight, mask_logits, bias, bias_mask_logits)
     if use_reference():
         _check(input, *parameters)
-        return reference.masked_linear(input, *parameters, gate_id, gate_param)
+        run = _compiled if in_compiled_graph() else reference.masked_linear
+        return run(input, *parameters, gate_id, gate_param)
     try:
         if input.dtype != weight.dtype:
             check_input_dtype(input, weight)
@@ -74,3 +85,26 @@ def _check(input: Tensor, weight: Tensor, mask_logits: Tensor, bias: Tensor | No
     check_pair(weight, mask_logits)
     check_linear(input, weight, bias, bias_mask_logits)
     check_input_dtype(input, weight)
+
+
+def _in_graph(
+    input: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    bias: Tensor | None,
+    bias_mask_logits: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+) -> Tensor:
+    tensors = (input, weight, mask_logits, bias, bias_mask_logits)
+    if is_plain(tensors, gate_param) or is_small(weight):
+        return reference.masked_linear(*tensors, gate_id, gate_param)
+    run: Callable[..., Tensor] = _apply_linear if is_differentiated(tensors) else raw.masked_linear
+    return run(*tensors, gate_id, gate_param, autocast_dtype(weight))
+
+
+_compiled = composite_op(
+    "compiled_linear(Tensor input, Tensor weight, Tensor mask_logits, Tensor? bias, Tensor? bias_mask_logits, int gate_id, "
+    "Scalar gate_param) -> Tensor",
+    _in_graph,
+)

@@ -27,7 +27,17 @@ from ..checks import (
     count_tasks,
     is_stacked,
 )
-from ..dispatch import autocast_dtype, check_input_dtype, of_one_dtype, use_reference, worded
+from ..composite import composite_op
+from ..dispatch import (
+    autocast_dtype,
+    check_input_dtype,
+    in_compiled_graph,
+    is_differentiated,
+    is_plain,
+    of_one_dtype,
+    use_reference,
+    worded,
+)
 from ..gate import resolve_gate
 from ..geometry import Geometry, im2col, resolve_geometry
 from ..weight.functional import theta_list
@@ -71,7 +81,8 @@ def task_masked_linear(
     Raises:
         TypeError: an argument is no tensor, or of the wrong dtype.
         ValueError: a shape or device does not fit, a slot is not in ``[0, T)``, the gate is unknown, or the temperature is not
-            positive. Under torch.compile and a vmap over the slots, one out of range is torch's own error of an index.
+            positive. Under a vmap over the slots, and in a transform inside torch.compile, one out of range is torch's own error
+            of an index.
     """
     if fx_trace._is_fx_tracing_flag and (traced := traced_function(task_masked_linear, locals())) is not None:
         return traced
@@ -240,25 +251,57 @@ def _linear(
 ) -> Tensor:
     if use_reference():
         _check(input, slots, weight, masks, bias, bias_masks, groups)
-        return reference.task_masked_linear(input, slots, weight, masks, bias, bias_masks or [], gate_id, gate_param, groups)
+        run = _compiled if in_compiled_graph() else reference.task_masked_linear
+        return run(input, slots, weight, masks, bias, bias_masks or [], gate_id, gate_param, groups)
     try:
         if input.dtype != weight.dtype:
             check_input_dtype(input, weight)
         if bias_masks is not None and len(bias_masks) == 0:  # the op would take it for a bias without masks
             check_task_bias(weight, masks, bias, bias_masks)
-        dtype = autocast_dtype(weight)
-        every = masks if bias_masks is None else [*masks, *bias_masks]
-        if torch.is_grad_enabled() and (
-            input.requires_grad
-            or weight.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or any(mask.requires_grad for mask in every)
-        ):
-            call = Call(gate_id, gate_param, groups, len(masks))
-            return _apply(call, dtype, input, slots, weight, bias, *every)
-        return raw.task_masked_linear(input, slots, weight, masks, bias, bias_masks or [], gate_id, gate_param, groups, dtype)
+        return _kernel(input, slots, weight, masks, bias, bias_masks or [], gate_id, gate_param, groups)
     except Exception as error:
         raise worded(error, _check, input, slots, weight, masks, bias, bias_masks, groups) from None
+
+
+def _kernel(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    masks: list[Tensor],
+    bias: Tensor | None,
+    bias_masks: list[Tensor],
+    gate_id: int,
+    gate_param: float,
+    groups: int,
+) -> Tensor:
+    dtype = autocast_dtype(weight)
+    if is_differentiated((input, weight, bias, *masks, *bias_masks)):
+        call = Call(gate_id, gate_param, groups, len(masks))
+        return _apply(call, dtype, input, slots, weight, bias, *masks, *bias_masks)
+    return raw.task_masked_linear(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups, dtype)
+
+
+def _in_graph(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    masks: list[Tensor],
+    bias: Tensor | None,
+    bias_masks: list[Tensor],
+    gate_id: int,
+    gate_param: float,
+    groups: int,
+) -> Tensor:
+    plain = is_plain((input, weight, bias, *masks, *bias_masks), gate_param)
+    run = reference.task_masked_linear if plain else _kernel
+    return run(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups)
+
+
+_compiled = composite_op(
+    "compiled_task_linear(Tensor input, Tensor slots, Tensor weight, Tensor[] masks, Tensor? bias, Tensor[] bias_masks, "
+    "int gate_id, Scalar gate_param, int groups) -> Tensor",
+    _in_graph,
+)
 
 
 def _check(

@@ -26,7 +26,16 @@ from ..checks import (
     has_values,
     nan_flag,
 )
-from ..dispatch import autocast_dtype, check_input_dtype, use_reference, worded
+from ..composite import composite_op
+from ..dispatch import (
+    autocast_dtype,
+    check_input_dtype,
+    in_compiled_graph,
+    is_differentiated,
+    is_plain,
+    use_reference,
+    worded,
+)
 from ..geometry import im2col, resolve_geometry
 from . import raw, reference
 from .autograd import PackedMaskedLinear
@@ -216,19 +225,48 @@ def _linear(
     arguments = (input, slots, weight, masks, bias, bias_masks, groups)
     if use_reference():
         _check(*arguments)
-        return reference.packed_masked_linear(*arguments)
+        return (_compiled if in_compiled_graph() else reference.packed_masked_linear)(*arguments)
     try:
         if input.dtype != weight.dtype:
             check_input_dtype(input, weight)
-        dtype = autocast_dtype(weight)
-        wanted = torch.is_grad_enabled() and (
-            weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
-        )
-        if wanted:
-            return _apply(input, slots, weight, bias, masks, bias_masks, groups, dtype)
-        return raw.packed_masked_linear(*arguments, dtype)
+        return _kernel(*arguments)
     except Exception as error:
         raise worded(error, _check, *arguments) from None
+
+
+def _kernel(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    packed: list[Tensor],
+    bias: Tensor | None,
+    packed_bias: list[Tensor] | None,
+    groups: int,
+) -> Tensor:
+    dtype = autocast_dtype(weight)
+    if is_differentiated((input, weight, bias)):
+        return _apply(input, slots, weight, bias, packed, packed_bias, groups, dtype)
+    return raw.packed_masked_linear(input, slots, weight, packed, bias, packed_bias, groups, dtype)
+
+
+def _in_graph(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    packed: list[Tensor],
+    bias: Tensor | None,
+    packed_bias: list[Tensor] | None,
+    groups: int,
+) -> Tensor:
+    run = reference.packed_masked_linear if is_plain((input, weight, bias, *packed)) else _kernel
+    return run(input, slots, weight, packed, bias, packed_bias, groups)
+
+
+_compiled = composite_op(
+    "compiled_packed_linear(Tensor input, Tensor slots, Tensor weight, Tensor[] packed, Tensor? bias, Tensor[]? packed_bias, "
+    "int groups) -> Tensor",
+    _in_graph,
+)
 
 
 def _check(
