@@ -49,7 +49,7 @@ def measure(case: Case, checker: Checker) -> dict[str, Any]:
         AssertionError: a result is wrong; nothing was timed.
     """
     # What was compiled for another shape would be tried first at each call.
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()
     if case.quantities:
         return {"quantities": case.build()}

@@ -66,7 +66,9 @@ def run_pytest(device: Card, results: Results, stage: str, names: Sequence[str],
         command = [sys.executable, "-m", "pytest", "-q", "-n", str(device.workers), "-m", device.marks, "-k", device.tests[stage]]
         command += ["--tb=short", "-p", "no:cacheprovider", "-p", "gpu.pytest_report", "--continue-on-collection-errors"]
         path = os.pathsep.join([str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        environment = {**os.environ, pytest_report.FILE: str(reports), "PYTHONPATH": path}
+        # Without those of a pytest that this one runs in, whose workers it would take for its own.
+        outside = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+        environment = {**outside, pytest_report.FILE: str(reports), "PYTHONPATH": path}
         try:
             command += device.files(names)
             ended = f"exit code {subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds).returncode}"
