@@ -157,7 +157,7 @@ def _adamw_steps(
             count = torch.tensor(
                 make.chance.choice((0.0, 1.0, 9.0, 1000.0)), dtype=make.chance.choice((torch.float32, torch.float64))
             )
-            state += [make.random(shape, dtype), make.random(shape, dtype).square() + 0.5, count]
+            state += [make.random(shape, dtype), make.random(shape, dtype).square_().add_(0.5), count]
     numbers = []
     for lr, decay, _ in settings:
         numbers += [
