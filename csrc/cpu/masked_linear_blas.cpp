@@ -1,5 +1,5 @@
-// masked_linear through torch's BLAS, for batches so large that theta is small beside them (cpu/products.h says which): theta and
-// its gradient are written by one pass over W and M and multiplied as any matrix.
+// masked_linear through torch's BLAS, for batches over which panels would pass too often (cpu/products.h says which): theta lies in
+// memory whole, its gradient likewise, and both are multiplied as any matrix; what the gate does to them is one pass over W and M.
 #include "cpu/panels.h"
 
 namespace metamask::cpu {
