@@ -75,6 +75,7 @@ def plot_seeds(
     values: Sequence[Sequence[float]],
     geometric: bool = False,
     style: Style | None = None,
+    band: bool = True,
 ) -> None:
     """Plot the mean of ``values`` (a curve for each seed); with several also a band, the 95 % interval of the mean at each step.
 
@@ -86,16 +87,63 @@ def plot_seeds(
         values: the curves.
         geometric: take mean and interval of the logarithms, for a logarithmic axis; the values must be positive.
         style: what differs from the method's style.
+        band: draw it; for lines that lie close :func:`label_lines` has the intervals at their ends.
     """
     forth, back = (math.log, math.exp) if geometric else (float, float)
     points = [[forth(value) for value in of_seeds] for of_seeds in zip(*values)]
     means = [statistics.fmean(of_seeds) for of_seeds in points]
     options: Style = {"linewidth": 1.8, **STYLES[method], **(style or {})}
     axes.plot(steps, [back(mean) for mean in means], label=label, **options)
-    if len(values) > 1:
+    if band and len(values) > 1:
         widths = [half_width(of_seeds) for of_seeds in points]
         low, high = ([back(mean + sign * width) for mean, width in zip(means, widths)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=options["color"], alpha=0.2, linewidth=0)
+
+
+def label_lines(axes: Axes, labels: Sequence[str], values: Sequence[Sequence[float]], geometric: bool = False) -> None:
+    """Name each of the last lines of ``axes`` at its right end, in its colour; with several seeds beside it the interval at its end.
+
+    Args:
+        axes: with its scales and limits set; lines end at the same horizontal place.
+        labels: of the last ``len(labels)`` lines, in order.
+        values: of each line the seeds' values at its end.
+        geometric: intervals of the logarithms, as of :func:`plot_seeds`.
+    """
+    lines = axes.lines[-len(labels) :]
+    low, high = axes.get_ylim()
+    place = axes.transScale.transform
+    bottom, top = place((1, low))[1], place((1, high))[1]
+    ends = [(place((1, float(line.get_ydata()[-1])))[1] - bottom) / (top - bottom) for line in lines]
+    order = sorted(range(len(lines)), key=ends.__getitem__)
+    height = 0.062
+    free = max(0.0, 1 - height * len(lines))
+    places: dict[int, float] = {}
+    for rank, index in enumerate(order):
+        least = height * rank if rank == 0 else places[order[rank - 1]] + height
+        # Room must be left for those above.
+        places[index] = max(least, min(ends[index], height * rank + free))
+    for rank, index in enumerate(order):
+        color = lines[index].get_color()
+        axes.annotate(
+            labels[index],
+            (1.0, min(max(ends[index], 0), 1)),
+            (1.09, places[index]),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=color,
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0},
+            annotation_clip=False,
+        )
+        its = values[index]
+        if len(its) > 1:
+            known = [math.log(value) for value in its] if geometric else list(its)
+            middle, width = statistics.fmean(known), half_width(known)
+            ends_of = [math.exp(middle + sign * width) if geometric else middle + sign * width for sign in (-1, 1)]
+            # Beside each other, or they hide each other.
+            x = axes.transData.inverted().transform(axes.transAxes.transform((1.012 + 0.01 * rank, 0)))[0]
+            axes.plot([x, x], ends_of, color=color, linewidth=1.6, clip_on=False, solid_capstyle="butt")
 
 
 def bands(seeds: int, drawn: str = "bands") -> str:

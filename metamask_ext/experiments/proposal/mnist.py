@@ -82,8 +82,8 @@ question 2 is ours: the digits turned by 90 degrees."""
 tables = report.tables
 CLAIMS = [
     Claim(
-        "A masked CNN performs as the CNN without masks does (section 3.6): test accuracy {masked:.2f} %, plain {plain:.2f} %, "
-        "with a hard gate {hard:.2f} %.",
+        "A masked CNN performs as the CNN without masks does (section 3.6): test accuracy {masked:.2f} %, plain {plain:.2f} %; "
+        "with a hard gate it does too, {hard:.2f} % (margin {margin} points).",
         lambda metrics: {
             "masked": findings.trained(metrics, "masked"),
             "plain": findings.trained(metrics, "shared"),
@@ -91,7 +91,7 @@ CLAIMS = [
             # Between seeds the difference has a standard deviation of about 0.3, and of 0.6 in the few steps of a quick run.
             "margin": 0.8 if len(metrics["seeds"]) > 1 else 2.0,
         },
-        lambda numbers: numbers["masked"] >= numbers["plain"] - numbers["margin"],
+        lambda numbers: min(numbers["masked"], numbers["hard"]) >= numbers["plain"] - numbers["margin"],
     ),
     Claim(
         "Masks on random weights that are never trained (section 2) get {lottery:.1f} %: far above chance, and below trained "

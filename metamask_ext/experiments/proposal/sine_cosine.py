@@ -233,6 +233,7 @@ CLAIMS = [
         _apart,
         lambda n: n["masked"] > 3 * n["related"] and n["right"] < 85,
     ),
+    report.forgetting_claim(),
 ]
 
 

@@ -309,6 +309,7 @@ CLAIMS = [
         _new,
         lambda n: n["masks_few"] < 0.5 * n["scratch_few"],
     ),
+    report.forgetting_claim(),
 ]
 
 

@@ -228,6 +228,7 @@ CLAIMS = [
         _new,
         lambda n: n["masks_few"] < 1.2 * n["scratch_few"],
     ),
+    report.forgetting_claim(),
 ]
 
 

@@ -117,7 +117,7 @@ CLAIMS = [
         "One hidden layer represents the waves when it is told amplitude and phase (MSE {told:.3g}), but cannot learn them in one "
         "gradient step ({one:.3g}); with as many parameters, two can ({two:.3g}), and three ({three:.3g}).",
         _depths,
-        lambda numbers: max(numbers["two"], numbers["told"]) < 0.7 * numbers["one"],
+        lambda numbers: max(numbers["two"], numbers["three"], numbers["told"]) < 0.7 * numbers["one"],
     ),
     Claim(
         "The proof's construction is exact in float64: after one step the outputs differ by at most {error:.1e} from "
