@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import io
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metamask_ext.files.atomic import write_atomic
 
-from .statistics import half_width
+from .statistics import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Figures = Mapping[str, "Figure"]
 """Figures by name; the name of an experiment's main figure is empty."""
@@ -89,27 +88,30 @@ def plot_seeds(
         style: what differs from the method's style.
         band: draw it; for lines that lie close :func:`label_lines` has the intervals at their ends.
     """
-    forth, back = (math.log, math.exp) if geometric else (float, float)
-    points = [[forth(value) for value in of_seeds] for of_seeds in zip(*values)]
-    means = [statistics.fmean(of_seeds) for of_seeds in points]
+    low, means, high = zip(*(interval(of_seeds, geometric) for of_seeds in zip(*values)))
     options: Style = {"linewidth": 1.8, **STYLES[method], **(style or {})}
-    axes.plot(steps, [back(mean) for mean in means], label=label, **options)
+    axes.plot(steps, means, label=label, **options)
     if band and len(values) > 1:
-        widths = [half_width(of_seeds) for of_seeds in points]
-        low, high = ([back(mean + sign * width) for mean, width in zip(means, widths)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=options["color"], alpha=0.2, linewidth=0)
 
 
-def label_lines(axes: Axes, labels: Sequence[str], values: Sequence[Sequence[float]], geometric: bool = False) -> None:
-    """Name each of the last lines of ``axes`` at its right end, in its colour; with several seeds beside it the interval at its end.
+def label_lines(
+    axes: Axes,
+    labels: Sequence[str],
+    values: Sequence[Sequence[float]],
+    geometric: bool = False,
+    lines: Sequence[Line2D] | None = None,
+) -> None:
+    """Name lines at their right ends, in their colours; with several seeds beside each the interval at its end.
 
     Args:
         axes: with its scales and limits set; lines end at the same horizontal place.
-        labels: of the last ``len(labels)`` lines, in order.
+        labels: of the lines, in order.
         values: of each line the seeds' values at its end.
         geometric: intervals of the logarithms, as of :func:`plot_seeds`.
+        lines: by default the last ones of ``axes``.
     """
-    lines = axes.lines[-len(labels) :]
+    lines = axes.lines[-len(labels) :] if lines is None else lines
     low, high = axes.get_ylim()
     place = axes.transScale.transform
     bottom, top = place((1, low))[1], place((1, high))[1]
@@ -138,12 +140,10 @@ def label_lines(axes: Axes, labels: Sequence[str], values: Sequence[Sequence[flo
         )
         its = values[index]
         if len(its) > 1:
-            known = [math.log(value) for value in its] if geometric else list(its)
-            middle, width = statistics.fmean(known), half_width(known)
-            ends_of = [math.exp(middle + sign * width) if geometric else middle + sign * width for sign in (-1, 1)]
+            lowest, _, highest = interval(its, geometric)
             # Beside each other, or they hide each other.
             x = axes.transData.inverted().transform(axes.transAxes.transform((1.012 + 0.01 * rank, 0)))[0]
-            axes.plot([x, x], ends_of, color=color, linewidth=1.6, clip_on=False, solid_capstyle="butt")
+            axes.plot([x, x], [lowest, highest], color=color, linewidth=1.6, clip_on=False, solid_capstyle="butt")
 
 
 def bands(seeds: int, drawn: str = "bands") -> str:
@@ -151,7 +151,7 @@ def bands(seeds: int, drawn: str = "bands") -> str:
     return f"mean over seeds; {drawn}: its 95 % interval" if seeds > 1 else "one seed"
 
 
-def legend_above(figure: Figure, axes: Axes, title: str) -> None:
+def legend_above(figure: Figure, axes: Axes, title: str, columns: int = 3) -> None:
     """One legend above all panels, with the lines of ``axes``."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=3, title=title, title_fontsize=8)
+    figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=columns, title=title, title_fontsize=8)

@@ -160,8 +160,9 @@ def figures(metrics: Metrics) -> Figures:
         (metrics["gates"][0], "after training", "#0072B2"),
     ):
         axes.stairs(values, edges.tolist(), label=label, color=color, linewidth=1.8)
-    axes.set(xlabel=f"gate, sigmoid(M) (no unit), seed {metrics['seed']}", ylabel="weights (number)")
-    axes.legend(fontsize=8)
+    axes.set(xlabel="gate, sigmoid(M) (no unit)", ylabel="weights (number)")
+    axes.set_title(f"the gates of all weights of the net, seed {metrics['seed']}", fontsize=9)
+    axes.legend(fontsize=8, loc="lower center")
     return {"": report.figure(metrics), "gates": figure}
 
 

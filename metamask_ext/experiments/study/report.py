@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from ..engine.claims import Claim, Metrics
 from ..engine.figures import STYLES, bands, label_lines, new_figure, plot_seeds
-from ..engine.statistics import cell, half_width, summarized
+from ..engine.statistics import cell, interval, summarized
 from ..engine.tables import Rows, Tables, cells
 from .findings import AT_THE_END, JUST_LEARNED, cost_ratio, in_order, needed
 from .new_tasks import FROM_SCRATCH, INNER_STEPS, LOOK_UP, MASK_ONLY, SUPERPOSITION, WAYS
@@ -148,11 +147,9 @@ class _ScoreAxis:
     def _shown(self, line: _Line) -> list[list[float]]:
         return [[value if self.higher else max(value, SMALLEST) for value in seed] for seed in line.values]
 
-    def interval(self, values: Sequence[float]) -> Iterator[float]:
+    def interval(self, values: Sequence[float]) -> tuple[float, float, float]:
         """The lower end, the mean and the upper end of the interval of the mean."""
-        known = values if self.higher else [math.log(max(value, SMALLEST)) for value in values]
-        mean, width = statistics.fmean(known), half_width(known) if len(known) > 1 else 0.0
-        return (value if self.higher else math.exp(value) for value in (mean - width, mean, mean + width))
+        return interval(values if self.higher else [max(value, SMALLEST) for value in values], geometric=not self.higher)
 
     def set_limits(self, axes: Axes) -> None:
         """Limits that show the means; errors that are rounding lie in a band that says so."""
