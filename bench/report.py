@@ -100,9 +100,9 @@ def update(path: Path, results: Results) -> None:
     """Replaces what stands between ``<!-- bench:SUITE -->`` and ``<!-- /bench:SUITE -->`` in a Markdown file by the table.
 
     Between ``<!-- bench:SUITE:details -->`` and its end, if the file has these, all ratios are put. ``SUITE`` of a GPU's results
-    is the suite with the card, as in ``cuda:nvidia-h200``: each card has a table of its own. That of the grid is the suite with the
-    processor, as in ``grid:zen4``; its heat maps are written beside the file. Between ``<!-- bench:grid:zen4:short -->`` and its end a
-    table of six points is put.
+    is the suite with the card, as in ``cuda:nvidia-h200``: each card has a table of its own. That of the grid is the suite with
+    the processor, as in ``grid:zen4``; its heat maps are written beside the file. Between ``<!-- bench:grid:zen4:short -->`` and
+    its end a table of six points is put.
 
     Raises:
         ValueError: the file has neither pair of markers, or not each once and in this order.

@@ -1,6 +1,6 @@
 """Prints the requirements of an extra in pyproject.toml, for an environment that does not install the package itself.
 
-    python tools/extra.py docs
+python tools/extra.py docs
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """The pages of results: made from the metrics files of all experiments, with nothing typed by hand.
 
-``README.md`` is one screen: what does not hold, and a row for each question. Each run has a page in its folder, and tables of more than
-:data:`MOST_ROWS` rows a page of their own behind it.
+``README.md`` is one screen: what does not hold, and a row for each question. Each run has a page in its folder, and tables of more
+than :data:`MOST_ROWS` rows a page of their own behind it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -104,12 +105,15 @@ def _head(done: Runs, missing: Sequence[str]) -> str:
 
 def _failing(done: Runs) -> str:
     found = [
-        f"- {_link(run)}: {text}" for run, (module, metrics) in done.items() for text, holds in answers(module, metrics) if not holds
+        f"- {_link(run)}: {text}"
+        for run, (module, metrics) in done.items()
+        for text, holds in answers(module, metrics)
+        if not holds
     ]
     return f"## What does not hold: {len(found)}\n\n" + ("\n".join(found) if found else "Every claim holds.")
 
 
-def _questions(rows: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def _questions(rows: Mapping[str, list[str]]) -> Iterator[str]:
     """The tables of the first page: what the proposal asks, section by section, and what other papers do."""
     head = ["question", "answer", "claims that hold", "run"]
     proposal = {run: row for run, row in rows.items() if run in SECTIONS}
@@ -133,7 +137,7 @@ def _row(run: str, module: ModuleType, metrics: Metrics) -> list[str]:
 def _question(text: str) -> str:
     """The first sentence of ``text`` that asks."""
     asked = " ".join(text.split()).partition("?")[0]
-    return asked[max(asked.rfind(". "), asked.rfind(".) ")) + 1 :].lstrip(") ") + "?"
+    return re.sub(r"^Section [\d.]+: ", "", asked[max(asked.rfind(". "), asked.rfind(".) ")) + 1 :].lstrip(") ")) + "?"
 
 
 def _link(run: str) -> str:
@@ -142,7 +146,8 @@ def _link(run: str) -> str:
 
 def _pages(run: str, module: ModuleType, metrics: Metrics, files: Sequence[str]) -> dict[str, str]:
     """The run's page by file name, and the page of its long tables if it has any."""
-    short, long = [], []
+    short: list[str] = []
+    long: list[str] = []
     for title, rows in tables(module, metrics):
         text = "\n\n".join([*([f"{title}:"] if title else []), "\n".join(_table(rows))])
         (long if len(rows) - 1 > MOST_ROWS else short).append(text)

@@ -37,4 +37,4 @@ def test_the_first_page_is_a_screen_and_no_table_is_long():
 
 def test_the_sentence_that_asks():
     assert report._question("Section 1: a fact. It is\nlarge (see 2.) Does a mask do? And more?") == "Does a mask do?"
-    assert report._question("Section 3.1: if $y = x$, does it?") == "Section 3.1: if $y = x$, does it?"
+    assert report._question("Section 3.1: if $y = x$, does it?") == "if $y = x$, does it?"

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from metamask_ext.files.atomic import write_atomic
 
 from .statistics import interval
@@ -107,7 +109,7 @@ def label_lines(
     Args:
         axes: with its scales and limits set; lines end at the same horizontal place.
         labels: of the lines, in order.
-        values: of each line the seeds' values at its end.
+        values: of each line, the value of every seed at its end.
         geometric: intervals of the logarithms, as of :func:`plot_seeds`.
         lines: by default the last ones of ``axes``.
     """
@@ -115,7 +117,8 @@ def label_lines(
     low, high = axes.get_ylim()
     place = axes.transScale.transform
     bottom, top = place((1, low))[1], place((1, high))[1]
-    ends = [(place((1, float(line.get_ydata()[-1])))[1] - bottom) / (top - bottom) for line in lines]
+    last = [float(np.asarray(line.get_ydata())[-1]) for line in lines]
+    ends = [(place((1, value))[1] - bottom) / (top - bottom) for value in last]
     order = sorted(range(len(lines)), key=ends.__getitem__)
     height = 0.062
     free = max(0.0, 1 - height * len(lines))
@@ -135,7 +138,7 @@ def label_lines(
             color=color,
             fontsize=8,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 0},
             annotation_clip=False,
         )
         its = values[index]

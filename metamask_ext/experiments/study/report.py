@@ -31,7 +31,7 @@ LABELS = {
 }
 SMALLEST = 1e-8
 """Errors below this are drawn as this, in a band that says so: they are rounding."""
-ROUNDING = f"below {SMALLEST:g}: rounding"
+ROUNDING = f"grey: below {SMALLEST:g}, rounding"
 
 
 def cost_claim() -> Claim:
@@ -194,8 +194,15 @@ def _plot_trained(axes: Axes, metrics: Metrics, axis: _ScoreAxis) -> None:
         low = axes.get_xlim()[0]
         axes.axvspan(low, 2 * SMALLEST, color="0.9", linewidth=0, zorder=0)
         axes.set_xlim(left=low)
-        axes.annotate(ROUNDING, (2 * SMALLEST, 0.03), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
-                      fontsize=7, color="0.4")
+        axes.annotate(
+            ROUNDING,
+            (2 * SMALLEST, 0.03),
+            (4, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=7,
+            color="0.4",
+        )
     axes.set_yticks(range(len(study["methods"])), [LABELS[method] for method in study["methods"]])
     axes.set_title("trained tasks, in random order", fontsize=10)
 

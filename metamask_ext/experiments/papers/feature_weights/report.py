@@ -86,14 +86,16 @@ def _plot_loss(axes: Axes, part: str, metrics: Metrics) -> None:
         _level(axes, settings.noise**2, "noise variance")
         axes.set(ylabel="test MSE of new tasks (signal variance: 1)", ylim=(5e-5, 10))
     axes.axvline(settings.support_points, color="#CCCCCC", linewidth=4, zorder=0)
-    axes.set_title(f"part {part}: {settings.parts[part].solver}; {bands(len(base))}", fontsize=9)
+    axes.set_title(f"part {part}: {settings.parts[part].solver}\n{bands(len(base))}", fontsize=9)
     ends = [[run[-1] for run in values] for *_, values in lines]
     label_lines(axes, [label for _, label, _ in lines], ends, lines=axes.lines[: len(lines)])
 
 
 def _level(axes: Axes, value: float, label: str) -> None:
     axes.axhline(value, color="#999999", linewidth=1, linestyle=":")
-    axes.annotate(label, (0.01, value), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7, color="0.4")
+    axes.annotate(
+        label, (0.01, value), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7, color="0.4"
+    )
 
 
 def _plot_weights(evolution: Axes, weights: Axes, part: str, metrics: Metrics) -> None:

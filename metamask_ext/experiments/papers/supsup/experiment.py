@@ -229,7 +229,12 @@ def figures(metrics: Metrics) -> Figures:
     points, batch, found = metrics["points"], metrics["settings"]["test"]["batch"], metrics["curves"]
     masked = [method for method in found if method != SEQUENCE]
     figure, (left, middle, right) = new_figure(3)
-    _lines(left, metrics, ACCURACY, {masked[0]: "a mask for each task,\nnamed or inferred", SEQUENCE: "one net without masks,\nin sequence"})
+    _lines(
+        left,
+        metrics,
+        ACCURACY,
+        {masked[0]: "a mask for each task,\nnamed or inferred", SEQUENCE: "one net without masks,\nin sequence"},
+    )
     _chance(left, [100 / CLASSES] * len(points), points)
     named = {method: LABELS[method].replace("a batch", f"{batch} images") for method in masked}
     values = [value for method in masked for run in found[method][ACCURACY] for value in run]
@@ -245,9 +250,7 @@ def figures(metrics: Metrics) -> Figures:
     return {"": figure}
 
 
-def _lines(
-    axes: Axes, metrics: Metrics, key: str, labels: dict[str, str], limits: tuple[float, float] = (0, 103)
-) -> None:
+def _lines(axes: Axes, metrics: Metrics, key: str, labels: dict[str, str], limits: tuple[float, float] = (0, 103)) -> None:
     found = metrics["curves"]
     for method, label in labels.items():
         style = {"linewidth": 1.4, "markerfacecolor": "none", **LINES[method]}

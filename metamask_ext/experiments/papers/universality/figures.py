@@ -47,7 +47,7 @@ def figures(metrics: Metrics) -> Figures:
     image = axes[5].imshow(built["at the largest y"], cmap="cividis", origin="lower", extent=(0, 1, 0, 1))
     axes[5].set(xlabel="x*, query", ylabel=f"x, support (y = {settings.construction.values[-1]:g})")
     axes[5].set_title(f"one gradient step computes {name}:\nlargest error {built['largest error']:.0e}", fontsize=9)
-    figure.colorbar(image, ax=axes[5], label="output after the step (no unit)")
+    figure.colorbar(image, ax=axes[5], label="output after the step (no unit)", location="bottom", shrink=0.7)
     figure.suptitle(f"geometric {bands(len(metrics['seeds']))}", fontsize=9)
     return {"": figure}
 
