@@ -135,9 +135,9 @@ _ADVICE = "Another dimension: using_task(..., batch_dim=0) or batch_dim=1, for t
 
 
 class Superposition(Selection):
-    """A mixture of tasks: ``theta = W * sum_t alpha_t g(M_t)``, for all samples alike.
+    """A superposition of tasks: ``theta = W * sum_t alpha_t g(M_t)``, the same for all samples.
 
-    What belongs to tasks in other layers (heads, batch-norm statistics) is mixed with the same ``alpha``.
+    Tensors of tasks in other layers (heads, batch-norm statistics) are combined with the same ``alpha``.
     """
 
     def __init__(self, amounts: Mapping[str, float | Tensor]):
@@ -159,7 +159,7 @@ class Superposition(Selection):
 
 
 class ObservedSuperposition(Superposition):
-    """A superposition whose maker computes the mixtures itself, and sees the input and output of every masked layer.
+    """A superposition whose maker combines the masks itself, and sees the input and output of every masked layer.
 
     Args:
         amounts: the coefficients ``alpha_t`` by task.

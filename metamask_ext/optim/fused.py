@@ -133,8 +133,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[StateDict]:
-        """The parameter groups, with the parameters that the model has now: so for whoever reads them before a step, as
-        ``GradScaler.unscale_`` and the clipping of gradients do."""
+        """The parameter groups, with the parameters that the model has now, also for code that reads them before a step
+        (``GradScaler.unscale_``, gradient clipping)."""
         if self.__dict__.get("_changes", CHANGES.count) != CHANGES.count:
             self._find_new_tasks()
         return self._groups
@@ -157,10 +157,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """As torch's, but a state of parameters with other names, in another order, or of another optimiser is refused.
+        """Load a state as torch does, but refuse one of another optimiser, or of parameters with other names or in another order.
 
-        Names are those of the plain model; those that torch gives the parameters of the wrapped one (``_orig_mod.…``), as earlier
-        versions saved them, are read too.
+        Names are those of the plain model. The names that torch gives the parameters of a wrapped model (``_orig_mod.…``), as
+        earlier versions saved them, are read too.
         """
         self._find_new_tasks()
         state_dict = self._by_plain_names(state_dict)

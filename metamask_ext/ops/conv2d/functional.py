@@ -48,7 +48,7 @@ def masked_conv2d(
 ) -> Tensor:
     """``y = conv2d(x, W * g(M)) + b * g(M_b)``: :func:`torch.nn.functional.conv2d` with a masked weight.
 
-    On a CPU, where the output has few places for its channels, the convolution is a product in which ``theta`` is never in memory.
+    On a CPU, a convolution whose output has few positions for its channels runs as a product that never writes ``theta`` to memory.
 
     Args:
         input: ``x``, ``[N, C_in, H, W]`` or ``[C_in, H, W]``.
