@@ -30,8 +30,8 @@ class MaskBank:
 
     ``per_task`` names what else must belong to a task (a head, batch-norm statistics): shared, it would fit the task trained last,
     and the accuracy of earlier tasks would fall to chance. Such a tensor ``head.weight`` becomes ``head.per_task.weight.<task>``, a
-    parameter for each task (the first keeps the tensor that is there), and ``model.head.weight`` the active task's: build optimisers
-    afterwards.
+    parameter for each task (the first keeps the tensor that is there), and ``model.head.weight`` is the active task's: build
+    optimisers afterwards.
 
     Args:
         model: a module with masked layers.

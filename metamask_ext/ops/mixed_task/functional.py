@@ -110,7 +110,7 @@ def task_masked_conv2d(
 ) -> Tensor:
     """``y_b = conv2d(x_b, W * g(M_t)) + b * g(M_b,t)`` with ``t = slots[b]``: a convolution for a mixed-task batch.
 
-    It runs :func:`task_masked_linear` over the patches of the input (``im2col``), which take ``kH * kW`` times its memory. On a GPU,
+    It runs :func:`task_masked_linear` over the input's patches (``im2col``), which take ``kH * kW`` times its memory. On a GPU,
     if the weights of all samples take no more memory than the patches (with ``groups=1``: if the output has at least as many
     positions as channels), it runs one convolution whose groups are the samples instead.
 
