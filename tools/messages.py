@@ -1,8 +1,8 @@
 """Prints every error message of the package, to be read as a whole: ``python tools/messages.py [--plain]``.
 
-A line is ``file:line  Error: message``, with ``{expression}`` where a value comes in. Messages are those of ``raise`` statements, of
-functions that return an error, and of ``TORCH_CHECK`` and its kin in C++. ``--plain`` leaves out the places, so that two versions can be
-compared.
+A line is ``file:line  Error: message``, with ``{expression}`` where a value comes in. Messages are those of ``raise`` statements,
+of functions that return an error, and of ``TORCH_CHECK`` and its kin in C++. ``--plain`` leaves out file and line, so that two
+versions can be compared.
 """
 
 from __future__ import annotations

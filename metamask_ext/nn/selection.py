@@ -106,8 +106,8 @@ def check_samples(layer: nn.Module, input: Tensor, sample_dim: int, size: int, d
     batched = input.dim() > sample_dim + dim
     if dim and not batched:
         raise RuntimeError(
-            f"{type(layer).__name__} was called with an input of shape {list(input.shape)} inside a using_task block whose "
-            f"batch is the second dimension there: it has too few. {_ADVICE}"
+            f"{type(layer).__name__} was called inside a using_task block whose batch is the second dimension of its input: the "
+            f"input must have at least {sample_dim + 2} dimensions, got shape {list(input.shape)}. {_ADVICE}"
         )
     samples = input.shape[dim] if batched else 1
     if samples != size:

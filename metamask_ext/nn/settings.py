@@ -51,11 +51,11 @@ def decoded(state: object) -> Settings:
         raise ValueError(f"must be a floating-point tensor [4] (gate, temperature, threshold, tasks), got {got}")
     number, temperature, threshold, tasks = state.detach().to("cpu", torch.float64).tolist()
     if not (math.isfinite(number) and abs(number - round(number)) < _ROUNDING and round(number) in _NAMES):
-        raise ValueError(f"has the gate {number}, which is none of {GATES}")
+        raise ValueError(f"must have one of the gates {GATES}, got {number}")
     gate = _NAMES[round(number)]
     resolve_gate(gate, temperature, threshold)
     if not (math.isfinite(tasks) and tasks >= 0):
-        raise ValueError(f"has {tasks} tasks")
+        raise ValueError(f"must have a number of tasks of at least 0, got {tasks}")
     return Settings(gate, temperature, threshold, round(tasks))
 
 

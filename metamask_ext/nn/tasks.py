@@ -153,7 +153,7 @@ def _known_for(layers: Iterable[tuple[str, TaskLayer]], name: str) -> tuple[list
             every |= names
     ordered, partial = [task for task in kept[0] if task in known], every - known
     if name in known:
-        raise ValueError(f"task {name!r} exists; the model has {describe(ordered)}")
+        raise ValueError(f"name must be that of a new task, got {name!r}; the model has {describe(ordered)}")
     if name not in partial:
         same_tasks(layers)
     return ordered, partial
@@ -277,7 +277,7 @@ def remove_task(model: nn.Module, name: str) -> None:
         if name not in known:
             raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
         if len(known) == 1:
-            raise ValueError(f"task {name!r} is the model's last one: a masked layer needs a mask")
+            raise ValueError(f"task must not be the model's last one, got {name!r}: a masked layer needs a mask")
         layers = [layer for _, layer in task_layers(model)]
         check_not_sharded(layers, f"task {name!r} cannot be removed")
         if is_active(layers, name):

@@ -159,7 +159,7 @@ def _name_of(slots: list[str | None], entry: object, position: int) -> str:
     name = slots[slot]
     if name is None:
         known = describe(name for name in slots if name is not None)
-        raise ValueError(f"task[{position}] is slot {slot}, whose task was removed; the model has {known}")
+        raise ValueError(f"task[{position}] must be the slot of a task, got {slot}, whose task was removed; the model has {known}")
     return name
 
 
@@ -171,6 +171,6 @@ def _check_same_slots(model: nn.Module, batch: TaskBatch) -> None:
         for task, key in zip(batch.names, batch.keys):
             if slots.get(key) != numbers[key]:
                 raise ValueError(
-                    f"the layers of the model count their tasks differently: task {task!r} is slot {numbers[key]} of "
-                    f"{first_name or 'the model'!r} and {slots.get(key)} of {name or 'the model'!r}. Give names"
+                    f"task must be names, got slots: the layers of the model count their tasks differently: task {task!r} is slot "
+                    f"{numbers[key]} of {first_name or 'the model'!r} and {slots.get(key)} of {name or 'the model'!r}"
                 )

@@ -112,8 +112,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"loss must be a scalar where no gradient is given, got shape {list(loss.shape)}")
         if is_scaled(loss.grad_fn):
             raise ValueError(
-                "loss is scaled by a GradScaler, whose factor the step would not take out again. Give the unscaled loss (bfloat16 "
-                "needs no scaling); or call scaler.scale(loss).backward() and scaler.step(optimizer)"
+                "loss must not be scaled, got one that a GradScaler scaled: the step would not take its factor out again. Give the "
+                "unscaled loss (bfloat16 needs no scaling), or call scaler.scale(loss).backward() and scaler.step(optimizer)"
             )
         nodes = self._fused_nodes(loss.grad_fn)
         try:
@@ -168,13 +168,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             missing = [option for option in self._options if option not in theirs]
             if missing:
                 raise ValueError(
-                    f"state_dict is of another optimiser than {type(self).__name__}: group {index} has no {', '.join(missing)}"
+                    f"state_dict must be that of a {type(self).__name__}, got one whose group {index} has no {', '.join(missing)}"
                 )
             names = theirs.get("param_names")
             if names is not None and names != ours["param_names"]:
                 differing = set(names) ^ set(ours["param_names"])
                 which = f"{sorted(differing)} are in one only" if differing else "the order differs"
-                raise ValueError(f"state_dict has other parameters in group {index} than the model: {which}")
+                raise ValueError(f"state_dict must have the model's parameters in group {index}, got others: {which}")
         super().load_state_dict(state_dict)
         _keep_outside(self)
         self._remember()
