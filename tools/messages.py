@@ -33,7 +33,7 @@ def messages() -> list[Message]:
         for path in sorted((ROOT / folder).rglob("*.py")):
             if "bench" in path.relative_to(ROOT).parts[1:]:  # a link that an editable install makes
                 continue
-            found += _of_python(path)
+            found += sorted(_of_python(path), key=lambda message: message.line)
     for pattern in ("*.h", "*.cpp", "*.cu", "*.cuh"):
         for path in sorted((ROOT / "csrc").rglob(pattern)):
             found += _of_cpp(path)
