@@ -63,7 +63,7 @@ class MAML(nn.Module):
         start: of a model with several tasks, the name of that whose masks are ``phi_0``; or ``{task: alpha}``: masks whose gate is
             ``sum_t alpha_t g(M_t)``, as :func:`metamask_ext.add_task` makes them of known tasks (packed ones too), differentiable
             for the masks and for coefficients that are tensors. None: the model's only task.
-        batch_norm: ``"batch"``: each task is normalised by the statistics of its own samples at hand, support or query, as in
+        batch_norm: ``"batch"``: each task is normalised by the statistics of its own samples, support or query, as in
             arXiv:1703.03400; ``"frozen"``: by the running statistics; ``"per task"``: support as in ``"batch"``, and queries by the
             statistics of their task's support set under the adapted parameters, so that a prediction does not depend on the other
             queries. In all three, in training mode too, running statistics are not changed. Batch norms of the model become
@@ -140,7 +140,7 @@ class MAML(nn.Module):
         Args:
             loss_fn, support: as in :meth:`forward`.
             steps: how many, instead of ``inner_steps``.
-            parameters: go on from these, of an earlier call with the same tasks.
+            parameters: those of an earlier call with the same tasks, from which to continue; None: the start.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`forward`.

@@ -1,7 +1,7 @@
 """The gate of a masked layer in its state dict: a tensor, so that files which hold tensors alone keep it.
 
-``_extra_state``, float64 ``[4]``: the gate's number, temperature, threshold, and how many tasks the layer has. Numbers as they are:
-whoever averages states, or converts them to another dtype, gets a mean or a rounded temperature, and no nonsense.
+``_extra_state``, float64 ``[4]``: the gate's number, temperature, threshold, and how many tasks the layer has. The numbers are not
+encoded: averaging states, or converting them to another dtype, gives a mean or a rounded temperature.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def _product_geometry(
 ) -> Geometry | None:
     """The geometry of a convolution that is to be a product; None: torch's must run.
 
-    With few places for the channels a convolution waits for theta: it is written, read, brought into oneDNN's order, and
+    With few output positions for the channels a convolution waits for theta: it is written, read, brought into oneDNN's order, and
     its gradient likewise. In the product they exist in cache only. Patches, as long as theta's rows, are written and read instead,
     which pays while they are few (measured: docs/internals/performance.md).
     """
