@@ -98,7 +98,7 @@ SUMMARY: tuple[tuple[int, grid.Weight], ...] = (
 def summary(results: Results) -> list[list[str]]:
     """Makes a table of a line for each point of :data:`SUMMARY`, in float32 with the tuned allocator."""
     points = Points(results)
-    rows = [["batch x inputs -> outputs", *(f"{mode} / dense" for mode in _LONG), *(f"plain / ours, {mode}" for mode in _LONG)]]
+    rows = [["batch x inputs -> outputs", *(f"{mode} / dense" for mode in _LONG), *(f"plain / metamask, {mode}" for mode in _LONG)]]
     for batch, weight in SUMMARY:
         its = [Point(measure, "tuned", weight, batch) for measure in grid.MODES]
         values = [*map(points.dense, its), *map(points.plain, its)]

@@ -1,7 +1,7 @@
 """Prints every error message of the package, to be read as a whole: ``python tools/messages.py [--plain]``.
 
 A line is ``file:line  Error: message``, with ``{expression}`` where a value comes in. Messages are those of ``raise`` statements,
-of functions that return an error, and of ``TORCH_CHECK`` and its kin in C++. ``--plain`` leaves out the places, so that two
+of functions that return an error, and of ``TORCH_CHECK`` and its kin in C++. ``--plain`` leaves out file and line, so that two
 versions can be compared.
 """
 
@@ -33,7 +33,7 @@ def messages() -> list[Message]:
         for path in sorted((ROOT / folder).rglob("*.py")):
             if "bench" in path.relative_to(ROOT).parts[1:]:  # a link that an editable install makes
                 continue
-            found += sorted(_of_python(path))
+            found += sorted(_of_python(path), key=lambda message: message.line)
     for pattern in ("*.h", "*.cpp", "*.cu", "*.cuh"):
         for path in sorted((ROOT / "csrc").rglob(pattern)):
             found += _of_cpp(path)

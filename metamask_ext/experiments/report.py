@@ -1,7 +1,7 @@
 """The pages of results: made from the metrics files of all experiments, with nothing typed by hand.
 
 ``README.md`` is one screen: what does not hold, and a row for each question. Each run has a page in its folder, and tables of more
-than :data:`MOST_ROWS` rows a page of their own behind it.
+than :data:`MOST_ROWS` rows have a page of their own.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def test_messages_of_both_languages(tool):
     cpp = [message for message in found if message.file.startswith("csrc/")]
     assert len(python) > 400 and len(cpp) > 50
     texts = {(message.error, message.text) for message in found}
-    assert ("ValueError", "a task name must not be empty") in texts
+    assert ("ValueError", "task name must not be empty, got ''") in texts
     assert all(message.line >= 1 and (ROOT / message.file).exists() for message in found)
 
 

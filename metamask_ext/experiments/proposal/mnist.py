@@ -142,7 +142,7 @@ def problem(seed: int, settings: Settings) -> Problem:
 def run(folder: RunFolder, settings: Settings) -> Json:
     """One task: the same network, data and steps with and without masks. See :func:`metamask_ext.experiments.run`."""
     if settings.tasks != 1:
-        raise OptionError(f"mnist has one task, got tasks={settings.tasks}")
+        raise OptionError(f"experiment 'mnist': 'tasks' must be 1, got {settings.tasks}")
     digits = load_digits()
     finished = folder.begin(digits.source, digits.note)
     if finished is not None:

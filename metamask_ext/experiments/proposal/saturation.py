@@ -87,7 +87,7 @@ def run(folder: RunFolder, settings: Settings) -> Json:
     """The loop of the proposal on the tasks of 'linear', for each L2 term, temperature schedule and spread of the first masks."""
     for key in ("weight_decay", "mask_weight_decay", "temperatures", "mask_spreads"):
         if not getattr(settings, key):
-            raise OptionError(f"{key} must have an item at least, got none")
+            raise OptionError(f"{key} must have at least one item, got none")
     for schedule in settings.temperatures:
         if len(schedule) != 2 or min(schedule) <= 0:
             raise OptionError(f"temperatures must be pairs of positive numbers, the first and the last, got {list(schedule)}")

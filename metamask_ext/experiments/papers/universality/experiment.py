@@ -134,7 +134,8 @@ def run(folder: RunFolder, settings: Settings) -> Json:
     distribution, nets of one to five hidden layers; and the construction of the universality proof, in float64."""
     steps, trained = settings.test.steps, settings.inner_steps
     if not {0, trained, 1, 10} <= {*steps} or list(steps) != sorted(steps):
-        raise OptionError(f"experiment 'universality': 'test.steps' must ascend and have 0, 1, 10 and {trained}, got {list(steps)}")
+        wanted = f"ascend and include 0, 1, 10 and {trained}"
+        raise OptionError(f"experiment 'universality': 'test.steps' must {wanted}, got {list(steps)}")
     data = (
         "drawn: y = a sin(x - p), a uniform in [0.1, 5], p in [0, pi], x in [-5, 5], no noise; outside of that: a in [5, 10], "
         "p in [pi, 2 pi]"
