@@ -72,8 +72,8 @@ class OwnAttention(OwnForward):
         if not is_torchs or not (in_transform() or isinstance(self._active(), GivenMasks)):
             return super()._run(*inputs, **options)
         # A meta-learner differentiates twice. Neither the fast path, which does not see that what a transform gives it is to be
-        # differentiated, nor the fused product, which runs without weights, has such derivatives. The fast path is for self-attention
-        # alone, which torch knows by the identity of query and key.
+        # differentiated, nor the fused product, which runs without weights, has such derivatives. The fast path is for self-
+        # attention alone, which torch knows by the identity of query and key.
         given = {**dict(zip(_OF_ATTENTION, inputs)), **options}
         if given["query"] is given["key"]:
             given["query"] = given["query"].view_as(given["query"])
