@@ -7,6 +7,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "autograd/task_masked_linear.h"
 #include "cpu/capability.h"
 #include "cpu/panels.h"
 #include "cpu/products.h"
@@ -165,8 +166,8 @@ TORCH_LIBRARY_IMPL(metamask, CUDA, m) {
 using OptionalTensor = std::optional<at::Tensor>;
 using Tensors = std::vector<at::Tensor>;
 
-// Calls the op of the same name without torch.ops, which compares the arguments with the schema and boxes them, twice: with cold
-// caches that takes as long as a third of the kernel.
+// These call the op of the same name without torch.ops, which compares the arguments with the schema and boxes them, twice: with
+// cold caches that takes as long as a third of the kernel of packed masks, and as long as a small layer's arithmetic.
 at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, const Tensors& packed,
                                 const OptionalTensor& bias, const std::optional<Tensors>& packed_bias, int64_t groups,
                                 std::optional<at::ScalarType> dtype) {
@@ -180,6 +181,40 @@ at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots
   if (bias.has_value()) refuse_if_differentiated(op, *bias);
   at::AutoDispatchBelowADInplaceOrView below;
   return op.call(input, slots, weight, packed, bias, packed_bias, groups, dtype);
+}
+
+at::Tensor masked_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask_logits,
+                         const OptionalTensor& bias, const OptionalTensor& bias_mask_logits, int64_t gate_id, double gate_param,
+                         std::optional<at::ScalarType> dtype) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("metamask::masked_linear", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                               const OptionalTensor&, int64_t, double, std::optional<at::ScalarType>)>();
+  for (const at::Tensor* tensor : {&input, &weight, &mask_logits}) refuse_if_differentiated(op, *tensor);
+  for (const OptionalTensor* tensor : {&bias, &bias_mask_logits}) {
+    if (tensor->has_value()) refuse_if_differentiated(op, **tensor);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, dtype);
+}
+
+using LinearGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+LinearGradients masked_linear_backward(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
+                                       const at::Tensor& mask_logits, const OptionalTensor& bias,
+                                       const OptionalTensor& bias_mask_logits, int64_t gate_id, double gate_param,
+                                       std::array<bool, 5> output_mask) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("metamask::masked_linear_backward", "")
+          .typed<LinearGradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                 const OptionalTensor&, int64_t, double, std::array<bool, 5>)>();
+  for (const at::Tensor* tensor : {&grad, &input, &weight, &mask_logits}) refuse_if_differentiated(op, *tensor);
+  for (const OptionalTensor* tensor : {&bias, &bias_mask_logits}) {
+    if (tensor->has_value()) refuse_if_differentiated(op, **tensor);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(grad, input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, output_mask);
 }
 
 // Also where Python does not know of a level of forward-mode AD: a graph of torch.compile enters one without its count.
@@ -217,6 +252,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_masked_linear", &metamask::packed_masked_linear, pybind11::call_guard<pybind11::gil_scoped_release>(), arg("input"),
         arg("slots"), arg("weight"), arg("packed"), arg("bias"), arg("packed_bias"), arg("groups"), arg("dtype") = pybind11::none(),
         "torch.ops.metamask.packed_masked_linear, called directly.");
+  m.def("masked_linear", &metamask::masked_linear, pybind11::call_guard<pybind11::gil_scoped_release>(), arg("input"),
+        arg("weight"), arg("mask_logits"), arg("bias"), arg("bias_mask_logits"), arg("gate_id"), arg("gate_param"),
+        arg("dtype") = pybind11::none(), "torch.ops.metamask.masked_linear, called directly.");
+  m.def("masked_linear_backward", &metamask::masked_linear_backward, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        arg("grad"), arg("input"), arg("weight"), arg("mask_logits"), arg("bias"), arg("bias_mask_logits"), arg("gate_id"),
+        arg("gate_param"), arg("output_mask") = std::array<bool, 5>{true, true, true, true, true},
+        "torch.ops.metamask.masked_linear_backward, called directly.");
+  m.def("differentiable_task_masked_linear", &metamask::differentiable_task_masked_linear,
+        pybind11::call_guard<pybind11::gil_scoped_release>(), arg("input"), arg("slots"), arg("weight"), arg("masks"), arg("bias"),
+        arg("bias_masks"), arg("gate_id"), arg("gate_param"), arg("groups"), arg("dtype") = pybind11::none(),
+        "torch.ops.metamask.task_masked_linear with derivatives.");
   m.def("has_tangent", &metamask::has_tangent, arg("tensor"), "Whether forward-mode AD has given a tensor a tangent.");
   pybind11::enum_<metamask::cpu::Pass>(m, "Pass")
       .value("forward", metamask::cpu::Pass::kForward)

@@ -108,7 +108,8 @@ def test_how_often_a_step_is_computed_again(steps):
 
     turns: list[int] = []
     start = [torch.tensor(0.0)]
-    reverse = Counted(gradients, [1.0], [None], start, [])
+    reverse = Counted([1.0], [])
+    reverse.begin(gradients, [torch.tensor(0.0)], owned=False)
     reverse(0, steps, start, _random_states(start), KEPT - 1)
     assert turns == list(reversed(range(steps)))
     again = next(r for r in range(steps) if math.comb(KEPT + r, r) >= steps)

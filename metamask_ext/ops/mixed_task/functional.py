@@ -6,7 +6,7 @@ sample of a batch names its task is ours. All functions can be differentiated an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -41,11 +41,9 @@ from ..dispatch import (
 from ..gate import resolve_gate
 from ..geometry import Geometry, im2col, resolve_geometry
 from ..weight.functional import theta_list
-from . import raw, reference
-from .autograd import Call, TaskMaskedLinear
+from . import autograd, raw, reference
 
 Masks = Tensor | Sequence[Tensor]
-_apply: Callable[..., Tensor] = TaskMaskedLinear.apply
 
 
 def task_masked_linear(
@@ -276,8 +274,8 @@ def _kernel(
 ) -> Tensor:
     dtype = autocast_dtype(weight)
     if is_differentiated((input, weight, bias, *masks, *bias_masks)):
-        call = Call(gate_id, gate_param, groups, len(masks))
-        return _apply(call, dtype, input, slots, weight, bias, *masks, *bias_masks)
+        run = autograd.differentiable_task_masked_linear
+        return run(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups, dtype)
     return raw.task_masked_linear(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups, dtype)
 
 
