@@ -161,9 +161,10 @@ class MAML(OwnGraph):
 
         def gradients(state: list[Tensor], create_graph: bool, part: slice = ALL) -> list[Tensor]:
             state = _graded(state)
-            of_x, of_y, of_weights = (
-                (x, y, weights) if part is ALL else torch_private.tree_map(lambda all: all[part], (x, y, weights))
-            )
+            of_x, of_y, of_weights = x, y, weights
+            if part is not ALL:
+                of_x, of_y = x[part], torch_private.tree_map(lambda leaf: leaf[part], y)
+                of_weights = None if weights is None else weights[part]
             with torch.enable_grad():
                 prediction, _ = self._adapted.run(state, of_x, of_weights)
                 of_tasks = losses(loss_fn, prediction, of_y, of_weights)
