@@ -1,6 +1,6 @@
 """Nets that are chains of known layers: linear ones, and others that treat every row by itself. All tasks run as one batch of rows.
 
-Whatever is adapted of the linear layers may differ by task: masks go through the kernel, weights through a batched product. No
+Whatever is adapted of the linear layers may differ by task, masks and weights: both go through the kernel of mixed-task batches. No
 linear layer is called by torch, or looks for what is active: in nets of small layers that takes as long as the arithmetic.
 """
 
@@ -17,8 +17,9 @@ from ..nn.masked_layer import MaskedLayer
 from ..nn.task_dict import TaskDict
 from ..ops.checks import check_linear
 from ..ops.dispatch import check_input_dtype
+from ..ops.gate import SIGMOID, compute_dtype, gate_values
+from ..ops.mixed_task.functional import task_linear
 from ..ops.packed.functional import unpack_mask
-from ..ops.weight import reference
 from ..torch_private import has_hooks
 
 _BY_ROW: frozenset[type[nn.Module]] = frozenset(
@@ -54,7 +55,7 @@ class Chain:
             if isinstance(module, MaskedLinear):
                 x = self._masked(module, parameters, slots, x)
             elif isinstance(module, nn.Linear):
-                x = self._linear(module, parameters, x)
+                x = self._linear(module, parameters, slots, x)
             else:
                 x = module(x)
         return x
@@ -69,12 +70,12 @@ class Chain:
         assert self.key is not None  # chain_of asks for one where a mask is not adapted
         return tensors._tensor(self.key)
 
-    def _linear(self, module: nn.Linear, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+    def _linear(self, module: nn.Linear, parameters: Sequence[Tensor], slots: Tensor, x: Tensor) -> Tensor:
         weight, bias = (self._of(module, what, parameters) for what in ("weight", "bias"))
         if weight is None and bias is None:
             return F.linear(x, module.weight, module.bias)
-        tasks = len(parameters[0])
-        return _by_task(x, _expanded(module.weight if weight is None else weight, 2, tasks), module.bias if bias is None else bias)
+        bias = module.bias if bias is None else bias
+        return _by_task(x, slots, len(parameters[0]), (module.weight if weight is None else weight, None), (bias, None))
 
     def _masked(self, layer: MaskedLinear, parameters: Sequence[Tensor], slots: Tensor, x: Tensor) -> Tensor:
         weight, bias, mask, bias_mask = (self._of(layer, what, parameters) for what in ("weight", "bias", "masks", "bias_masks"))
@@ -91,29 +92,58 @@ class Chain:
             return layer._stacked_tasks(x, slots, masks, None if bias_mask is None else _expanded(bias_mask, 1, tasks))
         check_input_dtype(x, shared)
         check_linear(x, shared, None, None)
-        theta = _theta(layer, shared if weight is None else weight, mask, shared.shape)
-        if shared_bias is not None and bias_mask is not None:
-            bias = _theta(layer, shared_bias if bias is None else bias, bias_mask, shared_bias.shape)
-        return _by_task(x, _expanded(theta, 2, tasks), bias)
+        of_weight = shared if weight is None else weight, _gate_of(layer, mask, shared)
+        gate = None if shared_bias is None or bias_mask is None else _gate_of(layer, bias_mask, shared_bias)
+        return _by_task(x, slots, tasks, of_weight, (shared_bias if bias is None else bias, gate))
 
 
-def _theta(layer: MaskedLayer, shared: Tensor, mask: Tensor, shape: Sequence[int]) -> Tensor:
-    """``shared``, of ``shape`` or one for each task, masked by bits or logits, which may be one for each task; plain torch."""
+def _gate_of(layer: MaskedLayer, mask: Tensor, shared: Tensor) -> Tensor:
+    """The gate of bits or logits, or of logits of several tasks, in plain torch; in the dtype of the arithmetic."""
+    wide = compute_dtype(shared.dtype)
     if mask.dtype == torch.uint8:
-        return shared * unpack_mask(mask, shape)
-    return reference.masked_weight(shared, mask, *layer._resolved())
+        return unpack_mask(mask, shared.shape).to(wide)
+    gate_id, gate_param = layer._resolved()
+    if gate_id != SIGMOID:
+        return gate_values(mask.to(wide), gate_id, gate_param)[0]
+    return torch.sigmoid(mask.to(wide) if gate_param == 1 else mask.to(wide) / gate_param)
 
 
 def _expanded(tensor: Tensor, dims: int, tasks: int) -> Tensor:
     return tensor.expand(tasks, *tensor.shape) if tensor.dim() == dims else tensor
 
 
-def _by_task(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x_t @ W_t.T + b_t`` for the rows ``x_t`` of each task; ``weight`` ``[T, out, in]``, ``bias`` ``[T, out]`` or ``[out]``."""
-    rows = x.reshape(len(weight), -1, x.shape[-1])
-    theta = weight.transpose(1, 2)
-    y = torch.bmm(rows, theta) if bias is None else torch.baddbmm(bias.unsqueeze(-2), rows, theta)
-    return y.reshape(*x.shape[:-1], weight.shape[1])
+Factors = tuple[Tensor, "Tensor | None"]
+"""A weight or bias, of all tasks or ``[T, ...]``, and its gate, likewise; None: it has none."""
+
+
+def _by_task(x: Tensor, slots: Tensor, tasks: int, weight: Factors, bias: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """``x_t @ theta_t.T + beta_t`` for the rows ``x_t`` of each task, where ``theta`` and ``beta`` are the products of factors."""
+    of_bias = None if bias[0] is None else (bias[0], bias[1])
+    if x.is_cpu and weight[0].dtype in (torch.float32, torch.float64):
+        weights, factor = _stack_and_factor(weight, 2, tasks)
+        if of_bias is None:
+            return task_linear(x, slots, weights, None, factor, None)
+        if of_bias[0].dim() == 1 and (of_bias[1] is None or of_bias[1].dim() == 1):
+            return task_linear(x, slots, weights, None, factor, _product(of_bias))
+        biases, bias_factor = _stack_and_factor(of_bias, 1, tasks)
+        return task_linear(x, slots, weights, biases, factor, bias_factor)
+    rows, theta = x.reshape(tasks, -1, x.shape[-1]), _expanded(_product(weight), 2, tasks).transpose(1, 2)
+    y = torch.bmm(rows, theta) if of_bias is None else torch.baddbmm(_product(of_bias).unsqueeze(-2), rows, theta)
+    return y.reshape(*x.shape[:-1], theta.shape[2])
+
+
+def _product(factors: Factors) -> Tensor:
+    tensor, gate = factors
+    return tensor if gate is None else (tensor * gate).to(tensor.dtype)
+
+
+def _stack_and_factor(factors: Factors, dims: int, tasks: int) -> tuple[Tensor, Tensor]:
+    """A tensor of each task, ``[T, ...]``, and a factor of all tasks, whose products are those of ``factors``."""
+    tensor, gate = factors
+    if gate is not None and (tensor.dim() == dims) != (gate.dim() == dims):
+        return (tensor, gate) if gate.dim() == dims else (gate, tensor)
+    stack = _expanded(_product(factors), dims, tasks)
+    return stack, torch.ones_like(stack[0], requires_grad=False)
 
 
 def chain_of(model: nn.Module, positions: Positions, key: str | None) -> Chain | None:

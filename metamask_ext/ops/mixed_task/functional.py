@@ -38,7 +38,7 @@ from ..dispatch import (
     use_reference,
     worded,
 )
-from ..gate import resolve_gate
+from ..gate import IDENTITY, resolve_gate
 from ..geometry import Geometry, im2col, resolve_geometry
 from ..weight.functional import theta_list
 from . import autograd, raw, reference
@@ -87,6 +87,28 @@ def task_masked_linear(
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
     given, given_bias = _as_lists(weight, masks, bias_masks)
     return _linear(input, slots, weight, given, bias, given_bias, gate_id, gate_param, 1)
+
+
+def task_linear(
+    input: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    biases: Tensor | None,
+    factor: Tensor,
+    bias_factor: Tensor | None,
+) -> Tensor:
+    """``y_b = x_b @ (F * W_t).T + F_b * b_t`` with ``t = slots[b]``: linear layers whose weights differ by task, on the CPU.
+
+    It is :func:`task_masked_linear` with the factors in the place of the weights, and the weights in that of gates.
+
+    Args:
+        input, slots: as for :func:`task_masked_linear`.
+        weights: ``W``, ``[T, out, in]``; of the dtype of ``factor``.
+        biases: ``b``, ``[T, out]``; None: ``bias_factor`` is the bias, of all tasks, if there is one.
+        factor: ``F``, ``[out, in]``.
+        bias_factor: ``F_b``, ``[out]``, or None.
+    """
+    return _linear(input, slots, factor, [weights], bias_factor, None if biases is None else [biases], IDENTITY, 0.0, 1)
 
 
 def task_masked_conv2d(
