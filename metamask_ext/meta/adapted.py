@@ -200,7 +200,7 @@ class AdaptedModel:
         if chain is not None:
             count, samples = x.shape[:2]
             y = chain.run(parameters, self._slots_of(count, samples, x.device), x.flatten(0, 1))
-            return torch.unflatten(y, 0, (count, samples)), {}
+            return y.reshape(count, samples, *y.shape[1:]), {}
         if self.mixed:
             return self._run_mixed(parameters, x, weights, statistics, keep)
         # None has no dimension to map over: a list without an entry stands for it.

@@ -17,7 +17,7 @@ from ..nn.masked_layer import MaskedLayer
 from ..nn.task_dict import TaskDict
 from ..ops.checks import check_linear
 from ..ops.dispatch import check_input_dtype
-from ..ops.gate import SIGMOID, compute_dtype, gate_values
+from ..ops.gate import IDENTITY, SIGMOID, compute_dtype, gate_values
 from ..ops.mixed_task.functional import task_linear
 from ..ops.packed.functional import unpack_mask
 from ..torch_private import has_hooks
@@ -88,8 +88,8 @@ class Chain:
         assert mask is not None
         shared, shared_bias = layer._shared()
         if weight is None and bias is None:
-            masks = _expanded(mask, 2, tasks)
-            return layer._stacked_tasks(x, slots, masks, None if bias_mask is None else _expanded(bias_mask, 1, tasks))
+            masks, bias_masks = _expanded(mask, 2, tasks), None if bias_mask is None else _expanded(bias_mask, 1, tasks)
+            return task_linear(x, slots, shared, masks, shared_bias, bias_masks, *layer._resolved())
         check_input_dtype(x, shared)
         check_linear(x, shared, None, None)
         of_weight = shared if weight is None else weight, _gate_of(layer, mask, shared)
@@ -102,10 +102,11 @@ def _gate_of(layer: MaskedLayer, mask: Tensor, shared: Tensor) -> Tensor:
     wide = compute_dtype(shared.dtype)
     if mask.dtype == torch.uint8:
         return unpack_mask(mask, shared.shape).to(wide)
+    mask = mask if mask.dtype == wide else mask.to(wide)
     gate_id, gate_param = layer._resolved()
     if gate_id != SIGMOID:
-        return gate_values(mask.to(wide), gate_id, gate_param)[0]
-    return torch.sigmoid(mask.to(wide) if gate_param == 1 else mask.to(wide) / gate_param)
+        return gate_values(mask, gate_id, gate_param)[0]
+    return torch.sigmoid(mask if gate_param == 1 else mask / gate_param)
 
 
 def _expanded(tensor: Tensor, dims: int, tasks: int) -> Tensor:
@@ -122,11 +123,11 @@ def _by_task(x: Tensor, slots: Tensor, tasks: int, weight: Factors, bias: tuple[
     if x.is_cpu and weight[0].dtype in (torch.float32, torch.float64):
         weights, factor = _stack_and_factor(weight, 2, tasks)
         if of_bias is None:
-            return task_linear(x, slots, weights, None, factor, None)
+            return task_linear(x, slots, factor, weights, None, None, IDENTITY, 0.0)
         if of_bias[0].dim() == 1 and (of_bias[1] is None or of_bias[1].dim() == 1):
-            return task_linear(x, slots, weights, None, factor, _product(of_bias))
+            return task_linear(x, slots, factor, weights, _product(of_bias), None, IDENTITY, 0.0)
         biases, bias_factor = _stack_and_factor(of_bias, 1, tasks)
-        return task_linear(x, slots, weights, biases, factor, bias_factor)
+        return task_linear(x, slots, factor, weights, bias_factor, biases, IDENTITY, 0.0)
     rows, theta = x.reshape(tasks, -1, x.shape[-1]), _expanded(_product(weight), 2, tasks).transpose(1, 2)
     y = torch.bmm(rows, theta) if of_bias is None else torch.baddbmm(_product(of_bias).unsqueeze(-2), rows, theta)
     return y.reshape(*x.shape[:-1], theta.shape[2])
@@ -134,7 +135,10 @@ def _by_task(x: Tensor, slots: Tensor, tasks: int, weight: Factors, bias: tuple[
 
 def _product(factors: Factors) -> Tensor:
     tensor, gate = factors
-    return tensor if gate is None else (tensor * gate).to(tensor.dtype)
+    if gate is None:
+        return tensor
+    product = tensor * gate
+    return product if product.dtype == tensor.dtype else product.to(tensor.dtype)
 
 
 def _stack_and_factor(factors: Factors, dims: int, tasks: int) -> tuple[Tensor, Tensor]:
@@ -143,7 +147,7 @@ def _stack_and_factor(factors: Factors, dims: int, tasks: int) -> tuple[Tensor, 
     if gate is not None and (tensor.dim() == dims) != (gate.dim() == dims):
         return (tensor, gate) if gate.dim() == dims else (gate, tensor)
     stack = _expanded(_product(factors), dims, tasks)
-    return stack, torch.ones_like(stack[0], requires_grad=False)
+    return stack, stack.new_ones(stack.shape[1:])
 
 
 def chain_of(model: nn.Module, positions: Positions, key: str | None) -> Chain | None:

@@ -159,7 +159,7 @@ class MAML(OwnGraph):
             if len(state[0]) != len(x):
                 raise ValueError(f"support must have the tasks of parameters, {len(state[0])}, got {len(x)}")
 
-        def gradients(state: list[Tensor], create_graph: bool, part: slice = ALL) -> list[Tensor]:
+        def gradients(state: list[Tensor], create_graph: bool, part: slice = ALL, factor: float = 1.0) -> list[Tensor]:
             state = _graded(state)
             of_x, of_y, of_weights = x, y, weights
             if part is not ALL:
@@ -168,15 +168,20 @@ class MAML(OwnGraph):
             with torch.enable_grad():
                 prediction, _ = self._adapted.run(state, of_x, of_weights)
                 of_tasks = losses(loss_fn, prediction, of_y, of_weights)
-            return self._gradients(of_tasks, state, create_graph)
+            return self._gradients(of_tasks, state, create_graph, factor)
 
         rates = self._rates()
         second_order = torch.is_grad_enabled() and not self.first_order
         if second_order and self.checkpoint and steps:
             state = recomputed_steps(gradients, rates, steps, state, self._others(x, y, weights))
         else:
+            rate = self.inner_lr
             for _ in range(steps):
-                state = updated(state, gradients(state, second_order), rates)
+                if isinstance(rate, Tensor):
+                    state = updated(state, gradients(state, second_order), rates)
+                else:
+                    # The rate goes in with the losses: on each tensor it would be one more operation, and its derivative.
+                    state = [a + step for a, step in zip(state, gradients(state, second_order, factor=-rate))]
         statistics: Mapping[str, Statistics] = {}
         if self._adapted.policy == "per task" and self._adapted.norms:
             statistics = self._adapted.run(state, x, weights, keep=True)[1]
@@ -216,8 +221,10 @@ class MAML(OwnGraph):
         """The rate of each adapted tensor."""
         return self.inner_lr.unbind() if isinstance(self.inner_lr, Tensor) else [self.inner_lr] * len(self._adapted.names)
 
-    def _gradients(self, loss: Tensor, state: list[Tensor], create_graph: bool) -> list[Tensor]:
-        grads = torch.autograd.grad(loss, state, torch.ones_like(loss), create_graph=create_graph, allow_unused=True)
+    def _gradients(self, loss: Tensor, state: list[Tensor], create_graph: bool, factor: float = 1.0) -> list[Tensor]:
+        """Those of ``factor * loss``, of each task."""
+        given = torch.full_like(loss, factor, requires_grad=False)
+        grads = torch.autograd.grad(loss, state, given, create_graph=create_graph, allow_unused=True)
         unused = [name for name, grad in zip(self._adapted.names, grads) if grad is None]
         if unused:
             raise ValueError(f"adapt selects {describe(unused)}, on which the loss does not depend")

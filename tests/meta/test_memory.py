@@ -57,9 +57,9 @@ def of_step(size: str, steps: int, adapt: str = "masks", **options) -> int:
 def test_checkpoint_keeps_memory_flat_over_inner_steps(size, adapt):
     one, two, five, twenty = (of_step(size, steps, adapt, checkpoint=True) for steps in (1, 2, 5, 20))
     if size == "masks":
-        assert max(five, twenty) < 1.5 * two
+        assert max(five, twenty) < 1.3 * two
     else:
-        assert max(two, five, twenty) < 1.5 * one
+        assert max(two, five, twenty) < 1.3 * one
     assert of_step(size, 20, adapt) > 4 * one, "the measurement sees what 20 steps keep"
 
 
@@ -79,7 +79,7 @@ def test_a_convolution():
         maml = MAML(model, 0.01, steps, checkpoint=True)
         maml(F.mse_loss, support, query).backward()
         used.append(peak(lambda maml=maml: maml(F.mse_loss, support, query).backward()))
-    assert used[1] < 1.5 * used[0]
+    assert used[1] < 1.3 * used[0]
 
 
 def test_without_a_graph_nothing_is_kept():

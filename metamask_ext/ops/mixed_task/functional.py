@@ -38,7 +38,7 @@ from ..dispatch import (
     use_reference,
     worded,
 )
-from ..gate import IDENTITY, resolve_gate
+from ..gate import resolve_gate
 from ..geometry import Geometry, im2col, resolve_geometry
 from ..weight.functional import theta_list
 from . import autograd, raw, reference
@@ -92,23 +92,19 @@ def task_masked_linear(
 def task_linear(
     input: Tensor,
     slots: Tensor,
-    weights: Tensor,
-    biases: Tensor | None,
-    factor: Tensor,
-    bias_factor: Tensor | None,
+    weight: Tensor,
+    stack: Tensor,
+    bias: Tensor | None,
+    bias_stack: Tensor | None,
+    gate_id: int,
+    gate_param: float,
 ) -> Tensor:
-    """``y_b = x_b @ (F * W_t).T + F_b * b_t`` with ``t = slots[b]``: linear layers whose weights differ by task, on the CPU.
+    """:func:`task_masked_linear` of stacks ``[T, ...]`` with a resolved gate; or, on the CPU, with ``IDENTITY`` for one.
 
-    It is :func:`task_masked_linear` with the factors in the place of the weights, and the weights in that of gates.
-
-    Args:
-        input, slots: as for :func:`task_masked_linear`.
-        weights: ``W``, ``[T, out, in]``; of the dtype of ``factor``.
-        biases: ``b``, ``[T, out]``; None: ``bias_factor`` is the bias, of all tasks, if there is one.
-        factor: ``F``, ``[out, in]``.
-        bias_factor: ``F_b``, ``[out]``, or None.
+    The stacks are then weights and biases that differ by task, and ``weight`` and ``bias`` factors of theirs: ``y_b = x_b @ (F *
+    W_t).T + F_b * b_t``.
     """
-    return _linear(input, slots, factor, [weights], bias_factor, None if biases is None else [biases], IDENTITY, 0.0, 1)
+    return _linear(input, slots, weight, [stack], bias, None if bias_stack is None else [bias_stack], gate_id, gate_param, 1)
 
 
 def task_masked_conv2d(
