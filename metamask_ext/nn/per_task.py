@@ -6,6 +6,7 @@ import copy
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NoReturn, SupportsIndex
 
 import torch
@@ -16,10 +17,11 @@ from ..ops.gate import compute_dtype
 from ..torch_private import BatchNorm, disable_dynamo, fx_trace, synchronises, traced_attribute, traced_call
 from .context import AmbiguousTaskError
 from .each_task import Call, run_each_task
-from .given import given_to
+from .given import GivenNorm, GivenRows, given_to
 from .guarded import AmbiguousTensor, raise_taken
 from .names import DEFAULT_TASK
-from .selection import GivenMasks, Selection, Superposition, TaskBatch
+from .rows import formula_of
+from .selection import GivenMasks, Selection, Superposition, TaskBatch, along, check_samples
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
 from .using_task import using_task
@@ -88,7 +90,9 @@ class PerTask(TaskLayer):
             return traced
         if torch.compiler.is_dynamo_compiling():
             given = given_to(self)
-            return _read_in_eager(self, name) if given is None else given[name]
+            if isinstance(given, GivenNorm):
+                return given.tensors[name]
+            return _read_in_eager(self, name) if given is None or isinstance(given, GivenRows) else given[name]
         try:
             return self._read(name, self._selected())
         except AmbiguousTaskError as error:
@@ -150,7 +154,12 @@ class PerTask(TaskLayer):
         if fx_trace._is_fx_tracing_flag and (traced := traced_call(self, *inputs, **options)) is not None:
             return traced
         if torch.compiler.is_dynamo_compiling():
-            run = _forward_in_eager if given_to(self) is None else type(self)._plain_forward
+            given = given_to(self)
+            if isinstance(given, GivenNorm):
+                return given.normalise(self, *inputs, **options)
+            if isinstance(given, GivenRows):
+                return self._forward_rows(*inputs, given=given, **options)
+            run = _forward_in_eager if given is None else type(self)._plain_forward
             return run(self, *inputs, **options)
         selected = self._selected()
         if isinstance(selected, str):
@@ -172,6 +181,19 @@ class PerTask(TaskLayer):
                 "model in eval mode"
             )
         return self._plain_forward(input)
+
+    def _takes_rows(self) -> bool:
+        """True if a mixed-task batch can be a part of a compiled graph."""
+        return formula_of(self, self.plain_type) is not None
+
+    def _forward_rows(self, input: Tensor, given: GivenRows) -> Output:
+        sample_dim = self._sample_dim(input)
+        least = sample_dim if given.dim else min(sample_dim, max(0, input.dim() - 1))
+        check_samples(self, input, least, given.slots.shape[0], given.dim, given.guessed and given.several)
+        formula = formula_of(self, self.plain_type)
+        assert formula is not None  # the call asked _takes_rows
+        own = {name: tensor[given.slots] for name, tensor in given.tensors.items()}
+        return along(given.dim, partial(formula, self, own=own), input)
 
     def _plain_forward(self, *inputs: object, **options: object) -> Output:
         return super().forward(*inputs, **options)
