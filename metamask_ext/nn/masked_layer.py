@@ -15,16 +15,18 @@ from ..ops.dispatch import check_input_dtype
 from ..ops.gate import compute_dtype, gate_values, resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import pack_mask, unpack_mask
+from ..ops.shards import is_distributed
 from ..ops.weight.functional import masked_weight
 from ..torch_private import disable_dynamo, fx_trace, traced_attribute
 from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .given import GivenTasks, Logits, given_to
 from .guarded import raise_folded
 from .names import DEFAULT_TASK, escape, plain
+from .parallel_layer import ParallelLayer, drawn_beside
 from .selection import GivenMasks, ObservedSuperposition, Superposition, TaskBatch, along, check_samples
 from .settings import Settings, decoded, settings_in
 from .task_dict import TaskDict
-from .task_layer import Init, StateDict, TaskLayer
+from .task_layer import Init, StateDict
 from .task_masks import MaskInit, TaskMasks, check_mask_dtype, check_mask_init, logits_dtype
 from .wrappers import check_one_dtype
 
@@ -42,7 +44,7 @@ LARGEST_COMBINED = 4.0
 sigmoid(4) = 0.982, near on and with a gradient still, as where convert begins."""
 
 
-class MaskedLayer(TaskLayer):
+class MaskedLayer(ParallelLayer):
     """The base of masked layers: a mask for each task, in ``masks`` and, with a bias, in ``bias_masks``.
 
     Both are ParameterDicts by task name, one tensor per task: a task's gradient and optimiser state exist only when it was used.
@@ -86,15 +88,8 @@ class MaskedLayer(TaskLayer):
         for task in [DEFAULT_TASK] if tasks is None else tasks:
             self._new_task(task)
 
-    @property
-    def _is_fsdp_managed_module(self) -> bool:
-        return bool(self.__dict__.get("_is_fsdp_managed_module", False))
-
-    @_is_fsdp_managed_module.setter
-    def _is_fsdp_managed_module(self, value: bool) -> None:
-        if value:
-            check_one_dtype(self, self._shared()[0].dtype, self._logits_dtype())
-        self.__dict__["_is_fsdp_managed_module"] = value
+    def _check_shardable(self) -> None:
+        check_one_dtype(self, self._shared()[0].dtype, self._logits_dtype())
 
     def _groups(self) -> list[tuple[Tensor, TaskMasks]]:
         """The weight and the bias with their masks."""
@@ -107,6 +102,9 @@ class MaskedLayer(TaskLayer):
     def _shared(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias that all tasks share."""
         return self.weight, self.bias
+
+    def _beside(self) -> Iterable[tuple[TaskDict, tuple[nn.Module, str]]]:
+        return zip(self._dicts().values(), ((self, "weight"), (self, "bias")))
 
     def _dicts(self) -> dict[str, TaskDict]:
         return {"masks": self.masks} if self.bias_masks is None else {"masks": self.masks, "bias_masks": self.bias_masks}
@@ -121,11 +119,11 @@ class MaskedLayer(TaskLayer):
     def _new_tensors(self, init: Init | None = None) -> list[tuple[TaskDict, Tensor]]:
         new: list[tuple[TaskDict, Tensor]] = []
         for parameter, masks in self._groups():
-            logits = self._empty_logits(parameter)
             with torch.no_grad():
                 if init is None:
-                    self._init_logits(logits)
+                    logits = drawn_beside(parameter, self._logits_dtype(), self._init_logits)
                 else:
+                    logits = self._empty_logits(parameter)
                     init(self, masks, logits)
             new.append((masks, logits))
         return new
@@ -475,6 +473,8 @@ class MaskedLayer(TaskLayer):
                 if not isinstance(saved, Tensor) or (saved.dtype == torch.uint8) == masks._is_bits(key):
                     continue
                 if saved.dtype == torch.uint8:
+                    if is_distributed(shared):
+                        return f"{prefix}{kind}.{key} is packed, and masks of a layer that is distributed over processes are not"
                     masks[task] = torch.empty(packed_shape(shared.shape), dtype=torch.uint8, device=shared.device)
                 else:
                     masks[task] = self._empty_logits(shared)

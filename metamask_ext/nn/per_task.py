@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..ops.gate import compute_dtype
-from ..torch_private import BatchNorm, disable_dynamo, fx_trace, synchronises, traced_attribute, traced_call
+from ..ops.shards import is_distributed
+from ..torch_private import BatchNorm, disable_dynamo, distributes, fx_trace, synchronises, traced_attribute, traced_call
 from .context import AmbiguousTaskError
 from .given import given_to
 from .guarded import AmbiguousTensor, raise_taken
 from .names import DEFAULT_TASK
+from .pairing import Memo, NamedModules
 from .selection import GivenMasks, Selection, Superposition, TaskBatch
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
@@ -112,7 +114,20 @@ class PerTask(TaskLayer):
         else:
             super().register_buffer(name, tensor, persistent)
 
+    def named_modules(self, memo: Memo | None = None, prefix: str = "", remove_duplicate: bool = True) -> NamedModules:
+        if distributes(sys._getframe(1)):
+            self._refuse_distribution()
+        return super().named_modules(memo, prefix, remove_duplicate)
+
+    def _refuse_distribution(self) -> NoReturn:
+        raise RuntimeError(
+            f"a {type(self).__name__}, which has {', '.join(self._own())} for each task, cannot be distributed: leave it out of the "
+            "plan of parallelize_module"
+        )
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name.startswith("per_task.") or (self._is_own(name) and is_distributed(param)):
+            self._refuse_distribution()
         if self._is_own(name):
             self._write(name, param)
             return

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.weight.functional import masked_weight
-from ..torch_private import disable_dynamo, fx_trace, in_dispatch_mode, in_transform, reparametrises, traced_attribute
+from ..torch_private import disable_dynamo, distributes, fx_trace, in_dispatch_mode, in_transform, reparametrises, traced_attribute
 from .context import AmbiguousTaskError
 from .given import GivenTasks
 from .guarded import AmbiguousTensor, ComputedTensor, raise_taken
@@ -45,7 +46,7 @@ class ReadThrough(MaskedLayer):
         if name in ("weight", "bias") and (param is None or isinstance(param, nn.Parameter)):
             if self._copied_alone:
                 self._refuse_folding(name, param)
-            self._parameters[name] = param
+            self._registered(name, param, partial(self._parameters.__setitem__, name, param))
         else:
             super().register_parameter(name, param)
 
@@ -72,8 +73,11 @@ def _guarded(layer: MaskedLayer, what: str) -> Tensor | None:
     if torch.compiler.is_dynamo_compiling():
         return _read(layer, what)
     shared = layer._group(what)[0]
-    if reparametrises(sys._getframe(2)):
+    reader = sys._getframe(2)
+    if reparametrises(reader):
         raise_taken(layer, what)
+    if reader.f_back is not None and distributes(reader.f_back):
+        return shared  # RowwiseParallel distributes what it reads
     try:
         read = _read(layer, what)
     except AmbiguousTaskError as error:

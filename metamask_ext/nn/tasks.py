@@ -13,10 +13,11 @@ from ..ops.gate import compute_dtype
 from .context import is_active
 from .masked_layer import MaskedLayer
 from .names import check_name, describe, escape, plain
+from .shards import Shards, check_same_request
 from .structure import structure
 from .task_dict import TaskDict
 from .task_layer import TaskLayer, raise_no_layer, same_tasks, task_layers
-from .wrappers import check_may_grow, check_not_sharded
+from .wrappers import check_not_averaged, check_not_sharded, check_whole, is_sharded, place_shards
 
 
 def masked_layers(model: nn.Module) -> list[tuple[str, MaskedLayer]]:
@@ -56,9 +57,10 @@ def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "ran
     Where some layers have the task already, as after a part of a state dict was loaded, those that lack it get it: bits beside
     bits of the same layer, else logits.
 
-    An optimiser built before does not know the new parameters: add them to it (``metamask_ext.continual.TaskLoop`` does). So it is
-    with every holder of parameters: ``DistributedDataParallel`` and ``fully_shard`` would not synchronise the new masks, and the
-    model is refused while one of them holds it. Add the task to an ``AveragedModel`` of this model too.
+    An optimiser built before does not know the new parameters: add them to it (``metamask_ext.continual.TaskLoop`` does).
+    ``DistributedDataParallel`` would not synchronise the new masks, and the model is refused while one holds it. Under
+    ``fully_shard``, and in tensor parallelism, every process calls this at once: the masks are those that the first process draws,
+    sharded as the weights are. Add the task to an ``AveragedModel`` of this model too.
 
     Args:
         model: a module with masked layers.
@@ -74,7 +76,8 @@ def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "ran
         TypeError: ``name`` is no string.
         ValueError: every layer has the task, ``init`` is unknown or names an unknown task, logits are asked of a packed task, NaN
             would come out of a mean or a combination, or ``model`` has no masked layer.
-        RuntimeError: a ``DistributedDataParallel`` or ``fully_shard`` holds parameters of the model.
+        RuntimeError: a ``DistributedDataParallel`` or FullyShardedDataParallel holds parameters of the model; ``fully_shard`` was
+            called on a module around it; or the processes that share its parameters ask for different tasks.
     """
     with structure():
         _add_task(model, name, init)
@@ -82,11 +85,12 @@ def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "ran
 
 def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> None:
     name = check_name(name)
-    layers = task_layers(model)
+    layers, what = task_layers(model), f"task {name!r} cannot be added"
+    check_same_request((layer for _, layer in layers), f"{name!r}, init={init!r}", what)
     known, partial = _known_for(layers, name)
     amounts, source = _resolve_init(known, init)
-
-    check_may_grow((layer for _, layer in layers), f"task {name!r} cannot be added")
+    check_not_averaged((layer for _, layer in layers), what)
+    shards = Shards(model, [layer for _, layer in layers], what) if is_sharded(layer for _, layer in layers) else None
 
     def fill(layer: TaskLayer, tensors: TaskDict, out: Tensor) -> None:
         if amounts is not None:
@@ -112,18 +116,34 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
         bad = first_true([nan_flag(tensor) for _, tensor in checked])
         if bad is not None:
             raise ValueError(f"init gives NaN for task {name!r} in layer {checked[bad][0]!r}: it combines NaN, or +inf with -inf")
-    _put_in(name, [(tensors, tensor) for _, tensors, tensor in new])
+    _put_in(name, [(tensors, tensor) for _, tensors, tensor in new], shards)
     if name in partial:
         _pack_beside_bits([layer for _, layer in layers], name)
 
 
-def _put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]]) -> None:
+def draw_again(model: nn.Module, name: str) -> None:
+    """Give a task the tensors that :func:`add_task` would give it now, in the place of those that are there."""
+    with structure(), torch.no_grad():
+        place_shards(model)
+        for _, layer in task_layers(model):
+            for tensors, tensor in layer._new_tensors():
+                tensors[name].copy_(tensor)
+
+
+def _put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]], shards: Shards | None) -> None:
     """Give each TaskDict its tensor of a new task, or none of them where that is interrupted."""
     lengths = {tensors: len(tensors._names) for tensors, _ in new}
+    if shards is not None:
+        shards.check_dtypes(new)
     try:
         for tensors, tensor in new:
-            tensors[name] = tensor
+            if shards is None:
+                tensors[name] = tensor
+            else:
+                shards.add(tensors, name, tensor)
     except BaseException:  # Ctrl-C between two layers would leave a model that no call takes
+        if shards is not None:
+            shards.undo()
         for tensors, length in lengths.items():
             tensors._drop(name, length)
         raise
@@ -253,7 +273,7 @@ def pack_task(model: nn.Module, name: str) -> None:
         known, name = tasks(model), plain(name)
         if name not in known:
             raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
-        check_not_sharded(model.modules(), f"task {name!r} cannot be packed")
+        check_whole(model.modules(), f"task {name!r} cannot be packed")
         refuse_nan(model, [name], "packed")
         packed = [entry for _, layer in masked_layers(model) for entry in layer._bits(name)]
         try:

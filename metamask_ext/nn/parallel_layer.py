@@ -1,0 +1,90 @@
+"""The base of masked layers in tensor parallelism: where a weight is distributed, its masks are, in the same way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.shards import is_distributed
+from ..torch_private import distributes
+from .names import escape
+from .pairing import Memo, NamedModules
+from .ranks import check_same_tasks, groups_of
+from .task_dict import CHANGES, TaskDict
+from .task_layer import TaskLayer
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+class ParallelLayer(TaskLayer):
+    """A layer whose masks follow its ``weight`` and ``bias`` when these become DTensors.
+
+    So torch's ``parallelize_module`` with ``ColwiseParallel`` or ``RowwiseParallel`` finds a layer with the parameters of a plain
+    one. The masks are those of the first process of the mesh, as its weights are.
+    """
+
+    def named_modules(self, memo: Memo | None = None, prefix: str = "", remove_duplicate: bool = True) -> NamedModules:
+        if distributes(sys._getframe(1)):
+            # torch would take the holders of masks for layers, too.
+            return iter([(prefix, self)])
+        return super().named_modules(memo, prefix, remove_duplicate)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's; and under a path (``masks.a``), by which ``ColwiseParallel`` names those of children."""
+        holder, _, key = name.rpartition(".")
+        if holder in self._modules and key in self._dicts()[holder]._slots:
+            self._dicts()[holder].register_parameter(key, param)
+            return
+        self._registered(name, param, partial(super().register_parameter, name, param))
+
+    def _registered(self, name: str, param: Tensor | None, register: Callable[[], object]) -> None:
+        """Call ``register``, which makes ``param`` a parameter; where that is a DTensor, distribute its masks in the same way."""
+        masks = self._masks_to_follow(name) if is_distributed(param) else None
+        if masks is None:
+            register()
+            return
+        like = cast("DTensor", param)
+        packed = [task for task in masks if masks._is_bits(escape(task))]
+        if packed:
+            raise RuntimeError(
+                f"{name} of {type(self).__name__} cannot be distributed: task {packed[0]!r} is packed, and a byte has the bits of "
+                "eight weights, which may be those of two processes. Distribute the model before tasks are packed, or remove them"
+            )
+        if name == "weight":
+            check_same_tasks(self, groups_of(like), f"a {type(self).__name__} cannot be distributed")
+        register()
+        from torch.distributed.tensor import distribute_tensor
+
+        for key, logits in list(masks._parameters.items()):
+            if not is_distributed(logits):
+                placed = distribute_tensor(logits.detach(), like.device_mesh, like.placements)
+                masks._parameters[key] = nn.Parameter(placed, logits.requires_grad)
+        CHANGES.note()
+
+    def _masks_to_follow(self, name: str) -> TaskDict | None:
+        """The masks of ``weight`` or ``bias``; None where there are none, or where they move on their own: under fully_shard."""
+        if name not in ("weight", "bias") or self._is_fsdp_managed_module or "masks" not in self._modules:
+            return None
+        masks: TaskDict | None = self._modules.get("masks" if name == "weight" else "bias_masks")
+        return masks
+
+
+def drawn_beside(parameter: Tensor, dtype: torch.dtype, fill: Callable[[Tensor], object]) -> Tensor:
+    """New logits beside a weight or bias, in its order in memory; beside a DTensor the first process's, placed as it."""
+    if not is_distributed(parameter):
+        logits = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        fill(logits)
+        return logits
+    from torch.distributed.tensor import distribute_tensor
+
+    like = cast("DTensor", parameter)
+    # One process draws all of them, too.
+    logits = torch.empty(like.shape, dtype=dtype, device=like.to_local().device)
+    fill(logits)
+    return distribute_tensor(logits, like.device_mesh, like.placements)
