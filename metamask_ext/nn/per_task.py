@@ -121,7 +121,7 @@ class PerTask(TaskLayer):
 
     def _refuse_distribution(self) -> NoReturn:
         raise RuntimeError(
-            f"a {type(self).__name__}, which has {', '.join(self._own())} for each task, cannot be distributed: leave it out of the "
+            f"a {type(self).__name__}, with {', '.join(self._own())} for each task, cannot be distributed: leave it out of the "
             "plan of parallelize_module"
         )
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.shards import is_distributed
 from ..torch_private import FsdpPlace, fsdp_places
 from .names import escape
-from .ranks import check_same, groups_of
+from .ranks import groups_of
 from .task_dict import TaskDict
 from .task_layer import TaskLayer
 from .wrappers import place_shards
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Shards:
@@ -74,8 +79,18 @@ class Shards:
             place.remove(tensors, key)
 
 
-def check_same_request(layers: Iterable[TaskLayer], text: str, what: str) -> None:
-    """RuntimeError, in every process, unless all that share a layer of DTensors ask for the same."""
+def sharers(layers: Iterable[TaskLayer]) -> list[ProcessGroup]:
+    """The groups of processes that share these layers, of which one has a DTensor; none where no layer has."""
     shard = next((parameter for layer in layers for parameter in layer.parameters() if is_distributed(parameter)), None)
-    if shard is not None:
-        check_same(text, groups_of(shard), shard.device, what)
+    return [] if shard is None else groups_of(shard)
+
+
+def of_first(tensor: Tensor, groups: Iterable[ProcessGroup]) -> Tensor:
+    """``tensor`` with the values that the first of these processes has; a DTensor has them already."""
+    if is_distributed(tensor):
+        return tensor
+    for group in groups:
+        values = tensor.contiguous()
+        torch.distributed.broadcast(values, torch.distributed.get_global_rank(group, 0), group)
+        tensor.copy_(values)
+    return tensor

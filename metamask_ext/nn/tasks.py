@@ -13,7 +13,8 @@ from ..ops.gate import compute_dtype
 from .context import is_active
 from .masked_layer import MaskedLayer
 from .names import check_name, describe, escape, plain
-from .shards import Shards, check_same_request
+from .ranks import check_same
+from .shards import Shards, of_first, sharers
 from .structure import structure
 from .task_dict import TaskDict
 from .task_layer import TaskLayer, raise_no_layer, same_tasks, task_layers
@@ -86,7 +87,9 @@ def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "ran
 def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> None:
     name = check_name(name)
     layers, what = task_layers(model), f"task {name!r} cannot be added"
-    check_same_request((layer for _, layer in layers), f"{name!r}, init={init!r}", what)
+    groups = sharers(layer for _, layer in layers)
+    if groups:
+        check_same(f"{name!r}, init={init!r}", groups, next(model.parameters()).device, what)
     known, partial = _known_for(layers, name)
     amounts, source = _resolve_init(known, init)
     check_not_averaged((layer for _, layer in layers), what)
@@ -109,7 +112,7 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
     if computed:
         refuse_nan(model, known if amounts is None else amounts, "combined")
     how = None if init == "random" else fill
-    made = [(path, *entry) for path, layer in layers for entry in layer._new_tensors(how)]
+    made = [(path, tensors, of_first(new, groups)) for path, layer in layers for tensors, new in layer._new_tensors(how)]
     new = [entry for entry in made if name not in entry[1]]
     if computed:
         checked = [(path, tensor) for path, _, tensor in new if tensor.is_floating_point() and has_values(tensor)]
@@ -125,9 +128,11 @@ def draw_again(model: nn.Module, name: str) -> None:
     """Give a task the tensors that :func:`add_task` would give it now, in the place of those that are there."""
     with structure(), torch.no_grad():
         place_shards(model)
-        for _, layer in task_layers(model):
+        layers = [layer for _, layer in task_layers(model)]
+        groups = sharers(layers)
+        for layer in layers:
             for tensors, tensor in layer._new_tensors():
-                tensors[name].copy_(tensor)
+                tensors[name].copy_(of_first(tensor, groups))
 
 
 def _put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]], shards: Shards | None) -> None:

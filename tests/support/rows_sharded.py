@@ -107,14 +107,9 @@ def in_mixed_precision(rank, optimizer):
         theirs.zero_grad()
         for each in range(dist.get_world_size()):
             x, y = rows.batch(each, step)
-            twin = net().bfloat16()
-            for layer in twin.modules():
-                if isinstance(layer, MaskedLinear):
-                    layer.mask_dtype = torch.bfloat16
-            twin = twin.bfloat16()
-            with torch.no_grad():
-                for parameter, other in zip(twin.parameters(), alone.parameters()):
-                    parameter.copy_(other)
+            twin = net()
+            for parameter, other in zip(twin.parameters(), alone.parameters()):
+                parameter.data = other.detach().bfloat16()
             with mm.using_task(twin, rows.another_task_on_each_rank(each, step)):
                 (twin(x.bfloat16()).float() - y.float()).square().mean().backward()
             for parameter, other in zip(twin.parameters(), alone.parameters()):
