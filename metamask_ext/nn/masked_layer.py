@@ -22,7 +22,7 @@ from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .given import GivenTasks, Logits, given_to
 from .guarded import raise_folded
 from .names import DEFAULT_TASK, escape, plain
-from .parallel_layer import ParallelLayer, drawn_beside
+from .parallel_layer import ParallelLayer
 from .selection import GivenMasks, ObservedSuperposition, Superposition, TaskBatch, along, check_samples
 from .settings import Settings, decoded, settings_in
 from .task_dict import TaskDict
@@ -121,7 +121,7 @@ class MaskedLayer(ParallelLayer):
         for parameter, masks in self._groups():
             with torch.no_grad():
                 if init is None:
-                    logits = drawn_beside(parameter, self._logits_dtype(), self._init_logits)
+                    logits = self._drawn_beside(parameter, self._logits_dtype(), self._init_logits)
                 else:
                     logits = self._empty_logits(parameter)
                     init(self, masks, logits)

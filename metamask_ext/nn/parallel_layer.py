@@ -14,7 +14,7 @@ from ..ops.shards import is_distributed
 from ..torch_private import distributes
 from .names import escape
 from .pairing import Memo, NamedModules
-from .ranks import check_same_tasks, groups_of
+from .ranks import check_same_tasks, groups_of, of_first, placed_as
 from .task_dict import CHANGES, TaskDict
 from .task_layer import TaskLayer
 
@@ -59,12 +59,9 @@ class ParallelLayer(TaskLayer):
         if name == "weight":
             check_same_tasks(self, groups_of(like), f"a {type(self).__name__} cannot be distributed")
         register()
-        from torch.distributed.tensor import distribute_tensor
-
         for key, logits in list(masks._parameters.items()):
             if not is_distributed(logits):
-                placed = distribute_tensor(logits.detach(), like.device_mesh, like.placements)
-                masks._parameters[key] = nn.Parameter(placed, logits.requires_grad)
+                masks._parameters[key] = nn.Parameter(placed_as(logits.detach(), like), logits.requires_grad)
         CHANGES.note()
 
     def _masks_to_follow(self, name: str) -> TaskDict | None:
@@ -74,17 +71,16 @@ class ParallelLayer(TaskLayer):
         masks: TaskDict | None = self._modules.get("masks" if name == "weight" else "bias_masks")
         return masks
 
+    def _drawn_beside(self, parameter: Tensor, dtype: torch.dtype, fill: Callable[[Tensor], object]) -> Tensor:
+        """New logits beside a weight or bias, in its order in memory; beside a DTensor those that the first process draws.
 
-def drawn_beside(parameter: Tensor, dtype: torch.dtype, fill: Callable[[Tensor], object]) -> Tensor:
-    """New logits beside a weight or bias, in its order in memory; beside a DTensor the first process's, placed as it."""
-    if not is_distributed(parameter):
-        logits = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        They are placed as it, and under fully_shard, which shards them in its own way, whole.
+        """
+        if not is_distributed(parameter):
+            logits = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            fill(logits)
+            return logits
+        logits = torch.empty(parameter.shape, dtype=dtype, device=cast("DTensor", parameter).to_local().device)
         fill(logits)
-        return logits
-    from torch.distributed.tensor import distribute_tensor
-
-    like = cast("DTensor", parameter)
-    # One process draws all of them, too.
-    logits = torch.empty(like.shape, dtype=dtype, device=like.to_local().device)
-    fill(logits)
-    return distribute_tensor(logits, like.device_mesh, like.placements)
+        logits = of_first(logits, groups_of(parameter))
+        return logits if self._is_fsdp_managed_module else placed_as(logits, parameter)

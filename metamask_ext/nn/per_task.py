@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..ops.gate import compute_dtype
-from ..ops.shards import is_distributed
+from ..ops.shards import is_distributed, whole
 from ..torch_private import BatchNorm, disable_dynamo, distributes, fx_trace, synchronises, traced_attribute, traced_call
 from .context import AmbiguousTaskError
 from .given import given_to
 from .guarded import AmbiguousTensor, raise_taken
 from .names import DEFAULT_TASK
 from .pairing import Memo, NamedModules
+from .ranks import groups_of, of_first, placed_as
 from .selection import GivenMasks, Selection, Superposition, TaskBatch
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
@@ -227,11 +228,19 @@ class PerTask(TaskLayer):
         return [(tensors, values[name]) for name, tensors in own.items()]
 
     def _fresh(self) -> dict[str, Tensor]:
-        values = {name: _first(tensors).detach().clone() for name, tensors in self._own().items()}
+        values = {name: whole(_first(tensors)).detach().clone() for name, tensors in self._own().items()}
         reset: Callable[[nn.Module], None] | None = getattr(self.plain_type, "reset_parameters", None)
         if reset is not None:
-            reset(self._as_plain({name: tensor.detach().clone() for name, tensor in self._tensors(self._parameters)}, values))
+            reset(
+                self._as_plain({name: whole(tensor).detach().clone() for name, tensor in self._tensors(self._parameters)}, values)
+            )
+        if not self._is_fsdp_managed_module:  # which shards them in its own way
+            values = {name: self._placed(values[name], _first(tensors)) for name, tensors in self._own().items()}
         return values
+
+    @staticmethod
+    def _placed(value: Tensor, like: Tensor) -> Tensor:
+        return placed_as(of_first(value, groups_of(like)), like) if is_distributed(like) else value
 
     def _as_plain(self, parameters: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> nn.Module:
         """A module of the plain type with these tensors, ``own`` in the place of the tasks'."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,14 @@ from torch.autograd import Function
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from ..ops.shards import is_distributed
 from ..torch_private import tree_flatten, tree_unflatten
 from .task_dict import TaskDict
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup as Group
     from torch.distributed import ReduceOp
+    from torch.distributed.tensor import DTensor
 
 
 def groups_of(tensor: Tensor) -> list[Group]:
@@ -31,6 +34,34 @@ def reduced(values: Tensor, groups: Iterable[Group], op: ReduceOp.RedOpType) -> 
     for group in groups:
         torch.distributed.all_reduce(values, op, group)
     return values
+
+
+def sharers(modules: Iterable[nn.Module]) -> list[Group]:
+    """The groups of processes that share these modules, of which one has a DTensor; none where no module has."""
+    shard = next((parameter for module in modules for parameter in module.parameters() if is_distributed(parameter)), None)
+    return [] if shard is None else groups_of(shard)
+
+
+def of_first(tensor: Tensor, groups: Iterable[Group]) -> Tensor:
+    """``tensor`` with the values that the first of these processes has; a DTensor has them already."""
+    if is_distributed(tensor):
+        return tensor
+    for group in groups:
+        values = tensor.contiguous()
+        torch.distributed.broadcast(values, torch.distributed.get_global_rank(group, 0), group)
+        tensor.copy_(values)
+    return tensor
+
+
+def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor``, whole and of the same values in every process, as a DTensor where ``like`` is one, and placed as that."""
+    if not is_distributed(like) or is_distributed(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    shards = cast("DTensor", like)
+    placed: Tensor = distribute_tensor(tensor, shards.device_mesh, shards.placements)
+    return placed
 
 
 def check_same(text: str, groups: Iterable[Group], device: torch.device, what: str) -> None:
@@ -77,13 +108,24 @@ class _UsedElsewhere(Function):
 
     @staticmethod
     def forward(ctx, output, *parameters):
-        ctx.parameters = [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
+        ctx.zeros = [_zeros_like(parameter) for parameter in parameters]
         # A copy: an activation may write to it.
         return output.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.parameters)
+        return grad, *(zeros() for zeros in ctx.zeros)
+
+
+def _zeros_like(parameter: Tensor) -> Callable[[], Tensor]:
+    """A function that makes zeros like a parameter whose memory may be given away meanwhile."""
+    shape, dtype = parameter.shape, parameter.dtype
+    if not is_distributed(parameter):
+        return partial(torch.zeros, shape, dtype=dtype, device=parameter.device)
+    from torch.distributed.tensor import zeros
+
+    like: Any = parameter
+    return partial(zeros, shape, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
 
 
 def used_elsewhere(output: object, parameters: list[nn.Parameter]) -> object:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
-from ..ops.shards import is_distributed
+from ..ops.shards import whole
 from ..torch_private import FsdpPlace, fsdp_places
 from .names import escape
-from .ranks import groups_of
 from .task_dict import TaskDict
 from .task_layer import TaskLayer
 from .wrappers import place_shards
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class Shards:
@@ -68,29 +62,11 @@ class Shards:
         if place is None or tensors._only_buffers:
             tensors._put(name, tensor)
             return
-        whole = tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor
-        tensors._put(name, whole)
+        tensors._put(name, whole(tensor))
         self._added.append((place, tensors, escape(name)))
-        place.add(tensors, escape(name), whole)
+        place.add(tensors, escape(name), tensors[name].detach())
 
     def undo(self) -> None:
         """Let the groups forget what was added."""
         for place, tensors, key in self._added:
             place.remove(tensors, key)
-
-
-def sharers(layers: Iterable[TaskLayer]) -> list[ProcessGroup]:
-    """The groups of processes that share these layers, of which one has a DTensor; none where no layer has."""
-    shard = next((parameter for layer in layers for parameter in layer.parameters() if is_distributed(parameter)), None)
-    return [] if shard is None else groups_of(shard)
-
-
-def of_first(tensor: Tensor, groups: Iterable[ProcessGroup]) -> Tensor:
-    """``tensor`` with the values that the first of these processes has; a DTensor has them already."""
-    if is_distributed(tensor):
-        return tensor
-    for group in groups:
-        values = tensor.contiguous()
-        torch.distributed.broadcast(values, torch.distributed.get_global_rank(group, 0), group)
-        tensor.copy_(values)
-    return tensor

@@ -13,8 +13,8 @@ from ..ops.gate import compute_dtype
 from .context import is_active
 from .masked_layer import MaskedLayer
 from .names import check_name, describe, escape, plain
-from .ranks import check_same
-from .shards import Shards, of_first, sharers
+from .ranks import check_same, of_first, placed_as, sharers
+from .shards import Shards
 from .structure import structure
 from .task_dict import TaskDict
 from .task_layer import TaskLayer, raise_no_layer, same_tasks, task_layers
@@ -132,7 +132,7 @@ def draw_again(model: nn.Module, name: str) -> None:
         groups = sharers(layers)
         for layer in layers:
             for tensors, tensor in layer._new_tensors():
-                tensors[name].copy_(of_first(tensor, groups))
+                tensors[name].copy_(placed_as(of_first(tensor, groups), tensors[name]))
 
 
 def _put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]], shards: Shards | None) -> None:

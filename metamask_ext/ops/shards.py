@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,14 @@ _OF_ONE_PROCESS = (nn.Parameter, Tensor)
 def is_distributed(tensor: object) -> bool:
     """True for a DTensor. Its module takes longer to import than all of torch that is needed here."""
     return type(tensor) not in _OF_ONE_PROCESS and hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, which every process of its mesh asks for at once; another tensor as it is."""
+    if not is_distributed(tensor):
+        return tensor
+    full: Tensor = cast("DTensor", tensor).full_tensor()
+    return full
 
 
 class _Split(NamedTuple):

@@ -147,6 +147,33 @@ def added(rank, optimizer, init, kind):
     assert model.state_dict().keys() == alone.state_dict().keys()
 
 
+def heads_of_tasks(rank, optimizer):
+    """A head for each task, sharded too: tasks that differ by rank, and a new one."""
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(MaskedLinear(6, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+        mm.MaskBank(model, per_task="2.*")
+        for task in rows.NAMES[1:]:
+            mm.add_task(model, task)
+        return model
+
+    model, alone = fully_shard(made()), made()
+    ours, theirs = fused(model, optimizer), torchs(alone, optimizer)
+    train(model, model, rank, ours, rows.another_task_on_each_rank)
+    train_alone(alone, theirs, rows.another_task_on_each_rank)
+    torch.manual_seed(5 + rank)
+    mm.add_task(model, "new")
+    torch.manual_seed(5)
+    mm.add_task(alone, "new")
+    assert_same(model, alone, moved_from=made())
+    known = {parameter for group in theirs.param_groups for parameter in group["params"]}
+    theirs.add_param_group({"params": [parameter for parameter in alone.parameters() if parameter not in known]})
+    train(model, model, rank, ours, lambda rank, step: "new" if rank else "c")
+    train_alone(alone, theirs, lambda rank, step: "new" if rank else "c")
+    assert_same(model, alone)
+
+
 def added_by_some(rank, optimizer):
     """The processes ask for different tasks: refused in all of them, and nothing has changed."""
     model = shard(net())
@@ -224,6 +251,7 @@ ROWS = [
     (with_torchs_optimiser, "AdamW"),
     (accumulated, "SGD"),
     (clipped, "AdamW"),
+    (heads_of_tasks, "SGD"),
     (added_by_some, "SGD"),
     (added_between_forward_and_backward, "SGD"),
     (no_task_on_one_rank, "SGD"),
