@@ -36,8 +36,8 @@ def _assert_close(got, wanted, tolerance):
 
 
 def test_one_process_is_the_loop_without_fabric(tmp_path):
-    alone = fabric_loops.loop(None, dtype=torch.float64).run(fabric_loops.ROUNDS)
-    got = _result(tmp_path, "alone", "64-true", 1)
+    alone = fabric_loops.loop(None).run(fabric_loops.ROUNDS)
+    got = _result(tmp_path, "alone", "32-true", 1)
     for name, tensor in alone.model.state_dict().items():
         assert torch.equal(got["model"][name], tensor), name
 

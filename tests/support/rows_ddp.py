@@ -86,6 +86,21 @@ def static_graph(rank, optimizer, choice):
     assert_same(model, alone, moved_from=net())
 
 
+def static_graph_with_other_tasks(rank, optimizer):
+    """Refused in the forward: torch takes a step of gradients that are not averaged where a task is used no more."""
+    for later in (["b"] * rows.SAMPLES, "c"):
+        model = net()
+        wrapper, ours = DistributedDataParallel(model, static_graph=True), fused(model, optimizer)
+        ours.backward(loss_of(wrapper, model, rank, 0, lambda rank, step: ["b", "default"] * (rows.SAMPLES // 2)))
+        before = {name: tensor.clone() for name, tensor in parameters(model).items()}
+        step = lambda later=later, wrapper=wrapper, model=model: loss_of(wrapper, model, rank, 1, lambda rank, step: later)  # noqa: E731
+        refused(RuntimeError, "static_graph=True averages the gradients of what its first step used", step)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in parameters(model).items())
+        with torch.no_grad():
+            step()  # an evaluation may use any
+        copy.deepcopy(wrapper)
+
+
 def checkpointed(rank, optimizer):
     class Checkpointed(nn.Sequential):
         def forward(self, x):
@@ -189,6 +204,7 @@ ROWS = [
     *((chosen, "SGD", "a task for each rank", options) for options in OPTIONS if options != "unused parameters found"),
     *((row, optimizer) for row in (accumulated, scaled_by_use) for optimizer in OPTIMIZERS),
     *((static_graph, "SGD", choice) for choice in ("a task for each rank", "mixed batches")),
+    (static_graph_with_other_tasks, "SGD"),
     (inside_of_the_wrapper, "AdamW"),
     (checkpointed, "AdamW"),
     (clipped, "SGD"),
