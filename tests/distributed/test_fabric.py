@@ -46,7 +46,7 @@ def test_one_process_is_the_loop_without_fabric(tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_several_processes_are_one(tmp_path, strategy, world):
     alone = fabric_loops.loop(None, dtype=torch.float64).run(fabric_loops.ROUNDS)
-    got = _result(tmp_path, strategy, "64-true", world)
+    got = _result(tmp_path, strategy, "double", world)
     _assert_close(got, {"model": alone.model.state_dict()}, 1e-6)
     assert got["slots"] == alone.steps_of
 
