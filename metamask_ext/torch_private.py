@@ -326,7 +326,7 @@ class FsdpPlace(NamedTuple):
             spec = like._unsharded_dtensor_spec
             value = sys.modules["torch.distributed.tensor"].distribute_tensor(value, spec.mesh, spec.placements)
         made = type(like)(
-            torch.nn.Parameter(value),
+            torch.nn.Parameter(value.to(group.device)),
             type(like._module_info)(module, name),
             like.mesh_info,
             group.post_forward_mesh_info,

@@ -128,7 +128,7 @@ class TaskLoop:
         self._shared = _shared_parameters(model)
         self._optimizer = config.new_optimizer(self._shared.values(), of_masks=False)
         self._mask_optimizers: dict[str, Optimizer] = {}
-        self._stepping = {None: self._processes.stepping(self._optimizer)}
+        self._stepping: dict[str | None, Optimizer] = {None: self._processes.stepping(self._optimizer)}
         """By task, what takes the steps of its optimiser; None: of the shared parameters."""
         devices = {parameter.device for parameter in model.parameters()}
         self._cuda = sorted(device.index for device in devices if device.type == "cuda")

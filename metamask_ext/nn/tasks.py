@@ -89,7 +89,10 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
     layers, what = task_layers(model), f"task {name!r} cannot be added"
     groups = sharers(layer for _, layer in layers)
     if groups:
-        check_same(f"{name!r}, init={init!r}", groups, next(model.parameters()).device, what)
+        device = next(model.parameters()).device
+        if device.type == "meta":
+            raise RuntimeError(f"{what}: the model is distributed and has no values yet. Call model.to_empty(device=...) first")
+        check_same(f"{name!r}, init={init!r}", groups, device, what)
     known, partial = _known_for(layers, name)
     amounts, source = _resolve_init(known, init)
     check_not_averaged((layer for _, layer in layers), what)

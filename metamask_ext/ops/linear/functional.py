@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
@@ -62,7 +62,7 @@ def masked_linear(
     if fx_trace._is_fx_tracing_flag and (traced := traced_function(masked_linear, locals())) is not None:
         return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
-    if is_distributed(weight):
+    if type(weight) is not nn.Parameter and is_distributed(weight):
         own = partial(_of_shards, gate=gate, temperature=temperature, threshold=threshold)
         of_bias = None if bias_mask_logits is None else [bias_mask_logits]
         return masked_linear_of_shards(own, input, weight, [mask_logits], bias, of_bias)
