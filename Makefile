@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-compiled test-instruction-sets bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel docs install-check clean
+.PHONY: help demo test test-compiled test-instruction-sets test-distributed bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel docs install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -79,6 +79,14 @@ types: $(VENV)/.test  ## mypy on metamask_ext
 
 emulate: $(VENV)/.test  ## the CUDA kernels on this machine's CPU, under the checker, and the emulator's own tests; needs nvcc, no GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m emulated tests/ops tests/emulator
+
+# Lightning is no part of the extra `test`: what needs it runs here alone.
+test-distributed: $(VENV)/.test  ## every row of docs/guide/distributed.md under torchrun, on 2 and 4 ranks; TaskLoop on Lightning Fabric
+	$(BIN)/python -c "import lightning" 2>/dev/null || $(PIP) --no-build-isolation -e ".[lightning]"
+	cd tests && for ranks in 2 4; do \
+	  PYTHONPATH=.. $(abspath $(BIN))/torchrun --standalone --nproc-per-node $$ranks -m support.torchrun || exit 1; \
+	done
+	$(BIN)/python -m pytest tests/distributed/test_fabric.py tests/distributed/test_guide.py
 
 faults: $(VENV)/.test  ## each call of a save and of a training loop fails, kills or is interrupted once; power failures; needs gcc
 	cd tests && $(abspath $(BIN))/python -m faults
