@@ -75,10 +75,10 @@ $(ENGINE_VENVS)/avalanche/.made: ENGINE_EXTRAS = test
 $(ENGINE_VENVS)/avalanche/.made: ENGINE_PACKAGES = "avalanche-lib==0.6.0"
 
 test-executors: $(ENGINE_VENVS)/executors/.made  ## runs on Ray and Dask, with nodes and processes killed amid them; minutes
-	$(<D)/bin/python -m pytest tests/experiments/engine/test_clusters.py
+	$(<D)/bin/python -m pytest tests/experiments/engine/test_clusters.py tests/docs/test_sweeps.py
 
 test-engines: $(ENGINE_VENVS)/engines/.made $(ENGINE_VENVS)/avalanche/.made  ## Lightning, transformers' Trainer and Avalanche
-	$(ENGINE_VENVS)/engines/bin/python -m pytest tests/integrations tests/docs/test_engines.py
+	$(ENGINE_VENVS)/engines/bin/python -m pytest tests/integrations tests/experiments/engine/test_tracking.py tests/docs/test_engines.py
 	$(ENGINE_VENVS)/avalanche/bin/python -m pytest tests/integrations/test_avalanche.py tests/docs/test_engines.py
 
 bench: $(VENV)/.test  ## the benchmark suite, with its table and plot

@@ -34,7 +34,7 @@ def _arguments(folder, **options) -> TrainingArguments:
 
 
 def _masks(model, task):
-    return [parameter.detach().clone() for name, parameter in model.named_parameters() if name.endswith(f"masks.{task}")]
+    return [parameter.detach().clone() for name, parameter in model.named_parameters() if name.endswith(f".masks.{task}")]
 
 
 def _closed(model):

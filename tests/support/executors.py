@@ -54,3 +54,17 @@ class Lines:
     def finalize(self, status):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in [*self.lines, status]))
+
+
+def lightning_csv(folder: Path, name: str):
+    """Lightning's logger of tables."""
+    from lightning.pytorch.loggers import CSVLogger
+
+    return CSVLogger(folder / "lightning", name, version="")
+
+
+def lightning_tensorboard(folder: Path, name: str):
+    """Lightning's logger for TensorBoard."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(folder / "lightning", name, version="")
