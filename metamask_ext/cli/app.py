@@ -61,7 +61,7 @@ def list_experiments() -> None:
     show(("name", "what it does"), [(name, entry.summary) for name, entry in EXPERIMENTS.items()])
 
 
-def _one(name: str, sets: Sequence[str], quick: bool, config: Path | None, changes: Changes) -> Changes:
+def _one(name: str, sets: Sequence[str], quick: bool, config: Path | None, changes: Changes) -> dict[str, Any]:
     """The changes with those of ``--set``, each with one value."""
     runs = planned(name, sets, quick, config, changes)
     if len(runs) > 1:
@@ -108,7 +108,7 @@ def run(
         fail(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}, all", 2)
     # Only what was given: an experiment that lacks a setting refuses it.
     given = {"tasks": tasks, "steps": steps, "seeds": seeds, "rotated": rotated or None}
-    changes: Changes = {key: value for key, value in given.items() if value is not None}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if name == "all" and (changes or config or print_config or sets or multirun):
         fail("'all' takes no settings: it runs every experiment with its own", 2)
     how: dict[str, Any] = {"workers": workers, "executor": executor, "address": address, "gpus": gpus, "tracking": tracking}

@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
     folder: str
     values: Mapping[str, Value]
-    changes: Changes
+    changes: Json
 
 
 def planned(
@@ -188,7 +188,7 @@ def _folder(values: Mapping[str, Value]) -> str:
     return f"{safe.lstrip('.')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def _run(entry: Entry, name: str, out: Path, seed: int, quick: bool, how: Json, changes: Changes) -> Json:
+def _run(entry: Entry, name: str, out: Path, seed: int, quick: bool, how: Json, changes: Json) -> Json:
     """Run one; the parts of its metrics that the table is made of."""
     EXPERIMENTS.setdefault(name, entry)  # This process may know fewer of them.
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("avalanche", reason="make test-engines installs it")
+pytest.importorskip("metamask_ext.integrations.avalanche", reason="make test-engines has Avalanche", exc_type=ImportError)
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import EWC
@@ -32,7 +32,14 @@ def _masked(**options) -> nn.Module:
 
 def _options(optimizer, epochs):
     evaluator = EvaluationPlugin(accuracy_metrics(experience=True, stream=True), loggers=[])
-    return {"optimizer": optimizer, "train_mb_size": 64, "eval_mb_size": 256, "train_epochs": epochs, "evaluator": evaluator}
+    return {
+        "optimizer": optimizer,
+        "criterion": nn.CrossEntropyLoss(),
+        "train_mb_size": 64,
+        "eval_mb_size": 256,
+        "train_epochs": epochs,
+        "evaluator": evaluator,
+    }
 
 
 def _accuracies(strategy, benchmark) -> list[list[float]]:

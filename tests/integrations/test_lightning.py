@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.paths import ROOT, TESTS
 
-pytest.importorskip("lightning", reason="make test-engines installs it")
+pytest.importorskip("metamask_ext.integrations.lightning", reason="make test-engines has Lightning", exc_type=ImportError)
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from support.lightning_models import Automatic, Manual, by_hand, loader, trainer

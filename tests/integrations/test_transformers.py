@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="make test-engines installs it")
-pytest.importorskip("accelerate", reason="make test-engines installs it")
+pytest.importorskip("accelerate", reason="make test-engines has it")
+pytest.importorskip("metamask_ext.integrations.transformers", reason="make test-engines has transformers", exc_type=ImportError)
 from support.tiny_bert import Sentences, bert
 from transformers import TrainingArguments
 

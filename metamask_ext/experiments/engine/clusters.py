@@ -16,7 +16,7 @@ from .settings import OptionError
 
 R = TypeVar("R")
 CONNECT_S = 60.0
-PACKAGES = {"ray": "ray", "dask": "distributed"}
+PACKAGES = {"ray": ("ray",), "dask": ("dask", "distributed")}
 
 
 def workers_of(executor: str | Executor, count: int | None = None, address: str | None = None, gpus: float = 0.0) -> Workers:
@@ -52,8 +52,9 @@ def workers_of(executor: str | Executor, count: int | None = None, address: str 
             raise OptionError(f"workers must not be given with an executor, which has its own, got {count}")
         return Workers(None, lambda: (executor, None), name, keep=True)
     if name in PACKAGES:
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise ImportError(f'{PACKAGES[name]} is not installed: pip install "metamask_ext[{name}]"')
+        for package in PACKAGES[name]:
+            if importlib.util.find_spec(package) is None:
+                raise ImportError(f'{package} is not installed: pip install "metamask_ext[{name}]"')
         if count is not None and address is not None:
             raise OptionError(f"workers must not be given with the address of a cluster, which has its own, got {count}")
         return Workers(count, partial(_ray, address, count, gpus) if name == "ray" else partial(_dask, address, count), name)

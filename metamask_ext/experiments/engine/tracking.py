@@ -18,6 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from metamask_ext.data._torchvision import let_others_import_torchvision
 from metamask_ext.files.atomic import output_errors, prepare_folder, write_atomic
 
 from .named import by_name
@@ -134,6 +135,7 @@ class Tracking:
         return folder
 
     def _write_wandb(self, name: str, rows: Rows) -> None:
+        let_others_import_torchvision()  # torchmetrics does
         from lightning.pytorch.loggers import WandbLogger
 
         logger = WandbLogger(name=name, project="metamask", save_dir=self._emptied(name), offline=True, reinit="finish_previous")

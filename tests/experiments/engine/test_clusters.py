@@ -17,9 +17,9 @@ from support.paths import ROOT, TESTS
 from metamask_ext.experiments.catalogue import EXPERIMENTS, Entry, JobError, OptionError, run
 from metamask_ext.experiments.sweep import sweep
 
-HAS = {name: importlib.util.find_spec(name) is not None for name in ("ray", "distributed")}
+HAS = {name: importlib.util.find_spec(name) is not None for name in ("ray", "dask")}
 needs_ray = pytest.mark.skipif(not HAS["ray"], reason="make test-executors installs Ray")
-needs_dask = pytest.mark.skipif(not HAS["distributed"], reason="make test-executors installs Dask")
+needs_dask = pytest.mark.skipif(not HAS["dask"], reason="make test-executors installs Dask")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-pytest.importorskip("lightning", reason="make test-engines installs it")
+pytest.importorskip("metamask_ext.integrations.lightning", reason="make test-engines has Lightning", exc_type=ImportError)
 pytest.importorskip("wandb", reason="make test-engines installs it")
 from support.toy_experiment import Settings
 
