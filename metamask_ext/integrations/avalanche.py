@@ -7,9 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from metamask_ext.data._torchvision import let_others_import_torchvision
-
-let_others_import_torchvision()
 try:
     from avalanche.core import SupervisedPlugin
     from avalanche.models import MultiTaskModule

@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 
-from metamask_ext.data._torchvision import let_others_import_torchvision
-
-let_others_import_torchvision()  # torchmetrics does
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger

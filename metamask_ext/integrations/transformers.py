@@ -8,9 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metamask_ext.data._torchvision import let_others_import_torchvision
-
-let_others_import_torchvision()
 try:
     from transformers import Trainer
 except ImportError as error:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from metamask_ext.integrations.lightning import MetamaskCallback
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.lightning_models import Automatic, loader, trainer
-
-from metamask_ext.integrations.lightning import MetamaskCallback
 
 
 def main(folder: str, strategy: str) -> None:
