@@ -20,9 +20,11 @@ from metamask_ext.nn.wrappers import averaged_parameters, is_sharded, place_shar
 from metamask_ext.ops.streams import Streams
 from metamask_ext.ops.weight.autograd import State, Steps
 from metamask_ext.ops.weight.raw import Rule
-from metamask_ext.torch_private import has_gradient_hooks
+from metamask_ext.torch_private import has_global_step_hooks, has_gradient_hooks
 
 from .graph import Node, walk
+
+_OWN_HOOKS = 2
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -39,6 +41,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _options: tuple[str, ...]
     """Options that a group of a state dict has if it is of this kind of optimiser."""
 
+    _has_other_step = False
+    """A subclass has a ``step`` of its own."""
     _cpu_only: bool
     """The op that takes the step runs on the CPU only."""
 
@@ -126,10 +130,24 @@ class FusedOptimizer(torch.optim.Optimizer):
             # A node steps on the stream of its forward, and gives autograd no gradient to wait for. All note it in one place.
             for _, steps in nodes[:1]:
                 steps.streams.wait()
-        self.step()
-        for group in self._groups:
-            for parameter in group["params"]:
+        self._find_new_tasks()
+        left = [parameter for group in self._groups for parameter in group["params"] if parameter.grad is not None]
+        if left or self._is_watched():
+            self.step()
+            for parameter in left:
                 parameter.grad = None
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        cls._has_other_step = cls._has_other_step or "step" in vars(cls)
+
+    def _is_watched(self) -> bool:
+        """True if someone else's code runs in a step: then torch's is called without a gradient too, or it would not know of it.
+
+        A call that finds nothing to do takes as long as a small layer's backward.
+        """
+        hooks = len(self._optimizer_step_pre_hooks) + len(self._optimizer_step_post_hooks)
+        return self._has_other_step or "step" in self.__dict__ or hooks > _OWN_HOOKS or has_global_step_hooks()
 
     @property
     def param_groups(self) -> list[StateDict]:
