@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
@@ -112,6 +113,7 @@ class RayExecutor(Executor):
             here = {"num_cpus": count or cores(), "include_dashboard": False}
             begun = address is None and "RAY_ADDRESS" not in os.environ
             with _no_cluster("Ray cluster", address):
+                _reach(address)
                 ray.init(address, log_to_driver=False, **(here if begun else {}))
         elif address is not None:
             raise OptionError(f"address must not be given where Ray is connected already, got {address!r}")
@@ -132,6 +134,13 @@ class RayExecutor(Executor):
         """Disconnect, which ends the tasks that are left."""
         if self._connected:
             self._ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """OSError if nothing listens at ``host:port``; Ray itself would try for minutes. Other forms are Ray's to read."""
+    host, _, port = (address or "").rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 
 
 def _call(function: Callable[..., R], arguments: tuple[Any, ...], options: dict[str, Any]) -> R:

@@ -130,9 +130,7 @@ def test_ray_shares_gpus(tmp_path):
 
 
 @needs_ray
-def test_no_ray_cluster_there(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_gcs_server_request_timeout_seconds", "2")
-    monkeypatch.setenv("RAY_NUM_REDIS_GET_RETRIES", "1")
+def test_no_ray_cluster_there(tmp_path):
     with pytest.raises(OptionError, match="address must be that of a Ray cluster, got '127.0.0.1:1'"):
         run("toy", tmp_path / "out", executor="ray", address="127.0.0.1:1")
     assert not (tmp_path / "out").exists()
