@@ -1,4 +1,4 @@
-"""Every block of docs/guide/sweeps.md runs; those of Ray and Dask where they are installed (``make test-executors``)."""
+"""Every block of docs/guide/sweeps.md: the Python runs here, the commands are read here, and run by ``make test-executors``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from support.pages import blocks_of, commands_of, run_blocks
 from typer.testing import CliRunner
 
 from metamask_ext.cli import app
+from metamask_ext.experiments.catalogue import settings_of
+from metamask_ext.experiments.engine.clusters import workers_of
+from metamask_ext.experiments.engine.tracking import Tracking
+from metamask_ext.experiments.sweep import planned
 
 PAGE = "docs/guide/sweeps.md"
 COMMANDS = commands_of(PAGE)
 CLUSTERS = ("ray", "dask")
 # Less of everything: the page's own commands take seconds each.
-LESS = 'tasks=3 steps=60 new_tasks=2 study.cost_rounds=1 study.new.steps=2 "study.new.samples=[1,10]"'
+LESS = 'tasks=3 steps=2000 new_tasks=2 study.cost_rounds=1 study.new.steps=2 "study.new.samples=[1,10]"'
 
 
 def _less(command: str) -> list[str]:
@@ -41,6 +45,43 @@ def _of_cluster(command: str) -> str | None:
     return next((name for name in CLUSTERS if f"--executor {name}" in command), None)
 
 
+def test_commands_are_understood(monkeypatch):
+    """Options and settings, of all of them; nothing is computed."""
+    called: list[tuple[str, str]] = []
+
+    def instead(
+        name,
+        out,
+        *arguments,
+        sets=(),
+        config=None,
+        workers=None,
+        executor="local",
+        address=None,
+        gpus=0.0,
+        tracking=None,
+        **changes,
+    ):
+        called.append((executor, str(out)))
+        workers_of("local" if executor in CLUSTERS else executor, workers), Tracking(Path(out), tracking)
+        settings_of(name, True, config, changes)
+
+    def swept(name, out, sets, *arguments, **options):
+        assert [one.values for one in planned(name, sets, True)] == [
+            {"study.batch": batch, "tasks": tasks} for batch in (16, 64) for tasks in (5, 20)
+        ]
+        called.append(("local", str(out)))
+        return [["study.batch"]]
+
+    monkeypatch.setattr(app, "run_experiment", instead)
+    monkeypatch.setattr(app, "sweep", swept)
+    for command in COMMANDS:
+        done = CliRunner().invoke(app.app, shlex.split(command)[1:])
+        assert done.exit_code == 0, command + done.output
+    assert len(COMMANDS) == 8 and len(called) == 7 and {executor for executor, _ in called} >= {"local", "ray", "dask"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="make test-executors runs them")
 def test_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")

@@ -62,7 +62,7 @@ def test_beside_ewc(capsys):
     ewc = _accuracies(EWC(model=net, ewc_lambda=100.0, **_options(optimizer, 5)), benchmark)
     means = {name: sum(found[-1]) / 8 for name, found in (("metamask", masked), ("EWC", ewc))}
     with capsys.disabled():
-        print(f"\npermuted digits, 8 tasks, mean accuracy at the end: {means}; of each: {masked[-1]}, {ewc[-1]}")
+        print(f"\npermuted digits, 8 tasks, mean accuracy at the end: {means}; first and last: {masked}, {ewc}")
     assert mm.tasks(model) == [f"task-{label}" for label in range(8)]
     # Frozen weights and masks of their own: the first task gives the same number ever after.
     assert masked[-1][0] == masked[0][0] and ewc[-1][0] < ewc[0][0]
