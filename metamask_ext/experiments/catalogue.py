@@ -189,7 +189,7 @@ def run_with(
 
 
 def _options(key: str, value: Value) -> list[str]:
-    """What a user types to change a setting."""
+    """The options that a user types to change a setting."""
     if key in ("tasks", "steps", "seeds"):
         return [f"--{key} {value}"]
     if key == "rotated" and value is True:

@@ -21,7 +21,7 @@ PACKAGES = {"ray": ("ray",), "dask": ("dask", "distributed")}
 
 
 def workers_of(executor: str | Executor, count: int | None = None, address: str | None = None, gpus: float = 0.0) -> Workers:
-    """What computes the jobs of a run. Nothing is started, and nothing connected to, before there are jobs.
+    """Make the workers that compute the jobs of a run. Nothing is started, and nothing connected to, before there are jobs.
 
     Args:
         executor: ``"local"``: processes of this machine. ``"ray"``, ``"dask"``: a cluster. ``"module:factory"``: a function without

@@ -60,7 +60,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the results of a run come from, wherever they are computed.
+    """The versions and the data that the results of a run come from, wherever they are computed.
 
     Attributes:
         data: the data, in words; None: they are not checked.
