@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 import torch
 from torch import nn
 
+from .adapters import adapters_in
 from .convertible import has_own_forward, holds_matrix, own_tensors, unmasked, unsupported, unsupported_norm
 from .layers import MaskedConv2d, MaskedLinear
 from .masked_layer import MaskedLayer
@@ -63,7 +64,8 @@ def convert(
     of the modules around it, and of the methods and neighbouring functions that it uses; where the owner of a ``weight`` has no
     name there (``for layer in self.layers: layer.weight``), all layers below that module count as read. Not seen are
     ``getattr(layer, "weight")``, hooks and functions of other packages: make those call ``layer(x)``. Parameters that are not a
-    layer's (``MultiheadAttention``'s ``in_proj_weight``) stay plain.
+    layer's (``MultiheadAttention``'s ``in_proj_weight``) stay plain, and so do the adapters of PEFT: of a model with some, the base
+    layers are masked.
 
     Args:
         model: any module; a Linear or Conv2d itself too.
@@ -109,7 +111,8 @@ def convert(
         if isinstance(module, kinds) or unmasked(module):
             names.setdefault(module, []).append(name)
     plain = {module: [plain_path(model, name) for name in given] for module, given in names.items()}
-    wanted = [module for module in _select(plain, kinds, include, exclude) if not isinstance(module, TaskLayer)]
+    adapters = adapters_in(model)
+    wanted = [module for module in _select(plain, kinds, adapters, include, exclude) if not isinstance(module, TaskLayer)]
     reasons = {module: _reason(module, kinds) for module in wanted}
     if on_unsupported == "error":
         _refuse({plain[module][0]: (module, reason) for module, reason in reasons.items() if reason is not None})
@@ -163,10 +166,11 @@ def _stand_in(module: nn.Module, read: bool) -> MaskedLayer:
 def _select(
     names: dict[nn.Module, list[str]],
     kinds: tuple[type[nn.Module], ...],
+    adapters: set[nn.Module],
     include: str | Iterable[str] | None,
     exclude: str | Iterable[str] | None,
 ) -> list[nn.Module]:
-    """The modules that are asked for: of ``kinds`` where ``include`` names them, else all that have parameters."""
+    """The modules that are asked for: of ``kinds`` where ``include`` names them, else all that have parameters; no ``adapters``."""
 
     def matching(argument: str, patterns: str | Iterable[str], among: list[nn.Module]) -> set[nn.Module]:
         found: set[nn.Module] = set()
@@ -179,8 +183,8 @@ def _select(
             found |= layers
         return found
 
-    own = [module for module in names if isinstance(module, kinds)]
-    included = set(names) if include is None else matching("include", include, own)
+    own = [module for module in names if isinstance(module, kinds) and module not in adapters]
+    included = names.keys() - adapters if include is None else matching("include", include, own)
     excluded = set() if exclude is None else matching("exclude", exclude, list(names))
     return [layer for layer in names if layer in included and layer not in excluded]
 

@@ -7,7 +7,7 @@ import inspect
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from ..ops.checks import DTYPES
+from ..ops.checks import DTYPES, stored_as
 from ..torch_private import rebuilding_hook
 from .per_task import PerTask
 from .reads import misses_attribute
@@ -40,6 +40,8 @@ def unsupported(module: nn.Module) -> str | None:
         return "its class has __slots__"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}, not float64, float32, bfloat16 or float16"
+    if (stored := stored_as(weight)) is not None:
+        return f"its weight is quantised ({type(weight).__name__}, {stored}): mask the model first, and quantise merge(model, task)"
     return misses_attribute(kind) if has_own_forward(module) else None
 
 

@@ -12,7 +12,7 @@ from ..ops.weight.functional import masked_weight
 from ..torch_private import disable_dynamo, fx_trace, in_dispatch_mode, in_transform, reparametrises, traced_attribute
 from .context import AmbiguousTaskError
 from .given import GivenTasks
-from .guarded import AmbiguousTensor, ComputedTensor, raise_taken
+from .guarded import AmbiguousTensor, ComputedTensor, raise_taken, refuse_quantised
 from .layers import MaskedConv2d, MaskedLinear
 from .masked_layer import MaskedLayer
 
@@ -45,6 +45,7 @@ class ReadThrough(MaskedLayer):
         if name in ("weight", "bias") and (param is None or isinstance(param, nn.Parameter)):
             if self._copied_alone:
                 self._refuse_folding(name, param)
+            refuse_quantised(self, name, param)
             self._parameters[name] = param
         else:
             super().register_parameter(name, param)
@@ -110,3 +111,11 @@ class ReadThroughLinear(ReadThrough, MaskedLinear):  # type: ignore[misc, overri
 
 class ReadThroughConv2d(ReadThrough, MaskedConv2d):  # type: ignore[override]  # computed, not assigned
     """A MaskedConv2d inside a module that reads its ``weight``."""
+
+
+_READ: dict[type[MaskedLayer], type[MaskedLayer]] = {MaskedLinear: ReadThroughLinear, MaskedConv2d: ReadThroughConv2d}
+
+
+def read_through_type(kind: type[MaskedLayer]) -> type[MaskedLayer] | None:
+    """The class that a masked layer of class ``kind`` has where other code reads its weight; None if there is none."""
+    return kind if issubclass(kind, ReadThrough) else _READ.get(kind)
