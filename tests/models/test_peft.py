@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptEncoderConfig, TaskType, get_peft_model
-from support.model_zoo import ZOO, rows
+from support.model_zoo import ZOO, rows  # before peft: it sees to torchvision
+
+from peft import IA3Config, LoraConfig, PromptEncoderConfig, TaskType, get_peft_model  # isort: skip
 
 from metamask_ext import MaskBank, add_task, conversion_report, convert, merge, remove_task, using_task
 from metamask_ext.nn import MaskedLayer

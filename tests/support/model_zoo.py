@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metamask_ext.data._torchvision import import_torchvision
+
+import_torchvision()  # timm and transformers import it, and fail with one that was built for CUDA beside a CPU torch
+
 Inputs = dict[str, Tensor]
 
 

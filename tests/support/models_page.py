@@ -27,7 +27,7 @@ def table() -> str:
 
 
 def _left(report: ConversionReport) -> str:
-    """What is left by type and reason, the largest first."""
+    """The rest by type and reason, the largest first."""
     counts: dict[tuple[str, str], int] = defaultdict(int)
     for left in report.left:
         counts[left.type, left.reason] += left.parameters
