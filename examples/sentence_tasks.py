@@ -358,13 +358,18 @@ def main() -> None:
     settings = replace(QUICK if arguments.quick else Settings(), **changed)
     torch.set_num_threads(settings.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    runs, served = arguments.out / "runs.jsonl", arguments.out / "serving.json"
+    runs, served, page = (arguments.out / name for name in ("runs.jsonl", "serving.json", "report.md"))
     done = read_runs(runs, settings)
     if not done:
         runs.write_text(json.dumps(asdict(settings)) + "\n")
 
     runner = Runner(settings, *load_encoder())
     pools = split(read_glosses(arguments.wordnet))
+    if not served.exists():
+        texts = [text for file in FILES for text in pools["test", file]]
+        chosen = _draw(texts, settings.served, np.random.default_rng(0))
+        served.write_text(json.dumps(serving(runner, chosen)))
+        print(served.read_text(), flush=True)
     for seed in settings.seeds:
         made = (make_task(name, pools, settings, seed) for name in FILES)
         for task in [task for task in made if task is not None][: settings.tasks]:
@@ -378,12 +383,8 @@ def main() -> None:
                     file.write(json.dumps(line) + "\n")
                 print(f"{task.name} {seed} {method}: {line['accuracy']:.3f}, {line['seconds']:.0f} s", flush=True)
             runner.text.known.clear()
-    if not served.exists():
-        texts = [text for file in FILES for text in pools["test", file]]
-        chosen = _draw(texts, settings.served, np.random.default_rng(0))
-        served.write_text(json.dumps(serving(runner, chosen)))
-    (arguments.out / "report.md").write_text(report(asdict(settings), done, json.loads(served.read_text()), about()))
-    print((arguments.out / "report.md").read_text())
+            page.write_text(report(asdict(settings), done, json.loads(served.read_text()), about()))
+    print(page.read_text())
 
 
 def about() -> str:

@@ -264,6 +264,12 @@ def enclosing_checkpoints() -> list[CheckpointFrame]:
     return [frame for frame in frames if frame is not None]
 
 
+def saving_hook() -> object:
+    """The innermost hook on tensors that are saved for the backward; None without one. A checkpoint has one of its own."""
+    hooks = _top_saved_tensors_hooks(True)
+    return hooks[0] if hooks else None
+
+
 def _checkpoint_frame(pack_hook: object) -> CheckpointFrame | None:
     """torch.utils.checkpoint's record, found through its pack hook; None for any other hook."""
     if isinstance(pack_hook, FunctionType) and pack_hook.__closure__:

@@ -16,6 +16,7 @@ from .per_task import PerTask
 from .read_through import ReadThrough
 from .selection import TaskBatch
 from .task_layer import TaskLayer, task_layers
+from .weight_layer import WeightLayer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,7 +31,7 @@ def compile(model: M, **options: Any) -> M:
 
     Not in one graph, whatever ``fullgraph`` says, and as fast as ``torch.compile(model)``: superpositions, what a meta-learner
     adapts, batches of both packed tasks and others, mixed-task batches in models with tensors of tasks beside masks (heads, norms)
-    or with layers that have a forward of their own.
+    or with layers that have a forward of their own, batches that ``using_task`` lets repeat.
 
     Args:
         model: a module with masked layers. Compile it after they are all there (:func:`metamask_ext.convert`).
@@ -95,7 +96,8 @@ def _active_of(layer: TaskLayer) -> Any:
 def _tasks_of(layer: MaskedLayer, active: object) -> GivenTasks | _Elsewhere:
     keys = active.keys if isinstance(active, TaskBatch) else (active,) if isinstance(active, str) else ()
     forms = {layer._task_dict()._is_bits(key) for key in keys}
-    if len(forms) != 1 or isinstance(layer, ReadThrough):
+    repeats = isinstance(active, TaskBatch) and active.repeats
+    if len(forms) != 1 or repeats or isinstance(layer, ReadThrough) or not isinstance(layer, WeightLayer):
         return _Elsewhere()
     (packed,) = forms
     masks, bias_masks = layer._masks_of(keys)

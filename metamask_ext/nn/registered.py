@@ -9,7 +9,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from .adapters import BASE_LAYERS, holds_base
 from .masked_layer import MaskedLayer
 from .per_task import PerTask
-from .read_through import read_through_type
+from .read_through import ReadThrough, read_through_type
 
 
 def _registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -25,13 +25,13 @@ def _registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
 
 def _below_adapter(layer: MaskedLayer | PerTask) -> None:
     """Make ``weight`` of a layer that PEFT has taken the masked one: what is merged into it would be masked, and is refused."""
-    kind = read_through_type(type(layer)) if isinstance(layer, MaskedLayer) else None
-    if kind is None:
+    if isinstance(layer, PerTask):
         raise RuntimeError(
             f"{type(layer).__name__} cannot be the base of an adapter: it has tensors of each task, and the adapter would be "
             "merged into those of one. Leave it out of target_modules"
         )
-    layer.__class__ = kind
+    if not isinstance(layer, ReadThrough):
+        layer.__class__ = read_through_type(type(layer))
 
 
 def _refuse_unmasked(layer: MaskedLayer, other: nn.Module) -> None:

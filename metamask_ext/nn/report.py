@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..torch_private import BatchNorm
 from .adapters import adapters_in
-from .convertible import unmasked, unsupported, unsupported_norm
+from .convertible import layer_type, maskable_parameters, unmasked, unsupported, unsupported_norm, unsupported_parameter
 from .masked_layer import MaskedLayer
 from .paths import plain_modules
 from .per_task import PerTask
@@ -75,8 +75,8 @@ def conversion_report(model: nn.Module) -> ConversionReport:
 
     Returns:
         A :class:`~metamask_ext.nn.report.ConversionReport`. ``left`` lists a module if a parameter of its own is not masked:
-        subclasses that convert cannot mask, layers that it was not asked to (``exclude``), and what is neither Linear nor Conv2d:
-        embeddings, normalisations, ``in_proj_weight`` of ``MultiheadAttention``, ``Conv1D`` of transformers.
+        subclasses that convert cannot mask, layers that it was not asked to (``exclude``), and what is no layer:
+        embeddings, normalisations, parameters of a model's own (:func:`metamask_ext.mask_parameter` masks those).
 
     Raises:
         TypeError: ``model`` is no module.
@@ -117,9 +117,12 @@ def _numel(tensor: Tensor) -> int:
 def _reason(module: nn.Module, found: dict[str, Tensor], masked: dict[Tensor, str]) -> str:
     names = ", ".join(found)
     if isinstance(module, MaskedLayer):
-        return f"{names} of its own: only weight and bias are masked"
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        return f"{names} of its own: only {' and '.join(module._masked_names)} are masked"
+    if layer_type(module) not in (None, nn.Embedding):
         return unsupported(module) or "convert can mask it, and was not asked to"
+    if (parameters := maskable_parameters(module)) and not isinstance(module, PerTask):
+        reasons = [unsupported_parameter(module, name) for name in parameters]
+        return next((reason for reason in reasons if reason is not None), "convert can mask it, and was not asked to")
     ties = sorted({masked[tensor] for tensor in found.values() if tensor in masked})
     if ties:
         return f"it shares its parameter with {', '.join(map(repr, ties))}, which masks it; here it is used as it is"
@@ -127,6 +130,8 @@ def _reason(module: nn.Module, found: dict[str, Tensor], masked: dict[Tensor, st
         return "a normalisation, shared by all tasks: batch_norm='task' gives each its own"
     if isinstance(module, (BatchNorm, nn.LayerNorm, nn.GroupNorm)) or _is_norm(type(module)):
         return "a normalisation, shared by all tasks"
+    if isinstance(module, nn.Embedding):
+        return unsupported(module) or f"{names}: an embedding, which convert masks where include= names it"
     return f"{names}: neither Linear nor Conv2d"
 
 

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ContextDecorator
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,28 +46,41 @@ class using_task(ContextDecorator):
             model that has both, an input of another layer that may be either, because both dimensions have the batch's size, is
             refused when it comes. For a part of a model with another dimension, open a block of its own inside:
             ``using_task(model.encoder, task, batch_dim=1)``.
+        repeat: of a mixed-task batch, how often a model repeats every sample by itself, copies side by side: ``num_beams``, or
+            ``num_return_sequences``, of ``generate``. An input with as many rows as ``task`` takes the names as they are (an
+            encoder's), one with ``repeat`` times as many takes each name ``repeat`` times, one after another.
 
     Raises:
         TypeError: ``task``, or an entry, is neither name nor slot, or a tensor is not int64.
         ValueError: ``model`` has no masked layer, a task is unknown to one of them, a slot is out of range or of a removed task,
-            or a tensor is not one-dimensional; ``batch_dim`` is not None, 0 or 1; it is None, and a layer is used both below a
-            module with ``batch_first=False`` and elsewhere.
+            or a tensor is not one-dimensional; ``repeat`` is below 1; ``batch_dim`` is not None, 0 or 1; it is None, and a layer is
+            used both below a module with ``batch_first=False`` and elsewhere.
         RuntimeError: from a layer whose input has another number of samples than ``task``, or too few dimensions.
     """
 
-    def __init__(self, model: nn.Module, task: str | Sequence[str | int] | Tensor | Selection, batch_dim: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        task: str | Sequence[str | int] | Tensor | Selection,
+        batch_dim: int | None = None,
+        *,
+        repeat: int = 1,
+    ):
         if batch_dim is not None and (isinstance(batch_dim, bool) or batch_dim not in (0, 1)):
             raise ValueError(f"batch_dim must be None, 0 or 1, got {batch_dim!r}")
+        if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
+            raise ValueError(f"repeat must be an integer of at least 1, got {repeat!r}")
         self._model = model
         task = plain(task)
         self._task: str | Selection = task if isinstance(task, (str, Selection)) else batch_of(model, task)
         self._views: dict[nn.Module, TaskBatch] = {}
         """For layers whose samples do not simply lie along the first dimension, the batch as they see it."""
         if isinstance(self._task, TaskBatch):
+            self._task = self._task.repeated(repeat)
             if batch_dim is None:
                 self._views = batch_views(model, self._task)
             else:
-                self._task = self._task.along(batch_dim)
+                self._task = self._task.along(batch_dim, stated=True)
         self._keys()
 
     def _keys(self) -> Mapping[nn.Module, Key]:
@@ -97,22 +110,6 @@ class using_task(ContextDecorator):
 
     def __exit__(self, *error: object) -> None:
         close_block(self)
-
-
-def run_each_task(layer: nn.Module, batch: TaskBatch, input: Tensor, function: Callable[[Tensor], Any]) -> Any:
-    """``function`` of the samples of each task by themselves, in the block of that task, put together in the batch's order."""
-    # Of no sample: any task gives the shape.
-    names = batch.names or [next(iter(task_layers(layer)[0][1]._task_dict()))]
-    if len(names) == 1:
-        with using_task(layer, names[0]):
-            return function(input)
-    # The samples stay along their dimension: the module may have a batch_first of its own.
-    groups, back = batch.groups(input.device)
-    parts = []
-    for name, rows in zip(names, groups, strict=True):
-        with using_task(layer, name):
-            parts.append(function(input.index_select(batch.dim, rows)))
-    return torch.cat(parts, batch.dim).index_select(batch.dim, back)
 
 
 def batch_of(model: nn.Module, given: Sequence[str | int] | Tensor) -> TaskBatch:
