@@ -171,8 +171,8 @@ def _checkpoint(model):
 class TestPretrained:
     def test_masked_model_is_saved_and_comes_back(self, entry, tmp_path):
         model, inputs = _with_tasks(entry)
-        model.save_pretrained(tmp_path)
-        other = convert(type(model).from_pretrained(tmp_path, dtype=torch.float64))
+        model.save_pretrained(tmp_path, save_original_format=False)
+        other = convert(type(model).from_pretrained(tmp_path, dtype=torch.float64, **entry.loading))
         missing, unexpected = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
         assert not unexpected and set(missing) <= set(getattr(model, "all_tied_weights_keys", ()) or ())
         for task in tasks(model):
@@ -183,7 +183,7 @@ class TestPretrained:
         model, inputs = _with_tasks(entry)
         plain = merge(model, "b")
         plain.save_pretrained(tmp_path)
-        again = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
+        again = type(model).from_pretrained(tmp_path, dtype=torch.float64, **entry.loading).eval()
         with torch.no_grad():
             torch.testing.assert_close(entry.run(again, inputs), entry.run(plain, inputs), **CLOSE)
 
@@ -197,6 +197,18 @@ class TestPretrained:
         torch.testing.assert_close(*outputs, **CLOSE)
 
 
+def test_experts_by_grouped_products():
+    entry = next(entry for entry in ZOO if entry.name.endswith("Mixtral"))
+    model, inputs = _with_tasks(entry)
+    model.float()
+    outputs = []
+    for implementation in ("eager", "grouped_mm"):
+        model.set_experts_implementation(implementation)
+        with torch.no_grad(), using_task(model, list(BATCH)):
+            outputs.append(entry.run(model, inputs))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama tied", "T5"])
 def test_embeddings_that_are_named(name):
     entry = next(entry for entry in ZOO if entry.name == f"transformers {name}")
@@ -206,7 +218,7 @@ def test_embeddings_that_are_named(name):
     model = convert(copy.deepcopy(plain), mask_init=LOGIT_ON)
     share = conversion_report(model).share
     convert(model, include=table, mask_init=LOGIT_ON)
-    assert conversion_report(model).share > max(share, 0.9)
+    assert conversion_report(model).share >= max(share, 0.9)  # a tied table was counted before
     torch.testing.assert_close(entry.run(model, inputs), entry.run(plain, inputs), **CLOSE)
     model, inputs = _with_tasks(entry)
     convert(model, include=table, mask_init=_spread)

@@ -10,7 +10,7 @@ from support.model_zoo import ZOO
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis
-from torchao.quantization.qat import QATConfig
+from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
 from metamask_ext import add_task, conversion_report, convert, merge, tasks
 from metamask_ext.nn import MaskedLayer
@@ -55,7 +55,7 @@ def test_masked_model_is_not_quantised(config):
 def test_masked_model_is_not_prepared_for_quantised_training():
     model = convert(BERT.build())
     with pytest.raises(RuntimeError, match="the masks would be lost"):
-        quantize_(model, QATConfig(Int8WeightOnlyConfig(), step="prepare"))
+        quantize_(model, QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=8), step="prepare"))
     assert tasks(model) == ["default"]
 
 
