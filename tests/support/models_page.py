@@ -30,7 +30,11 @@ def _left(report: ConversionReport) -> str:
     """The rest by type and reason, the largest first."""
     counts: dict[tuple[str, str], int] = defaultdict(int)
     for left in report.left:
-        counts[left.type, left.reason] += left.parameters
+        before = counts[left.type, left.reason]
+        # The embeddings of encoder and decoder may be one table.
+        counts[left.type, left.reason] = (
+            max(before, left.parameters) if "shares its parameter" in left.reason else before + left.parameters
+        )
     parts = []
     for (kind, reason), count in sorted(counts.items(), key=lambda item: -item[1]):
         share = count / report.total
