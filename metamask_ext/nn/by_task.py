@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..torch_private import disable_dynamo, tree_leaves
+from ..torch_private import disable_dynamo, fx_trace, traced_call, tree_leaves
 from .context import LIVE
 from .each_task import Call, Place, run_each_task
 from .given import GivenTasks, given_to
@@ -23,21 +23,23 @@ _TYPES: dict[type[nn.Module], type[ByTask]] = {}
 class ByTask(nn.Module):
     """A module that runs its samples of a mixed-task batch task by task."""
 
-    plain_type: type[nn.Module]
+    unsplit_type: type[nn.Module]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         # The class is made at run time.
-        return _new, (self.plain_type,), self.__dict__
+        return _new, (self.unsplit_type,), self.__dict__
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
+        if fx_trace._is_fx_tracing_flag and (traced := traced_call(self, *inputs, **options)) is not None:
+            return traced
         if torch.compiler.is_dynamo_compiling():
             # Without a selection anywhere there is no batch of several tasks.
-            run = _forward_in_eager if LIVE.selections and _takes_several(self) else self.plain_type.forward
+            run = _forward_in_eager if LIVE.selections and _takes_several(self) else self.unsplit_type.forward
             return run(self, *inputs, **options)
         first = _first_layer(self)
         batch = None if first is None else first._selected()
         if not isinstance(batch, TaskBatch):
-            return self.plain_type.forward(self, *inputs, **options)
+            return self.unsplit_type.forward(self, *inputs, **options)
         if not inputs or not isinstance(inputs[0], Tensor):
             raise RuntimeError(
                 f"{type(self).__name__} must be called with the samples as its first argument where several tasks are active"
@@ -62,7 +64,7 @@ class ByTask(nn.Module):
         return run_each_task(self, batch, Call(inputs, options, dims, batch.dim), self._run)
 
     def _run(self, *inputs: Any, **options: Any) -> Any:
-        return self.plain_type.forward(self, *inputs, **options)
+        return self.unsplit_type.forward(self, *inputs, **options)
 
 
 def split_by_task(module: Module) -> Module:
@@ -102,13 +104,13 @@ def plain_again(module: nn.Module) -> None:
     """Undo :func:`split_by_task` in ``module`` and below it."""
     for one in module.modules():
         if isinstance(one, ByTask):
-            kind: Any = one.plain_type
+            kind: Any = one.unsplit_type
             one.__class__ = kind
 
 
 def _by_task_type(kind: type[nn.Module]) -> type[ByTask]:
     if kind not in _TYPES:
-        _TYPES[kind] = type(f"ByTask{kind.__name__}", (ByTask, kind), {"plain_type": kind})
+        _TYPES[kind] = type(f"ByTask{kind.__name__}", (ByTask, kind), {"unsplit_type": kind})
     return _TYPES[kind]
 
 

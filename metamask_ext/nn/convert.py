@@ -16,6 +16,7 @@ from .convertible import (
     holds_matrix,
     is_experts,
     layer_type,
+    left_embedding,
     maskable_parameters,
     own_tensors,
     routers_of,
@@ -57,11 +58,6 @@ _MASKED: dict[type[nn.Module], type[MaskedLayer]] = {
     nn.Embedding: MaskedEmbedding,
 }
 """By torch's layer the masked one."""
-
-_EMBEDDING = "weight: an embedding, which convert masks where include= names it"
-
-_DISTANCES = frozenset(("relative_attention_bias", "distance_embedding", "rel_attn_embed"))
-"""The names that transformers gives to embeddings of the distances between positions: their indices are no samples."""
 
 
 def convert(
@@ -207,11 +203,8 @@ class _Found:
 
     def reason(self, module: nn.Module, is_named: bool) -> str | None:
         """The reason why a module with parameters is left; None if it is not, or has but scales and shifts."""
-        if isinstance(module, nn.Embedding):
-            if not is_named:
-                return _EMBEDDING
-            if any(path.rpartition(".")[2] in _DISTANCES for path in self.paths[module]):
-                return "weight: an embedding of distances between positions, which no sample of a batch has for itself"
+        if isinstance(module, nn.Embedding) and (left := left_embedding(module, self.paths[module], is_named)):
+            return left
         if layer_type(module) is not None:
             return unsupported(module)
         if module in self.parameters:

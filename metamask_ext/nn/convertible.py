@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeGuard
 
 import torch
@@ -61,6 +61,17 @@ def unsupported_embedding(module: nn.Module) -> str | None:
     if getattr(module, "max_norm", None) is not None:
         return "it has max_norm: the forward of one task would rescale the weight that all tasks share"
     return "it is sparse: gradients of masks are dense" if getattr(module, "sparse", False) else None
+
+
+def left_embedding(module: nn.Module, paths: Iterable[str], is_named: bool) -> str | None:
+    """The reason why convert leaves an embedding plain that it could mask; None if it does not. ``is_named``: by ``include``."""
+    if any(path.rpartition(".")[2] in _DISTANCES for path in paths):
+        return "weight: an embedding of distances between positions, which no sample of a batch has for itself"
+    return None if is_named else "weight: an embedding, which convert masks where include= names it"
+
+
+_DISTANCES = frozenset(("relative_attention_bias", "distance_embedding", "rel_attn_embed"))
+"""The names that transformers gives to embeddings of the distances between positions: their indices are no samples."""
 
 
 def _unmaskable(module: nn.Module, plain: type[nn.Module], names: Sequence[str]) -> str | None:

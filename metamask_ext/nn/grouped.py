@@ -20,7 +20,7 @@ class GroupedLayer(MaskedLayer):
     sample_dim: int | None = None
     """The dimensions of the input of one sample. None: one of features at least, none where the input is integers (tokens)."""
     stacks_tasks = False
-    """Whether a meta-learner may run its tasks as one batch: the layer has nothing below it that would see a part of that."""
+    """True if a meta-learner may run its tasks as one batch: the layer has nothing below it that would see a part of that."""
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         if fx_trace._is_fx_tracing_flag and (traced := traced_call(self, *inputs, **options)) is not None:

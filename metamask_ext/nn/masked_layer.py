@@ -222,7 +222,7 @@ class MaskedLayer(TaskLayer):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # Assigning an attribute comes here too.
-        if self._copied_alone and name in self._masked_names and self._modules.get(masks_name(name)) is not None:
+        if self._copied_alone and name == "bias" and self._modules.get("bias_masks") is not None:
             self._refuse_folding(name, param)
         refuse_quantised(self, name, param)
         super().register_parameter(name, param)

@@ -11,7 +11,7 @@ from ..torch_private import in_transform
 from .each_task import Call, Place
 from .grouped import GroupedLayer
 from .read_through import ReadThrough, reads_kept
-from .selection import TaskBatch
+from .selection import GivenMasks, TaskBatch
 
 _TYPES: dict[type[nn.Module], type[OwnForward]] = {}
 """By the class of a plain module that of the masked one."""
@@ -37,7 +37,7 @@ class OwnForward(ReadThrough, GroupedLayer):
         return _new, (self.plain_type,), self.__dict__
 
     has_tokens = False
-    """Whether the module has experts: all its arguments have one row a token, and the output too."""
+    """True for experts: all their arguments have one row a token, and the output too."""
 
     def _divided(self, batch: TaskBatch, *inputs: Any, **options: Any) -> tuple[TaskBatch, Call]:
         if not self.has_tokens:
@@ -61,15 +61,24 @@ class OwnForward(ReadThrough, GroupedLayer):
             return self.plain_type.forward(self, *inputs, **options)
 
 
+_OF_ATTENTION = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+
+
 class OwnAttention(OwnForward):
     """A :class:`torch.nn.MultiheadAttention` with masked projections."""
 
     def _run(self, *inputs: Any, **options: Any) -> Any:
-        if in_transform() and len(inputs) > 1 and inputs[0] is inputs[1]:
-            # torch's fast path, which has no derivatives, does not see that what a transform gives it needs some; it is for self-
-            # attention, which it knows by this.
-            inputs = (inputs[0].view_as(inputs[0]), *inputs[1:])
-        return super()._run(*inputs, **options)
+        is_torchs = self.plain_type.forward is nn.MultiheadAttention.forward and not torch.compiler.is_dynamo_compiling()
+        if not is_torchs or not (in_transform() or isinstance(self._active(), GivenMasks)):
+            return super()._run(*inputs, **options)
+        # A meta-learner differentiates twice. Neither the fast path, which does not see that what a transform gives it is to be
+        # differentiated, nor the fused product, which runs without weights, has such derivatives. The fast path is for self-
+        # attention alone, which torch knows by the identity of query and key.
+        given = {**dict(zip(_OF_ATTENTION, inputs)), **options}
+        if given["query"] is given["key"]:
+            given["query"] = given["query"].view_as(given["query"])
+        output, weights = super()._run(**{**given, "need_weights": True})
+        return output, weights if given.get("need_weights", True) else None
 
     def _divided(self, batch: TaskBatch, *inputs: Any, **options: Any) -> tuple[TaskBatch, Call]:
         if self.plain_type.forward is not nn.MultiheadAttention.forward:

@@ -76,7 +76,7 @@ class ReadThrough(MaskedLayer):
 
 class _Reads(threading.local):
     values: dict[tuple[MaskedLayer, str], _Read] | None = None
-    """What the forward of a layer has read so far; None outside one."""
+    """The tensors that the forward of a layer has read so far; None outside one."""
 
 
 class _Read(NamedTuple):

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from ..torch_private import BatchNorm
 from .adapters import adapters_in
-from .convertible import layer_type, maskable_parameters, unmasked, unsupported, unsupported_norm, unsupported_parameter
+from .convertible import (
+    layer_type,
+    left_embedding,
+    maskable_parameters,
+    unmasked,
+    unsupported,
+    unsupported_norm,
+    unsupported_parameter,
+)
 from .masked_layer import MaskedLayer
 from .paths import plain_modules
 from .per_task import PerTask
@@ -96,7 +104,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     for name, module in modules:
         found = unmasked(module)
         if found:
-            reason = ADAPTER if module in adapters else _reason(module, found, masked)
+            reason = ADAPTER if module in adapters else _reason(name, module, found, masked)
             left.append(Left(name, type(module).__name__, reason, sum(map(_numel, found.values()))))
             others.update(found.values())
     count = sum(map(_numel, masked))
@@ -114,7 +122,7 @@ def _numel(tensor: Tensor) -> int:
     return 0 if isinstance(tensor, nn.UninitializedParameter) else tensor.numel()
 
 
-def _reason(module: nn.Module, found: dict[str, Tensor], masked: dict[Tensor, str]) -> str:
+def _reason(name: str, module: nn.Module, found: dict[str, Tensor], masked: dict[Tensor, str]) -> str:
     names = ", ".join(found)
     if isinstance(module, MaskedLayer):
         return f"{names} of its own: only {' and '.join(module._masked_names)} are masked"
@@ -131,7 +139,7 @@ def _reason(module: nn.Module, found: dict[str, Tensor], masked: dict[Tensor, st
     if isinstance(module, (BatchNorm, nn.LayerNorm, nn.GroupNorm)) or _is_norm(type(module)):
         return "a normalisation, shared by all tasks"
     if isinstance(module, nn.Embedding):
-        return unsupported(module) or f"{names}: an embedding, which convert masks where include= names it"
+        return unsupported(module) or left_embedding(module, [name], False) or ""
     return f"{names}: neither Linear nor Conv2d"
 
 

@@ -37,7 +37,7 @@ class TaskBatch(Selection):
     dim = 0
     guessed = False
     stated = False
-    """Whether who runs the batch said along which dimension it lies."""
+    """True if who runs the batch said along which dimension it lies."""
     _copies: TaskBatch | None = None
     """The batch with every sample repeated, where inputs may have that too."""
 
@@ -60,7 +60,7 @@ class TaskBatch(Selection):
 
     @property
     def repeats(self) -> bool:
-        """Whether inputs may have every sample several times."""
+        """True if inputs may have every sample several times."""
         return self._copies is not None
 
     def repeated(self, times: int) -> TaskBatch:

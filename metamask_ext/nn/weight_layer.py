@@ -23,7 +23,7 @@ class WeightLayer(MaskedLayer):
     """A masked layer with a weight ``W`` and perhaps a bias, which calls an op with them and the masks of what is active."""
 
     is_matrix = True
-    """Whether the layer is a product of its input's rows, or patches, with the weight as a matrix: :meth:`MaskBank.infer_task`
+    """True if the layer is a product of its input's rows, or patches, with the weight as a matrix: :meth:`MaskBank.infer_task`
     then finds the derivatives of all tasks at once."""
 
     def _shared(self) -> tuple[Tensor, Tensor | None]:

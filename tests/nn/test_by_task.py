@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from support.models import randomize_masks
-from torch import nn
+from torch import fx, nn
 
 import metamask_ext as mm
 from metamask_ext.nn import MaskedLinear, split_by_task
@@ -80,6 +80,36 @@ class TestSplit:
                 model(x[:3])
             with pytest.raises(RuntimeError, match="samples as its first argument"):
                 model(scale=x)
+
+    def test_a_module_with_tensors_of_its_own_for_each_task_or_with_masks(self):
+        class Scaled(Windows):
+            def __init__(self):
+                super().__init__()
+                self.scale, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+            def forward(self, x):
+                return super().forward(x * self.scale) + self.shift
+
+        for own in (
+            lambda model: mm.MaskBank(model, per_task="0.shift"),
+            lambda model: mm.mask_parameter(model, "0.scale"),
+        ):
+            model = nn.Sequential(split_by_task(Scaled()))
+            own(model)
+            with_tasks(model)
+            x = torch.randn(4, 6, 4, dtype=torch.float64)
+            with mm.using_task(model, NAMES):
+                y = model(x)
+            merged = mm.merge(model, "b")
+            assert type(merged[0]) is Scaled
+            torch.testing.assert_close(merged(x)[::3], y[::3])
+
+    def test_it_is_a_leaf_of_a_traced_graph(self):
+        model = with_tasks(nn.Sequential(MaskedLinear(4, 4), split_by_task(Windows())))
+        traced = fx.symbolic_trace(model)
+        x = torch.randn(4, 6, 4, dtype=torch.float64)
+        with mm.using_task(model, NAMES, batch_dim=0), mm.using_task(traced, NAMES, batch_dim=0):
+            torch.testing.assert_close(traced(x), model(x))
 
     def test_one_graph_for_all_tasks(self):
         model = split_by_task(with_tasks(Windows()))
