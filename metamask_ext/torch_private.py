@@ -29,6 +29,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.optim import optimizer as _optimizer
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -231,6 +232,11 @@ load_vmap_decompositions = lazy_load_decompositions
 def has_gradient_hooks(tensor: Tensor) -> bool:
     """True if a hook waits for the gradient of this leaf: an update inside the backward would pass it by."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def has_global_step_hooks() -> bool:
+    """True if a hook watches the steps of all optimisers: only a call of ``step`` tells it of one."""
+    return bool(_optimizer._global_optimizer_pre_hooks or _optimizer._global_optimizer_post_hooks)
 
 
 class CheckpointFrame(Protocol):

@@ -138,7 +138,8 @@ class AdaptedModel:
                 if len(self.names) > before:
                     self._others[name] = before
                     if isinstance(module, TaskDict) and not isinstance(self.start, str):
-                        raise ValueError(f"adapt selects {self.names[before]!r}, of which a start from several tasks has a mixture")
+                        selected = self.names[before]
+                        raise ValueError(f"adapt must not select what start combines from several tasks, got {selected!r}")
         if not self.names:
             raise ValueError(f"adapt selects no parameter of {type(self.model).__name__}, got {adapt!r}")
 

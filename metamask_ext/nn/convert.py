@@ -75,17 +75,17 @@ def convert(
 
     These are Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d to 3d, and the parameters of MultiheadAttention, of transformers'
     ``Conv1D``, and of mixtures of experts that have them in parameters of three dimensions, with their routers; embeddings where
-    ``include`` names them. The layers keep their identity, parameters (so ties and optimisers hold), hooks, device, dtype and mode.
-    A layer that is masked stays as it is. A subclass of a layer with a forward of its own keeps that, which then reads the masked
-    weight. What cannot be masked (parametrized, pruned, lazy, quantised layers, a forward that was replaced on the object) is left
-    plain. :func:`metamask_ext.mask_parameter` masks other parameters, as position embeddings, one by one.
+    ``include`` names them. The layers keep their identity, parameters (so tied weights and optimisers work), hooks, device, dtype
+    and mode. A layer that is masked stays as it is. A subclass of a layer with a forward of its own keeps that, which then reads the masked
+    weight. ``convert`` leaves plain what it cannot mask: parametrized, pruned, lazy and quantised layers, a forward that was
+    replaced on the object. :func:`metamask_ext.mask_parameter` masks other parameters, as position embeddings, one by one.
 
     If the code around a layer reads ``layer.weight`` itself instead of calling the layer (``MultiheadAttention``'s ``out_proj``,
-    ``TransformerEncoderLayer``'s fast path), that attribute becomes the masked weight. This is seen in the bytecode of ``forward``
-    of the modules around it, and of the methods and neighbouring functions that it uses; where the owner of a ``weight`` has no
-    name there (``for layer in self.layers: layer.weight``), all layers below that module count as read. Not seen are
-    ``getattr(layer, "weight")``, hooks and functions of other packages: make those call ``layer(x)``. Adapters of PEFT stay plain:
-    of a model with some, the base layers are masked.
+    ``TransformerEncoderLayer``'s fast path), that attribute becomes the masked weight. ``convert`` finds such reads in the bytecode
+    of ``forward`` of the modules around it, and of the methods and neighbouring functions that it uses; where the owner of a
+    ``weight`` has no name there (``for layer in self.layers: layer.weight``), all layers below that module count as read. It does
+    not see ``getattr(layer, "weight")``, hooks and functions of other packages: make those call ``layer(x)``. Adapters of PEFT stay
+    plain: of a model with some, the base layers are masked.
 
     Args:
         model: any module; a layer itself too.
@@ -94,10 +94,10 @@ def convert(
         mask_init: see :class:`metamask_ext.nn.MaskedLinear`; +4 unless given, which keeps the output near the original's.
         mask_dtype: see :class:`metamask_ext.nn.MaskedLinear`. None: masks are float32 (float64 for float64 weights), in a model of
             16 bits too.
-        batch_norm: ``"shared"`` leaves BatchNorm2d as it is: training a task moves the statistics that all tasks use, and earlier
-            tasks lose accuracy down to chance, unless they are frozen by ``eval()``. ``"task"`` makes each chosen BatchNorm2d a
-            :class:`metamask_ext.nn.TaskBatchNorm2d`, whose first task begins with what is there; one of a subclass keeps its own
-            forward.
+        batch_norm: ``"shared"`` leaves BatchNorm2d as it is: training a task changes the statistics that all tasks use, and the
+            accuracy of earlier tasks falls to chance, unless ``eval()`` freezes the statistics. ``"task"`` makes each chosen
+            BatchNorm2d a :class:`metamask_ext.nn.TaskBatchNorm2d`, whose first task begins with the present values; a subclass
+            keeps its own forward.
         on_unsupported: ``"report"`` leaves what cannot be masked as it is: :func:`metamask_ext.conversion_report` lists it with
             the reasons. ``"error"`` refuses a model in which something is left that ``exclude`` does not name: a layer that cannot
             be converted, and (without ``include``) any other module with a parameter of two dimensions or more, as embeddings.

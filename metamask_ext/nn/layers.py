@@ -38,8 +38,8 @@ class MaskedLinear(WeightLayer, nn.Linear):
             initialize"), a number for all of them, or a function that fills a tensor in place.
         mask_dtype: of the masks. None: float64 for a float64 weight, else float32, also where the weight has 16 bits and after
             ``.bfloat16()`` and ``.to(dtype)``: a logit of 4 in bfloat16 cannot move by less than 0.016, and an optimiser's steps
-            would be lost. Gate and gradient of such a mask are float32 too. The dtype of a 16-bit weight: masks of 16 bits, as long
-            as the weight has them.
+            would be lost. Gate and gradient of such a mask are float32 too. The dtype of a 16-bit weight: masks have 16 bits as
+            long as the weight does.
 
     Shapes: input ``[..., in_features]``, output ``[..., out_features]``, ``weight`` and each of ``masks``
     ``[out_features, in_features]``, ``bias`` and each of ``bias_masks`` ``[out_features]``. The layer begins with one task,

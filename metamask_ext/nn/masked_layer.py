@@ -54,15 +54,15 @@ class MaskedLayer(TaskLayer):
     """The base of masked layers: a mask for each task, in ``masks`` and, with a bias, in ``bias_masks``.
 
     A module of which other parameters are masked (:func:`metamask_ext.mask_parameter`) has the masks of ``name`` in ``name_masks``.
-    All are ParameterDicts by task name, one tensor per task: a task's gradient and optimiser state exist only when it was used.
+    All are ParameterDicts by task name, one tensor per task: a task has a gradient and optimiser state only once it was used.
     While a layer has one task, that one is active; with several, :func:`metamask_ext.using_task` says which. A finished task may
     be packed (:class:`metamask_ext.MaskBank`): its masks are then uint8 buffers of one bit a weight, as
     :func:`metamask_ext.pack_mask` gives them, under the same keys; the gate is then 0 or 1, whatever ``gate`` says.
 
     State dicts are loaded as :class:`TaskLayer` says; a uint8 mask makes the task a packed one, another makes it one with logits.
-    ``gate``, ``temperature`` and ``threshold`` are in the state, as they are when it is made, and a layer takes them over: it
-    computes what the saved one did, however it was built. A state with masks and without them, of an older version, leaves the
-    layer's own, and a warning names them.
+    A state dict holds ``gate``, ``temperature`` and ``threshold`` of the moment when it was made. A layer that loads it takes them
+    over: it computes what the saved one did, however it was built. A state of an older version has masks and not these three: the
+    layer keeps its own, and a warning names them.
     """
 
     if TYPE_CHECKING:

@@ -29,10 +29,10 @@ _HOOKS = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks
 def merge(model: Model, task: str) -> Model:
     """A copy of ``model`` as a plain torch model of one task: ``weight = W * g(M_task)`` baked in, no masks, for export.
 
-    Layers that share a weight and its mask go on sharing; two that share a weight but not a mask have each their own afterwards.
+    Layers that share a weight and its mask still share it in the copy; layers that share a weight but not a mask get one each.
 
-    Hooks come along. Where a hook or a parametrization of torch computes a masked layer's ``W`` (``prune``, ``weight_norm``,
-    ``spectral_norm``, ``parametrize``), what it gives now is baked in, and it and its tensors stay behind.
+    The copy keeps hooks. Where a hook or a parametrization of torch computes a masked layer's ``W`` (``prune``, ``weight_norm``,
+    ``spectral_norm``, ``parametrize``), the copy has the current value instead, without the hook and its tensors.
 
     Args:
         model: a module with masked layers; it is not changed.

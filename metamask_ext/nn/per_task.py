@@ -40,7 +40,7 @@ class PerTask(TaskLayer):
     ``module.weight`` is then the active task's ``weight``. In a mixed-task batch the samples of each task run through the module by
     themselves, one task after another.
 
-    A new task begins as ``reset_parameters`` of the plain module leaves it, or, where there is no such method, as the oldest task.
+    A new task begins as ``reset_parameters`` of the plain module leaves it or, without such a method, as a copy of the oldest task.
     The state dict of the plain module gives its values to every task.
     """
 

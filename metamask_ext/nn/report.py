@@ -44,7 +44,7 @@ class Left:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """The parameters of a model that have masks, and those that have not. Printed, it is a table.
+    """The parameters of a model that have masks, and those that do not; ``print`` shows a table.
 
     Attributes:
         masked: the number of parameters (elements) that have masks.
@@ -76,7 +76,7 @@ class ConversionReport:
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
-    """Count the parameters of ``model`` that have masks, and list the modules whose parameters have not, with the reason.
+    """Count the parameters of ``model`` that have masks, and list the modules whose parameters have none, with the reason.
 
     Args:
         model: any module; it is not changed. Names are those of the plain model, without the prefixes of wrappers.

@@ -130,8 +130,8 @@ def check_samples(layer: nn.Module, input: Tensor, sample_dim: int, size: int, d
     batched = input.dim() > sample_dim + dim
     if dim and not batched:
         raise RuntimeError(
-            f"{type(layer).__name__} was called with an input of shape {list(input.shape)} inside a using_task block whose "
-            f"batch is the second dimension there: it has too few. {_ADVICE}"
+            f"{type(layer).__name__} was called inside a using_task block whose batch is the second dimension of its input: the "
+            f"input must have at least {sample_dim + 2} dimensions, got shape {list(input.shape)}. {_ADVICE}"
         )
     samples = input.shape[dim] if batched else 1
     if samples != size:
@@ -159,9 +159,9 @@ _ADVICE = "Another dimension: using_task(..., batch_dim=0) or batch_dim=1, for t
 
 
 class Superposition(Selection):
-    """A mixture of tasks: ``theta = W * sum_t alpha_t g(M_t)``, for all samples alike.
+    """A superposition of tasks: ``theta = W * sum_t alpha_t g(M_t)``, the same for all samples.
 
-    What belongs to tasks in other layers (heads, batch-norm statistics) is mixed with the same ``alpha``.
+    Tensors of tasks in other layers (heads, batch-norm statistics) are combined with the same ``alpha``.
     """
 
     def __init__(self, amounts: Mapping[str, float | Tensor]):
@@ -183,7 +183,7 @@ class Superposition(Selection):
 
 
 class ObservedSuperposition(Superposition):
-    """A superposition whose maker computes the mixtures itself, and sees the input and output of every masked layer.
+    """A superposition whose maker combines the masks itself, and sees the input and output of every masked layer.
 
     Args:
         amounts: the coefficients ``alpha_t`` by task.

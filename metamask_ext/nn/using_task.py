@@ -25,13 +25,13 @@ class using_task(ContextDecorator):
 
     A sequence names a task for each sample of a mixed-task batch: sample ``b``, entry ``b`` of the batch dimension of every layer's
     input (the first one, see ``batch_dim``), uses the masks of ``task[b]``. Tasks may come in any order and repeat. Inside such a
-    block a layer's ``mask_logits``, and the masked ``weight`` of layers that other code reads past forward, cannot be read: it is
-    ambiguous.
+    block, reading a layer's ``mask_logits``, or the masked ``weight`` of a layer that other code reads past forward, raises an
+    error: several tasks have one each.
 
     Blocks nest; the inner one wins for the layers of its model. ``model`` may be any module that holds the layers: the model, a
-    wrapper around it (``DistributedDataParallel``, ``torch.compile``) or one block. Threads do not inherit the block they are
-    started in: enter it in the thread. A model with a single task needs no block. One object may be entered again, also by several
-    threads at once, and decorates plain functions (not coroutines and generators: open the block inside those).
+    wrapper around it (``DistributedDataParallel``, ``torch.compile``) or a part of it. A thread does not inherit the block in which
+    it is started: open one in the thread. A model with a single task needs no block. One object may be entered again, also by
+    several threads at once, and decorates plain functions (not coroutines and generators: open the block inside those).
 
     Non-reentrant activation checkpoints (``use_reentrant=False``) recompute under the task of their forward, wherever backward is
     called. Inside other code that runs forwards during a backward (reentrant checkpoints, adjoint methods), open the block there.
@@ -43,8 +43,8 @@ class using_task(ContextDecorator):
         batch_dim: of a mixed-task batch, the dimension of samples in the inputs of the layers. 0: ``[B, ..., in]``. 1:
             ``[L, B, ..., in]``, a sequence first. None: 1 for layers below modules that have ``batch_first=False`` (nearest one
             counts; ``torch.nn``'s transformers, ``MultiheadAttention``, recurrent and custom modules) and 0 for all others. In a
-            model that has both, an input of another layer that may be either, because both dimensions have the batch's size, is
-            refused when it comes. For a part of a model with another dimension, open a block of its own inside:
+            model with such modules, a layer outside them refuses an input whose first two dimensions both have the batch's size.
+            For a part of a model with another dimension, open a block of its own inside:
             ``using_task(model.encoder, task, batch_dim=1)``.
         repeat: of a mixed-task batch, how often a model repeats every sample by itself, copies side by side: ``num_beams``, or
             ``num_return_sequences``, of ``generate``. An input with as many rows as ``task`` takes the names as they are (an
@@ -156,7 +156,7 @@ def _name_of(slots: list[str | None], entry: object, position: int) -> str:
     name = slots[slot]
     if name is None:
         known = describe(name for name in slots if name is not None)
-        raise ValueError(f"task[{position}] is slot {slot}, whose task was removed; the model has {known}")
+        raise ValueError(f"task[{position}] must be the slot of a task, got {slot}, whose task was removed; the model has {known}")
     return name
 
 
@@ -168,6 +168,6 @@ def _check_same_slots(model: nn.Module, batch: TaskBatch) -> None:
         for task, key in zip(batch.names, batch.keys):
             if slots.get(key) != numbers[key]:
                 raise ValueError(
-                    f"the layers of the model count their tasks differently: task {task!r} is slot {numbers[key]} of "
-                    f"{first_name or 'the model'!r} and {slots.get(key)} of {name or 'the model'!r}. Give names"
+                    f"task must be names, got slots: the layers of the model count their tasks differently: task {task!r} is slot "
+                    f"{numbers[key]} of {first_name or 'the model'!r} and {slots.get(key)} of {name or 'the model'!r}"
                 )
