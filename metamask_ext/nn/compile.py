@@ -29,8 +29,8 @@ def compile(model: M, **options: Any) -> M:
     with logits, one every packed task, and one the mixed-task batches of up to 1, 2, 4, 8, … tasks (those of one kind: logits, or
     bits). Heads and norms of a task are arguments too.
 
-    These break the graph, whatever ``fullgraph`` says, and run as with ``torch.compile(model)``: superpositions, what a meta-learner
-    adapts, batches of both packed tasks and others, mixed-task batches in models with tensors of tasks beside masks (heads, norms)
+    These break the graph, whatever ``fullgraph`` says, and run as with ``torch.compile(model)``: superpositions, what a
+    meta-learner adapts, batches of both packed tasks and others, mixed-task batches in models with tensors of tasks beside masks (heads, norms)
     or with layers that have a forward of their own, batches that ``using_task`` lets repeat.
 
     Args:
