@@ -92,7 +92,7 @@ def _head(done: Runs, missing: Sequence[str]) -> str:
         "# Results of the experiments",
         f"{len(done)} runs, {duration} in all; **{sum(claims)} of {len(claims)} claims hold.**",
         "`metamask run all --out DIR` and `metamask report DIR` make these pages, their tables, figures and every number in a "
-        "sentence, from the metrics files in [this folder](.). Numbers are means over seeds ± half the width of their 95 % "
+        "sentence, from the metrics files beside them. Numbers are means over seeds ± half the width of their 95 % "
         "interval (Student's t), where there are several seeds.",
     ]
     machines = {_machine(metrics) for _, metrics in done.values()}
