@@ -16,6 +16,7 @@ from .per_task import PerTask
 from .read_through import ReadThrough
 from .selection import TaskBatch
 from .task_layer import TaskLayer, task_layers
+from .weight_layer import WeightLayer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,14 +32,15 @@ class OwnGraph(nn.Module):
 def compile(model: M, **options: Any) -> M:
     """``model.compile(**options)``, in place, as one graph for all tasks: their masks are arguments of the compiled function.
 
-    ``model(x)`` reads what is active for each layer in eager mode, with all checks and errors, and hands the tensors to the graph.
-    Tasks that are added or removed are not compiled again, and ``fullgraph=True`` may be asked for. One graph serves every task
+    Each call looks up every layer's active task in eager mode, with all checks and errors, and passes the tensors to the graph.
+    Adding or removing tasks compiles nothing again, and ``fullgraph=True`` may be given. One graph serves every task
     with logits, one every packed task, and one the mixed-task batches of any number of tasks (those of one kind: logits, or bits);
     where a weight has more than 2**16 elements, those of up to 2, 4, 8, … tasks. Heads and norms of a task are arguments too.
 
-    Not in one graph, whatever ``fullgraph`` says, and as fast as ``torch.compile(model)``: superpositions, what a meta-learner
+    These break the graph, whatever ``fullgraph`` says, and run as with ``torch.compile(model)``: superpositions, what a meta-learner
     adapts, batches of both packed tasks and others, mixed-task batches in models with layers that have a forward of their own, or
-    with tensors of tasks in modules other than linear heads, layer norms, and batch norms in eval mode.
+    with tensors of tasks in modules other than linear heads, layer norms, and batch norms in eval mode, batches that
+    ``using_task`` lets repeat.
 
     Args:
         model: a module with masked layers. Compile it after they are all there (:func:`metamask_ext.convert`).
@@ -114,7 +116,8 @@ def _rows_of(layer: PerTask, batch: TaskBatch) -> GivenRows:
 def _tasks_of(layer: MaskedLayer, active: object) -> GivenTasks | _Elsewhere:
     keys = active.keys if isinstance(active, TaskBatch) else (active,) if isinstance(active, str) else ()
     forms = {layer._task_dict()._is_bits(key) for key in keys}
-    if len(forms) != 1 or isinstance(layer, ReadThrough):
+    repeats = isinstance(active, TaskBatch) and active.repeats
+    if len(forms) != 1 or repeats or isinstance(layer, ReadThrough) or not isinstance(layer, WeightLayer):
         return _Elsewhere()
     (packed,) = forms
     masks, bias_masks = layer._masks_of(keys)
