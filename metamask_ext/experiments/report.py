@@ -220,8 +220,10 @@ def _changed(module: ModuleType, metrics: Metrics) -> str:
 
 
 def _machine(metrics: Metrics) -> str:
-    machine, workers = metrics["machine"], metrics["workers"]
+    machine, workers, executor = metrics["machine"], metrics["workers"], metrics.get("executor", "local")
+    processes = "processes" if workers is None else f"{workers} process{'es' if workers > 1 else ''}"
+    where = "" if executor == "local" else f" by {executor}"
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['capability']}, {workers} process{'es' if workers > 1 else ''} of "
-        f"{machine['threads per process']} thread; torch {machine['torch']}"
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['capability']}, {processes} of "
+        f"{machine['threads per process']} thread{where}; torch {machine['torch']}"
     )

@@ -94,7 +94,8 @@ class AdaptedModel:
         # without a copy. Task by task: the rows of a task are one matrix of linear layers.
         self._by_sample = bool(self.norms) or any(isinstance(layer, MaskedConv2d) for layer in self._masks)
         self._widest = max([module.out_channels for module in model.modules() if isinstance(module, _CONVOLUTIONS)], default=0)
-        self._positions = None if read_through else positions_of(model, self._masks, self._others)
+        takes_tasks = all(map(_takes_tasks, self._masks))
+        self._positions = positions_of(model, self._masks, self._others) if takes_tasks else None
         self._active = list(dict.fromkeys([*self.layers, *self.norms]))
         self._slots: dict[tuple[int, int, torch.device, int | None], Tensor] = {}
 

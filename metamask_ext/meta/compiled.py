@@ -6,7 +6,7 @@ gradients of one task, and ``torch.vmap`` maps it over the tasks; every layer is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -70,7 +70,9 @@ class MetaLossGraph:
             support: Checked,
             query: Checked,
         ) -> Tensor:
-            rates = inner_lr.unbind() if isinstance(inner_lr, Tensor) else [inner_lr] * len(first)
+            rates: Sequence[float | Tensor] = [inner_lr] * len(first)
+            if isinstance(inner_lr, Tensor):
+                rates = inner_lr.unbind()
             is_kept = adapted.policy == "per task" and bool(adapted.norms)
 
             def loss(
@@ -179,7 +181,8 @@ class GivenLayers:
                     None if place is not None else tensors[kind]._tensor(key) for kind, place in enumerate(places[: len(tensors)])
                 ]
                 packed = any(mask is not None and mask.dtype == torch.uint8 for mask in own)
-                made.append(GivenTasks(True, own[:1], own[1:] or None) if packed else own)
+                bits = [mask for mask in own if mask is not None]
+                made.append(GivenTasks(True, bits[:1], bits[1:] or None) if packed else own)
             elif isinstance(layer, PerTask):
                 made.append([None if place is not None else layer._theta(name, key) for name, place in zip(layer._own(), places)])
             else:

@@ -199,7 +199,7 @@ class MAML(OwnGraph):
             raise ValueError(f"x must have the tasks of parameters, {len(state[0])}, got {len(x)}")
         return self._adapted.run(state, x, None, parameters.statistics or None)[0]
 
-    def compile(self, **options: Any) -> None:  # type: ignore[override]  # torch's takes the same by name
+    def compile(self, **options: Any) -> None:
         """Compile the whole meta-step in place, as :func:`metamask_ext.compile` of this module; the options are torch.compile's.
 
         A call is then one graph, inner steps included; ``adapt``, ``predict`` and learners are not. It is compiled again for other

@@ -6,6 +6,9 @@ from .convolutions import MaskedConv1d, MaskedConv3d, MaskedConvTranspose1d, Mas
 from .embedding import MaskedEmbedding
 from .layers import MaskedConv2d, MaskedLinear
 from .masked_layer import MaskedLayer
+from .registered import watch as _watch
+
+_watch()
 
 __all__ = [
     "MaskedConv1d",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
+from .adapters import adapters_in
 from .by_task import split_by_task, unsplittable
 from .convertible import (
     has_own_forward,
@@ -74,16 +75,17 @@ def convert(
 
     These are Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d to 3d, and the parameters of MultiheadAttention, of transformers'
     ``Conv1D``, and of mixtures of experts that have them in parameters of three dimensions, with their routers; embeddings where
-    ``include`` names them. The layers keep their identity, parameters (so tied weights and optimisers work), hooks, device, dtype and mode.
-    A layer that is masked stays as it is. A subclass of a layer with a forward of its own keeps that, which then reads the masked
-    weight. ``convert`` leaves plain what it cannot mask: parametrized, pruned, lazy and quantised layers, a forward that was
-    replaced on the object. :func:`metamask_ext.mask_parameter` masks other parameters, as position embeddings, one by one.
+    ``include`` names them. The layers keep their identity, parameters (so tied weights and optimisers work), hooks, device, dtype
+    and mode. A layer that is masked stays as it is. A subclass of a layer with a forward of its own keeps that, which then reads
+    the masked weight. ``convert`` leaves plain what it cannot mask: parametrized, pruned, lazy and quantised layers, a forward that
+    was replaced on the object. :func:`metamask_ext.mask_parameter` masks other parameters, as position embeddings, one by one.
 
     If the code around a layer reads ``layer.weight`` itself instead of calling the layer (``MultiheadAttention``'s ``out_proj``,
-    ``TransformerEncoderLayer``'s fast path), that attribute becomes the masked weight. ``convert`` finds such reads in the bytecode of
-    ``forward`` of the modules around it, and of the methods and neighbouring functions that it uses; where the owner of a ``weight`` has no
-    name there (``for layer in self.layers: layer.weight``), all layers below that module count as read. It does not see
-    ``getattr(layer, "weight")``, hooks and functions of other packages: make those call ``layer(x)``.
+    ``TransformerEncoderLayer``'s fast path), that attribute becomes the masked weight. ``convert`` finds such reads in the bytecode
+    of ``forward`` of the modules around it, and of the methods and neighbouring functions that it uses; where the owner of a
+    ``weight`` has no name there (``for layer in self.layers: layer.weight``), all layers below that module count as read. It does
+    not see ``getattr(layer, "weight")``, hooks and functions of other packages: make those call ``layer(x)``. Adapters of PEFT stay
+    plain: of a model with some, the base layers are masked.
 
     Args:
         model: any module; a layer itself too.
@@ -166,6 +168,7 @@ class _Found:
     def __init__(self, model: nn.Module, with_norms: bool):
         routers = {router for module in model.modules() for router in routers_of(module)}
         self.norms: tuple[type[nn.Module], ...] = (nn.BatchNorm2d,) if with_norms else ()
+        self.adapters = adapters_in(model)
         self.names: dict[nn.Module, list[str]] = {}
         self.parameters: dict[nn.Module, list[str]] = {}
         """Of modules that are no layers the parameters which get masks."""
@@ -180,9 +183,9 @@ class _Found:
         return layer_type(module) is not None or isinstance(module, self.norms) or module in self.parameters
 
     def selected(self, include: Patterns | None, exclude: Patterns | None) -> list[nn.Module]:
-        """The modules that are asked for: those that ``include`` names, else all that have parameters."""
-        own = [module for module in self.names if self.is_one(module)]
-        included = set(self.names) if include is None else self._matching("include", include, own)
+        """The modules that are asked for: those that ``include`` names, else all that have parameters; no adapters."""
+        own = [module for module in self.names if self.is_one(module) and module not in self.adapters]
+        included = self.names.keys() - self.adapters if include is None else self._matching("include", include, own)
         excluded = set() if exclude is None else self._matching("exclude", exclude, list(self.names))
         return [module for module in self.names if module in included and module not in excluded]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from ..ops.checks import DTYPES
+from ..ops.checks import DTYPES, stored_as
 from ..torch_private import is_made_of_tensors, rebuilding_hook
 from .masked_layer import MaskedLayer, masks_name
 from .own_forward import OwnForward
@@ -91,7 +91,16 @@ def _unmaskable(module: nn.Module, plain: type[nn.Module], names: Sequence[str])
         parameter = module._parameters[name]
         if parameter is not None and parameter.dtype not in DTYPES:
             return f"its {name} is {parameter.dtype}, not float64, float32, bfloat16 or float16"
+        if parameter is not None and (reason := _quantised(name, parameter)):
+            return reason
     return None
+
+
+def _quantised(name: str, parameter: Tensor) -> str | None:
+    stored = stored_as(parameter)
+    if stored is None:
+        return None
+    return f"its {name} is quantised ({type(parameter).__name__}, {stored}): mask the model first, and quantise merge(model, task)"
 
 
 def unsupported_parameter(module: nn.Module, name: str) -> str | None:
@@ -109,6 +118,8 @@ def unsupported_parameter(module: nn.Module, name: str) -> str | None:
         return "it is lazy: run the model once first"
     if not isinstance(parameter, nn.Parameter) or parameter.layout != torch.strided:
         return "it is no parameter of the module, or not a dense one"
+    if reason := _quantised(name, parameter):
+        return reason
     if is_made_of_tensors(parameter) and not hasattr(parameter, "device_mesh"):
         return f"it is a {type(parameter).__name__}, whose values are not those of a plain tensor"
     if parameter.dim() == 0:

@@ -11,6 +11,7 @@ from types import CellType, CodeType, FunctionType
 
 from torch import nn
 
+from .adapters import BASE_LAYERS, holds_base
 from .guarded import METADATA
 
 
@@ -20,11 +21,16 @@ def forget() -> None:
 
 
 def is_read(model: nn.Module, name: str) -> bool:
-    """True if a module around the layer ``name`` reads its weight or bias itself, as in ``F.linear(x, self.fc.weight)``."""
+    """True if a module around the layer ``name`` reads its weight or bias itself, as in ``F.linear(x, self.fc.weight)``.
+
+    A layer of PEFT writes to the weight of the one that it holds when its adapter is merged.
+    """
     *outer, own = name.split(".")
     around = [model] if name else []
     for part in outer:
         around.append(around[-1].get_submodule(part))
+    if own in BASE_LAYERS and around and holds_base(around[-1]):
+        return True
     return any(own in read or None in read for read in map(_layers_read, around))
 
 

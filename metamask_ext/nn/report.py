@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..torch_private import BatchNorm
+from .adapters import adapters_in
 from .convertible import (
     layer_type,
     left_embedding,
@@ -20,6 +21,8 @@ from .masked_layer import MaskedLayer
 from .paths import plain_modules
 from .per_task import PerTask
 from .task_dict import TaskDict
+
+ADAPTER = "an adapter of PEFT, which convert leaves alone"
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,13 @@ def conversion_report(model: nn.Module) -> ConversionReport:
                 masked.setdefault(tensor, name)
     per_task = sum(_numel(tensors[next(iter(tensors))]) for tensors in _per_task(modules))
     others: set[Tensor] = set()
+    adapters = adapters_in(model)
     left = []
     for name, module in modules:
         found = unmasked(module)
         if found:
-            left.append(Left(name, type(module).__name__, _reason(name, module, found, masked), sum(map(_numel, found.values()))))
+            reason = ADAPTER if module in adapters else _reason(name, module, found, masked)
+            left.append(Left(name, type(module).__name__, reason, sum(map(_numel, found.values()))))
             others.update(found.values())
     count = sum(map(_numel, masked))
     total = count + per_task + sum(_numel(tensor) for tensor in others if tensor not in masked)

@@ -12,7 +12,8 @@ of gradient.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,27 +47,38 @@ Call = tuple[int, float, int, int]
 Row = list[Tensor | None]
 
 
+def _or_none(gradients: Sequence[Tensor | None] | None, count: int) -> Row:
+    return list(gradients) if gradients else [None] * count
+
+
 def plain_backward(call: Call, wanted: int, row: Row) -> Row:
     """Gradients of input, weight, bias and masks; None where not wanted."""
     gate_id, gate_param, groups, n = call
-    grad, input, slots, weight, bias, *masks = row
+    tensors: list[Any] = row  # those that may be None are known by their places
+    grad, input, slots, weight, bias, *masks = tensors
     dx, dw, dmasks, db, dbias_masks = reference.task_masked_linear_backward(
         *(grad, input, slots, weight, masks[:n], bias, masks[n:], gate_id, gate_param, groups, _flags(wanted, 5))
     )
-    return [dx, dw, db, *(dmasks or [None] * n), *(dbias_masks or [None] * (len(masks) - n))]
+    return [dx, dw, db, *_or_none(dmasks, n), *_or_none(dbias_masks, len(masks) - n)]
 
 
 def plain_double_backward(call: Call, wanted: int, row: Row) -> Row:
     """Gradients of the output's gradient, and of input, weight, bias and masks; None where not wanted."""
     gate_id, gate_param, groups, n = call
     count = len(row) // 2 - 4  # of all masks: 3 cotangents and 5 arguments are not of masks
-    c_input, c_weight, c_bias, *c_masks = row[: 3 + count]
-    grad, input, slots, weight, bias, *masks = row[3 + count :]
+    tensors: list[Any] = row  # those that may be None are known by their places
+    c_input, c_weight, c_bias, *c_masks = tensors[: 3 + count]
+    grad, input, slots, weight, bias, *masks = tensors[3 + count :]
     ddy, dx, dw, dmasks, db, dbias_masks = reference.task_masked_linear_double_backward(
-        *(c_input, c_weight, c_masks[:n], c_bias, c_masks[n:]),
-        *(grad, input, slots, weight, masks[:n], bias, masks[n:], gate_id, gate_param, groups, _flags(wanted, 6)),
+        c_input,
+        c_weight,
+        c_masks[:n],
+        c_bias,
+        c_masks[n:],
+        *(grad, input, slots, weight, masks[:n], bias, masks[n:]),
+        *(gate_id, gate_param, groups, _flags(wanted, 6)),
     )
-    return [ddy, dx, dw, db, *(dmasks or [None] * n), *(dbias_masks or [None] * (count - n))]
+    return [ddy, dx, dw, db, *_or_none(dmasks, n), *_or_none(dbias_masks, count - n)]
 
 
 def plain_third_backward(call: Call, wanted: int, row: Row, cotangents: Row) -> Row:

@@ -41,6 +41,7 @@ from ..dispatch import (
 )
 from ..gate import resolve_gate
 from ..geometry import Geometry, im2col, resolve_geometry
+from ..shards import is_distributed, masked_linear_of_shards
 from ..weight.functional import theta_list
 from . import autograd, raw, reference
 
@@ -87,6 +88,9 @@ def task_masked_linear(
         return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
     given, given_bias = _as_lists(weight, masks, bias_masks)
+    if is_distributed(weight):
+        own = partial(_of_shards, gate_id=gate_id, gate_param=gate_param)
+        return masked_linear_of_shards(own, input, weight, given, bias, given_bias, slots)
     return _linear(input, slots, weight, given, bias, given_bias, gate_id, gate_param, 1)
 
 
@@ -106,6 +110,20 @@ def task_linear(
     W_t).T + F_b * b_t``.
     """
     return _linear(input, slots, weight, [stack], bias, None if bias_stack is None else [bias_stack], gate_id, gate_param, 1)
+
+
+def _of_shards(
+    input: Tensor,
+    weight: Tensor,
+    masks: list[Tensor],
+    bias: Tensor | None,
+    bias_masks: list[Tensor] | None,
+    slots: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+) -> Tensor:
+    assert slots is not None
+    return _linear(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, 1)
 
 
 def task_masked_conv2d(
