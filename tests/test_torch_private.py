@@ -62,7 +62,7 @@ def test_forward_hooks():
 
 
 @pins("torch.nn.Module._backward_pre_hooks", "it finds hooks of a module's backward, likewise")
-def test_backward_hooks():
+def test_hooks_of_a_modules_backward():
     layer = torch.nn.Linear(1, 1)
     layer.register_full_backward_hook(lambda *_: None)
     layer.register_full_backward_pre_hook(lambda *_: None)
