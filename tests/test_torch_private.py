@@ -51,15 +51,25 @@ def test_has_any_global_hook():
     assert not module._has_any_global_hook()
     with module.register_module_forward_hook(lambda *_: None):
         assert module._has_any_global_hook()
-    for register in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
-        layer = torch.nn.Linear(1, 1)
-        getattr(layer, f"register_{register}")(lambda *_: None)
-        hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-        assert sum(map(len, hooks)) == 1
-    assert layer._compiled_call_impl is None
 
 
-@pins("torch._dynamo.maybe_mark_dynamic", "it lets one graph take any number of tasks from the first call on")
+@pins("torch.nn.Module._forward_hooks", "it finds hooks of a module, which a call past it would not run")
+def test_forward_hooks():
+    layer = torch.nn.Linear(1, 1)
+    layer.register_forward_hook(lambda *_: None)
+    layer.register_forward_pre_hook(lambda *_: None)
+    assert len(layer._forward_hooks) == len(layer._forward_pre_hooks) == 1
+
+
+@pins("torch.nn.Module._backward_pre_hooks", "it finds hooks of a module's backward, likewise")
+def test_hooks_of_a_modules_backward():
+    layer = torch.nn.Linear(1, 1)
+    layer.register_full_backward_hook(lambda *_: None)
+    layer.register_full_backward_pre_hook(lambda *_: None)
+    assert len(layer._backward_hooks) == len(layer._backward_pre_hooks) == 1
+
+
+@pins("torch._dynamo", "its maybe_mark_dynamic lets one graph take any number of tasks from the first call on")
 def test_maybe_mark_dynamic():
     graphs = []
 

@@ -16,7 +16,8 @@ from ..nn.given import GivenNorm, GivenTasks, run_given
 from ..nn.masked_layer import MaskedLayer
 from ..nn.names import escape
 from ..nn.per_task import PerTask
-from ..nn.task_layer import TaskLayer
+from ..nn.task_dict import TaskDict
+from ..nn.weight_layer import WeightLayer
 from ..torch_private import PyTree, uncompiled_call
 from .adapted import AdaptedModel, Output, _Stored
 from .batch_norm import Normalisation, Statistics
@@ -155,38 +156,45 @@ class GivenLayers:
         """For each layer the positions among the adapted tensors: of the masks of weight and bias, or of tensors of a task."""
         for layer in self._layers:
             if isinstance(layer, MaskedLayer):
-                self._places.append(adapted._masks.get(layer, [None, None]))
+                self._places.append(adapted._masks.get(layer, [None for _ in layer._kinds()]))
             elif isinstance(layer, PerTask):
                 key = escape(adapted.start) if isinstance(adapted.start, str) else ""
                 self._places.append([places.get((tensors, key)) for tensors in layer._own().values()])
             else:
                 self._places.append([])
-        if not isinstance(adapted.start, str):
-            for layer, its in zip(self._layers, self._places):
-                wanted = len(layer._dicts()) if isinstance(layer, TaskLayer) else 0
-                if any(place is None for place in its[:wanted]):
-                    raise ValueError(
-                        "a MAML that starts from several tasks is compiled where all masks are adapted, and "
-                        f"{type(layer).__name__} would use a mixture: compile the model alone"
-                    )
+        for layer, its in zip(self._layers, self._places):
+            present = self._present(layer)
+            fixed = [kind for kind, place in zip(present, its) if kind is not None and place is None]
+            if fixed and not isinstance(adapted.start, str):
+                raise ValueError(
+                    "a MAML that starts from several tasks is compiled where all masks are adapted, and "
+                    f"{type(layer).__name__} would use a mixture: compile the model alone"
+                )
+
+    @staticmethod
+    def _present(layer: nn.Module) -> list[TaskDict | None]:
+        """The dictionaries of a layer's tensors of tasks, in the order of its places; None: it has none there."""
+        if isinstance(layer, MaskedLayer):
+            dicts = layer._dicts()
+            return [dicts.get(kind) for kind in layer._kinds()]
+        return list(layer._own().values()) if isinstance(layer, PerTask) else []
 
     def fixed(self) -> list[Given]:
         """For each layer the tensors of the start that are not adapted."""
         key = escape(self._adapted.start) if isinstance(self._adapted.start, str) else ""
         made: list[Given] = []
         for layer, places in zip(self._layers, self._places):
-            if isinstance(layer, MaskedLayer):
-                tensors = list(layer._dicts().values())
-                own = [
-                    None if place is not None else tensors[kind]._tensor(key) for kind, place in enumerate(places[: len(tensors)])
-                ]
-                packed = any(mask is not None and mask.dtype == torch.uint8 for mask in own)
-                bits = [mask for mask in own if mask is not None]
-                made.append(GivenTasks(True, bits[:1], bits[1:] or None) if packed else own)
-            elif isinstance(layer, PerTask):
-                made.append([None if place is not None else layer._theta(name, key) for name, place in zip(layer._own(), places)])
-            else:
-                made.append(None)
+            own = [
+                None if tensors is None or place is not None else tensors._tensor(key)
+                for tensors, place in zip(self._present(layer), places)
+            ]
+            packed = isinstance(layer, MaskedLayer) and any(mask is not None and mask.dtype == torch.uint8 for mask in own)
+            if packed and not isinstance(layer, WeightLayer):
+                raise ValueError(
+                    f"a MAML of a {type(layer).__name__} whose masks are packed is not compiled: compile the model alone"
+                )
+            bias_mask = own[1:] if packed and own[1] is not None else None
+            made.append(GivenTasks(True, own[:1], bias_mask) if packed else own)
         return made
 
     def run(
@@ -214,8 +222,8 @@ class GivenLayers:
     ) -> Given:
         if isinstance(own, GivenTasks):
             return own
-        tensors = [] if own is None else [its if place is None else parameters[place] for its, place in zip(own, places)]
+        tensors = [its if place is None else parameters[place] for its, place in zip(own, places)]
         if isinstance(layer, MaskedLayer):
-            return (*tensors, None)[:2]
+            return tuple(tensors)
         named = dict(zip(layer._own(), tensors)) if isinstance(layer, PerTask) else {}
         return GivenNorm(named, normalise) if layer in self._adapted.norms else named

@@ -11,7 +11,7 @@ from torch import nn
 
 import metamask_ext as mm
 from metamask_ext.meta import MAML
-from metamask_ext.nn import MaskedConv2d, MaskedLinear, TaskBatchNorm2d
+from metamask_ext.nn import MaskedConv1d, MaskedConv2d, MaskedConvTranspose2d, MaskedLinear, TaskBatchNorm2d
 from metamask_ext.nn.per_task import keep_per_task
 
 pytestmark = pytest.mark.once
@@ -80,6 +80,18 @@ def test_norms_heads_and_weighted_samples_are_those_of_eager_mode(make, policy, 
     assert sum(bool(grad.abs().max() > 1e-6) for grad in grads[0]) >= 4
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, before[name], msg=name)
+
+
+@each_choice
+def test_other_masked_layers(adapt):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        MaskedConv1d(2, 3, 2), nn.Tanh(), nn.Unflatten(2, (1, 3)), MaskedConvTranspose2d(3, 2, (1, 2), bias=False)
+    )
+    model = model.append(nn.Flatten()).append(MaskedLinear(8, 1)).double()
+    support, query = ((torch.randn(2, 4, 2, 4).double(), torch.randn(2, 4, 1).double()) for _ in range(2))
+    losses = [maml(F.mse_loss, support, query) for maml in (compiled(MAML(model, LR, 1, adapt)), MAML(model, LR, 1, adapt))]
+    assert_same(*losses, model.parameters())
 
 
 def maml_of(model, adapt, policy):
