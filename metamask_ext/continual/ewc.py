@@ -155,9 +155,9 @@ def fisher_diagonal(
         return _scores(functional_call(model, theta, (sample[None],)), likelihood)
 
     def of_sample(sample: Tensor, signs: Tensor) -> dict[str, Tensor]:
-        _, pull, weights = vjp(lambda theta: scores(theta, sample), theta, has_aux=True)
-        rows = signs * weights.sqrt()
-        (gradients,) = torch.vmap(pull)(rows.to(weights.dtype))
+        _, pull, *weights = vjp(lambda theta: scores(theta, sample), theta, has_aux=True)
+        rows = signs * weights[0].sqrt()
+        (gradients,) = torch.vmap(pull)(rows.to(weights[0].dtype))
         return {name: gradient.square().sum(0) for name, gradient in gradients.items()}
 
     with _evaluated(model):

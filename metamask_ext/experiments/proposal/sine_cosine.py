@@ -128,7 +128,7 @@ def _problem(related: bool, seed: int, settings: Settings) -> Problem:
     cosine = drawn.cosine[: settings.tasks]
     if cosine.all() or not cosine.any():
         raise OptionError(f"tasks={settings.tasks}: of seed {seed} {int(cosine.sum())} have a cosine, take more tasks")
-    made = Problem(*split(drawn, settings, generator), network, F.mse_loss, F.mse_loss, examine)
+    made = Problem(*split(drawn, settings, generator), network, F.mse_loss, F.mse_loss, examine, "gaussian")
     return made
 
 
