@@ -89,6 +89,14 @@ EXPERIMENTS: dict[str, Entry] = {
         "metamask_ext.experiments.papers.navigation_2d.experiment",
         "policies that learn the way to a goal in one or a few updates (arXiv:1703.03400, section 5.3)",
     ),
+    "ewc": Entry(
+        "metamask_ext.experiments.papers.ewc.experiment",
+        "elastic weight consolidation beside masks on permuted digits (Kirkpatrick et al., arXiv:1612.00796)",
+    ),
+    "transfer": Entry(
+        "metamask_ext.experiments.papers.transfer.experiment",
+        "which layers to retrain, by the size of the data, and masks instead (Gur-Ari, 2017, on transfer learning)",
+    ),
 }
 
 __all__ = ["EXPERIMENTS", "Entry", "JobError", "OptionError", "module_of", "run", "settings_of"]

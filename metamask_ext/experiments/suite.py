@@ -22,6 +22,9 @@ MINUTES = {
     "supsup-rotated": 1,
     "universality": 3,
     "navigation-2d": 3,
+    "mae": 12,
+    "ewc": 8,
+    "transfer": 6,
 }
 """About how long a full run takes on two cores, for the remaining time that is shown; others take about ``OTHER_MINUTES``."""
 OTHER_MINUTES = 6
