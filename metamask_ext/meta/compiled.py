@@ -193,8 +193,8 @@ class GivenLayers:
                 raise ValueError(
                     f"a MAML of a {type(layer).__name__} whose masks are packed is not compiled: compile the model alone"
                 )
-            bias_mask = own[1:] if packed and own[1] is not None else None
-            made.append(GivenTasks(True, own[:1], bias_mask) if packed else own)
+            weights, biases = ([mask for mask in its if mask is not None] for its in (own[:1], own[1:]))
+            made.append(GivenTasks(True, weights, biases or None) if packed else own)
         return made
 
     def run(
