@@ -89,6 +89,10 @@ EXPERIMENTS: dict[str, Entry] = {
         "metamask_ext.experiments.papers.navigation_2d.experiment",
         "policies that learn the way to a goal in one or a few updates (arXiv:1703.03400, section 5.3)",
     ),
+    "mae": Entry(
+        "metamask_ext.experiments.papers.mae.experiment",
+        "images with three quarters masked teach an encoder (He et al., arXiv:2111.06377; EECS 182, homework 9)",
+    ),
     "ewc": Entry(
         "metamask_ext.experiments.papers.ewc.experiment",
         "elastic weight consolidation beside masks on permuted digits (Kirkpatrick et al., arXiv:1612.00796)",
@@ -96,6 +100,14 @@ EXPERIMENTS: dict[str, Entry] = {
     "transfer": Entry(
         "metamask_ext.experiments.papers.transfer.experiment",
         "which layers to retrain, by the size of the data, and masks instead (Gur-Ari, 2017, on transfer learning)",
+    ),
+    "neural-ode": Entry(
+        "metamask_ext.experiments.papers.neural_ode.experiment",
+        "neural ODEs: a quiz's points measured, and many systems in one masked field (Chen et al., arXiv:1806.07366)",
+    ),
+    "magnet": Entry(
+        "metamask_ext.experiments.papers.magnet.experiment",
+        "magnet loss finds clusters within classes, and of tasks (Rippel et al., arXiv:1511.05939)",
     ),
 }
 

@@ -30,7 +30,7 @@ class ParallelLayer(TaskLayer):
     """
 
     def named_modules(self, memo: Memo | None = None, prefix: str = "", remove_duplicate: bool = True) -> NamedModules:
-        if distributes(sys._getframe(1)):
+        if not torch.compiler.is_dynamo_compiling() and distributes(sys._getframe(1)):
             # torch would take the holders of masks for layers, too.
             return iter([(prefix, self)])
         return super().named_modules(memo, prefix, remove_duplicate)

@@ -120,7 +120,7 @@ class PerTask(TaskLayer):
             super().register_buffer(name, tensor, persistent)
 
     def named_modules(self, memo: Memo | None = None, prefix: str = "", remove_duplicate: bool = True) -> NamedModules:
-        if distributes(sys._getframe(1)):
+        if not torch.compiler.is_dynamo_compiling() and distributes(sys._getframe(1)):
             self._refuse_distribution()
         return super().named_modules(memo, prefix, remove_duplicate)
 

@@ -33,7 +33,7 @@ LABELS = {
     "sequence+ewc": "EWC",
     "lottery": "masks on frozen W",
     "masked": "masks, W trained",
-    "masked+ewc": "masks, EWC on W (ours)",
+    "masked+ewc": "masks, EWC on W",
 }
 LINES: dict[str, Style] = {
     "sequence": {"color": "#0072B2", "linestyle": "-."},
@@ -319,7 +319,7 @@ def _plot_many(axes: Axes, found: Mapping[str, list[Json]]) -> None:
     count = len(found["sequence"][0]["accuracy"])
     axes.axhline(single, color="#555555", linestyle=(0, (6, 3)), linewidth=1.0)
     axes.annotate("a net on one task only", (1, single), (0, 4), textcoords="offset points", fontsize=8, color="#555555")
-    axes.set(xlabel="tasks learned (number)", ylabel="test accuracy, tasks so far (%)", ylim=(0, 104), xlim=(1, count * 1.45))
+    axes.set(xlabel="tasks learned (number)", ylabel="test accuracy, tasks so far (%)", ylim=(0, 104), xlim=(1, count * 1.5))
     label_ends(axes, count, ends)
     axes.set_xticks(range(1, count + 1))
 
