@@ -91,19 +91,19 @@ EXPERIMENTS: dict[str, Entry] = {
     ),
     "mae": Entry(
         "metamask_ext.experiments.papers.mae.experiment",
-        "images with three quarters masked teach an encoder (He et al., arXiv:2111.06377; EECS 182, homework 9)",
+        "images with three quarters masked teach an encoder (He et al., arXiv:2111.06377)",
     ),
     "ewc": Entry(
         "metamask_ext.experiments.papers.ewc.experiment",
-        "elastic weight consolidation beside masks on permuted digits (Kirkpatrick et al., arXiv:1612.00796)",
+        "elastic weight consolidation beside masks (Kirkpatrick et al., arXiv:1612.00796)",
     ),
     "transfer": Entry(
         "metamask_ext.experiments.papers.transfer.experiment",
-        "which layers to retrain, by the size of the data, and masks instead (Gur-Ari, 2017, on transfer learning)",
+        "which layers to retrain, by the size of the data, and masks instead (Gur-Ari, 2017)",
     ),
     "neural-ode": Entry(
         "metamask_ext.experiments.papers.neural_ode.experiment",
-        "neural ODEs: a quiz's points measured, and many systems in one masked field (Chen et al., arXiv:1806.07366)",
+        "neural ODEs, and many systems in one masked field (Chen et al., arXiv:1806.07366)",
     ),
     "magnet": Entry(
         "metamask_ext.experiments.papers.magnet.experiment",
