@@ -171,7 +171,7 @@ class TaskLoop:
             if self.round == rounds:
                 return self
             bar = progress_bar(self.config.label, self.round, rounds)
-            advance = stack.enter_context(bar if self._processes.is_first else nullcontext(lambda done: None))
+            advance = stack.enter_context(bar if self._processes.is_first else nullcontext(_ignore))
             self.model.train()
             saved = time.monotonic()
             while self.round < rounds:
@@ -445,6 +445,10 @@ class TaskLoop:
         self.seconds = state["seconds"]
         self._metrics_length, self._metrics_sha256 = state["metrics_length"], state.get("metrics_sha256")
         self.resumed = self.round
+
+
+def _ignore(done: int) -> None:
+    """Show nothing: the first process has the bar."""
 
 
 def _check_not_past(done: int, rounds: int) -> None:

@@ -152,9 +152,9 @@ class FabricProcesses(Processes):
             except Exception as error:
                 self._fabric.broadcast((None, error))
                 raise
-        found, error = self._fabric.broadcast(result)
-        if error is not None:
-            raise error
+        found, raised = self._fabric.broadcast(result)
+        if raised is not None:
+            raise raised
         given: R = found
         return given
 

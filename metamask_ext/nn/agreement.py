@@ -1,4 +1,4 @@
-"""What the layers of several processes must agree about in a forward: the tasks that they use.
+"""Agreement of the layers of several processes, in a forward, about the tasks that they use.
 
 ``fully_shard`` adds up the gradients that a process has, in the order of its parameters, and asks nobody which those are: where
 process 0 used task a and process 1 task b, of one shape, the sum would be of both. ``DistributedDataParallel(static_graph=True)``

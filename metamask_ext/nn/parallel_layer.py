@@ -60,7 +60,7 @@ class ParallelLayer(TaskLayer):
             check_same_tasks(self, groups_of(like), f"a {type(self).__name__} cannot be distributed")
         register()
         for key, logits in list(masks._parameters.items()):
-            if not is_distributed(logits):
+            if logits is not None and not is_distributed(logits):
                 masks._parameters[key] = nn.Parameter(placed_as(logits.detach(), like), logits.requires_grad)
         CHANGES.note()
 

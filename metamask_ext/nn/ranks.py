@@ -107,14 +107,17 @@ class _UsedElsewhere(Function):
     """The identity, which gives parameters that other processes use a gradient of zero here."""
 
     @staticmethod
-    def forward(ctx, output, *parameters):
+    def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
         ctx.zeros = [_zeros_like(parameter) for parameter in parameters]
         # A copy: an activation may write to it.
         return output.clone()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return grad, *(zeros() for zeros in ctx.zeros)
+
+
+_use_elsewhere: Callable[..., Tensor] = _UsedElsewhere.apply
 
 
 def _zeros_like(parameter: Tensor) -> Callable[[], Tensor]:
@@ -134,5 +137,5 @@ def used_elsewhere(output: object, parameters: list[nn.Parameter]) -> object:
     places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not parameters or not places:
         return output
-    leaves[places[0]] = _UsedElsewhere.apply(leaves[places[0]], *parameters)
+    leaves[places[0]] = _use_elsewhere(leaves[places[0]], *parameters)
     return tree_unflatten(leaves, spec)

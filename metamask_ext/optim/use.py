@@ -49,8 +49,8 @@ class MaskUse:
                 used = self._notes.used.get(layer, set())
                 for tensors in layer._dicts().values():
                     for key, parameter in tensors._parameters.items():
-                        groups = _groups(parameter, wrappers)
-                        if groups:
+                        groups = () if parameter is None else _groups(parameter, wrappers)
+                        if parameter is not None and groups:
                             shared.setdefault(groups, []).append((parameter, key in used))
         self.forget()
         for groups, found in shared.items():
