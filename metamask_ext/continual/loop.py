@@ -58,7 +58,7 @@ class TaskLoop:
 
     Under ``DistributedDataParallel`` gradients are averaged over the processes; each draws the same tasks. Add all of them
     (:func:`metamask_ext.add_task`) before the model is wrapped: a mask that a wrapper does not know would differ between processes.
-    Data that differ by process are functions. Each process takes an ``out`` of its own.
+    Give data that differ by process as functions, and each process an ``out`` of its own.
 
     Given a ``fabric`` (Lightning's, launched), the loop sets the model up with it: device, precision, ``DDPStrategy``, or
     ``ModelParallelStrategy`` whose function calls ``fully_shard``. All tasks get their masks before that, and draw them in their
@@ -151,7 +151,7 @@ class TaskLoop:
     def run(self, rounds: int) -> TaskLoop:
         """Train until ``rounds`` rounds are done in all, those before a resumption included.
 
-        Called again after an exception, or an interruption from the keyboard, it goes back to the last checkpoint in ``out``.
+        Called again after an exception, or an interruption from the keyboard, it resumes at the last checkpoint in ``out``.
 
         Returns:
             self.
@@ -171,7 +171,7 @@ class TaskLoop:
             if self.round == rounds:
                 return self
             bar = progress_bar(self.config.label, self.round, rounds)
-            advance = stack.enter_context(bar if self._processes.is_first else nullcontext(_ignore))
+            advance: Callable[[int], object] = stack.enter_context(bar if self._processes.is_first else nullcontext(_no_bar))
             self.model.train()
             saved = time.monotonic()
             while self.round < rounds:
@@ -447,10 +447,6 @@ class TaskLoop:
         self.resumed = self.round
 
 
-def _ignore(done: int) -> None:
-    """Show nothing: the first process has the bar."""
-
-
 def _check_not_past(done: int, rounds: int) -> None:
     if done > rounds:
         raise CheckpointError(f"rounds must be at least the {done} that are done, got {rounds}")
@@ -473,3 +469,7 @@ def _shared_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     of_tasks = {id(parameter) for tensors in _task_dicts(model) for parameter in tensors.parameters()}
     named = ((plain_path(model, name), parameter) for name, parameter in model.named_parameters())
     return {name: parameter for name, parameter in named if id(parameter) not in of_tasks}
+
+
+def _no_bar(done: int) -> None:
+    """Of the processes that show no progress."""

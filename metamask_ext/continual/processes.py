@@ -152,9 +152,9 @@ class FabricProcesses(Processes):
             except Exception as error:
                 self._fabric.broadcast((None, error))
                 raise
-        found, raised = self._fabric.broadcast(result)
-        if raised is not None:
-            raise raised
+        found, failure = self._fabric.broadcast(result)
+        if failure is not None:
+            raise failure
         given: R = found
         return given
 

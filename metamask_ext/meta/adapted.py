@@ -9,19 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.context import run_selected
+from ..nn.grouped import GroupedLayer
 from ..nn.layers import MaskedConv2d
 from ..nn.masked_layer import MaskedLayer
 from ..nn.names import describe, escape, plain
 from ..nn.paths import plain_path
-from ..nn.read_through import ReadThroughConv2d, ReadThroughLinear
+from ..nn.read_through import ReadThrough
 from ..nn.selection import GivenMasks, Superposition
 from ..nn.task_dict import TaskDict
 from ..nn.task_layer import TaskLayer
 from ..nn.task_masks import TaskMasks
 from ..nn.tasks import check_amounts, refuse_nan, tasks
 from ..ops.streams import current_stream
+from ..torch_private import tree_map
 from . import batch_norm
 from .batch_norm import Normalisation, Statistics
+from .chain import Chain, chain_of, positions_of
 
 Start = str | Mapping[str, "float | Tensor"]
 Adapt = str | Callable[[str], bool]
@@ -29,6 +32,15 @@ Output = Any
 """A model's output: torch leaves its type open."""
 
 R = TypeVar("R")
+
+LARGE = 2**16
+"""Elements of a task's largest activation from which on a convolutional net runs one task after another.
+
+Tensors of all tasks fit into no cache, and glibc takes those beyond 32 MB from the system anew each time; fewer elements take less
+time than the calls."""
+KEPT_SLOTS = 7
+"""Sizes of batches before the newest whose slots are kept: of support, queries, and halves of the tasks."""
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _Stored(NamedTuple):
@@ -51,8 +63,8 @@ Place = Callable[[str, bool, object, "_Stored | _Combined"], "int | None"]
 class AdaptedModel:
     """A model, the names of what is adapted in it (``names``), and where that lies.
 
-    The masks of masked layers reach them through a selection, all other parameters through ``torch.func.functional_call``.
-    ``mixed``: only masks are adapted, so that all tasks can run as one batch through the kernels.
+    The masks of masked layers reach them through a selection, all other parameters through ``torch.func.functional_call``; a chain
+    of known layers gets both as arguments. ``mixed``: only masks are adapted, so that all tasks can run as one batch.
     """
 
     def __init__(self, model: nn.Module, adapt: Adapt, start: Start | None, policy: str):
@@ -65,7 +77,7 @@ class AdaptedModel:
         self._sources: list[_Stored | _Combined] = []
         """The tensors from which adaptation starts."""
         self._masks: dict[MaskedLayer, list[int | None]] = {}
-        """For each layer with an adapted mask the positions of the weight's and of the bias's among the adapted tensors."""
+        """For each layer with an adapted mask the positions of its parameters' masks among the adapted tensors."""
         self._others: dict[str, int] = {}
         """By the name in ``named_parameters()``."""
         self._choose(adapt)
@@ -77,13 +89,15 @@ class AdaptedModel:
             if module is not None and module in self.norms
         ]
         """The places of the batch norms."""
-        read_through = any(isinstance(layer, (ReadThroughLinear, ReadThroughConv2d)) for layer in self._masks)
-        self.mixed = not self._others and not read_through
+        self.mixed = not self._others and all(map(_takes_tasks, self._masks))
         # Sample by sample, the tasks of one beside each other: they are then groups of channels of convolutions and batch norms,
         # without a copy. Task by task: the rows of a task are one matrix of linear layers.
         self._by_sample = bool(self.norms) or any(isinstance(layer, MaskedConv2d) for layer in self._masks)
+        self._widest = max([module.out_channels for module in model.modules() if isinstance(module, _CONVOLUTIONS)], default=0)
+        takes_tasks = all(map(_takes_tasks, self._masks))
+        self._positions = positions_of(model, self._masks, self._others) if takes_tasks else None
         self._active = list(dict.fromkeys([*self.layers, *self.norms]))
-        self._slots: tuple[tuple[int, int, torch.device, int | None], Tensor] | None = None
+        self._slots: dict[tuple[int, int, torch.device, int | None], Tensor] = {}
 
     def _checked_start(self, start: Start | None) -> str | Superposition:
         if not self.layers:
@@ -119,9 +133,13 @@ class AdaptedModel:
 
         for path, module in self.model.named_modules():
             if isinstance(module, MaskedLayer):
-                found = [self._place_mask(place, plain_path(self.model, path), module, kind) for kind in module._dicts()]
+                own = module._dicts()
+                found = [
+                    self._place_mask(place, plain_path(self.model, path), module, kind) if kind in own else None
+                    for kind in module._kinds()
+                ]
                 if any(position is not None for position in found):
-                    self._masks[module] = [*found, None][:2]
+                    self._masks[module] = found
         for path, module in self.model.named_modules():
             if isinstance(module, TaskMasks):
                 continue
@@ -134,7 +152,8 @@ class AdaptedModel:
                 if len(self.names) > before:
                     self._others[name] = before
                     if isinstance(module, TaskDict) and not isinstance(self.start, str):
-                        raise ValueError(f"adapt selects {self.names[before]!r}, of which a start from several tasks has a mixture")
+                        selected = self.names[before]
+                        raise ValueError(f"adapt must not select what start combines from several tasks, got {selected!r}")
         if not self.names:
             raise ValueError(f"adapt selects no parameter of {type(self.model).__name__}, got {adapt!r}")
 
@@ -167,9 +186,8 @@ class AdaptedModel:
 
     def _combined(self, layer: MaskedLayer, kind: str) -> Tensor:
         assert isinstance(self.start, Superposition)
-        shared = layer._shared()[kind == "bias_masks"]
-        assert shared is not None
-        like = shared.detach().to(layer._logits_dtype())
+        shared = layer._shared_of(kind)
+        like = shared.detach().to(layer._logits_dtype(shared))
         return layer._combined(layer._dicts()[kind], dict(zip(self.start.names, self.start.amounts)), like)
 
     def run(
@@ -181,29 +199,74 @@ class AdaptedModel:
         keep: bool = False,
     ) -> tuple[Output, dict[str, Statistics]]:
         """The model's output ``[T, K, ...]`` for ``x`` ``[T, K, ...]`` with parameters ``[T, ...]``; if wanted, its statistics."""
-        if not self.mixed:
-            # None has no dimension to map over: a list without an entry stands for it.
-            weight_list = [] if weights is None else [weights]
-            statistics_list = [] if statistics is None else [statistics]
+        if self.runs_each(x):
+            return self._run_each(parameters, x, weights, statistics, keep)
+        chain = self._chain()
+        if chain is not None:
+            count, samples = x.shape[:2]
+            y = chain.run(parameters, self._slots_of(count, samples, x.device), x.flatten(0, 1))
+            return y.reshape(count, samples, *y.shape[1:]), {}
+        if self.mixed:
+            return self._run_mixed(parameters, x, weights, statistics, keep)
+        # None has no dimension to map over: a list without an entry stands for it.
+        weight_list = [] if weights is None else [weights]
+        statistics_list = [] if statistics is None else [statistics]
 
-            def one(
-                parameters: list[Tensor], x: Tensor, weights: list[Tensor], statistics: list[Mapping[str, Statistics]]
-            ) -> tuple[Output, dict[str, Statistics]]:
-                return self.run_one(parameters, x, weights[0] if weights else None, statistics[0] if statistics else None, keep)
+        def one(
+            parameters: list[Tensor], x: Tensor, weights: list[Tensor], statistics: list[Mapping[str, Statistics]]
+        ) -> tuple[Output, dict[str, Statistics]]:
+            return self.run_one(parameters, x, weights[0] if weights else None, statistics[0] if statistics else None, keep)
 
-            run_each: Callable[..., tuple[Output, dict[str, Statistics]]] = torch.vmap(one, randomness="different")
-            return run_each(list(parameters), x, weight_list, statistics_list)
+        run_mapped: Callable[..., tuple[Output, dict[str, Statistics]]] = torch.vmap(one, randomness="different")
+        return run_mapped(list(parameters), x, weight_list, statistics_list)
+
+    def runs_each(self, x: Tensor) -> bool:
+        """True if the tasks of a batch like this run one after another."""
+        return self._widest * x.shape[1] * x.shape[3:].numel() >= LARGE
+
+    def _chain(self) -> Chain | None:
+        """The model as a chain, if it is one now."""
+        if self._positions is None:
+            return None
+        return chain_of(self.model, self._positions, escape(self.start) if isinstance(self.start, str) else None)
+
+    def _run_mixed(
+        self,
+        parameters: Sequence[Tensor],
+        x: Tensor,
+        weights: Tensor | None,
+        statistics: Mapping[str, Statistics] | None,
+        keep: bool,
+    ) -> tuple[Output, dict[str, Statistics]]:
+        """The tasks' samples as one batch."""
         count, samples = x.shape[:2]
         normalise = Normalisation(self.policy, count, weights, statistics, self.norms, keep)
         x = x.transpose(0, 1) if self._by_sample else x
         y = self._call(parameters, self._slots_of(count, samples, x.device), normalise, self.model, x.flatten(0, 1))
-        if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != count * samples:
-            got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise RuntimeError(f"the model must give a tensor with an entry for each of its {count * samples} samples, got {got}")
+        _check_entries(y, count * samples)
         sizes = (samples, count) if self._by_sample else (count, samples)
         y = torch.unflatten(y, 0, sizes)
         y = y.transpose(0, 1) if self._by_sample else y
         return y, normalise.kept or {}
+
+    def _run_each(
+        self,
+        parameters: Sequence[Tensor],
+        x: Tensor,
+        weights: Tensor | None,
+        statistics: Mapping[str, Statistics] | None,
+        keep: bool,
+    ) -> tuple[Output, dict[str, Statistics]]:
+        """One task after another."""
+        made = []
+        for task, own in enumerate(zip(*(tensor.unbind() for tensor in parameters), strict=True)):
+            given = None if statistics is None else {name: (mean[task], var[task]) for name, (mean, var) in statistics.items()}
+            y, kept = self.run_one(own, x[task], None if weights is None else weights[task], given, keep)
+            if self.mixed:
+                _check_entries(y, x.shape[1])
+            made.append((y, kept))
+        stacked: tuple[Output, dict[str, Statistics]] = tree_map(lambda *tensors: torch.stack(tensors), *made)
+        return stacked
 
     def run_one(
         self,
@@ -238,34 +301,47 @@ class AdaptedModel:
                 )
         if not self._active:
             return function(*arguments)
-        masks: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
-        for layer, (of_weight, of_bias) in self._masks.items():
-            mask = self._fixed(layer, "masks", parameters) if of_weight is None else parameters[of_weight]
-            assert mask is not None
-            bias_mask = self._fixed(layer, "bias_masks", parameters) if of_bias is None else parameters[of_bias]
-            masks[layer] = mask, bias_mask
+        tasks = None if slots is None else len(parameters[0])
+        masks: dict[nn.Module, tuple[Tensor | None, ...]] = {
+            layer: tuple(
+                self._fixed(layer, kind, tasks) if position is None else parameters[position]
+                for kind, position in zip(layer._kinds(), positions, strict=True)
+            )
+            for layer, positions in self._masks.items()
+        }
         return run_selected(self._active, GivenMasks(self.start, masks, slots, normalise), function, *arguments)
 
-    def _fixed(self, layer: MaskedLayer, kind: str, parameters: Sequence[Tensor]) -> Tensor | None:
-        """A mask that is not adapted, of a layer whose other one is."""
+    def _fixed(self, layer: MaskedLayer, kind: str, tasks: int | None) -> Tensor | None:
+        """A mask that is not adapted, of a layer whose other one is; where several tasks run as one batch, for each of them."""
         tensors = layer._dicts().get(kind)
         if tensors is None:
             return None
         mask = tensors._tensor(escape(self.start)) if isinstance(self.start, str) else self._combined(layer, kind)
-        return mask.expand(len(parameters[0]), *mask.shape) if self.mixed else mask
+        return mask if tasks is None else mask.expand(tasks, *mask.shape)
 
     def _slots_of(self, count: int, samples: int, device: torch.device) -> Tensor:
-        """``K`` samples of each of ``T`` tasks; kept for the next call, which mostly asks for the same."""
+        """``K`` samples of each of ``T`` tasks; kept for the next calls, which mostly ask for the same."""
         # They are made on a stream: another has not waited for it.
         stream = current_stream(device)
         wanted = count, samples, device, None if stream is None else stream.stream_id
-        found = self._slots
-        if found is None or found[0] != wanted:
+        found = self._slots.get(wanted)
+        if found is None:
             with torch.inference_mode(False):
                 tasks = torch.arange(count, device=device)
-                found = wanted, tasks.repeat(samples) if self._by_sample else tasks.repeat_interleave(samples)
-            self._slots = found  # whole: another thread may ask for other sizes
-        return found[1]
+                found = tasks.repeat(samples) if self._by_sample else tasks.repeat_interleave(samples)
+            self._slots = {**dict(list(self._slots.items())[-KEPT_SLOTS:]), wanted: found}  # whole: another thread may do so too
+        return found
+
+
+def _check_entries(y: Output, samples: int) -> None:
+    if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != samples:
+        got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise RuntimeError(f"the model must give a tensor with an entry for each of its {samples} samples, got {got}")
+
+
+def _takes_tasks(layer: MaskedLayer) -> bool:
+    """True if a layer can run several tasks, each with logits of its own, as one batch."""
+    return layer.stacks_tasks if isinstance(layer, GroupedLayer) else not isinstance(layer, ReadThrough)
 
 
 def _joined(path: str, name: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..nn.batch_norm import TaskBatchNorm2d
 from ..nn.context import selection_of
+from ..nn.given import GivenNorm, given_to
 from ..nn.paths import plain_modules
 from ..nn.selection import GivenMasks
 from ..torch_private import BatchNorm, InstanceNorm
@@ -24,6 +25,8 @@ class _MetaBatchNorm(BatchNorm):
     """A batch norm that asks the meta-learner what to do while that runs the model, and is torch's otherwise."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling() and isinstance(given := given_to(self), GivenNorm):
+            return given.normalise(self, input)
         selection = selection_of(self)
         return selection.normalise(self, input) if isinstance(selection, GivenMasks) else super().forward(input)
 
@@ -58,11 +61,12 @@ def prepare(model: nn.Module, policy: str) -> dict[nn.Module, str]:
     found: dict[nn.Module, str] = {}
     for name, module in plain_modules(model):
         if isinstance(module, InstanceNorm) and module.track_running_stats:
-            raise ValueError(f"the tasks would all update the statistics of {name!r}: use track_running_stats=False there")
+            raise ValueError(f"track_running_stats of {name!r} must be False, got True: all tasks would update its statistics")
         if not isinstance(module, BatchNorm):
             continue
         if not (type(module) in _TYPES or isinstance(module, (_MetaBatchNorm, TaskBatchNorm2d))):
-            raise ValueError(f"batch norm must be torch's BatchNorm1d, 2d or 3d or TaskBatchNorm2d, got {type(module)} at {name!r}")
+            kind = type(module).__name__
+            raise ValueError(f"batch norm must be torch's BatchNorm1d, 2d or 3d or TaskBatchNorm2d, got a {kind} at {name!r}")
         if policy == "frozen" and not module.track_running_stats:
             raise ValueError(f"batch_norm='frozen' needs running statistics, and {name!r} has none")
         found[module] = name

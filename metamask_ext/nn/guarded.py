@@ -8,6 +8,7 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import stored_as
 from ..torch_private import in_transform, tensor_without_memory, tree_leaves, tree_map, without_torch_function
 
 T = TypeVar("T")
@@ -170,3 +171,13 @@ def raise_taken(layer: nn.Module, name: str) -> NoReturn:
         f"{name} of {type(layer).__name__} depends on the task: prune, weight_norm, spectral_norm and parametrize would take that "
         "of the active one for the parameter. Use metamask_ext.merge(model, task) first"
     )
+
+
+def refuse_quantised(layer: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """Refuse a quantised tensor in the place of a masked layer's weight or bias: its values cannot be masked, nor trained."""
+    stored = None if param is None else stored_as(param)
+    if stored is not None:
+        raise TypeError(
+            f"{name} of {type(layer).__name__} cannot be quantised ({type(param).__name__}, {stored}) below its masks: quantise "
+            "what metamask_ext.merge(model, task) gives"
+        )

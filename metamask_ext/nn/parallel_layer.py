@@ -65,10 +65,10 @@ class ParallelLayer(TaskLayer):
         CHANGES.note()
 
     def _masks_to_follow(self, name: str) -> TaskDict | None:
-        """The masks of ``weight`` or ``bias``; None where there are none, or where they move on their own: under fully_shard."""
-        if name not in ("weight", "bias") or self._is_fsdp_managed_module or "masks" not in self._modules:
+        """The masks of a parameter; None where there are none, or where they move on their own: under fully_shard."""
+        if self._is_fsdp_managed_module:
             return None
-        masks: TaskDict | None = self._modules.get("masks" if name == "weight" else "bias_masks")
+        masks: TaskDict | None = self._modules.get("masks" if name == "weight" else f"{name}_masks")
         return masks
 
     def _drawn_beside(self, parameter: Tensor, dtype: torch.dtype, fill: Callable[[Tensor], object]) -> Tensor:

@@ -16,15 +16,17 @@ from ..ops.gate import compute_dtype
 from ..ops.shards import is_distributed, whole
 from ..torch_private import BatchNorm, disable_dynamo, distributes, fx_trace, synchronises, traced_attribute, traced_call
 from .context import AmbiguousTaskError
-from .given import given_to
+from .each_task import Call, run_each_task
+from .given import GivenNorm, GivenRows, given_to
 from .guarded import AmbiguousTensor, raise_taken
 from .names import DEFAULT_TASK
 from .pairing import Memo, NamedModules
 from .ranks import groups_of, of_first, placed_as
-from .selection import GivenMasks, Selection, Superposition, TaskBatch
+from .rows import formula_of
+from .selection import GivenMasks, Selection, Superposition, TaskBatch, along, check_samples
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
-from .using_task import run_each_task, using_task
+from .using_task import using_task
 
 _TAKEN = re.compile(r"_(orig|g|v)$")
 """The end of the names that torch's tools give to what they put in the place of a parameter."""
@@ -42,7 +44,7 @@ class PerTask(TaskLayer):
     ``module.weight`` is then the active task's ``weight``. In a mixed-task batch the samples of each task run through the module by
     themselves, one task after another.
 
-    A new task begins as ``reset_parameters`` of the plain module leaves it, or, where there is no such method, as the oldest task.
+    A new task begins as ``reset_parameters`` of the plain module leaves it or, without such a method, as a copy of the oldest task.
     The state dict of the plain module gives its values to every task.
     """
 
@@ -90,7 +92,9 @@ class PerTask(TaskLayer):
             return traced
         if torch.compiler.is_dynamo_compiling():
             given = given_to(self)
-            return _read_in_eager(self, name) if given is None else given[name]
+            if isinstance(given, GivenNorm):
+                return given.tensors[name]
+            return _read_in_eager(self, name) if given is None or isinstance(given, GivenRows) else given[name]
         try:
             return self._read(name, self._selected())
         except AmbiguousTaskError as error:
@@ -161,11 +165,16 @@ class PerTask(TaskLayer):
         # The class is made at run time.
         return _new, (self.plain_type,), self.__dict__
 
-    def forward(self, *inputs: object, **options: object) -> Output:
+    def forward(self, *inputs: Any, **options: Any) -> Output:
         if fx_trace._is_fx_tracing_flag and (traced := traced_call(self, *inputs, **options)) is not None:
             return traced
         if torch.compiler.is_dynamo_compiling():
-            run = _forward_in_eager if given_to(self) is None else type(self)._plain_forward
+            given = given_to(self)
+            if isinstance(given, GivenNorm):
+                return given.normalise(self, *inputs, **options)
+            if isinstance(given, GivenRows):
+                return self._forward_rows(given, *inputs, **options)
+            run = _forward_in_eager if given is None else type(self)._plain_forward
             return run(self, *inputs, **options)
         selected = self._selected()
         if isinstance(selected, str):
@@ -177,8 +186,8 @@ class PerTask(TaskLayer):
     def _forward_selected(self, input: Tensor, active: Selection) -> Output:
         if isinstance(active, TaskBatch):
             sample_dim = self._sample_dim(input)
-            active.check_input(self, input, sample_dim if active.dim else min(sample_dim, max(0, input.dim() - 1)))
-            return self._forward_batch(input, active)
+            batch = active.fitting(self, input, sample_dim if active.dim else min(sample_dim, max(0, input.dim() - 1)))
+            return self._forward_batch(input, batch)
         if isinstance(active, GivenMasks) and isinstance(self, BatchNorm):
             return active.normalise(self, input)
         if isinstance(active, Superposition) and self.training and self._has_buffers():
@@ -188,11 +197,24 @@ class PerTask(TaskLayer):
             )
         return self._plain_forward(input)
 
+    def _takes_rows(self) -> bool:
+        """True if a mixed-task batch can be a part of a compiled graph."""
+        return formula_of(self, self.plain_type) is not None
+
+    def _forward_rows(self, given: GivenRows, input: Tensor) -> Output:
+        sample_dim = self._sample_dim(input)
+        least = sample_dim if given.dim else min(sample_dim, max(0, input.dim() - 1))
+        check_samples(self, input, least, given.slots.shape[0], given.dim, given.guessed and given.several)
+        formula = formula_of(self, self.plain_type)
+        assert formula is not None  # the call asked _takes_rows
+        own = {name: tensor[given.slots] for name, tensor in given.tensors.items()}
+        return along(given.dim, lambda rows: formula(self, rows, own), input)
+
     def _plain_forward(self, *inputs: object, **options: object) -> Output:
         return super().forward(*inputs, **options)
 
     def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Output:
-        return run_each_task(self, batch, input, self._plain_forward)
+        return run_each_task(self, batch, Call([input], {}, {0: batch.dim}, batch.dim), self._plain_forward)
 
     def _sample_dim(self, input: Tensor) -> int:
         """The number of dimensions of one sample, at least: one of features, none where they are integers (tokens)."""

@@ -117,9 +117,6 @@ class _UsedElsewhere(Function):
         return grad, *(zeros() for zeros in ctx.zeros)
 
 
-_use_elsewhere: Callable[..., Tensor] = _UsedElsewhere.apply
-
-
 def _zeros_like(parameter: Tensor) -> Callable[[], Tensor]:
     """A function that makes zeros like a parameter whose memory may be given away meanwhile."""
     shape, dtype = parameter.shape, parameter.dtype
@@ -137,5 +134,6 @@ def used_elsewhere(output: object, parameters: list[nn.Parameter]) -> object:
     places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not parameters or not places:
         return output
-    leaves[places[0]] = _use_elsewhere(leaves[places[0]], *parameters)
+    apply: Callable[..., Tensor] = _UsedElsewhere.apply
+    leaves[places[0]] = apply(leaves[places[0]], *parameters)
     return tree_unflatten(leaves, spec)

@@ -36,6 +36,10 @@ class TaskBatch(Selection):
 
     dim = 0
     guessed = False
+    stated = False
+    """True if who runs the batch said along which dimension it lies."""
+    _copies: TaskBatch | None = None
+    """The batch with every sample repeated, where inputs may have that too."""
 
     def __init__(self, names: Sequence[str]):
         index: dict[str, int] = {}
@@ -48,10 +52,23 @@ class TaskBatch(Selection):
         self._groups: dict[torch.device, tuple[list[Tensor], Tensor]] = {}
         self._splits: dict[tuple[torch.device, tuple[bool, ...]], list[Tensor]] = {}
 
-    def along(self, dim: int, guessed: bool = False) -> TaskBatch:
+    def along(self, dim: int, guessed: bool = False, stated: bool = False) -> TaskBatch:
         """The same batch for layers that have it as dimension ``dim``; both share what is computed of it."""
         view = copy.copy(self)
-        view.dim, view.guessed = dim, guessed
+        view.dim, view.guessed, view.stated = dim, guessed, stated or self.stated
+        return view
+
+    @property
+    def repeats(self) -> bool:
+        """True if inputs may have every sample several times."""
+        return self._copies is not None
+
+    def repeated(self, times: int) -> TaskBatch:
+        """The same batch for inputs that may also have every sample ``times`` times, one after another."""
+        if times == 1:
+            return self
+        view = copy.copy(self)
+        view._copies = TaskBatch([name for position in self._positions.tolist() for name in [self.names[position]] * times])
         return view
 
     def positions(self, device: torch.device) -> Tensor:
@@ -87,9 +104,16 @@ class TaskBatch(Selection):
                 found = self._groups[device] = [part.to(device) for part in rows], order.argsort().to(device)
         return found
 
-    def check_input(self, layer: nn.Module, input: Tensor, sample_dim: int) -> None:
-        """RuntimeError unless ``input`` has a sample, of ``sample_dim`` dimensions, for each entry."""
+    def fitting(self, layer: nn.Module, input: Tensor, sample_dim: int) -> TaskBatch:
+        """The batch of the samples of ``input``: this one, or with every sample repeated.
+
+        RuntimeError unless ``input`` has a sample, of ``sample_dim`` dimensions, for each entry.
+        """
+        copies = self._copies
+        if copies is not None and input.dim() > sample_dim + self.dim and input.shape[self.dim] == copies.size != self.size:
+            return copies.along(self.dim, self.guessed).fitting(layer, input, sample_dim)
         check_samples(layer, input, sample_dim, self.size, self.dim, self.guessed and len(self.keys) > 1)
+        return self
 
 
 def along(dim: int, function: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
@@ -106,8 +130,8 @@ def check_samples(layer: nn.Module, input: Tensor, sample_dim: int, size: int, d
     batched = input.dim() > sample_dim + dim
     if dim and not batched:
         raise RuntimeError(
-            f"{type(layer).__name__} was called with an input of shape {list(input.shape)} inside a using_task block whose "
-            f"batch is the second dimension there: it has too few. {_ADVICE}"
+            f"{type(layer).__name__} was called inside a using_task block whose batch is the second dimension of its input: the "
+            f"input must have at least {sample_dim + 2} dimensions, got shape {list(input.shape)}. {_ADVICE}"
         )
     samples = input.shape[dim] if batched else 1
     if samples != size:
@@ -126,8 +150,8 @@ def check_samples(layer: nn.Module, input: Tensor, sample_dim: int, size: int, d
 
 def _rows_each(count: int) -> str:
     return (
-        f"If every sample has {count} rows, as in a beam search, name its task {count} times: [task for task in tasks for _ in "
-        f"range({count})] (for an encoder, which sees each sample once, in a block of its own)"
+        f"If every sample has {count} rows, as in a beam search, name its task {count} times: "
+        f"using_task(model, tasks, repeat={count})"
     )
 
 
@@ -135,9 +159,9 @@ _ADVICE = "Another dimension: using_task(..., batch_dim=0) or batch_dim=1, for t
 
 
 class Superposition(Selection):
-    """A mixture of tasks: ``theta = W * sum_t alpha_t g(M_t)``, for all samples alike.
+    """A superposition of tasks: ``theta = W * sum_t alpha_t g(M_t)``, the same for all samples.
 
-    What belongs to tasks in other layers (heads, batch-norm statistics) is mixed with the same ``alpha``.
+    Tensors of tasks in other layers (heads, batch-norm statistics) are combined with the same ``alpha``.
     """
 
     def __init__(self, amounts: Mapping[str, float | Tensor]):
@@ -159,7 +183,7 @@ class Superposition(Selection):
 
 
 class ObservedSuperposition(Superposition):
-    """A superposition whose maker computes the mixtures itself, and sees the input and output of every masked layer.
+    """A superposition whose maker combines the masks itself, and sees the input and output of every masked layer.
 
     Args:
         amounts: the coefficients ``alpha_t`` by task.
@@ -183,7 +207,8 @@ class GivenMasks(Selection):
     Args:
         start: stands for the layers that get no mask here, and for what else belongs to tasks: the name of a task, or a
             superposition.
-        masks: for a layer the logits of weight and bias: tensors ``[*shape]`` for all samples, or with ``slots`` ``[T, *shape]``.
+        masks: for a layer the logits of its masked parameters (of weight and bias): tensors ``[*shape]`` for all samples, or with
+            ``slots`` ``[T, *shape]``.
         slots: int64 ``[B]``, which of ``T`` masks a sample uses; None: all samples use the same.
         normalise: computes a batch norm in the place of its own forward.
     """
@@ -191,7 +216,7 @@ class GivenMasks(Selection):
     def __init__(
         self,
         start: str | Superposition,
-        masks: Mapping[nn.Module, tuple[Tensor, Tensor | None]],
+        masks: Mapping[nn.Module, tuple[Tensor | None, ...]],
         slots: Tensor | None,
         normalise: Callable[[BatchNorm, Tensor], Tensor],
     ):

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ContextDecorator
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,13 @@ class using_task(ContextDecorator):
 
     A sequence names a task for each sample of a mixed-task batch: sample ``b``, entry ``b`` of the batch dimension of every layer's
     input (the first one, see ``batch_dim``), uses the masks of ``task[b]``. Tasks may come in any order and repeat. Inside such a
-    block a layer's ``mask_logits``, and the masked ``weight`` of layers that other code reads past forward, cannot be read: it is
-    ambiguous.
+    block, reading a layer's ``mask_logits``, or the masked ``weight`` of a layer that other code reads past forward, raises an
+    error: several tasks have one each.
 
     Blocks nest; the inner one wins for the layers of its model. ``model`` may be any module that holds the layers: the model, a
-    wrapper around it (``DistributedDataParallel``, ``torch.compile``) or one block. Threads do not inherit the block they are
-    started in: enter it in the thread. A model with a single task needs no block. One object may be entered again, also by several
-    threads at once, and decorates plain functions (not coroutines and generators: open the block inside those).
+    wrapper around it (``DistributedDataParallel``, ``torch.compile``) or a part of it. A thread does not inherit the block in which
+    it is started: open one in the thread. A model with a single task needs no block. One object may be entered again, also by
+    several threads at once, and decorates plain functions (not coroutines and generators: open the block inside those).
 
     Non-reentrant activation checkpoints (``use_reentrant=False``) recompute under the task of their forward, wherever backward is
     called. Inside other code that runs forwards during a backward (reentrant checkpoints, adjoint methods), open the block there.
@@ -43,31 +43,44 @@ class using_task(ContextDecorator):
         batch_dim: of a mixed-task batch, the dimension of samples in the inputs of the layers. 0: ``[B, ..., in]``. 1:
             ``[L, B, ..., in]``, a sequence first. None: 1 for layers below modules that have ``batch_first=False`` (nearest one
             counts; ``torch.nn``'s transformers, ``MultiheadAttention``, recurrent and custom modules) and 0 for all others. In a
-            model that has both, an input of another layer that may be either, because both dimensions have the batch's size, is
-            refused when it comes. For a part of a model with another dimension, open a block of its own inside:
+            model with such modules, a layer outside them refuses an input whose first two dimensions both have the batch's size.
+            For a part of a model with another dimension, open a block of its own inside:
             ``using_task(model.encoder, task, batch_dim=1)``.
+        repeat: of a mixed-task batch, how often a model repeats every sample by itself, copies side by side: ``num_beams``, or
+            ``num_return_sequences``, of ``generate``. An input with as many rows as ``task`` takes the names as they are (an
+            encoder's), one with ``repeat`` times as many takes each name ``repeat`` times, one after another.
 
     Raises:
         TypeError: ``task``, or an entry, is neither name nor slot, or a tensor is not int64.
         ValueError: ``model`` has no masked layer, a task is unknown to one of them, a slot is out of range or of a removed task,
-            or a tensor is not one-dimensional; ``batch_dim`` is not None, 0 or 1; it is None, and a layer is used both below a
-            module with ``batch_first=False`` and elsewhere.
+            or a tensor is not one-dimensional; ``repeat`` is below 1; ``batch_dim`` is not None, 0 or 1; it is None, and a layer is
+            used both below a module with ``batch_first=False`` and elsewhere.
         RuntimeError: from a layer whose input has another number of samples than ``task``, or too few dimensions.
     """
 
-    def __init__(self, model: nn.Module, task: str | Sequence[str | int] | Tensor | Selection, batch_dim: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        task: str | Sequence[str | int] | Tensor | Selection,
+        batch_dim: int | None = None,
+        *,
+        repeat: int = 1,
+    ):
         if batch_dim is not None and (isinstance(batch_dim, bool) or batch_dim not in (0, 1)):
             raise ValueError(f"batch_dim must be None, 0 or 1, got {batch_dim!r}")
+        if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
+            raise ValueError(f"repeat must be an integer of at least 1, got {repeat!r}")
         self._model = model
         task = plain(task)
         self._task: str | Selection = task if isinstance(task, (str, Selection)) else batch_of(model, task)
         self._views: dict[nn.Module, TaskBatch] = {}
         """For layers whose samples do not simply lie along the first dimension, the batch as they see it."""
         if isinstance(self._task, TaskBatch):
+            self._task = self._task.repeated(repeat)
             if batch_dim is None:
                 self._views = batch_views(model, self._task)
             else:
-                self._task = self._task.along(batch_dim)
+                self._task = self._task.along(batch_dim, stated=True)
         self._keys()
 
     def _keys(self) -> Mapping[nn.Module, Key]:
@@ -97,22 +110,6 @@ class using_task(ContextDecorator):
 
     def __exit__(self, *error: object) -> None:
         close_block(self)
-
-
-def run_each_task(layer: nn.Module, batch: TaskBatch, input: Tensor, function: Callable[[Tensor], Any]) -> Any:
-    """``function`` of the samples of each task by themselves, in the block of that task, put together in the batch's order."""
-    # Of no sample: any task gives the shape.
-    names = batch.names or [next(iter(task_layers(layer)[0][1]._task_dict()))]
-    if len(names) == 1:
-        with using_task(layer, names[0]):
-            return function(input)
-    # The samples stay along their dimension: the module may have a batch_first of its own.
-    groups, back = batch.groups(input.device)
-    parts = []
-    for name, rows in zip(names, groups, strict=True):
-        with using_task(layer, name):
-            parts.append(function(input.index_select(batch.dim, rows)))
-    return torch.cat(parts, batch.dim).index_select(batch.dim, back)
 
 
 def batch_of(model: nn.Module, given: Sequence[str | int] | Tensor) -> TaskBatch:
@@ -159,7 +156,7 @@ def _name_of(slots: list[str | None], entry: object, position: int) -> str:
     name = slots[slot]
     if name is None:
         known = describe(name for name in slots if name is not None)
-        raise ValueError(f"task[{position}] is slot {slot}, whose task was removed; the model has {known}")
+        raise ValueError(f"task[{position}] must be the slot of a task, got {slot}, whose task was removed; the model has {known}")
     return name
 
 
@@ -171,6 +168,6 @@ def _check_same_slots(model: nn.Module, batch: TaskBatch) -> None:
         for task, key in zip(batch.names, batch.keys):
             if slots.get(key) != numbers[key]:
                 raise ValueError(
-                    f"the layers of the model count their tasks differently: task {task!r} is slot {numbers[key]} of "
-                    f"{first_name or 'the model'!r} and {slots.get(key)} of {name or 'the model'!r}. Give names"
+                    f"task must be names, got slots: the layers of the model count their tasks differently: task {task!r} is slot "
+                    f"{numbers[key]} of {first_name or 'the model'!r} and {slots.get(key)} of {name or 'the model'!r}"
                 )

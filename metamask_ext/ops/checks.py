@@ -456,11 +456,30 @@ def check_dense(**arguments: object) -> None:
                 got, instead = "a nested one", "pad it (torch.nested.to_padded_tensor), or give its parts one by one"
             elif tensor.is_quantized:
                 got, instead = f"a quantised one, {tensor.dtype}", f"use {which}.dequantize()"
+            elif (stored := stored_as(tensor)) is not None:
+                got, instead = f"a quantised one, {type(tensor).__name__} ({stored})", f"use {which}.dequantize()"
             elif tensor.layout is not torch.strided:
                 got, instead = f"one of layout {tensor.layout}", f"use {which}.to_dense()"
             else:
                 continue
             raise TypeError(f"{which} must be a dense tensor, got {got}: {instead}")
+
+
+def stored_as(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of the integers, or floating-point numbers of 8 bits, in which a tensor of another dtype keeps its values.
+
+    So do torchao's quantised weights: they say that they are float32, and are made of tensors of int8. None for others.
+    """
+    if torch.compiler.is_compiling() or not torch_private.is_made_of_tensors(tensor) or tensor.is_nested:
+        return None
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # what tensors made of others have
+    for part in (getattr(tensor, name) for name in names):
+        stored = stored_as(part)
+        if stored is None and (part.dtype.itemsize < 2 or not part.is_floating_point()):
+            stored = part.dtype
+        if stored is not None:
+            return stored
+    return None
 
 
 def check_layer_input(input: object, device: torch.device) -> None:

@@ -123,8 +123,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"loss must be a scalar where no gradient is given, got shape {list(loss.shape)}")
         if is_scaled(loss.grad_fn):
             raise ValueError(
-                "loss is scaled by a GradScaler, whose factor the step would not take out again. Give the unscaled loss (bfloat16 "
-                "needs no scaling); or call scaler.scale(loss).backward() and scaler.step(optimizer)"
+                "loss must not be scaled, got one that a GradScaler scaled: the step would not take its factor out again. Give the "
+                "unscaled loss (bfloat16 needs no scaling), or call scaler.scale(loss).backward() and scaler.step(optimizer)"
             )
         nodes = self._fused_nodes(loss.grad_fn)
         try:
@@ -158,8 +158,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[StateDict]:
-        """The parameter groups, with the parameters that the model has now: so for whoever reads them before a step, as
-        ``GradScaler.unscale_`` and the clipping of gradients do."""
+        """The parameter groups, with the parameters that the model has now, also for code that reads them before a step
+        (``GradScaler.unscale_``, gradient clipping)."""
         if self.__dict__.get("_changes", CHANGES.count) != CHANGES.count:
             self._find_new_tasks()
         return self._groups
@@ -184,10 +184,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """As torch's, but a state of parameters with other names, in another order, or of another optimiser is refused.
+        """Load a state as torch does, but refuse one of another optimiser, or of parameters with other names or in another order.
 
-        Names are those of the plain model; those that torch gives the parameters of the wrapped one (``_orig_mod.…``), as earlier
-        versions saved them, are read too.
+        Names are those of the plain model. The names that torch gives the parameters of a wrapped model (``_orig_mod.…``), as
+        earlier versions saved them, are read too.
         """
         self._find_new_tasks()
         state_dict = self._by_plain_names(state_dict)
@@ -195,13 +195,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             missing = [option for option in self._options if option not in theirs]
             if missing:
                 raise ValueError(
-                    f"state_dict is of another optimiser than {type(self).__name__}: group {index} has no {', '.join(missing)}"
+                    f"state_dict must be that of a {type(self).__name__}, got one whose group {index} has no {', '.join(missing)}"
                 )
             names = theirs.get("param_names")
             if names is not None and names != ours["param_names"]:
                 differing = set(names) ^ set(ours["param_names"])
                 which = f"{sorted(differing)} are in one only" if differing else "the order differs"
-                raise ValueError(f"state_dict has other parameters in group {index} than the model: {which}")
+                raise ValueError(f"state_dict must have the model's parameters in group {index}, got others: {which}")
         super().load_state_dict(state_dict)
         _keep_outside(self)
         self._remember()

@@ -50,7 +50,7 @@ class MaskUse:
                 for tensors in layer._dicts().values():
                     for key, parameter in tensors._parameters.items():
                         groups = () if parameter is None else _groups(parameter, wrappers)
-                        if parameter is not None and groups:
+                        if groups and parameter is not None:
                             shared.setdefault(groups, []).append((parameter, key in used))
         self.forget()
         for groups, found in shared.items():

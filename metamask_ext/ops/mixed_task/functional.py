@@ -1,12 +1,13 @@
 """Layers for mixed-task batches: every sample uses the mask of its own task.
 
 ``theta_t = W * g(M_t)``. Source: C. Blum and A. Law, EE5239 project proposal (2020), eq. 3, one ``theta_M`` per task; that each
-sample of a batch names its task is ours. All functions can be differentiated any number of times, by autograd and by torch.func.
+sample of a batch names its task is this library's addition. All functions can be differentiated any number of times, by autograd
+and by torch.func.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -42,11 +43,9 @@ from ..gate import resolve_gate
 from ..geometry import Geometry, im2col, resolve_geometry
 from ..shards import is_distributed, masked_linear_of_shards
 from ..weight.functional import theta_list
-from . import raw, reference
-from .autograd import Call, TaskMaskedLinear
+from . import autograd, raw, reference
 
 Masks = Tensor | Sequence[Tensor]
-_apply: Callable[..., Tensor] = TaskMaskedLinear.apply
 
 
 def task_masked_linear(
@@ -63,7 +62,7 @@ def task_masked_linear(
 ) -> Tensor:
     """``y_b = x_b @ (W * g(M_t)).T + b * g(M_b,t)`` with ``t = slots[b]``: a linear layer for a mixed-task batch.
 
-    Nothing of the size ``T x out x in`` or ``B x out x in`` is made, forward or backward, but the gradients of the masks.
+    Neither forward nor backward allocates ``T x out x in`` or ``B x out x in`` elements, except for the gradients of the masks.
 
     Args:
         input: ``x``, ``[B, ..., in]``.
@@ -93,6 +92,24 @@ def task_masked_linear(
         own = partial(_of_shards, gate_id=gate_id, gate_param=gate_param)
         return masked_linear_of_shards(own, input, weight, given, bias, given_bias, slots)
     return _linear(input, slots, weight, given, bias, given_bias, gate_id, gate_param, 1)
+
+
+def task_linear(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    stack: Tensor,
+    bias: Tensor | None,
+    bias_stack: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+) -> Tensor:
+    """:func:`task_masked_linear` of stacks ``[T, ...]`` with a resolved gate; or, on the CPU, with ``IDENTITY`` for one.
+
+    The stacks are then weights and biases that differ by task, and ``weight`` and ``bias`` factors of theirs: ``y_b = x_b @ (F *
+    W_t).T + F_b * b_t``.
+    """
+    return _linear(input, slots, weight, [stack], bias, None if bias_stack is None else [bias_stack], gate_id, gate_param, 1)
 
 
 def _of_shards(
@@ -127,9 +144,9 @@ def task_masked_conv2d(
 ) -> Tensor:
     """``y_b = conv2d(x_b, W * g(M_t)) + b * g(M_b,t)`` with ``t = slots[b]``: a convolution for a mixed-task batch.
 
-    It is :func:`task_masked_linear` over the patches of the input (``im2col``), which take ``kH * kW`` times its memory. On a GPU,
-    where the weights of all samples take no more memory than the patches (with ``groups=1``: where the output has at least as many
-    places as channels), it is one convolution whose groups are the samples instead.
+    It runs :func:`task_masked_linear` over the input's patches (``im2col``), which take ``kH * kW`` times its memory. On a GPU,
+    if the weights of all samples take no more memory than the patches (with ``groups=1``: if the output has at least as many
+    positions as channels), it runs one convolution whose groups are the samples instead.
 
     Args:
         input: ``x``, ``[B, C_in, H, W]``, or ``[C_in, H, W]`` with one slot.
@@ -294,8 +311,8 @@ def _kernel(
 ) -> Tensor:
     dtype = autocast_dtype(weight)
     if is_differentiated((input, weight, bias, *masks, *bias_masks)):
-        call = Call(gate_id, gate_param, groups, len(masks))
-        return _apply(call, dtype, input, slots, weight, bias, *masks, *bias_masks)
+        run = autograd.differentiable_task_masked_linear
+        return run(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups, dtype)
     return raw.task_masked_linear(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups, dtype)
 
 
