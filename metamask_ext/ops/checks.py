@@ -474,6 +474,8 @@ def stored_as(tensor: Tensor) -> torch.dtype | None:
         return None
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # what tensors made of others have
     for part in (getattr(tensor, name) for name in names):
+        if not isinstance(part, Tensor):  # a DTensor's mesh
+            continue
         stored = stored_as(part)
         if stored is None and (part.dtype.itemsize < 2 or not part.is_floating_point()):
             stored = part.dtype
