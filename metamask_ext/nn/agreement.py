@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from ..torch_private import disable_dynamo, wants_static_graph
+from ..torch_private import disable_dynamo
+from ..torch_private_distributed import wants_static_graph
 from .context import AmbiguousTaskError, Key, Owner
 from .ranks import check_same_tasks, groups_of, reduced, used_elsewhere
 from .task_dict import TaskDict
