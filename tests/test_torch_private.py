@@ -1,18 +1,14 @@
-"""torch's private symbols: each one that metamask_ext uses does what is needed of it, and none is used outside torch_private.py.
+"""torch's private symbols: each one that metamask_ext uses does what is needed of it.
 
 metamask_ext is imported in the tests only: where a symbol is gone, its import fails, and these tests still say which.
 """
 
 from __future__ import annotations
 
-import ast
-import re
 import sys
-from pathlib import Path
 
 import torch
-from support.paths import ROOT
-from support.pins import pinned, pins
+from support.pins import pins
 from torch.autograd import Function, forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -405,25 +401,6 @@ def test_dynamo_exception():
     assert issubclass(BackendCompilerFailed, TorchDynamoException)
 
 
-@pins("torch.nn.Module._is_fsdp_managed_module", "it marks the modules whose parameters fully_shard, or FSDP1, took over")
-def test_is_fsdp_managed_module():
-    from tempfile import TemporaryDirectory
-
-    from metamask_ext.torch_private import is_fsdp_managed, is_fsdp_root
-
-    folder = TemporaryDirectory()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder.name}/rendezvous", rank=0, world_size=1)
-    try:
-        model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-        assert not is_fsdp_managed(model) and not is_fsdp_managed(model[0])
-        torch.distributed.fsdp.fully_shard(model)
-        assert model[0]._is_fsdp_managed_module is True
-        assert is_fsdp_managed(model[0]) and is_fsdp_managed(model) and is_fsdp_root(model) and not is_fsdp_root(model[0])
-    finally:
-        torch.distributed.destroy_process_group()
-        folder.cleanup()
-
-
 @pins("torch.Tensor.grad_fn._saved_other", "it holds the factor by which a GradScaler scales a loss")
 def test_saved_other():
     scale = torch.ones(())
@@ -464,77 +441,3 @@ def test_named_members():
     assert not list(Noted.found(module[0]))
     list(module.modules())
     assert Noted.found is None
-
-
-# --- Which symbols there are, and where.
-
-PRIVATE = re.compile(r"_(?!_)\w*[a-z]\w*")
-TENSORS, MODULES = (set(dir(kind)) for kind in (torch.Tensor, torch.nn.Module))
-"""Attributes of tensors, and of modules: those are hooks for subclasses, as _load_from_state_dict."""
-
-
-def dotted(node: ast.AST) -> list[str]:
-    """``a.b.c`` as its parts; of another expression only the attributes behind it, after an empty part."""
-    if isinstance(node, ast.Attribute):
-        return [*dotted(node.value), node.attr]
-    return [node.id] if isinstance(node, ast.Name) else [""]
-
-
-def private_uses(path: Path) -> list[tuple[int, str]]:
-    """Private symbols of torch in a file: imported, reached from a module of torch, or an attribute of a tensor."""
-    tree, found = ast.parse(path.read_text()), []
-    of_torch = {"torch"}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] == "torch":
-                    of_torch.add(alias.asname or "torch")
-                    if any(map(PRIVATE.fullmatch, alias.name.split("."))):
-                        found.append((node.lineno, alias.name))
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "torch":
-            for alias in node.names:
-                of_torch.add(alias.asname or alias.name)
-                if any(map(PRIVATE.fullmatch, [*node.module.split("."), alias.name])) or node.module == "torch._C":
-                    found.append((node.lineno, f"{node.module}.{alias.name}"))
-    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and id(node) not in inner:
-            first, *rest = dotted(node)
-            private = {part for part in rest if PRIVATE.fullmatch(part)} - MODULES
-            from_torch = first in of_torch and (bool(private) or first == "_functorch" or "_C" in rest)
-            if from_torch or (first not in ("self", "cls") and TENSORS & private):
-                found.append((node.lineno, ".".join([first, *rest])))
-    return sorted(set(found))
-
-
-# The benchmark suite alone needs it; a test above pins it too.
-IN_BENCH = ("torch._dynamo.exc.TorchDynamoException",)
-
-
-def test_private_symbols_are_used_in_one_file_only():
-    found = []
-    for path in [*(ROOT / "bench").rglob("*.py"), *(ROOT / "metamask_ext").rglob("*.py")]:
-        name = str(path.relative_to(ROOT))
-        if name == "metamask_ext/torch_private.py" or name.startswith("metamask_ext/bench/"):
-            continue
-        allowed = IN_BENCH if name.startswith("bench/") else ()
-        found += [f"{name}:{line}: {symbol}" for line, symbol in private_uses(path) if symbol not in allowed]
-    assert not found, "private symbols of torch belong into metamask_ext/torch_private.py:\n" + "\n".join(found)
-
-
-def test_every_symbol_is_pinned():
-    """torch_private.py uses none that no test here knows."""
-    tree = ast.parse((ROOT / "metamask_ext/torch_private.py").read_text())
-    used = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and (
-            PRIVATE.fullmatch(node.attr) or dotted(node.value)[-1] in ("_functorch", "_autograd")
-        ):
-            used.add(node.attr)
-        elif isinstance(node, ast.ImportFrom) and re.search(r"\._", node.module or ""):
-            used |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and PRIVATE.fullmatch(node.value):
-            used.add(node.value)
-    modules = {"_functorch", "_autograd", "_C"}
-    assert used - modules <= pinned(), f"no test pins {sorted(used - modules - pinned())}"
-    assert {"_disable_dynamo", "maybe_current_level", "_forward_cls", "lazy_load_decompositions"} <= used, "the scan finds uses"

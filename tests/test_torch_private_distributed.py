@@ -23,6 +23,18 @@ def _alone():
 
 
 @pytest.mark.usefixtures("_alone")
+@pins("torch.nn.Module._is_fsdp_managed_module", "it marks the modules whose parameters fully_shard, or FSDP1, took over")
+def test_is_fsdp_managed_module():
+    from metamask_ext.torch_private_distributed import is_fsdp_managed, is_fsdp_root
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert not is_fsdp_managed(model) and not is_fsdp_managed(model[0])
+    dist.fsdp.fully_shard(model)
+    assert model[0]._is_fsdp_managed_module is True
+    assert is_fsdp_managed(model[0]) and is_fsdp_managed(model) and is_fsdp_root(model) and not is_fsdp_root(model[0])
+
+
+@pytest.mark.usefixtures("_alone")
 @pins("torch.distributed.fsdp.FSDPModule._get_fsdp_state", GROUPS)
 @pins("torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState._fsdp_param_groups", GROUPS)
 @pins("torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam._module_info", GROUPS)
@@ -30,7 +42,7 @@ def _alone():
 def test_groups_of_fully_shard():
     from torch.distributed.fsdp import fully_shard
 
-    from metamask_ext.torch_private import fsdp_places
+    from metamask_ext.torch_private_distributed import fsdp_places
 
     class Layer(nn.Module):
         def __init__(self):
@@ -61,7 +73,7 @@ def test_distribute_module_walks_through_a_module():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    from metamask_ext.torch_private import distributes
+    from metamask_ext.torch_private_distributed import distributes
 
     asked = []
 
@@ -81,7 +93,7 @@ def test_distribute_module_walks_through_a_module():
 def test_constructor_of_a_static_graph():
     from torch.nn.modules.module import register_module_module_registration_hook
 
-    from metamask_ext.torch_private import wants_static_graph
+    from metamask_ext.torch_private_distributed import wants_static_graph
 
     seen = []
 

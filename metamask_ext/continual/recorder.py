@@ -1,4 +1,4 @@
-"""Where a round's line goes: the metrics file, and TensorBoard where it is wanted."""
+"""The destinations of a round's line: the metrics file, and TensorBoard where it is wanted."""
 
 from __future__ import annotations
 

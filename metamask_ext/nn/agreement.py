@@ -1,4 +1,4 @@
-"""What the layers of several processes must agree about in a forward: the tasks that they use.
+"""Agreement of the layers of several processes, in a forward, about the tasks that they use.
 
 ``fully_shard`` adds up the gradients that a process has, in the order of its parameters, and asks nobody which those are: where
 process 0 used task a and process 1 task b, of one shape, the sum would be of both. ``DistributedDataParallel(static_graph=True)``
@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from ..torch_private import disable_dynamo, wants_static_graph
+from ..torch_private import disable_dynamo
+from ..torch_private_distributed import wants_static_graph
 from .context import AmbiguousTaskError, Key, Owner
 from .ranks import check_same_tasks, groups_of, reduced, used_elsewhere
 from .task_dict import TaskDict

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.shards import is_distributed
-from ..torch_private import distributes
+from ..torch_private_distributed import distributes
 from .names import escape
 from .pairing import Memo, NamedModules
 from .ranks import check_same_tasks, groups_of, of_first, placed_as

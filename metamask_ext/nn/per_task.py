@@ -14,7 +14,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..ops.gate import compute_dtype
 from ..ops.shards import is_distributed, whole
-from ..torch_private import BatchNorm, disable_dynamo, distributes, fx_trace, synchronises, traced_attribute, traced_call
+from ..torch_private import BatchNorm, disable_dynamo, fx_trace, synchronises, traced_attribute, traced_call
+from ..torch_private_distributed import distributes
 from .context import AmbiguousTaskError
 from .each_task import Call, run_each_task
 from .given import GivenNorm, GivenRows, given_to

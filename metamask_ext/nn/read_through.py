@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from ..torch_private import distributes, fx_trace, in_dispatch_mode, in_transform, reparametrises, saving_hook, traced_attribute
+from ..torch_private import fx_trace, in_dispatch_mode, in_transform, reparametrises, saving_hook, traced_attribute
+from ..torch_private_distributed import distributes
 from .context import AmbiguousTaskError
 from .guarded import AmbiguousTensor, ComputedTensor, raise_taken, refuse_quantised
 from .layers import MaskedConv2d, MaskedLinear

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from ..ops.shards import whole
-from ..torch_private import FsdpPlace, fsdp_places
+from ..torch_private_distributed import FsdpPlace, fsdp_places
 from .names import escape
 from .task_dict import TaskDict
 from .task_layer import TaskLayer

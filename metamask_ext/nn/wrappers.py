@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from ..torch_private import is_fsdp_managed, is_fsdp_root
+from ..torch_private_distributed import is_fsdp_managed, is_fsdp_root
 
 
 class _Wrappers:

@@ -1,4 +1,4 @@
-"""What the rows of the table in docs/guide/distributed.md share: a small model in float64, its data, the steps of one process."""
+"""The common part of the rows of docs/guide/distributed.md: a small model in float64, its data, the steps of one process."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ def replicated(rank, optimizer):
 
 
 def refusals(rank, optimizer):
-    """What cannot be distributed is refused before anything changes."""
+    """Packed tasks, heads of tasks and other tasks in each process are refused before anything changes."""
     packed = net()
     mm.MaskBank(packed).pack("b")
     before = {name: tensor.clone() for name, tensor in parameters(packed).items()}

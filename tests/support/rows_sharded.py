@@ -180,7 +180,7 @@ def added_by_some(rank, optimizer):
     before = {name: tensor.clone() for name, tensor in parameters(model).items()}
     refused(RuntimeError, "the processes differ in their tasks", lambda: mm.add_task(model, f"of rank {rank}"))
     refused(RuntimeError, "Give the module that fully_shard was called on", lambda: mm.add_task(shard(net(), "root")[0], "z"))
-    refused(ValueError, "exists", lambda: mm.add_task(model, "b"))
+    refused(ValueError, "name must be that of a new task", lambda: mm.add_task(model, "b"))
     assert mm.tasks(model) == list(rows.NAMES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in parameters(model).items())
     train(model, model, rank, fused(model, optimizer), rows.another_task_on_each_rank)
