@@ -29,9 +29,9 @@ def compile(model: M, **options: Any) -> M:
     with logits, one every packed task, and one the mixed-task batches of up to 1, 2, 4, 8, … tasks (those of one kind: logits, or
     bits). Heads and norms of a task are arguments too.
 
-    These break the graph, whatever ``fullgraph`` says, and run as with ``torch.compile(model)``: superpositions, what a
-    meta-learner adapts, batches of both packed tasks and others, mixed-task batches in models with tensors of tasks beside masks
-    (heads, norms) or with layers that have a forward of their own, batches that ``using_task`` lets repeat.
+    These break the graph, whatever ``fullgraph`` says, and run as with ``torch.compile(model)``: superpositions, what a meta-
+    learner adapts, batches of both packed tasks and others, mixed-task batches in models with tensors of tasks beside masks (heads,
+    norms) or with layers that run one task after another, batches that ``using_task`` lets repeat.
 
     Args:
         model: a module with masked layers. Compile it after they are all there (:func:`metamask_ext.convert`).
