@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-models models-page test-compiled test-instruction-sets bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel docs install-check clean
+.PHONY: help demo test test-models models-page test-compiled test-instruction-sets test-distributed test-executors test-engines bench lint \
+  format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel docs install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -72,6 +73,29 @@ test-instruction-sets: $(VENV)/.test  ## the core tests on every instruction set
 	  METAMASK_CPU_CAPABILITY=$$set $(BIN)/python -m pytest -q -n 2 -m "not once and not emulated" --threads 1,2 $(CORE) || exit 1; \
 	done
 
+# Environments of their own: what these packages need does not bind the others. Each has the torch that is given, and this package
+# built for it.
+ENGINE_VENVS ?= .venvs
+$(ENGINE_VENVS)/%/.made: $(SOURCES)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=77" "cmake>=3.22" ninja $(ENGINE_PACKAGES)
+	PATH="$(abspath $(@D))/bin:$$PATH" $(@D)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e \
+	  ".[experiments,$(ENGINE_EXTRAS)]"
+	touch $@
+
+$(ENGINE_VENVS)/executors/.made: ENGINE_EXTRAS = ray,dask,test
+$(ENGINE_VENVS)/engines/.made: ENGINE_EXTRAS = lightning,test
+$(ENGINE_VENVS)/engines/.made: ENGINE_PACKAGES = transformers accelerate
+$(ENGINE_VENVS)/avalanche/.made: ENGINE_EXTRAS = test
+$(ENGINE_VENVS)/avalanche/.made: ENGINE_PACKAGES = "avalanche-lib==0.6.0"
+
+test-executors: $(ENGINE_VENVS)/executors/.made  ## runs on Ray and Dask, with nodes and processes killed amid them; minutes
+	$(<D)/bin/python -m pytest tests/experiments/engine/test_clusters.py tests/docs/test_sweeps.py
+
+test-engines: $(ENGINE_VENVS)/engines/.made $(ENGINE_VENVS)/avalanche/.made  ## Lightning, transformers' Trainer and Avalanche
+	$(ENGINE_VENVS)/engines/bin/python -m pytest tests/integrations tests/experiments/engine/test_tracking.py tests/docs/test_engines.py
+	$(ENGINE_VENVS)/avalanche/bin/python -m pytest tests/integrations/test_avalanche.py tests/docs/test_engines.py
+
 bench: $(VENV)/.test  ## the benchmark suite, with its table and plot
 	$(BIN)/metamask bench --out $(OUT)/bench
 
@@ -93,6 +117,14 @@ types: $(VENV)/.test  ## mypy on metamask_ext
 
 emulate: $(VENV)/.test  ## the CUDA kernels on this machine's CPU, under the checker, and the emulator's own tests; needs nvcc, no GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m emulated tests/ops tests/emulator
+
+# Lightning is no part of the extra `test`: what needs it runs here alone.
+test-distributed: $(VENV)/.test  ## every row of docs/guide/distributed.md under torchrun, on 2 and 4 ranks; TaskLoop on Lightning Fabric
+	$(BIN)/python -c "import lightning" 2>/dev/null || $(PIP) --no-build-isolation -e ".[lightning]"
+	cd tests && for ranks in 2 4; do \
+	  PYTHONPATH=.. $(abspath $(BIN))/torchrun --standalone --nproc-per-node $$ranks -m support.torchrun || exit 1; \
+	done
+	$(BIN)/python -m pytest tests/distributed/test_fabric.py tests/distributed/test_guide.py
 
 faults: $(VENV)/.test  ## each call of a save and of a training loop fails, kills or is interrupted once; power failures; needs gcc
 	cd tests && $(abspath $(BIN))/python -m faults

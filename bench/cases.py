@@ -19,7 +19,7 @@ from .copy_bandwidth import (
     weight_against_copy,
 )
 from .layers import cnn, masked_linear, masked_weight
-from .meta import checkpoint_memory, fewshot_step, sine_step
+from .meta import checkpoint_memory, compiled_sine_step, fewshot_step, sine_step
 from .mixed_task import inference, mixed_task_linear, packed_forward
 from .models import bert_mini_step, resnet18_step, vit_tiny_step
 from .problem import Problem
@@ -146,13 +146,24 @@ def _tasks() -> list[Case]:
 
 # Tasks x samples of each to adapt to; ways x tasks x filters x queries of each class.
 SINE, FEWSHOT = (25, 10), (5, 4, 64, 15)
+ADAPT = ("weights", "all")
+"""What is adapted where it is not the masks."""
 
 
 def _meta() -> list[Case]:
     sine, fewshot = ("x".join(map(str, sizes)) for sizes in (SINE, FEWSHOT))
+    cases: list[tuple[str, str, Callable[[], Problem]]] = [
+        ("sine-step", sine, partial(sine_step, *SINE)),
+        *((f"sine-step-{adapt}", sine, partial(sine_step, *SINE, adapt)) for adapt in ADAPT),
+        ("compiled-sine-step", sine, partial(compiled_sine_step, *SINE)),
+        ("fewshot-step", fewshot, partial(fewshot_step, *FEWSHOT)),
+        *((f"fewshot-step-{adapt}", fewshot, partial(fewshot_step, *FEWSHOT, adapt)) for adapt in ADAPT),
+    ]
     return [
-        Case("meta", "sine-step", sine, partial(sine_step, *SINE), quick=True, processes=3, allocators=BOTH[:1]),
-        Case("meta", "fewshot-step", fewshot, partial(fewshot_step, *FEWSHOT), processes=3, allocators=BOTH[:1]),
+        *(
+            Case("meta", measure, shape, build, quick=measure == "sine-step", processes=3, allocators=BOTH[:1])
+            for measure, shape, build in cases
+        ),
         Case("meta", "checkpoint-memory", str(SINE[0]), partial(checkpoint_memory, SINE[0]), quick=True, quantities=True),
     ]
 

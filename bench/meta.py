@@ -1,8 +1,8 @@
-"""Problems of MAML steps that adapt the masks of a masked net: metamask, plain PyTorch and other libraries.
+"""Problems of MAML steps that adapt masks, weights or both of a masked net: metamask, plain PyTorch and other libraries.
 
-``vmap``: plain functions under ``torch.func.grad`` and ``torch.vmap``; ``loop``: one task after another with ``autograd.grad``;
-``higher`` and ``torchopt``: as these libraries are meant to be used, which is one task after another. They are taken from the
-folder in ``METAMASK_PEERS``, made by :data:`INSTALL`.
+``compiled-ours``: metamask, compiled by :func:`metamask_ext.compile`; ``vmap``: plain functions under ``torch.func.grad`` and
+``torch.vmap``; ``loop``: one task after another with ``autograd.grad``; ``higher`` and ``torchopt``: as these libraries are meant
+to be used, which is one task after another. They are taken from the folder in ``METAMASK_PEERS``, made by :data:`INSTALL`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+import metamask_ext
 from metamask_ext.meta import MAML
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
 from metamask_ext.nn.masked_layer import MaskedLayer
 
-from .problem import METAMASK, SEED, Contender, Problem, Work, gradient_of
+from .problem import COMPILED_OURS, METAMASK, SEED, Contender, Problem, Work, gradient_of
 
 PEERS = "METAMASK_PEERS"
 INSTALL = "pip install --no-deps --target DIR higher torchopt optree graphviz"
@@ -51,6 +52,10 @@ class Learned(NamedTuple):
         return Learned(*([t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for t in some] for some in self))
 
 
+ADAPTED = {"masks": ("masks",), "weights": ("shared", "rest"), "all": ("shared", "masks", "rest")}
+"""By the choice of :class:`metamask_ext.meta.MAML` the fields of :class:`Learned` that are adapted."""
+
+
 class Data(NamedTuple):
     """Samples of each task, ``[T, K, ...]``, with targets: to adapt to, and to be judged by."""
 
@@ -74,20 +79,17 @@ def sine_data(tasks: int, shots: int) -> Data:
     return Data(x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:])
 
 
-def sine_step(tasks: int, shots: int) -> Problem:
-    """Times steps of arXiv:1703.03400, section 5.1, on sine waves: 1-40-40-1, one inner step, second order."""
+def sine_step(tasks: int, shots: int, adapt: str = "masks") -> Problem:
+    """Times steps of arXiv:1703.03400, section 5.1, on sine waves: 1-40-40-1, one inner step, second order.
+
+    The other libraries adapt masks.
+    """
     torch.manual_seed(SEED)
     model, data = sine_net(), sine_data(tasks, shots)
-
-    def network(theta: Sequence[Tensor], rest: Sequence[Tensor], x: Tensor) -> Tensor:
-        x = F.linear(x, theta[0], theta[1]).relu()
-        x = F.linear(x, theta[2], theta[3]).relu()
-        return F.linear(x, theta[4], theta[5])
-
-    contenders, learned = _contenders(model, network, data, F.mse_loss, 0.5)
+    contenders, learned = _contenders(model, _sine_network, data, F.mse_loss, 0.5, adapt)
     exact, names = contenders[METAMASK].exact, contenders[METAMASK].results
     missing = {}
-    for name, step in (("higher", _higher_step), ("torchopt", _torchopt_step)):
+    for name, step in (("higher", _higher_step), ("torchopt", _torchopt_step)) if adapt == "masks" else ():
         library = _peer(name)
         if isinstance(library, str):
             missing[name] = library
@@ -95,6 +97,26 @@ def sine_step(tasks: int, shots: int) -> Problem:
         contenders[name] = Contender(step(library, learned, data, 0.5), exact, names)
     contenders = {name: replace(contender, work=_repeated(contender.work)) for name, contender in contenders.items()}
     return Problem(contenders, 40, missing, tolerance=1e-3)
+
+
+def compiled_sine_step(tasks: int, shots: int) -> Problem:
+    """Times the same steps of metamask, eager and with the whole meta-step as one graph."""
+    torch.manual_seed(SEED)
+    model, data = sine_net(), sine_data(tasks, shots)
+    found, _ = _contenders(model, _sine_network, data, F.mse_loss, 0.5, "masks")
+    exact, names = found[METAMASK].exact, found[METAMASK].results
+    own = copy.deepcopy(model)
+    maml = metamask_ext.compile(MAML(own, 0.5, adapt="masks"), fullgraph=True)
+    support, query = (data.x, data.y), (data.query_x, data.query_y)
+    compiled = _step(_learned(own), lambda: maml(F.mse_loss, support, query))
+    works = {METAMASK: found[METAMASK].work, COMPILED_OURS: compiled}
+    return Problem({name: Contender(_repeated(work), exact, names) for name, work in works.items()}, 40, tolerance=1e-3)
+
+
+def _sine_network(theta: Sequence[Tensor], rest: Sequence[Tensor], x: Tensor) -> Tensor:
+    x = F.linear(x, theta[0], theta[1]).relu()
+    x = F.linear(x, theta[2], theta[3]).relu()
+    return F.linear(x, theta[4], theta[5])
 
 
 def _repeated(work: Work) -> Work:
@@ -109,7 +131,7 @@ def _repeated(work: Work) -> Work:
     return repeated
 
 
-def fewshot_step(ways: int, tasks: int, filters: int, queries: int) -> Problem:
+def fewshot_step(ways: int, tasks: int, filters: int, queries: int, adapt: str = "masks") -> Problem:
     """Times a step of one-shot classification of 28 x 28 images with the four-block net of arXiv:1703.03400, section 5.2."""
     torch.manual_seed(SEED)
     blocks: list[nn.Module] = []
@@ -126,13 +148,13 @@ def fewshot_step(ways: int, tasks: int, filters: int, queries: int) -> Problem:
             x = F.max_pool2d(x.relu(), 2)
         return F.linear(x.flatten(1), theta[4], theta[5])
 
-    contenders, _ = _contenders(model, network, data, F.cross_entropy, 0.4)
+    contenders, _ = _contenders(model, network, data, F.cross_entropy, 0.4, adapt)
     # By the norm, and not tightly: a maximum or a ReLU may fall on two sides in float32 and float64.
     return Problem(contenders, 9 * filters, tolerance=1e-2)
 
 
 def _contenders(
-    model: nn.Module, network: Network, data: Data, loss_fn: Loss, inner_lr: float
+    model: nn.Module, network: Network, data: Data, loss_fn: Loss, inner_lr: float, adapt: str
 ) -> tuple[dict[str, Contender], Learned]:
     """Makes metamask, vmap and loop, and the parameters that all start from."""
     learned = _learned(model)
@@ -140,15 +162,15 @@ def _contenders(
 
     def exact() -> tuple[Tensor, ...]:
         double = learned.copy(torch.float64)
-        return _step(double, _looped(network, double, data.double(), loss_fn, inner_lr))()
+        return _step(double, _looped(network, double, data.double(), loss_fn, inner_lr, ADAPTED[adapt]))()
 
     own = copy.deepcopy(model)
-    maml = MAML(own, inner_lr, adapt="masks")
+    maml = MAML(own, inner_lr, adapt=adapt)
     support, query = (data.x, data.y), (data.query_x, data.query_y)
     works = {METAMASK: _step(_learned(own), lambda: maml(loss_fn, support, query))}
     for name, make in (("vmap", _mapped), ("loop", _looped)):
         parameters = learned.copy()
-        works[name] = _step(parameters, make(network, parameters, data, loss_fn, inner_lr))
+        works[name] = _step(parameters, make(network, parameters, data, loss_fn, inner_lr, ADAPTED[adapt]))
     return {name: Contender(work, exact, names) for name, work in works.items()}, learned
 
 
@@ -179,29 +201,40 @@ def _theta(shared: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
     return [weight * torch.sigmoid(mask) for weight, mask in zip(shared, masks)]
 
 
-def _mapped(network: Network, learned: Learned, data: Data, loss_fn: Loss, inner_lr: float) -> Callable[[], Tensor]:
-    shared, masks, rest = learned
+def _output(network: Network, learned: Learned, own: dict[str, list[Tensor]], x: Tensor) -> Tensor:
+    """Runs the net with a task's own tensors in the place of some."""
+    its = learned._replace(**own)
+    return network(_theta(its.shared, its.masks), its.rest, x)
 
-    def loss(masks: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss_fn(network(_theta(shared, masks), rest, x), y)
+
+def _mapped(
+    network: Network, learned: Learned, data: Data, loss_fn: Loss, inner_lr: float, adapted: tuple[str, ...]
+) -> Callable[[], Tensor]:
+    start = {kind: getattr(learned, kind) for kind in adapted}
+
+    def loss(own: dict[str, list[Tensor]], x: Tensor, y: Tensor) -> Tensor:
+        return loss_fn(_output(network, learned, own, x), y)
 
     def one(x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
-        grads = torch.func.grad(loss)(masks, x, y)
-        return loss([mask - inner_lr * grad for mask, grad in zip(masks, grads)], query_x, query_y)
+        grads = torch.func.grad(loss)(start, x, y)
+        stepped = {kind: [its - inner_lr * grad for its, grad in zip(start[kind], grads[kind])] for kind in adapted}
+        return loss(stepped, query_x, query_y)
 
     return lambda: torch.vmap(one)(*data).mean()
 
 
-def _looped(network: Network, learned: Learned, data: Data, loss_fn: Loss, inner_lr: float) -> Callable[[], Tensor]:
-    shared, masks, rest = learned
+def _looped(
+    network: Network, learned: Learned, data: Data, loss_fn: Loss, inner_lr: float, adapted: tuple[str, ...]
+) -> Callable[[], Tensor]:
+    start = {kind: getattr(learned, kind) for kind in adapted}
 
     def meta_loss() -> Tensor:
         losses = []
         for x, y, query_x, query_y in zip(*data):
-            inner = loss_fn(network(_theta(shared, masks), rest, x), y)
-            grads = torch.autograd.grad(inner, masks, create_graph=True)
-            adapted = [mask - inner_lr * grad for mask, grad in zip(masks, grads)]
-            losses.append(loss_fn(network(_theta(shared, adapted), rest, query_x), query_y))
+            inner = loss_fn(_output(network, learned, start, x), y)
+            grads = iter(torch.autograd.grad(inner, [its for kind in adapted for its in start[kind]], create_graph=True))
+            stepped = {kind: [its - inner_lr * next(grads) for its in start[kind]] for kind in adapted}
+            losses.append(loss_fn(_output(network, learned, stepped, query_x), query_y))
         return torch.stack(losses).mean()
 
     return meta_loss

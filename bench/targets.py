@@ -10,6 +10,7 @@ import torch
 from . import floors, grid
 from .cases import (
     ADAMW,
+    ADAPT,
     BANK_TASKS,
     BATCH_1,
     BOTH,
@@ -23,7 +24,7 @@ from .cases import (
     SMALL,
     TRAINING,
 )
-from .problem import METAMASK
+from .problem import COMPILED_OURS, METAMASK
 from .results_json import Results, Row
 
 NOT_MEASURED = "not measured"
@@ -36,7 +37,8 @@ class Target:
     Attributes:
         title: of its line in the table.
         measure, shapes: the cases.
-        ratio: ``"metamask/dense"``, at most ``limits``; another contender ``"<name>/metamask"``, at least ``limits``, or the
+        ratio: ``"metamask/dense"``, at most ``limits``; another contender ``"<name>/metamask"``, or
+            ``"metamask/compiled-ours"``, at least ``limits``, or the
             fastest of several, ``"<name> or <name>/metamask"``; or a quantity's name, at most ``limits``.
         limits: by allocator.
         each: whether each case must meet it, or their geometric mean.
@@ -64,7 +66,7 @@ class Target:
 
     @property
     def at_most(self) -> bool:
-        return not self.ratio.endswith(f"/{METAMASK}")
+        return not self.ratio.endswith((f"/{METAMASK}", f"/{COMPILED_OURS}"))
 
     def value(self, row: Row) -> float | None:
         """Returns its value in one row of the results; None if it was not measured."""
@@ -145,6 +147,7 @@ _PACKED, _FLOAT = "packed masks, every sample its own task", "mixed-task batch, 
 _FEW, _FIRST = _shapes(PACKED[:3]), _shapes(MIXED_TASK[:2])
 _BYTES = ("task-bytes", (str(FEW_TASKS),))
 _BANK = ("bank", (str(BANK_TASKS),))
+_FEWSHOT = "MAML step of a convolutional net, 5-way 1-shot, masks adapted, second order"
 _SINE = "MAML step on sine waves, masks adapted, second order", "sine-step", _shapes((SINE,))
 
 # A weight of fewer elements is small: there the call counts.
@@ -244,14 +247,28 @@ TARGETS: dict[str, list[Target]] = {
         Target("one-shot inference, LeNet-300-100", "one-shot-inference", _shapes((INFERENCE,)), "loop/metamask", _both(5)),
     ],
     "meta": [
-        Target(*_SINE, "vmap/metamask", _default(1.3)),
+        Target(*_SINE, "vmap/metamask", _default(2.0)),
         Target(*_SINE, "loop/metamask", _default(8)),
         Target(*_SINE, "higher/metamask", _default(12)),
         Target(*_SINE, "torchopt/metamask", _default(6)),
-        Target(
-            "the same of a convolutional net, 5-way 1-shot", "fewshot-step", _shapes((FEWSHOT,)), "vmap/metamask", _default(1.2)
+        *(
+            Target(f"the same, adapt={adapt!r}", f"sine-step-{adapt}", _shapes((SINE,)), "vmap/metamask", _default(1.5))
+            for adapt in ADAPT
         ),
-        Target("checkpoint=True", "checkpoint-memory", (str(SINE[0]),), "memory of 20 inner steps / of 1", _default(1.5)),
+        Target(
+            "the same, the whole meta-step compiled",
+            "compiled-sine-step",
+            _shapes((SINE,)),
+            "metamask/compiled-ours",
+            _default(1.3),
+        ),
+        Target(_FEWSHOT, "fewshot-step", _shapes((FEWSHOT,)), "vmap/metamask", _default(2.0)),
+        Target(_FEWSHOT, "fewshot-step", _shapes((FEWSHOT,)), "loop/metamask", _default(1.0)),
+        *(
+            Target(f"the same, adapt={adapt!r}", f"fewshot-step-{adapt}", _shapes((FEWSHOT,)), "vmap/metamask", _default(1.5))
+            for adapt in ADAPT
+        ),
+        Target("checkpoint=True", "checkpoint-memory", (str(SINE[0]),), "memory of 20 inner steps / of 1", _default(1.3)),
     ],
     "cuda": [
         Target("theta, share of copy bandwidth", "masked_weight-forward", _SQUARE, "copy/metamask", _default(0.85), each=True),

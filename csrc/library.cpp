@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "autograd/task_masked_linear.h"
 #include "cpu/capability.h"
 #include "cpu/panels.h"
 #include "cpu/products.h"
@@ -278,6 +279,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("masked_linear_backward_sgd_", torch::wrap_pybind_function_no_gil(&metamask::masked_linear_backward_sgd_));
   m.def("packed_masked_linear", torch::wrap_pybind_function_no_gil(&metamask::packed_masked_linear), arg("input"), arg("slots"),
         arg("weight"), arg("packed"), arg("bias"), arg("packed_bias"), arg("groups"), arg("dtype") = none);
+  m.def("differentiable_task_masked_linear", torch::wrap_pybind_function_no_gil(&metamask::differentiable_task_masked_linear),
+        arg("input"), arg("slots"), arg("weight"), arg("masks"), arg("bias"), arg("bias_masks"), arg("gate_id"), arg("gate_param"),
+        arg("groups"), arg("dtype") = none, "torch.ops.metamask.task_masked_linear with derivatives.");
   m.def("has_tangent", &metamask::has_tangent, arg("tensor"), "Whether forward-mode AD has given a tensor a tangent.");
   pybind11::enum_<metamask::cpu::Pass>(m, "Pass")
       .value("forward", metamask::cpu::Pass::kForward)

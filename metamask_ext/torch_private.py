@@ -25,6 +25,7 @@ from torch.fx import Proxy, Tracer, _symbolic_trace
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import register_parametrization
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -54,6 +55,29 @@ def is_untraceable(error: Exception) -> bool:
     """True for Dynamo's refusal of what it cannot put into one graph, an error that the traced code raises too."""
     errors = sys.modules.get("torch._dynamo.exc")
     return errors is not None and isinstance(error, errors.Unsupported)
+
+
+_has_any_global_hook = torch.nn.modules.module._has_any_global_hook
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """True if a call of the module may do more than its class's ``forward``, or something else: hooks, a compiled call."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def mark_dynamic(tensor: Tensor, dim: int) -> None:
+    """Let torch.compile make a graph for any size of a dimension at once, not after it has seen two. Without it: one more graph."""
+    import torch._dynamo  # slow, and there where something is compiled
+
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 current_graph_task = torch._C._current_graph_task_id
@@ -301,6 +325,77 @@ def is_fsdp_root(module: torch.nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
+def distributes(frame: FrameType) -> bool:
+    """True if the frame is that of ``distribute_module``, which hands each module below a layer to the partition of a layer."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and frame.f_code is tensor.distribute_module.__code__
+
+
+def wants_static_graph(frame: FrameType | None) -> bool:
+    """True if the frame is within the constructor of a DistributedDataParallel that was asked for a static graph.
+
+    The wrapper says so itself when all is done; hooks on all of its layers, in any case, would break compiled graphs.
+    """
+    while frame is not None and frame.f_code is not DistributedDataParallel.__init__.__code__:
+        frame = frame.f_back
+    return frame is not None and bool(frame.f_locals.get("static_graph"))
+
+
+class FsdpPlace(NamedTuple):
+    """A parameter that fully_shard holds: the group that gathers it, and what the group knows of it."""
+
+    group: Any
+    param: Any
+
+    def trained_dtypes(self) -> set[torch.dtype]:
+        """The dtypes of the parameters that the group trains; torch allows one."""
+        return {param.sharded_param.dtype for param in self.group.fsdp_params if param.sharded_param.requires_grad}
+
+    def add(self, module: torch.nn.Module, name: str, value: Tensor) -> None:
+        """Shard ``value``, a whole tensor, as this parameter is, register it in ``module``, and have the group gather it too.
+
+        ``fully_shard`` takes each module once: its list of parameters is the only way to one more.
+        """
+        like, group = self.param, self.group
+        if like._unsharded_dtensor_spec is not None:  # beside tensor parallelism
+            spec = like._unsharded_dtensor_spec
+            value = sys.modules["torch.distributed.tensor"].distribute_tensor(value, spec.mesh, spec.placements)
+        made = type(like)(
+            torch.nn.Parameter(value.to(group.device)),
+            type(like._module_info)(module, name),
+            like.mesh_info,
+            group.post_forward_mesh_info,
+            group.device,
+            (lambda parameter: like.fsdp_placement) if like.fsdp_placement.dim else None,
+            group.mp_policy,
+            group.offload_policy,
+        )
+        made.init_dtype_attrs(group.mp_policy)
+        group.fsdp_params.append(made)
+
+    def remove(self, module: torch.nn.Module, name: str) -> None:
+        """Let the group forget a parameter that :meth:`add` gave it."""
+        self.group.fsdp_params[:] = [
+            param
+            for param in self.group.fsdp_params
+            if (param._module_info.module, param._module_info.param_name) != (module, name)
+        ]
+
+
+def fsdp_places(model: torch.nn.Module) -> dict[tuple[torch.nn.Module, str], FsdpPlace]:
+    """The parameters that fully_shard holds, by module and name, of the modules below ``model`` that it was called on."""
+    found: dict[tuple[torch.nn.Module, str], FsdpPlace] = {}
+    for root in model.modules():
+        if is_fsdp_root(root):
+            state: Any = cast(Any, root)._get_fsdp_state()
+            for group in state._fsdp_param_groups:
+                for param in group.fsdp_params:
+                    info = param._module_info
+                    held = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names)]
+                    found |= dict.fromkeys(held, FsdpPlace(group, param))
+    return found
+
+
 def is_fake(tensor: Tensor) -> bool:
     """True if a tensor has a shape and no values, as under FakeTensorMode, which is slow to import and not imported for it."""
     fake = sys.modules.get("torch._subclasses.fake_tensor")
@@ -369,14 +464,16 @@ _WRAPPED = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
 }
+_WRAPPED_BY_OTHERS = {"lightning.fabric.wrappers._FabricModule": "_forward_module"}
 
 
 def wrapped_attribute(module: torch.nn.Module) -> str | None:
-    """The attribute in which one of torch's wrappers holds the module that it wraps; None for any other module.
+    """The attribute in which a wrapper of torch, or of Lightning Fabric, holds what it wraps; None for any other module.
 
     By the names of its classes: importing the wrappers takes seconds, and two of them are private.
     """
-    return next(filter(None, (_WRAPPED.get(f"{base.__module__}.{base.__qualname__}") for base in type(module).__mro__)), None)
+    names = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
+    return next(filter(None, (_WRAPPED.get(name) or _WRAPPED_BY_OTHERS.get(name) for name in names)), None)
 
 
 class RebuildingHook(NamedTuple):

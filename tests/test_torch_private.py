@@ -45,6 +45,46 @@ def test_disable_dynamo():
     assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
 
 
+@pins("torch.nn.modules.module._has_any_global_hook", "it finds hooks of all modules, which a call past a module would not run")
+def test_has_any_global_hook():
+    module = torch.nn.modules.module
+    assert not module._has_any_global_hook()
+    with module.register_module_forward_hook(lambda *_: None):
+        assert module._has_any_global_hook()
+
+
+@pins("torch.nn.Module._forward_hooks", "it finds hooks of a module, which a call past it would not run")
+def test_forward_hooks():
+    layer = torch.nn.Linear(1, 1)
+    layer.register_forward_hook(lambda *_: None)
+    layer.register_forward_pre_hook(lambda *_: None)
+    assert len(layer._forward_hooks) == len(layer._forward_pre_hooks) == 1
+
+
+@pins("torch.nn.Module._backward_pre_hooks", "it finds hooks of a module's backward, likewise")
+def test_hooks_of_a_modules_backward():
+    layer = torch.nn.Linear(1, 1)
+    layer.register_full_backward_hook(lambda *_: None)
+    layer.register_full_backward_pre_hook(lambda *_: None)
+    assert len(layer._backward_hooks) == len(layer._backward_pre_hooks) == 1
+
+
+@pins("torch._dynamo", "its maybe_mark_dynamic lets one graph take any number of tasks from the first call on")
+def test_maybe_mark_dynamic():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: x.sum(), backend=backend)
+    for size in (2, 3, 5):
+        x = torch.ones(size, 4)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        assert compiled(x) == 4 * size
+    assert len(graphs) == 1
+
+
 @pins("torch._C._current_graph_task_id", "it tells a recomputation inside a backward from a forward")
 def test_current_graph_task_id():
     seen = []

@@ -15,7 +15,9 @@
 
 namespace metamask {
 
-enum GateKind : int64_t { kSigmoid = 0, kHard = 1 };
+// kIdentity is no mask's gate: with it "logits" are weights that differ by task, and the shared weight a factor of theirs. Only
+// task_masked_linear on the CPU has it.
+enum GateKind : int64_t { kSigmoid = 0, kHard = 1, kIdentity = 3 };
 
 // A gate's value and derivatives at one logit.
 template <class T>
@@ -120,6 +122,7 @@ template <GateKind kind, class T>
 METAMASK_INLINE GateValues<T> gate_values(T m, T gate_param) {
   // gate_param_of (core/types.h) has turned the sigmoid's temperature into its inverse.
   if constexpr (kind == kSigmoid) return sigmoid_gate(m, gate_param);
+  else if constexpr (kind == kIdentity) return {m, T(1), T(0)};
   else return hard_gate(m, gate_param);
 }
 

@@ -74,6 +74,9 @@ struct TaskLinear {
   const TaskArguments& given;
   const Gate gate = given.gate;
   const int64_t out = given.weight.size(0), in = given.weight.size(1), bytes = given.weight.element_size(), groups = given.groups;
+  // Rows of x and of tiles are padded for gemm. Of one column, a tile is a vector, and padding would be most of the work.
+  const bool is_vector = in == 1;
+  const int64_t pad = is_vector ? 1 : kPad;
   const int64_t group_out = std::max<int64_t>(out / groups, 1);
   const ParamTypes types{type_of(given.weight.scalar_type()), given.masks.type}, bias_types{types.weight, given.bias_masks.type};
   const int64_t mask_bytes = bytes_of(types.mask), bias_mask_bytes = bytes_of(bias_types.mask);
@@ -156,7 +159,7 @@ struct TaskLinear {
   // one by one would cost more in calls than in arithmetic. So the padding is taken out of `read`, and put, as zeros, into
   // `written`.
   template <class Work>
-  static void each_piece(const Tile& tile, std::initializer_list<T*> read, std::initializer_list<T*> written, const Work& work) {
+  void each_piece(const Tile& tile, std::initializer_list<T*> read, std::initializer_list<T*> written, const Work& work) const {
     const bool whole = tile.columns == tile.in;
     for (T* t : read) {
       if (!whole || tile.tile_row == tile.in || t == nullptr) continue;
@@ -164,7 +167,7 @@ struct TaskLinear {
     }
     if (whole) work(tile.first * tile.in, 0, tile.rows * tile.in);
     else tile.each_piece(work);
-    const int64_t padding = round_up(tile.columns, kPad) - tile.columns;
+    const int64_t padding = round_up(tile.columns, pad) - tile.columns;
     for (T* t : written) {
       if (padding == 0 || t == nullptr) continue;
       for (int64_t i = tile.rows - 1; i >= 0; --i) {
@@ -200,9 +203,18 @@ struct TaskLinear {
   void multiply(const Tile& tile, int64_t task, const OrderedRows<T>& x, const T* t, T* y) const {
     const Segment& s = segments[task];
     each_group(tile, [&](int64_t group, int64_t row, int64_t n) {
+      if (is_vector) {
+        const T* const column = t + (row - tile.first);
+        for (int64_t i = s.begin; i < s.begin + s.rows; ++i) {
+          const T factor = x.data[i * x.row + group * x.group];
+          T* const to = y + i * out + row;
+          for (int64_t j = 0; j < n; ++j) to[j] += factor * column[j];
+        }
+        return;
+      }
       gemm_kernels<T>().gemm_nt(x.data + s.begin * x.row + group * x.group + tile.column, x.row,
                                 t + (row - tile.first) * tile.tile_row, tile.tile_row, y + s.begin * out + row, out, s.rows, n,
-                                round_up(tile.columns, kPad));
+                                round_up(tile.columns, pad));
     });
   }
 
@@ -210,9 +222,19 @@ struct TaskLinear {
   void gradient(const Tile& tile, int64_t task, const OrderedRows<T>& dy, const OrderedRows<T>& x, T* t) const {
     const Segment& s = segments[task];
     each_group(tile, [&](int64_t group, int64_t row, int64_t n) {
+      if (is_vector) {
+        T* const column = t + (row - tile.first);
+        std::fill_n(column, n, T(0));
+        for (int64_t i = s.begin; i < s.begin + s.rows; ++i) {
+          const T factor = x.data[i * x.row + group * x.group];
+          const T* const from = dy.data + i * dy.row + row;
+          for (int64_t j = 0; j < n; ++j) column[j] += factor * from[j];
+        }
+        return;
+      }
       gemm_kernels<T>().gemm_nn(
           dy.data + s.begin * dy.row + row, 1, dy.row, x.data + s.begin * x.row + group * x.group + tile.column, x.row,
-          t + (row - tile.first) * tile.tile_row, tile.tile_row, n, s.rows, round_up(tile.columns, kPad), false);
+          t + (row - tile.first) * tile.tile_row, tile.tile_row, n, s.rows, round_up(tile.columns, pad), false);
     });
   }
 
@@ -220,9 +242,19 @@ struct TaskLinear {
   void add_to_input(const Tile& tile, int64_t task, const OrderedRows<T>& dy, const T* t, const OrderedRows<T>& x, T* dx) const {
     const Segment& s = segments[task];
     each_group(tile, [&](int64_t group, int64_t row, int64_t n) {
+      if (is_vector) {
+        const T* const column = t + (row - tile.first);
+        for (int64_t i = s.begin; i < s.begin + s.rows; ++i) {
+          const T* const from = dy.data + i * dy.row + row;
+          T sum = 0;
+          for (int64_t j = 0; j < n; ++j) sum += from[j] * column[j];
+          dx[i * x.row + group * x.group] += sum;
+        }
+        return;
+      }
       gemm_kernels<T>().gemm_nn(dy.data + s.begin * dy.row + row, dy.row, 1, t + (row - tile.first) * tile.tile_row, tile.tile_row,
-                                dx + s.begin * x.row + group * x.group + tile.column, x.row, s.rows, n,
-                                round_up(tile.columns, kPad), true);
+                                dx + s.begin * x.row + group * x.group + tile.column, x.row, s.rows, n, round_up(tile.columns, pad),
+                                true);
     });
   }
 
@@ -259,14 +291,14 @@ struct TaskLinear {
   static at::Tensor shared_row(const at::Tensor& row) { return row.defined() ? row.to(kScalar<T>) : row; }
 
   at::Tensor forward(const at::Tensor& input) const {
-    const OrderedRows<T> x(input, segments, groups, in, kPad);
+    const OrderedRows<T> x(input, segments, groups, in, pad);
     at::Tensor y = at::empty({segments.rows, out}, input.options().dtype(kScalar<T>));
     if (y.numel() == 0) return y;
     const bool masked_bias = given.bias_masks.given();
     const at::Tensor plain_bias = masked_bias ? at::Tensor() : shared_row(given.bias);
     const T* const plain = data<T>("bias", plain_bias);
     const Panels panels = this->panels(1, kForwardRow);
-    const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
+    const int64_t tile_row = round_up(panels.columns, pad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = tile_size + round_up(panels.rows, kPad);
     T* y_data = mutable_data<T>("y", y);
     const bool blas = this->blas(Pass::kForward);
@@ -293,7 +325,7 @@ struct TaskLinear {
   }
 
   TaskGradients backward(const at::Tensor& grad, const at::Tensor& input, std::array<bool, 5> output_mask) const {
-    const OrderedRows<T> dy(grad, segments, 1, out, 1), x(input, segments, groups, in, kPad);
+    const OrderedRows<T> dy(grad, segments, 1, out, 1), x(input, segments, groups, in, pad);
     const bool has_bias = given.bias.defined(), masked_bias = given.bias_masks.given();
     Sum<T> dw(given.weight, output_mask[1]), db(given.bias, has_bias && output_mask[3]);
     TaskGradients made;
@@ -304,7 +336,7 @@ struct TaskLinear {
     const bool needs_g = output_mask[1] || output_mask[2], needs_bias = db_data != nullptr || made.bias_masks.given();
 
     const Panels panels = this->panels(2, kBackwardRow);
-    const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
+    const int64_t tile_row = round_up(panels.columns, pad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = 2 * tile_size + round_up(panels.rows, kPad);
     const bool blas = this->blas(Pass::kBackward);
     const int64_t dx_size = output_mask[0] && !blas ? segments.rows * x.row : 0;
@@ -351,10 +383,10 @@ struct TaskLinear {
 
   std::pair<at::Tensor, TaskGradients> double_backward(const TaskGradients& cotangents, const at::Tensor& grad,
                                                        const at::Tensor& input, std::array<bool, 6> output_mask) const {
-    const OrderedRows<T> dy(grad, segments, 1, out, 1), x(input, segments, groups, in, kPad);
+    const OrderedRows<T> dy(grad, segments, 1, out, 1), x(input, segments, groups, in, pad);
     const bool has_x = cotangents.input.defined(), has_parameters = cotangents.weight.defined() || cotangents.masks.given();
     std::optional<OrderedRows<T>> cx;
-    if (has_x) cx.emplace(cotangents.input, segments, groups, in, kPad);
+    if (has_x) cx.emplace(cotangents.input, segments, groups, in, pad);
     const bool has_bias = given.bias.defined(), masked_bias = given.bias_masks.given();
     const void* const a = data("cotangent_weight", cotangents.weight);
     const void* const a_bias = data("cotangent_bias", cotangents.bias);
@@ -377,7 +409,7 @@ struct TaskLinear {
     const bool needs_c = has_parameters && (output_mask[0] || output_mask[1]), needs_g = has_parameters && needs_w;
 
     const Panels panels = this->panels(4, kBackwardRow);
-    const int64_t tile_row = round_up(panels.columns, kPad), tile_size = panels.rows * tile_row;
+    const int64_t tile_row = round_up(panels.columns, pad), tile_size = panels.rows * tile_row;
     const int64_t scratch_size = 4 * tile_size + 2 * round_up(panels.rows, kPad);
     const int64_t dx_size = output_mask[1] ? segments.rows * x.row : 0;
     const Scratch<T> dx(panels.threads * dx_size);

@@ -194,7 +194,7 @@ struct TaskMaskedLinear {
   static TaskArguments checked(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, at::TensorList masks,
                                const OptionalTensor& bias, at::TensorList bias_masks, int64_t gate_id, double gate_param,
                                int64_t groups) {
-    check_gate(gate_id, gate_param);
+    if (gate_id != kIdentity || !weight.is_cpu()) check_gate(gate_id, gate_param);
     check_pair(weight, weight);
     TaskArguments arguments{
         slots, weight.contiguous(), {}, task_arrays("masks", "weight", masks, weight), {}, {GateKind(gate_id), gate_param}, groups,

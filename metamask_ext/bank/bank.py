@@ -13,6 +13,7 @@ from ..nn.names import describe, escape, plain
 from ..nn.selection import Superposition
 from ..nn.task_layer import task_layers
 from ..nn.using_task import using_task
+from ..nn.wrappers import check_whole
 from . import folder
 from .counts import Sums
 from .index import BankError
@@ -144,6 +145,7 @@ class MaskBank:
                 +inf (-inf is the probability 0); a task with NaN in its logits.
             RuntimeError: a layer got another number of samples than ``x`` has; a task was removed meanwhile.
         """
+        check_whole(self.model.modules(), "tasks cannot be inferred")
         return infer(self.model, x, method, per_sample, self._sums)
 
     def bytes_per_task(self, task: str) -> int:
@@ -176,6 +178,7 @@ class MaskBank:
                 Nothing has changed.
             OSError: the files cannot be written. The old bank is whole.
         """
+        check_whole(self.model.modules(), "a bank cannot be saved")
         with self._saving.held(lambda: BankError("a save of this bank is under way in this thread")):
             seen = self._seen if self._store is None else self._seen | {self._store.state}
             folder.save(self.model, directory, None if overwrite else seen, self._remember)

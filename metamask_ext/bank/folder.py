@@ -22,7 +22,7 @@ from ..nn.structure import structure
 from ..nn.task_dict import TaskDict
 from ..nn.task_layer import TaskLayer, task_layers
 from ..nn.tasks import masked_layers, slots
-from ..nn.wrappers import check_may_grow, check_not_sharded
+from ..nn.wrappers import check_may_grow, check_whole
 from ..ops.geometry import packed_shape
 from .export import BITS, LOGITS, STATE
 from .index import INDEX, BankError, JsonObject
@@ -100,7 +100,7 @@ def load(store: Store, model: nn.Module) -> None:
     for name, tensors in read.items():
         for each in kept:
             each.check(store, name, tensors)
-    check_not_sharded(model.modules(), "the tasks of a bank cannot be taken in")
+    check_whole(model.modules(), "the tasks of a bank cannot be taken in")
     modules = dict(plain_modules(model, remove_duplicate=False))
     made = any(not isinstance(modules[path], PerTask) for path in per_task)
     if made or any(each.makes_parameter(name, tensors) for name, tensors in read.items() for each in kept):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,14 +17,15 @@ from .. import products
 from .._info import build_info
 from ..experiments.catalogue import EXPERIMENTS, JobError, OptionError, settings_of
 from ..experiments.catalogue import run as run_experiment
-from ..experiments.engine.settings import as_json, to_toml
+from ..experiments.engine.settings import Changes, as_json, to_toml
 from ..experiments.report import report as write_report
 from ..experiments.suite import run_all
+from ..experiments.sweep import planned, sweep
 from ..files.atomic import prepare_folder, write_atomic
 from ..files.errors import OutputError
 from ..tuning import tune
 from .bank import app as bank
-from .terminal import fail, show
+from .terminal import fail, print_table, show
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,6 +61,14 @@ def list_experiments() -> None:
     show(("name", "what it does"), [(name, entry.summary) for name, entry in EXPERIMENTS.items()])
 
 
+def _one(name: str, sets: Sequence[str], quick: bool, config: Path | None, changes: Changes) -> dict[str, Any]:
+    """The changes with those of ``--set``, each with one value."""
+    runs = planned(name, sets, quick, config, changes)
+    if len(runs) > 1:
+        raise OptionError(f"--set gives {len(runs)} combinations of values: --multirun runs them all")
+    return runs[0].changes
+
+
 @app.command()
 def run(
     name: Annotated[str, typer.Argument(help="One of 'metamask list', or 'all'.", show_default=False, autocompletion=_completed)],
@@ -73,28 +83,50 @@ def run(
     rotated: Annotated[bool, typer.Option("--rotated", help="supsup: rotations, not permutations.")] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.", show_default=False)] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings as TOML, and run nothing.")] = False,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any setting, such as study.lr=0.01.", show_default=False),
+    ] = None,
+    multirun: Annotated[
+        bool, typer.Option("--multirun", help="Run every combination of the values of --set: NAME=VALUE,VALUE.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(help="Processes that compute; by default as many as cores.", show_default=False, min=1)
     ] = None,
-    tracking: Annotated[str | None, typer.Option(help="Also record the training: csv or tensorboard.", show_default=False)] = None,
+    executor: Annotated[str, typer.Option(help="What computes: local, ray, dask or module:factory.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of the cluster of Ray or Dask.", show_default=False)] = None,
+    gpus: Annotated[float, typer.Option(help="GPUs of each job on Ray, such as 0.25.", min=0)] = 0.0,
+    tracking: Annotated[
+        str | None,
+        typer.Option(
+            "--track", "--tracking", help="Record the training: csv, tensorboard, wandb or module:factory.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Run an experiment, or all. A killed run in OUT resumes; a finished one is shown; one with other settings is refused."""
     if name not in (*EXPERIMENTS, "all"):
         fail(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}, all", 2)
     # Only what was given: an experiment that lacks a setting refuses it.
     given = {"tasks": tasks, "steps": steps, "seeds": seeds, "rotated": rotated or None}
-    changes = {key: value for key, value in given.items() if value is not None}
-    if name == "all" and (changes or config or print_config):
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if name == "all" and (changes or config or print_config or sets or multirun):
         fail("'all' takes no settings: it runs every experiment with its own", 2)
+    how: dict[str, Any] = {"workers": workers, "executor": executor, "address": address, "gpus": gpus, "tracking": tracking}
     try:
+        if sets and not multirun:
+            changes = _one(name, sets, quick, config, changes)
         if print_config:
+            if multirun:
+                fail("--print-config shows the settings of one run, --multirun makes several", 2)
             typer.echo(to_toml(as_json(settings_of(name, quick, config, changes))), nl=False)
         elif out is None:
             fail("--out must be given: the folder of the run", 2)
         elif name == "all":
-            run_all(out, seed, quick, workers=workers, tracking=tracking)
+            run_all(out, seed, quick, **how)
+        elif multirun:
+            print_table(sweep(name, out, sets or [], seed, quick, config=config, **how, **changes))
         else:
-            run_experiment(name, out, seed, quick, config=config, workers=workers, tracking=tracking, **changes)
+            run_experiment(name, out, seed, quick, config=config, **how, **changes)
     except OptionError as error:
         fail(error, 2)
     except (OutputError, ImportError, JobError) as error:

@@ -25,7 +25,12 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         for row in rows:
             typer.echo(row[0])
         return
-    table = Table(*columns)
-    for row in rows:
+    print_table([columns, *rows])
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, on a terminal or not; the first row is its head."""
+    table = Table(*rows[0])
+    for row in rows[1:]:
         table.add_row(*map(Text, row))
-    console.print(table)
+    Console().print(table)

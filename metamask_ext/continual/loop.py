@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import os
 import time
@@ -29,16 +28,15 @@ from ..nn.names import DEFAULT_TASK, check_name, describe, escape, plain
 from ..nn.paths import own_state, plain_path, plain_state
 from ..nn.structure import structure
 from ..nn.task_dict import TaskDict
-from ..nn.tasks import add_task, masked_layers, remove_task
+from ..nn.tasks import add_task, draw_again, masked_layers, remove_task
 from ..nn.tasks import tasks as model_tasks
 from ..nn.using_task import using_task
-from ..nn.wrappers import check_may_grow, is_sharded
+from ..nn.wrappers import check_may_grow, is_sharded, place_shards
 from .config import Batch, LoopConfig, TaskData, describe_data_and_model
+from .processes import processes_of
 from .progress import progress_bar
+from .recorder import Line, has_tensorboard, recorder
 from .state import Checks, LoopState
-
-Line = dict[str, str | float]
-"""A line of metrics: ``round``, ``step``, ``task``, ``loss`` and the numbers of ``evaluate``."""
 
 
 class TaskLoop:
@@ -62,12 +60,18 @@ class TaskLoop:
     (:func:`metamask_ext.add_task`) before the model is wrapped: a mask that a wrapper does not know would differ between processes.
     Give data that differ by process as functions, and each process an ``out`` of its own.
 
+    Given a ``fabric`` (Lightning's, launched), the loop sets the model up with it: device, precision, ``DDPStrategy``, or
+    ``ModelParallelStrategy`` whose function calls ``fully_shard``. All tasks get their masks before that, and draw them in their
+    first round as ever. Of a pair, each process takes its part of the samples that one process would take: so many processes are
+    one, up to the order of sums. ``out`` is the first process's alone; the others get what it reads from it.
+
     Args:
         model: any module; with masked layers unless ``per_task_masks=False``. Changed in place.
         tasks: from task name to its data: a pair ``(x, y)`` of tensors, ``[n, ...]`` each, or a function of a
             ``torch.Generator`` that returns such a pair, a fresh batch.
         loss: ``loss(model(x), y)``, a scalar.
         config: the settings; None: the defaults of :class:`LoopConfig`.
+        fabric: a ``lightning.fabric.Fabric``; None: this process, and the model where it is.
         changes: fields of :class:`LoopConfig` by name, in place of those of ``config``.
 
     Attributes:
@@ -88,13 +92,17 @@ class TaskLoop:
         tasks: Mapping[str, TaskData],
         loss: Callable[[Any, Tensor], Tensor],
         config: LoopConfig | None = None,
+        *,
+        fabric: Any = None,
         **changes: Any,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.config = config = replace(config or LoopConfig(), **changes)
         config.check_tasks(tasks)
-        self.model, self.tasks, self.loss = model, {check_name(name): data for name, data in tasks.items()}, loss
+        self._plain, self.tasks, self.loss = model, {check_name(name): data for name, data in tasks.items()}, loss
+        self._processes = processes_of(fabric)
+        self._processes.check(config, self.tasks)
         self._names = list(self.tasks)
         self._order = None if config.order is None else list(config.order)
 
@@ -111,12 +119,17 @@ class TaskLoop:
             self._common = names[0]
         self._replaces_default_at_first = self._replaces_default
         if is_sharded(model.modules()):
-            raise ValueError("model must not be sharded by fully_shard: the loop adds tasks and their optimisers as it goes")
+            raise ValueError("model must not be sharded by fully_shard yet: give a fabric whose strategy shards it")
         self._check_tasks_can_be_added()
 
+        # Tasks whose masks are there and have no values yet: a wrapper takes no new ones.
+        self._undrawn = set() if fabric is None or not self._masked or self._common is not None else self._add_all_tasks()
+        self.model = self._processes.wrapped(model)
         self._shared = _shared_parameters(model)
         self._optimizer = config.new_optimizer(self._shared.values(), of_masks=False)
         self._mask_optimizers: dict[str, Optimizer] = {}
+        self._stepping: dict[str | None, Optimizer] = {None: self._processes.stepping(self._optimizer)}
+        """By task, what takes the steps of its optimiser; None: of the shared parameters."""
         devices = {parameter.device for parameter in model.parameters()}
         self._cuda = sorted(device.index for device in devices if device.type == "cuda")
         self._generator = torch.Generator().manual_seed(config.seed)
@@ -126,14 +139,14 @@ class TaskLoop:
         self.resumed: int | None = None
 
         self.out = None if config.out is None else Path(config.out)
-        wanted = _has_tensorboard() if config.tensorboard is None else config.tensorboard
+        wanted = has_tensorboard() if config.tensorboard is None else config.tensorboard
         self._tensorboard = self.out is not None and wanted
         self._metrics_length = 0
         self._metrics_sha256: str | None = hashlib.sha256().hexdigest()
         # Whether this object is where its last checkpoint is; without ``out``, at the end of a round.
         self._whole = self.out is None
         self._described = False
-        self._settings = config.compared(loss, self._names)
+        self._settings = {**config.compared(loss, self._names), **self._processes.settings}
 
     def run(self, rounds: int) -> TaskLoop:
         """Train until ``rounds`` rounds are done in all, those before a resumption included.
@@ -157,7 +170,8 @@ class TaskLoop:
             record = self._open(stack, rounds)
             if self.round == rounds:
                 return self
-            advance = stack.enter_context(progress_bar(self.config.label, self.round, rounds))
+            bar = progress_bar(self.config.label, self.round, rounds)
+            advance: Callable[[int], object] = stack.enter_context(bar if self._processes.is_first else nullcontext(_no_bar))
             self.model.train()
             saved = time.monotonic()
             while self.round < rounds:
@@ -170,19 +184,36 @@ class TaskLoop:
                 advance(self.round)
                 if self.out is None:
                     self._whole = True
-                elif self.round == rounds or now - saved >= self.config.checkpoint_seconds:
+                elif self.round == rounds or self._is_time(now - saved):
                     self._save()
                     saved = time.monotonic()
         return self
+
+    def _is_time(self, passed: float) -> bool:
+        """Return whether a checkpoint is due, by the first process's clock."""
+        seconds = self.config.checkpoint_seconds
+        return seconds <= 0 or self._processes.first(lambda: passed >= seconds)
+
+    def _add_all_tasks(self) -> set[str]:
+        """Give the model masks for every task of the loop; return the tasks that had none."""
+        present = model_tasks(self._plain)
+        new = [name for name in self._names if name not in present]
+        with torch.random.fork_rng([]):
+            for name in new:
+                add_task(self._plain, name)
+        if self._replaces_default:
+            remove_task(self._plain, DEFAULT_TASK)
+            self._replaces_default = False
+        return set(new)
 
     def _check_tasks_can_be_added(self) -> None:
         """Raise RuntimeError if a task of the loop has no masks yet and can get none: before a round, not in it."""
         if not self._masked or self._common is not None:
             return
-        present = model_tasks(self.model)
+        present = model_tasks(self._plain)
         for name in self._names:
             if name not in present:
-                check_may_grow((layer for _, layer in masked_layers(self.model)), f"task {name!r} cannot be added")
+                check_may_grow((layer for _, layer in masked_layers(self._plain)), f"task {name!r} cannot be added")
 
     def using(self, name: str) -> AbstractContextManager[object]:
         """Open a block in which ``model`` computes task ``name``: with its masks, or as it is if it has none of its own.
@@ -193,14 +224,16 @@ class TaskLoop:
         name = plain(name)
         if name not in self.tasks:
             raise ValueError(f"task must be one of the loop's, {describe(self.tasks)}, got {name!r}")
-        return using_task(self.model, self._common or name) if self._masked else nullcontext()
+        return using_task(self._plain, self._common or name) if self._masked else nullcontext()
 
     def _run_round(self) -> Line:
         """Run one round; return its line of metrics."""
         config = self.config
         name = self._names[self._draw(len(self._names))] if self._order is None else self._order[self.round]
         with torch.random.fork_rng(self._cuda):
-            self._seed_global(self._draw(2**63 - 1))
+            seed = self._draw(2**63 - 1)
+            self._processes.check_same(seed)
+            self._seed_global(seed)
             mask = self._mask_of(name)
             loss = self._descend(name, mask)
             self.round += 1
@@ -225,25 +258,25 @@ class TaskLoop:
     def _descend(self, name: str, mask: str | None) -> float:
         """Take a round's steps on the shared parameters and the masks of task ``mask``; return the mean loss."""
         model, loss_function, sample, steps = self.model, self.loss, self._sampler(name), self.config.steps
-        optimizers: list[Optimizer] = [self._optimizer]
-        if mask is not None:
-            optimizers.append(self._mask_optimizers[mask])
-        parameters = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+        move, backward = self._processes.moved, self._processes.backward
+        trained = [self._optimizer, *([] if mask is None else [self._mask_optimizers[mask]])]
+        parameters = [parameter for optimizer in trained for group in optimizer.param_groups for parameter in group["params"]]
+        optimizers = [self._stepping[None], *([] if mask is None else [self._stepping[mask]])]
         total: Tensor | float = 0.0
         for parameter in parameters:
             parameter.grad = None
         with self.using(name):
             for _ in range(steps):
-                x, y = sample()
+                x, y = move(sample())
                 loss = loss_function(model(x), y)
-                loss.backward()
+                backward(loss)
                 for optimizer in optimizers:
                     optimizer.step()
                 # What optimizer.zero_grad does, without its bookkeeping.
                 for parameter in parameters:
                     parameter.grad = None
                 total += loss.detach()
-        return float(total) / steps
+        return self._processes.mean(float(total) / steps)
 
     def _mask_of(self, name: str) -> str | None:
         """Return the task whose masks ``name`` trains, made with their optimiser in its first round; None: no masks."""
@@ -251,29 +284,39 @@ class TaskLoop:
             return None
         mask = self._common or name
         if mask not in self._mask_optimizers:
-            if mask not in model_tasks(self.model):
-                add_task(self.model, mask)
+            if mask in self._undrawn:
+                self._undrawn.discard(mask)
+                draw_again(self._plain, mask)
+            elif mask not in model_tasks(self._plain):
+                add_task(self._plain, mask)
                 if self._replaces_default:
-                    remove_task(self.model, DEFAULT_TASK)
+                    remove_task(self._plain, DEFAULT_TASK)
             self._replaces_default = False
-            self._mask_optimizers[mask] = self._new_mask_optimizer(mask)
+            self._new_mask_optimizer(mask)
         return mask
 
-    def _new_mask_optimizer(self, task: str) -> Optimizer:
-        return self.config.new_optimizer(_mask_parameters(self.model, task), of_masks=True)
+    def _new_mask_optimizer(self, task: str, state: dict[str, Any] | None = None) -> None:
+        place_shards(self._plain)
+        parameters = _mask_parameters(self._plain, task)
+        made = self._mask_optimizers[task] = self.config.new_optimizer(parameters, of_masks=True)
+        self._stepping[task] = self._processes.stepping(made)
+        if state is not None:
+            made.load_state_dict(self._processes.sharded_optimizer(state, parameters))
 
     def _sampler(self, name: str) -> Callable[[], Batch]:
         """Return a function that draws a batch of the task's data."""
         data, generator, size = self.tasks[name], self._generator, self.config.batch_size
         if callable(data):
             return lambda: data(generator)
+        part = self._processes.part
         if size is None:
-            return lambda: data
+            whole = part(data)
+            return lambda: whole
         x, y = data
 
         def sample() -> Batch:
             chosen = torch.randint(len(x), (size,), generator=generator).to(x.device)
-            return x[chosen], y[chosen]
+            return part((x[chosen], y[chosen]))
 
         return sample
 
@@ -297,57 +340,59 @@ class TaskLoop:
                     "to go back to: make a new TaskLoop"
                 )
             return lambda line: None
-        prepare_folder(self.out)
-        stack.enter_context(locked_run(self.out))
-        if not self._whole and not self._described:  # once: what is annealed during the run is no other setting
-            self._settings.update(describe_data_and_model(self.tasks, self._shared, self.model))
-            self._described = True
-        path, state = self.out / CHECKPOINT, None
-        with output_errors(self.out):
-            sweep(self.out, lambda name: name == CHECKPOINT)
-            there, metrics = (os.path.lexists(file) for file in (path, self.out / METRICS))
-        if not self._whole and there:
-            state = self._checked_state(path)
-        elif not self._whole and metrics:
-            raise OutputError(f"{str(self.out / METRICS)!r} exists without a checkpoint beside it: use another folder")
-        _check_not_past(self.round if state is None else state["round"], rounds)
+        out, path = self.out, self.out / CHECKPOINT
+        state = self._processes.first(lambda: self._take_folder(out, stack, rounds))
         if state is None and not self._whole:
-            save_checkpoint(path, self._state())
+            begun = self._state()
+            self._processes.first(lambda: save_checkpoint(path, begun))
         length, sha256 = self._metrics_length, self._metrics_sha256
         if state is not None:
             length, sha256 = state["metrics_length"], state.get("metrics_sha256")
-        self._metrics = stack.enter_context(MetricsFile(self.out / METRICS, length, sha256))
+        self._processes.first(lambda: self._open_metrics(out, stack, length, sha256))
         if state is not None:
             self._take_over(state)
         self._whole = True
+        if not self._processes.is_first:
+            return lambda line: None
         self._metrics.cut()
-        if not self._tensorboard:
-            return self._metrics.write
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("tensorboard=True needs TensorBoard: pip install tensorboard") from error
-        with output_errors(self.out / "tensorboard"):
-            writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.round + 1)
-        stack.callback(writer.close)
+        return recorder(self._metrics, out / "tensorboard" if self._tensorboard else None, self.round, stack)
 
-        def record(line: Line) -> None:
-            self._metrics.write(line)
-            for key, value in line.items():
-                if key not in ("round", "step", "task"):
-                    writer.add_scalar(f"loss/{line['task']}" if key == "loss" else key, value, line["round"])
+    def _take_folder(self, out: Path, stack: ExitStack, rounds: int) -> LoopState | None:
+        """Lock the folder; return the state of its checkpoint, checked, where this object is not where that is."""
+        prepare_folder(out)
+        stack.enter_context(locked_run(out))
+        if not self._whole and not self._described:  # once: what is annealed during the run is no other setting
+            self._settings.update(describe_data_and_model(self.tasks, self._shared, self._plain))
+            self._described = True
+        path, state = out / CHECKPOINT, None
+        with output_errors(out):
+            sweep(out, lambda name: name == CHECKPOINT)
+            there, metrics = (os.path.lexists(file) for file in (path, out / METRICS))
+        if not self._whole and there:
+            state = self._checked_state(path)
+        elif not self._whole and metrics:
+            raise OutputError(f"{str(out / METRICS)!r} exists without a checkpoint beside it: use another folder")
+        _check_not_past(self.round if state is None else state["round"], rounds)
+        return state
 
-        return record
+    def _open_metrics(self, out: Path, stack: ExitStack, length: int, sha256: str | None) -> None:
+        self._metrics = stack.enter_context(MetricsFile(out / METRICS, length, sha256))
 
     def _save(self) -> None:
         assert self.out is not None
-        self._metrics_length, self._metrics_sha256 = self._metrics.sync(), self._metrics.sha256
-        save_checkpoint(self.out / CHECKPOINT, self._state())
+        self._metrics_length, self._metrics_sha256 = self._processes.first(self._synced)
+        path, now = self.out / CHECKPOINT, self._state()
+        self._processes.first(lambda: save_checkpoint(path, now))
         self._whole = True
+
+    def _synced(self) -> tuple[int, str]:
+        """Write the metrics to the disk; return their length and checksum."""
+        return self._metrics.sync(), self._metrics.sha256
 
     def _state(self) -> LoopState:
         with structure():  # other threads may add and remove tasks
-            tasks, model = model_tasks(self.model) if self._masked else [], plain_state(self.model)
+            tasks, model = model_tasks(self._plain) if self._masked else [], plain_state(self._plain)
+        gathered = self._processes.gathered
         return {
             "settings": self._settings,
             "round": self.round,
@@ -359,9 +404,9 @@ class TaskLoop:
             "products": products.current().digest,
             "generator": self._generator.get_state(),
             "tasks": tasks,
-            "model": model,
-            "optimizer": self._optimizer.state_dict(),
-            "mask_optimizers": {name: optimizer.state_dict() for name, optimizer in self._mask_optimizers.items()},
+            "model": gathered(model),
+            "optimizer": gathered(self._optimizer.state_dict()),
+            "mask_optimizers": {name: gathered(optimizer.state_dict()) for name, optimizer in self._mask_optimizers.items()},
         }
 
     def _checked_state(self, path: Path) -> LoopState:
@@ -370,32 +415,31 @@ class TaskLoop:
         def new_optimizer(parameters: Iterable[nn.Parameter], of_masks: bool) -> Optimizer:
             return self.config.new_optimizer(parameters, of_masks=of_masks)
 
-        checks = Checks(path, self.model, self._settings, self._common, self._masked, new_optimizer)
+        checks = Checks(path, self._plain, self._settings, self._common, self._masked, new_optimizer)
         state = load_checkpoint(path)
         model = state.get("model")
         if isinstance(model, dict) and all(isinstance(key, str) for key in model):
-            state["model"] = own_state(self.model, model)
+            state["model"] = own_state(self._plain, model)
         return checks.checked(state, self._shared.values())
 
     def _take_over(self, state: LoopState) -> None:
         """Become what the loop was whose checkpoint has this state, which was checked."""
         if self._masked:
             with torch.random.fork_rng(self._cuda):
-                present = model_tasks(self.model)
+                present = model_tasks(self._plain)
                 for name in state["tasks"]:
                     if name not in present:
-                        add_task(self.model, name)
+                        add_task(self._plain, name)
                 for name in present:
                     if name not in state["tasks"]:
-                        remove_task(self.model, name)
+                        remove_task(self._plain, name)
             self._replaces_default = self._replaces_default_at_first and DEFAULT_TASK in state["tasks"]
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._plain.load_state_dict(self._processes.sharded(state["model"], self._plain.state_dict()))
+        self._optimizer.load_state_dict(self._processes.sharded_optimizer(state["optimizer"], self._shared.values()))
         self._mask_optimizers.clear()
         for name, optimizer_state in state["mask_optimizers"].items():
-            optimizer = self._new_mask_optimizer(name)
-            optimizer.load_state_dict(optimizer_state)
-            self._mask_optimizers[name] = optimizer
+            self._new_mask_optimizer(name, optimizer_state)
+        self._undrawn -= state["mask_optimizers"].keys()
         self._generator.set_state(state["generator"])
         self.round, self.step, self.steps_of = state["round"], state["step"], state["steps_of"]
         self.seconds = state["seconds"]
@@ -427,5 +471,5 @@ def _shared_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in named if id(parameter) not in of_tasks}
 
 
-def _has_tensorboard() -> bool:
-    return importlib.util.find_spec("tensorboard") is not None
+def _no_bar(done: int) -> None:
+    """Of the processes that show no progress."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from types import ModuleType
 
 import torch
@@ -38,3 +39,9 @@ def import_torchvision() -> ModuleType:
     import torchvision.datasets
 
     return torchvision
+
+
+def let_others_import_torchvision() -> None:
+    """Import torchvision, where it is installed: packages that import it by themselves then find it loaded."""
+    if importlib.util.find_spec("torchvision") is not None:
+        import_torchvision()

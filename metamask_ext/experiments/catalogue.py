@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+from concurrent.futures import Executor
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from .engine.executors import one_thread
-from .engine.jobs import JobError, Json
+from .engine.assignments import text_of
+from .engine.clusters import workers_of
+from .engine.executors import Workers, one_thread
+from .engine.jobs import JobError, Json, flat
 from .engine.run_folder import RunFolder
 from .engine.settings import Changes, OptionError, RunSettings, Value, read_toml, resolve
 
@@ -85,6 +89,14 @@ EXPERIMENTS: dict[str, Entry] = {
         "metamask_ext.experiments.papers.navigation_2d.experiment",
         "policies that learn the way to a goal in one or a few updates (arXiv:1703.03400, section 5.3)",
     ),
+    "ewc": Entry(
+        "metamask_ext.experiments.papers.ewc.experiment",
+        "elastic weight consolidation beside masks on permuted digits (Kirkpatrick et al., arXiv:1612.00796)",
+    ),
+    "transfer": Entry(
+        "metamask_ext.experiments.papers.transfer.experiment",
+        "which layers to retrain, by the size of the data, and masks instead (Gur-Ari, 2017, on transfer learning)",
+    ),
 }
 
 __all__ = ["EXPERIMENTS", "Entry", "JobError", "OptionError", "module_of", "run", "settings_of"]
@@ -120,6 +132,9 @@ def run(
     *,
     config: str | Path | None = None,
     workers: int | None = None,
+    executor: str | Executor = "local",
+    address: str | None = None,
+    gpus: float = 0.0,
     tracking: str | None = None,
     **changes: Value,
 ) -> Json:
@@ -132,25 +147,59 @@ def run(
         seed: the first seed; the run repeats the experiment with the next ones, ``settings.seeds`` in all.
         quick: one seed, and what else the module's ``QUICK`` makes smaller.
         config: a TOML file with settings; ``metamask run NAME --print-config`` prints all there are.
-        workers: how many processes compute the jobs; None: the cores. More than one are started anew, by the method spawn: a
-            script that calls this then needs ``if __name__ == "__main__":``.
-        tracking: ``"csv"`` or ``"tensorboard"``: also write down numbers during training.
-        changes: settings by their top-level name, such as ``tasks``, ``steps`` or ``seeds``.
+        workers: how many jobs are computed at a time; None: as many as there are cores. More than one on this machine are processes
+            that are started anew, by the method spawn: a script that calls this then needs ``if __name__ == "__main__":``.
+        executor: what computes the jobs: ``"local"``, ``"ray"``, ``"dask"``, ``"module:factory"``, or an executor itself, see
+            :func:`metamask_ext.experiments.engine.clusters.workers_of`. The results do not depend on it.
+        address: of the cluster of Ray or Dask.
+        gpus: of each job on Ray.
+        tracking: ``"csv"``, ``"tensorboard"``, ``"wandb"`` or ``"module:factory"``: also write down numbers of the training, see
+            :class:`metamask_ext.experiments.engine.tracking.Tracking`.
+        changes: settings by their top-level name, such as ``tasks``, ``steps`` or ``seeds``; for a table, a mapping of some of its
+            entries.
 
     Returns:
         The content of ``metrics.json``.
 
     Raises:
         ValueError: the experiment is unknown.
-        OptionError: a setting is unknown, or its value cannot be, or that of ``workers`` or ``tracking``; nothing was written.
+        OptionError: a setting is unknown, or its value cannot be, or that of another argument; nothing was written.
         ImportError: an optional package is missing; says what to install.
         metamask_ext.continual.OutputError: ``out`` cannot be used.
         JobError: a job failed.
     """
+    settings_of(name, quick, config, changes)  # Before anything is connected to.
+    with workers_of(executor, workers, address, gpus) as made:
+        return run_with(made, name, out, seed, quick, config=config, tracking=tracking, **changes)
+
+
+def run_with(
+    workers: Workers,
+    name: str,
+    out: str | Path,
+    seed: int = 0,
+    quick: bool = False,
+    *,
+    config: str | Path | None = None,
+    tracking: str | None = None,
+    **changes: Value,
+) -> Json:
+    """Run an experiment as :func:`run`, by ``workers`` that exist, and go on to exist."""
     settings = settings_of(name, quick, config, changes)
     if settings.seeds < 1:
         raise OptionError(f"experiment {name!r}: 'seeds' must be at least 1, got {settings.seeds}")
     command = [f"metamask run {name} --seed {seed}", *(["--quick"] if quick else []), *(["--config FILE"] if config else [])]
-    command += [f"--{key}" if value is True else f"--{key} {value}" for key, value in changes.items()]
+    command += [part for key, value in changes.items() for part in _options(key, value)]
     with RunFolder(name, Path(out), seed, quick, settings, workers, tracking, " ".join(command)) as folder, one_thread():
+        if not (folder.path / "metrics.json").exists():
+            workers.open()
         return module_of(name).run(folder, settings)
+
+
+def _options(key: str, value: Value) -> list[str]:
+    """The options that a user types to change a setting."""
+    if key in ("tasks", "steps", "seeds"):
+        return [f"--{key} {value}"]
+    if key == "rotated" and value is True:
+        return ["--rotated"]
+    return [f"--set {shlex.quote(f'{name}={text_of(each)}')}" for name, each in flat(value, key).items()]

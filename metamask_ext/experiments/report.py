@@ -92,7 +92,7 @@ def _head(done: Runs, missing: Sequence[str]) -> str:
         "# Results of the experiments",
         f"{len(done)} runs, {duration} in all; **{sum(claims)} of {len(claims)} claims hold.**",
         "`metamask run all --out DIR` and `metamask report DIR` make these pages, their tables, figures and every number in a "
-        "sentence, from the metrics files in [this folder](.). Numbers are means over seeds ± half the width of their 95 % "
+        "sentence, from the metrics files beside them. Numbers are means over seeds ± half the width of their 95 % "
         "interval (Student's t), where there are several seeds.",
     ]
     machines = {_machine(metrics) for _, metrics in done.values()}
@@ -220,8 +220,10 @@ def _changed(module: ModuleType, metrics: Metrics) -> str:
 
 
 def _machine(metrics: Metrics) -> str:
-    machine, workers = metrics["machine"], metrics["workers"]
+    machine, workers, executor = metrics["machine"], metrics["workers"], metrics.get("executor", "local")
+    processes = "processes" if workers is None else f"{workers} process{'es' if workers > 1 else ''}"
+    where = "" if executor == "local" else f" by {executor}"
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['capability']}, {workers} process{'es' if workers > 1 else ''} of "
-        f"{machine['threads per process']} thread; torch {machine['torch']}"
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['capability']}, {processes} of "
+        f"{machine['threads per process']} thread{where}; torch {machine['torch']}"
     )

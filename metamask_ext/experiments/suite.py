@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from pathlib import Path
 
-from .catalogue import EXPERIMENTS, module_of, run
+from .catalogue import EXPERIMENTS, module_of, run_with
+from .engine.clusters import workers_of
 from .engine.jobs import Json, read_results
 from .engine.tables import estimate_text
 
@@ -20,6 +22,9 @@ MINUTES = {
     "supsup-rotated": 1,
     "universality": 3,
     "navigation-2d": 3,
+    "mae": 12,
+    "ewc": 8,
+    "transfer": 6,
 }
 """About how long a full run takes on two cores, for the remaining time that is shown; others take about ``OTHER_MINUTES``."""
 OTHER_MINUTES = 6
@@ -36,19 +41,28 @@ def runs() -> dict[str, tuple[str, Json]]:
 
 
 def run_all(
-    out: str | Path, seed: int = 0, quick: bool = False, *, workers: int | None = None, tracking: str | None = None
+    out: str | Path,
+    seed: int = 0,
+    quick: bool = False,
+    *,
+    workers: int | None = None,
+    executor: str | Executor = "local",
+    address: str | None = None,
+    gpus: float = 0.0,
+    tracking: str | None = None,
 ) -> None:
     """Run every experiment in ``out/<name>``; a finished one is not computed again, a killed one resumes. Arguments and errors are
     those of :func:`metamask_ext.experiments.catalogue.run`."""
     todo = runs()
     took = expected = 0.0
-    for index, (folder, (name, changes)) in enumerate(todo.items()):
-        print(f"\n{folder} ({index + 1} of {len(todo)})", flush=True)
-        metrics = run(name, Path(out) / folder, seed, quick, workers=workers, tracking=tracking, **changes)
-        took += metrics["duration_s"]
-        expected += _minutes(folder)
-        left = took / expected * sum(_minutes(each) for each in [*todo][index + 1 :])
-        print(f"{index + 1} of {len(todo)} experiments" + (f", {estimate_text(left)} left in all" if left else ""), flush=True)
+    with workers_of(executor, workers, address, gpus) as made:
+        for index, (folder, (name, changes)) in enumerate(todo.items()):
+            print(f"\n{folder} ({index + 1} of {len(todo)})", flush=True)
+            metrics = run_with(made, name, Path(out) / folder, seed, quick, tracking=tracking, **changes)
+            took += metrics["duration_s"]
+            expected += _minutes(folder)
+            left = took / expected * sum(_minutes(each) for each in [*todo][index + 1 :])
+            print(f"{index + 1} of {len(todo)} experiments" + (f", {estimate_text(left)} left in all" if left else ""), flush=True)
 
 
 def finished(folder: Path) -> Json | None:

@@ -21,8 +21,10 @@ from ..nn.task_layer import TaskLayer
 from ..nn.task_masks import TaskMasks
 from ..nn.tasks import check_amounts, refuse_nan, tasks
 from ..ops.streams import current_stream
+from ..torch_private import tree_map
 from . import batch_norm
 from .batch_norm import Normalisation, Statistics
+from .chain import Chain, chain_of, positions_of
 
 Start = str | Mapping[str, "float | Tensor"]
 Adapt = str | Callable[[str], bool]
@@ -30,6 +32,15 @@ Output = Any
 """A model's output: torch leaves its type open."""
 
 R = TypeVar("R")
+
+LARGE = 2**16
+"""Elements of a task's largest activation from which on a convolutional net runs one task after another.
+
+Tensors of all tasks fit into no cache, and glibc takes those beyond 32 MB from the system anew each time; fewer elements take less
+time than the calls."""
+KEPT_SLOTS = 7
+"""Sizes of batches before the newest whose slots are kept: of support, queries, and halves of the tasks."""
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _Stored(NamedTuple):
@@ -52,8 +63,8 @@ Place = Callable[[str, bool, object, "_Stored | _Combined"], "int | None"]
 class AdaptedModel:
     """A model, the names of what is adapted in it (``names``), and where that lies.
 
-    The masks of masked layers reach them through a selection, all other parameters through ``torch.func.functional_call``.
-    ``mixed``: only masks are adapted, so that all tasks can run as one batch through the kernels.
+    The masks of masked layers reach them through a selection, all other parameters through ``torch.func.functional_call``; a chain
+    of known layers gets both as arguments. ``mixed``: only masks are adapted, so that all tasks can run as one batch.
     """
 
     def __init__(self, model: nn.Module, adapt: Adapt, start: Start | None, policy: str):
@@ -82,8 +93,11 @@ class AdaptedModel:
         # Sample by sample, the tasks of one beside each other: they are then groups of channels of convolutions and batch norms,
         # without a copy. Task by task: the rows of a task are one matrix of linear layers.
         self._by_sample = bool(self.norms) or any(isinstance(layer, MaskedConv2d) for layer in self._masks)
+        self._widest = max([module.out_channels for module in model.modules() if isinstance(module, _CONVOLUTIONS)], default=0)
+        takes_tasks = all(map(_takes_tasks, self._masks))
+        self._positions = positions_of(model, self._masks, self._others) if takes_tasks else None
         self._active = list(dict.fromkeys([*self.layers, *self.norms]))
-        self._slots: tuple[tuple[int, int, torch.device, int | None], Tensor] | None = None
+        self._slots: dict[tuple[int, int, torch.device, int | None], Tensor] = {}
 
     def _checked_start(self, start: Start | None) -> str | Superposition:
         if not self.layers:
@@ -185,29 +199,74 @@ class AdaptedModel:
         keep: bool = False,
     ) -> tuple[Output, dict[str, Statistics]]:
         """The model's output ``[T, K, ...]`` for ``x`` ``[T, K, ...]`` with parameters ``[T, ...]``; if wanted, its statistics."""
-        if not self.mixed:
-            # None has no dimension to map over: a list without an entry stands for it.
-            weight_list = [] if weights is None else [weights]
-            statistics_list = [] if statistics is None else [statistics]
+        if self.runs_each(x):
+            return self._run_each(parameters, x, weights, statistics, keep)
+        chain = self._chain()
+        if chain is not None:
+            count, samples = x.shape[:2]
+            y = chain.run(parameters, self._slots_of(count, samples, x.device), x.flatten(0, 1))
+            return y.reshape(count, samples, *y.shape[1:]), {}
+        if self.mixed:
+            return self._run_mixed(parameters, x, weights, statistics, keep)
+        # None has no dimension to map over: a list without an entry stands for it.
+        weight_list = [] if weights is None else [weights]
+        statistics_list = [] if statistics is None else [statistics]
 
-            def one(
-                parameters: list[Tensor], x: Tensor, weights: list[Tensor], statistics: list[Mapping[str, Statistics]]
-            ) -> tuple[Output, dict[str, Statistics]]:
-                return self.run_one(parameters, x, weights[0] if weights else None, statistics[0] if statistics else None, keep)
+        def one(
+            parameters: list[Tensor], x: Tensor, weights: list[Tensor], statistics: list[Mapping[str, Statistics]]
+        ) -> tuple[Output, dict[str, Statistics]]:
+            return self.run_one(parameters, x, weights[0] if weights else None, statistics[0] if statistics else None, keep)
 
-            run_each: Callable[..., tuple[Output, dict[str, Statistics]]] = torch.vmap(one, randomness="different")
-            return run_each(list(parameters), x, weight_list, statistics_list)
+        run_mapped: Callable[..., tuple[Output, dict[str, Statistics]]] = torch.vmap(one, randomness="different")
+        return run_mapped(list(parameters), x, weight_list, statistics_list)
+
+    def runs_each(self, x: Tensor) -> bool:
+        """True if the tasks of a batch like this run one after another."""
+        return self._widest * x.shape[1] * x.shape[3:].numel() >= LARGE
+
+    def _chain(self) -> Chain | None:
+        """The model as a chain, if it is one now."""
+        if self._positions is None:
+            return None
+        return chain_of(self.model, self._positions, escape(self.start) if isinstance(self.start, str) else None)
+
+    def _run_mixed(
+        self,
+        parameters: Sequence[Tensor],
+        x: Tensor,
+        weights: Tensor | None,
+        statistics: Mapping[str, Statistics] | None,
+        keep: bool,
+    ) -> tuple[Output, dict[str, Statistics]]:
+        """The tasks' samples as one batch."""
         count, samples = x.shape[:2]
         normalise = Normalisation(self.policy, count, weights, statistics, self.norms, keep)
         x = x.transpose(0, 1) if self._by_sample else x
         y = self._call(parameters, self._slots_of(count, samples, x.device), normalise, self.model, x.flatten(0, 1))
-        if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != count * samples:
-            got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise RuntimeError(f"the model must give a tensor with an entry for each of its {count * samples} samples, got {got}")
+        _check_entries(y, count * samples)
         sizes = (samples, count) if self._by_sample else (count, samples)
         y = torch.unflatten(y, 0, sizes)
         y = y.transpose(0, 1) if self._by_sample else y
         return y, normalise.kept or {}
+
+    def _run_each(
+        self,
+        parameters: Sequence[Tensor],
+        x: Tensor,
+        weights: Tensor | None,
+        statistics: Mapping[str, Statistics] | None,
+        keep: bool,
+    ) -> tuple[Output, dict[str, Statistics]]:
+        """One task after another."""
+        made = []
+        for task, own in enumerate(zip(*(tensor.unbind() for tensor in parameters), strict=True)):
+            given = None if statistics is None else {name: (mean[task], var[task]) for name, (mean, var) in statistics.items()}
+            y, kept = self.run_one(own, x[task], None if weights is None else weights[task], given, keep)
+            if self.mixed:
+                _check_entries(y, x.shape[1])
+            made.append((y, kept))
+        stacked: tuple[Output, dict[str, Statistics]] = tree_map(lambda *tensors: torch.stack(tensors), *made)
+        return stacked
 
     def run_one(
         self,
@@ -242,35 +301,42 @@ class AdaptedModel:
                 )
         if not self._active:
             return function(*arguments)
+        tasks = None if slots is None else len(parameters[0])
         masks: dict[nn.Module, tuple[Tensor | None, ...]] = {
             layer: tuple(
-                self._fixed(layer, kind, parameters) if position is None else parameters[position]
+                self._fixed(layer, kind, tasks) if position is None else parameters[position]
                 for kind, position in zip(layer._kinds(), positions, strict=True)
             )
             for layer, positions in self._masks.items()
         }
         return run_selected(self._active, GivenMasks(self.start, masks, slots, normalise), function, *arguments)
 
-    def _fixed(self, layer: MaskedLayer, kind: str, parameters: Sequence[Tensor]) -> Tensor | None:
-        """A mask that is not adapted, of a layer whose other one is."""
+    def _fixed(self, layer: MaskedLayer, kind: str, tasks: int | None) -> Tensor | None:
+        """A mask that is not adapted, of a layer whose other one is; where several tasks run as one batch, for each of them."""
         tensors = layer._dicts().get(kind)
         if tensors is None:
             return None
         mask = tensors._tensor(escape(self.start)) if isinstance(self.start, str) else self._combined(layer, kind)
-        return mask.expand(len(parameters[0]), *mask.shape) if self.mixed else mask
+        return mask if tasks is None else mask.expand(tasks, *mask.shape)
 
     def _slots_of(self, count: int, samples: int, device: torch.device) -> Tensor:
-        """``K`` samples of each of ``T`` tasks; kept for the next call, which mostly asks for the same."""
+        """``K`` samples of each of ``T`` tasks; kept for the next calls, which mostly ask for the same."""
         # They are made on a stream: another has not waited for it.
         stream = current_stream(device)
         wanted = count, samples, device, None if stream is None else stream.stream_id
-        found = self._slots
-        if found is None or found[0] != wanted:
+        found = self._slots.get(wanted)
+        if found is None:
             with torch.inference_mode(False):
                 tasks = torch.arange(count, device=device)
-                found = wanted, tasks.repeat(samples) if self._by_sample else tasks.repeat_interleave(samples)
-            self._slots = found  # whole: another thread may ask for other sizes
-        return found[1]
+                found = tasks.repeat(samples) if self._by_sample else tasks.repeat_interleave(samples)
+            self._slots = {**dict(list(self._slots.items())[-KEPT_SLOTS:]), wanted: found}  # whole: another thread may do so too
+        return found
+
+
+def _check_entries(y: Output, samples: int) -> None:
+    if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != samples:
+        got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise RuntimeError(f"the model must give a tensor with an entry for each of its {samples} samples, got {got}")
 
 
 def _takes_tasks(layer: MaskedLayer) -> bool:

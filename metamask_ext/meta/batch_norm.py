@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..nn.batch_norm import TaskBatchNorm2d
 from ..nn.context import selection_of
+from ..nn.given import GivenNorm, given_to
 from ..nn.paths import plain_modules
 from ..nn.selection import GivenMasks
 from ..torch_private import BatchNorm, InstanceNorm
@@ -24,6 +25,8 @@ class _MetaBatchNorm(BatchNorm):
     """A batch norm that asks the meta-learner what to do while that runs the model, and is torch's otherwise."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling() and isinstance(given := given_to(self), GivenNorm):
+            return given.normalise(self, input)
         selection = selection_of(self)
         return selection.normalise(self, input) if isinstance(selection, GivenMasks) else super().forward(input)
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import torch_private
+from ..nn.compile import OwnGraph, compile
 from ..nn.names import describe
 from ..torch_private import PyTree
 from .adapted import Adapt, AdaptedModel, Output, Start
 from .batch_norm import Statistics
-from .steps import Rates, recomputed_steps, updated
+from .compiled import MetaLossGraph
+from .samples import LossFunction, Samples, check_same_tasks, checked, losses
+from .steps import ALL, Rates, recomputed_steps, updated
 
 Tree = TypeVar("Tree")
-LossFunction = Callable[[Output, PyTree], Tensor]
-Samples = tuple[Tensor, PyTree] | tuple[Tensor, PyTree, Tensor]
-
-torch_private.load_vmap_decompositions()  # of operators without a rule of their own under vmap
 
 
 class TaskParameters(dict[str, Tensor]):
@@ -34,7 +33,7 @@ class TaskParameters(dict[str, Tensor]):
         self.statistics = dict(statistics)
 
 
-class MAML(nn.Module):
+class MAML(OwnGraph):
     """Learns a start from which a model adapts to a new task in a few gradient steps on a few samples.
 
     For each task, from ``phi_0``, what is adapted of the model: ``phi_k+1 = phi_k - lr * dL(support; phi_k)/dphi``; the meta-loss
@@ -121,14 +120,13 @@ class MAML(nn.Module):
                 task; a loss that is no scalar; a parameter that is to be adapted but that the loss does not depend on.
             RuntimeError: from the model, if its output or a layer's input does not have a sample for each of ``x``.
         """
-        x, y, weights = _checked("query", query)
+        x, y, weights = checked("query", query)
         parameters = self.adapt(loss_fn, support)
         tasks = len(next(iter(parameters.values())))
-        if len(x) != tasks:
-            raise ValueError(f"query must have the tasks of support, {tasks}, got {len(x)}")
+        check_same_tasks(x, tasks)
         statistics = parameters.statistics or None
         prediction, _ = self._adapted.run(list(parameters.values()), x, weights, statistics)
-        return _losses(loss_fn, prediction, y, weights).mean()
+        return losses(loss_fn, prediction, y, weights).mean()
 
     def adapt(
         self, loss_fn: LossFunction, support: Samples, *, steps: int | None = None, parameters: TaskParameters | None = None
@@ -149,7 +147,7 @@ class MAML(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 kept = None if parameters is None else TaskParameters(_outside(dict(parameters)), _outside(parameters.statistics))
                 return self.adapt(loss_fn, _outside(support), steps=steps, parameters=kept)
-        x, y, weights = _checked("support", support)
+        x, y, weights = checked("support", support)
         if steps is None:
             steps = self.inner_steps
         else:
@@ -161,20 +159,29 @@ class MAML(nn.Module):
             if len(state[0]) != len(x):
                 raise ValueError(f"support must have the tasks of parameters, {len(state[0])}, got {len(x)}")
 
-        def gradients(state: list[Tensor], create_graph: bool) -> list[Tensor]:
+        def gradients(state: list[Tensor], create_graph: bool, part: slice = ALL, factor: float = 1.0) -> list[Tensor]:
             state = _graded(state)
+            of_x, of_y, of_weights = x, y, weights
+            if part is not ALL:
+                of_x, of_y = x[part], torch_private.tree_map(lambda leaf: leaf[part], y)
+                of_weights = None if weights is None else weights[part]
             with torch.enable_grad():
-                prediction, _ = self._adapted.run(state, x, weights)
-                losses = _losses(loss_fn, prediction, y, weights)
-            return self._gradients(losses, state, create_graph)
+                prediction, _ = self._adapted.run(state, of_x, of_weights)
+                of_tasks = losses(loss_fn, prediction, of_y, of_weights)
+            return self._gradients(of_tasks, state, create_graph, factor)
 
         rates = self._rates()
         second_order = torch.is_grad_enabled() and not self.first_order
         if second_order and self.checkpoint and steps:
             state = recomputed_steps(gradients, rates, steps, state, self._others(x, y, weights))
         else:
+            rate = self.inner_lr
             for _ in range(steps):
-                state = updated(state, gradients(state, second_order), rates)
+                if isinstance(rate, Tensor):
+                    state = updated(state, gradients(state, second_order), rates)
+                else:
+                    # The rate goes in with the losses: on each tensor it would be one more operation, and its derivative.
+                    state = [a + step for a, step in zip(state, gradients(state, second_order, factor=-rate))]
         statistics: Mapping[str, Statistics] = {}
         if self._adapted.policy == "per task" and self._adapted.norms:
             statistics = self._adapted.run(state, x, weights, keep=True)[1]
@@ -187,10 +194,24 @@ class MAML(nn.Module):
             TypeError, ValueError: no parameters of :meth:`adapt`, or ``x`` of another number of tasks.
         """
         state = self._given(parameters)
-        x, _, _ = _checked("x", (x, ()))
+        x, _, _ = checked("x", (x, ()))
         if len(x) != len(state[0]):
             raise ValueError(f"x must have the tasks of parameters, {len(state[0])}, got {len(x)}")
         return self._adapted.run(state, x, None, parameters.statistics or None)[0]
+
+    def compile(self, **options: Any) -> None:
+        """Compile the whole meta-step in place, as :func:`metamask_ext.compile` of this module; the options are torch.compile's.
+
+        A call is then one graph, inner steps included; ``adapt``, ``predict`` and learners are not. It is compiled again for other
+        numbers of inner steps and loss functions, and for shapes as torch.compile does it.
+
+        Raises:
+            ValueError: ``checkpoint=True``, or a start from several tasks where not all masks are adapted.
+        """
+        compile(self, **options)
+
+    def _compiled_call(self, options: dict[str, Any]) -> Callable[..., Tensor]:
+        return MetaLossGraph(self, torch_private.uncompiled_call(self), options)
 
     def clone(self) -> Learner:
         """A learner of one task that is adapted step by step: see :class:`Learner`."""
@@ -200,8 +221,10 @@ class MAML(nn.Module):
         """The rate of each adapted tensor."""
         return self.inner_lr.unbind() if isinstance(self.inner_lr, Tensor) else [self.inner_lr] * len(self._adapted.names)
 
-    def _gradients(self, loss: Tensor, state: list[Tensor], create_graph: bool) -> list[Tensor]:
-        grads = torch.autograd.grad(loss, state, torch.ones_like(loss), create_graph=create_graph, allow_unused=True)
+    def _gradients(self, loss: Tensor, state: list[Tensor], create_graph: bool, factor: float = 1.0) -> list[Tensor]:
+        """Those of ``factor * loss``, of each task."""
+        given = torch.full_like(loss, factor, requires_grad=False)
+        grads = torch.autograd.grad(loss, state, given, create_graph=create_graph, allow_unused=True)
         unused = [name for name, grad in zip(self._adapted.names, grads) if grad is None]
         if unused:
             raise ValueError(f"adapt selects {describe(unused)}, on which the loss does not depend")
@@ -278,55 +301,6 @@ def _graded(state: list[Tensor]) -> list[Tensor]:
     return [tensor.detach().requires_grad_() for tensor in state]
 
 
-def _losses(loss_fn: LossFunction, prediction: Output, y: PyTree, weights: Tensor | None) -> Tensor:
-    """The loss of each task, ``[T]``."""
-    if weights is None:
-        return _mapped(loss_fn, prediction, y)
-
-    def alone(prediction: Output, y: PyTree) -> Tensor:
-        return loss_fn(*torch_private.tree_map(lambda tensor: tensor[None], (prediction, y)))
-
-    each = torch.vmap(torch.vmap(alone, randomness="different"), randomness="different")(prediction, y)
-    _check_scalar(each[:, 0], len(weights))
-    return (each * weights).sum(1) / weights.sum(1)
-
-
-def _mapped(loss_fn: LossFunction, prediction: Output, y: PyTree) -> Tensor:
-    """``torch.vmap(loss_fn, randomness="different")``, less the 28 us that its wrapper takes (tests compare the two)."""
-    leaves, tree = torch_private.tree_flatten((prediction, y))
-    losses = torch_private.vmap(lambda *tensors: loss_fn(*torch_private.tree_unflatten(tensors, tree)), leaves)
-    _check_scalar(losses, len(leaves[0]))
-    return losses
-
-
-def _check_scalar(losses: object, tasks: int) -> None:
-    if not isinstance(losses, Tensor) or losses.shape != (tasks,):
-        got = f"shape {list(losses.shape[1:])}" if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"loss_fn must give a scalar for one task, got {got}")
-
-
 def _check_steps(name: str, steps: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"{name} must be an integer of at least 0, got {steps!r}")
-
-
-def _checked(name: str, samples: Samples) -> tuple[Tensor, PyTree, Tensor | None]:
-    """``x``, ``y`` and the weights of a set of samples."""
-    if not isinstance(samples, (tuple, list)) or len(samples) not in (2, 3):
-        raise TypeError(f"{name} must be (x, y) or (x, y, weights), got {type(samples).__name__}")
-    x, y, weights = (*samples, None)[:3]
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x of {name} must be a tensor, got {type(x).__name__}")
-    if x.dim() < 2 or x.shape[0] < 1 or x.shape[1] < 1:
-        raise ValueError(f"x of {name} must be [T, K, ...] with at least one task and sample, got shape {list(x.shape)}")
-    for leaf in torch_private.tree_leaves(y) if not isinstance(y, Tensor) else (y,):
-        if leaf.shape[:2] != x.shape[:2]:
-            raise ValueError(f"y of {name} must be [T, K, ...] = {list(x.shape[:2])} as x, got shape {list(leaf.shape)}")
-    if weights is not None:
-        if not isinstance(weights, Tensor) or not weights.is_floating_point():
-            raise TypeError(f"weights of {name} must be a floating-point tensor, got {getattr(weights, 'dtype', type(weights))}")
-        if weights.shape != x.shape[:2]:
-            raise ValueError(f"weights of {name} must be [T, K] = {list(x.shape[:2])}, got shape {list(weights.shape)}")
-        if bool((weights < 0).any()) or not bool((weights.sum(1) > 0).all()):
-            raise ValueError(f"weights of {name} must not be negative, and not all zero for a task")
-    return x, y, weights

@@ -74,19 +74,18 @@ def convert(
     """Make the layers of ``model`` masked, in place, and return it.
 
     These are Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d to 3d, and the parameters of MultiheadAttention, of transformers'
-    ``Conv1D``, and of mixtures of experts that have them in parameters of three dimensions, with their routers; embeddings
-    where ``include`` names them. The layers keep their identity, parameters (so tied weights and optimisers work), hooks,
-    device, dtype and mode. A layer that is masked stays as it is. A subclass of a layer with a forward of its own keeps that,
-    which then reads the masked weight. ``convert`` leaves plain what it cannot mask: parametrized, pruned, lazy and quantised
-    layers, a forward that was replaced on the object. :func:`metamask_ext.mask_parameter` masks other parameters, as position
-    embeddings, one by one.
+    ``Conv1D``, and of mixtures of experts that have them in parameters of three dimensions, with their routers; embeddings where
+    ``include`` names them. The layers keep their identity, parameters (so tied weights and optimisers work), hooks, device, dtype
+    and mode. A layer that is masked stays as it is. A subclass of a layer with a forward of its own keeps that, which then reads
+    the masked weight. ``convert`` leaves plain what it cannot mask: parametrized, pruned, lazy and quantised layers, a forward that
+    was replaced on the object. :func:`metamask_ext.mask_parameter` masks other parameters, as position embeddings, one by one.
 
-    If the code around a layer reads ``layer.weight`` itself instead of calling the layer (``MultiheadAttention``'s
-    ``out_proj``, ``TransformerEncoderLayer``'s fast path), that attribute becomes the masked weight. ``convert`` finds such
-    reads in the bytecode of ``forward`` of the modules around it, and of the methods and neighbouring functions that it uses;
-    where the owner of a ``weight`` has no name there (``for layer in self.layers: layer.weight``), all layers below that module
-    count as read. It does not see ``getattr(layer, "weight")``, hooks and functions of other packages: make those call
-    ``layer(x)``. Adapters of PEFT stay plain: of a model with some, the base layers are masked.
+    If the code around a layer reads ``layer.weight`` itself instead of calling the layer (``MultiheadAttention``'s ``out_proj``,
+    ``TransformerEncoderLayer``'s fast path), that attribute becomes the masked weight. ``convert`` finds such reads in the bytecode
+    of ``forward`` of the modules around it, and of the methods and neighbouring functions that it uses; where the owner of a
+    ``weight`` has no name there (``for layer in self.layers: layer.weight``), all layers below that module count as read. It does
+    not see ``getattr(layer, "weight")``, hooks and functions of other packages: make those call ``layer(x)``. Adapters of PEFT stay
+    plain: of a model with some, the base layers are masked.
 
     Args:
         model: any module; a layer itself too.

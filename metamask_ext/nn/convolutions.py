@@ -174,8 +174,9 @@ class MaskedConvTranspose2d(_Transposed, nn.ConvTranspose2d):
     as torch's does.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, device,
-            dtype: as for :class:`torch.nn.ConvTranspose2d`.
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation: as for
+            :class:`torch.nn.ConvTranspose2d`.
+        padding_mode, device, dtype: likewise.
         gate, temperature, threshold, mask_init, mask_dtype: as for :class:`MaskedLinear`.
 
     Shapes: input ``[N, C_in, H, W]`` or ``[C_in, H, W]``; ``weight`` and each of ``masks`` ``[C_in, C_out / groups, kH, kW]``,

@@ -42,6 +42,24 @@ class GivenTasks:
         self.dim, self.guessed, self.several = dim, guessed, several
 
 
+class GivenRows:
+    """The tensors of several tasks by name, ``[T, ...]``, and for each sample which of them it uses.
+
+    Args:
+        slots, dim, guessed, several: as of :class:`GivenTasks`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], slots: Tensor, dim: int, guessed: bool, several: bool):
+        self.tensors, self.slots, self.dim, self.guessed, self.several = tensors, slots, dim, guessed, several
+
+
+class GivenNorm:
+    """The tensors of a batch norm by name, those that tasks have of their own, and what computes in the place of its forward."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], normalise: Callable[[Any, Tensor], Tensor]):
+        self.tensors, self.normalise = tensors, normalise
+
+
 class _Given(threading.local):
     def __init__(self) -> None:  # once a thread
         self.tensors: Mapping[object, Any] | None = None

@@ -14,16 +14,18 @@ from ..ops.checks import DTYPES, has_values
 from ..ops.gate import compute_dtype, gate_values, resolve_gate
 from ..ops.geometry import packed_shape
 from ..ops.packed.functional import pack_mask, unpack_mask
+from ..ops.shards import is_distributed
 from ..ops.weight.functional import masked_weight
 from ..torch_private import disable_dynamo, fx_trace, traced_attribute
 from .context import LIVE, AmbiguousTaskError, Key
 from .given import GivenTasks, given_to
 from .guarded import raise_folded, refuse_quantised
 from .names import DEFAULT_TASK, escape, plain
+from .parallel_layer import ParallelLayer
 from .selection import GivenMasks, Superposition, TaskBatch
 from .settings import Settings, decoded, settings_in
 from .task_dict import TaskDict
-from .task_layer import Init, StateDict, TaskLayer
+from .task_layer import Init, StateDict
 from .task_masks import MaskInit, TaskMasks, check_mask_dtype, check_mask_init, logits_dtype
 from .wrappers import check_one_dtype
 
@@ -50,7 +52,7 @@ def masks_name(parameter: str) -> str:
     return "masks" if parameter == "weight" else f"{parameter}_masks"
 
 
-class MaskedLayer(TaskLayer):
+class MaskedLayer(ParallelLayer):
     """The base of masked layers: a mask for each task, in ``masks`` and, with a bias, in ``bias_masks``.
 
     A module of which other parameters are masked (:func:`metamask_ext.mask_parameter`) has the masks of ``name`` in ``name_masks``.
@@ -104,16 +106,9 @@ class MaskedLayer(TaskLayer):
                         masks[task] = self._new_logits(parameter)
                 masks._renumber(tasks)
 
-    @property
-    def _is_fsdp_managed_module(self) -> bool:
-        return bool(self.__dict__.get("_is_fsdp_managed_module", False))
-
-    @_is_fsdp_managed_module.setter
-    def _is_fsdp_managed_module(self, value: bool) -> None:
-        if value:
-            first, _ = self._groups()[0]
-            check_one_dtype(self, first.dtype, self._logits_dtype(first))
-        self.__dict__["_is_fsdp_managed_module"] = value
+    def _check_shardable(self) -> None:
+        first, _ = self._groups()[0]
+        check_one_dtype(self, first.dtype, self._logits_dtype(first))
 
     def _parameter(self, name: str) -> Tensor | None:
         """The parameter that all tasks share."""
@@ -135,6 +130,9 @@ class MaskedLayer(TaskLayer):
 
     def _groups(self) -> list[tuple[Tensor, TaskMasks]]:
         return list(self._named_groups().values())
+
+    def _beside(self) -> list[tuple[TaskDict, tuple[nn.Module, str]]]:
+        return [(masks, (self, name)) for name, (_, masks) in self._named_groups().items()]
 
     def _dicts(self) -> dict[str, TaskDict]:
         found = ((kind, self._modules.get(kind)) for kind in self._kinds())
@@ -160,9 +158,11 @@ class MaskedLayer(TaskLayer):
         return new
 
     def _new_logits(self, parameter: Tensor, init: Callable[[Tensor], object] | None = None) -> Tensor:
-        logits = self._empty_logits(parameter)
         with torch.no_grad():
-            (self._init_logits if init is None else init)(logits)
+            if init is None:
+                return self._drawn_beside(parameter, self._logits_dtype(parameter), self._init_logits)
+            logits = self._empty_logits(parameter)
+            init(logits)
         return logits
 
     def _logits_dtype(self, parameter: Tensor) -> torch.dtype:
@@ -395,6 +395,9 @@ class MaskedLayer(TaskLayer):
                 if not isinstance(saved, Tensor) or (saved.dtype == torch.uint8) == masks._is_bits(key):
                     continue
                 if saved.dtype == torch.uint8:
+                    if is_distributed(shared):
+                        kept = f"{prefix}{masks_name(name)}.{key}"
+                        return f"{kept} is packed, and masks of a layer that is distributed over processes are not"
                     masks[task] = torch.empty(packed_shape(shared.shape), dtype=torch.uint8, device=shared.device)
                 else:
                     masks[task] = self._empty_logits(shared)

@@ -16,6 +16,7 @@ from .masked_layer import MaskedLayer
 from .per_task import PerTask, plain_copy
 from .task_layer import TaskLayer, task_keys, task_layers
 from .tasks import refuse_nan
+from .wrappers import check_whole
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,6 +46,7 @@ def merge(model: Model, task: str) -> Model:
     """
     layers = task_layers(model)
     task_keys(layers, task)
+    check_whole(model.modules(), f"task {task!r} cannot be merged")
     refuse_nan(model, [task], "merged")
     with torch.inference_mode(False), torch.no_grad():
         return _merged(model, layers, task)

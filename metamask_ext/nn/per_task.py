@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..ops.gate import compute_dtype
-from ..torch_private import BatchNorm, disable_dynamo, fx_trace, synchronises, traced_attribute, traced_call
+from ..ops.shards import is_distributed, whole
+from ..torch_private import BatchNorm, disable_dynamo, distributes, fx_trace, synchronises, traced_attribute, traced_call
 from .context import AmbiguousTaskError
 from .each_task import Call, run_each_task
-from .given import given_to
+from .given import GivenNorm, GivenRows, given_to
 from .guarded import AmbiguousTensor, raise_taken
 from .names import DEFAULT_TASK
-from .selection import GivenMasks, Selection, Superposition, TaskBatch
+from .pairing import Memo, NamedModules
+from .ranks import groups_of, of_first, placed_as
+from .rows import formula_of
+from .selection import GivenMasks, Selection, Superposition, TaskBatch, along, check_samples
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
 from .using_task import using_task
@@ -88,7 +92,9 @@ class PerTask(TaskLayer):
             return traced
         if torch.compiler.is_dynamo_compiling():
             given = given_to(self)
-            return _read_in_eager(self, name) if given is None else given[name]
+            if isinstance(given, GivenNorm):
+                return given.tensors[name]
+            return _read_in_eager(self, name) if given is None or isinstance(given, GivenRows) else given[name]
         try:
             return self._read(name, self._selected())
         except AmbiguousTaskError as error:
@@ -113,7 +119,20 @@ class PerTask(TaskLayer):
         else:
             super().register_buffer(name, tensor, persistent)
 
+    def named_modules(self, memo: Memo | None = None, prefix: str = "", remove_duplicate: bool = True) -> NamedModules:
+        if distributes(sys._getframe(1)):
+            self._refuse_distribution()
+        return super().named_modules(memo, prefix, remove_duplicate)
+
+    def _refuse_distribution(self) -> NoReturn:
+        raise RuntimeError(
+            f"a {type(self).__name__}, with {', '.join(self._own())} for each task, cannot be distributed: leave it out of the "
+            "plan of parallelize_module"
+        )
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name.startswith("per_task.") or (self._is_own(name) and is_distributed(param)):
+            self._refuse_distribution()
         if self._is_own(name):
             self._write(name, param)
             return
@@ -146,11 +165,16 @@ class PerTask(TaskLayer):
         # The class is made at run time.
         return _new, (self.plain_type,), self.__dict__
 
-    def forward(self, *inputs: object, **options: object) -> Output:
+    def forward(self, *inputs: Any, **options: Any) -> Output:
         if fx_trace._is_fx_tracing_flag and (traced := traced_call(self, *inputs, **options)) is not None:
             return traced
         if torch.compiler.is_dynamo_compiling():
-            run = _forward_in_eager if given_to(self) is None else type(self)._plain_forward
+            given = given_to(self)
+            if isinstance(given, GivenNorm):
+                return given.normalise(self, *inputs, **options)
+            if isinstance(given, GivenRows):
+                return self._forward_rows(given, *inputs, **options)
+            run = _forward_in_eager if given is None else type(self)._plain_forward
             return run(self, *inputs, **options)
         selected = self._selected()
         if isinstance(selected, str):
@@ -172,6 +196,19 @@ class PerTask(TaskLayer):
                 "model in eval mode"
             )
         return self._plain_forward(input)
+
+    def _takes_rows(self) -> bool:
+        """True if a mixed-task batch can be a part of a compiled graph."""
+        return formula_of(self, self.plain_type) is not None
+
+    def _forward_rows(self, given: GivenRows, input: Tensor) -> Output:
+        sample_dim = self._sample_dim(input)
+        least = sample_dim if given.dim else min(sample_dim, max(0, input.dim() - 1))
+        check_samples(self, input, least, given.slots.shape[0], given.dim, given.guessed and given.several)
+        formula = formula_of(self, self.plain_type)
+        assert formula is not None  # the call asked _takes_rows
+        own = {name: tensor[given.slots] for name, tensor in given.tensors.items()}
+        return along(given.dim, lambda rows: formula(self, rows, own), input)
 
     def _plain_forward(self, *inputs: object, **options: object) -> Output:
         return super().forward(*inputs, **options)
@@ -213,11 +250,19 @@ class PerTask(TaskLayer):
         return [(tensors, values[name]) for name, tensors in own.items()]
 
     def _fresh(self) -> dict[str, Tensor]:
-        values = {name: _first(tensors).detach().clone() for name, tensors in self._own().items()}
+        values = {name: whole(_first(tensors)).detach().clone() for name, tensors in self._own().items()}
         reset: Callable[[nn.Module], None] | None = getattr(self.plain_type, "reset_parameters", None)
         if reset is not None:
-            reset(self._as_plain({name: tensor.detach().clone() for name, tensor in self._tensors(self._parameters)}, values))
+            reset(
+                self._as_plain({name: whole(tensor).detach().clone() for name, tensor in self._tensors(self._parameters)}, values)
+            )
+        if not self._is_fsdp_managed_module:  # which shards them in its own way
+            values = {name: self._placed(values[name], _first(tensors)) for name, tensors in self._own().items()}
         return values
+
+    @staticmethod
+    def _placed(value: Tensor, like: Tensor) -> Tensor:
+        return placed_as(of_first(value, groups_of(like)), like) if is_distributed(like) else value
 
     def _as_plain(self, parameters: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> nn.Module:
         """A module of the plain type with these tensors, ``own`` in the place of the tasks'."""

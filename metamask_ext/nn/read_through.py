@@ -6,12 +6,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from ..torch_private import fx_trace, in_dispatch_mode, in_transform, reparametrises, saving_hook, traced_attribute
+from ..torch_private import distributes, fx_trace, in_dispatch_mode, in_transform, reparametrises, saving_hook, traced_attribute
 from .context import AmbiguousTaskError
 from .guarded import AmbiguousTensor, ComputedTensor, raise_taken, refuse_quantised
 from .layers import MaskedConv2d, MaskedLinear
@@ -61,7 +62,7 @@ class ReadThrough(MaskedLayer):
             if self._copied_alone:
                 self._refuse_folding(name, param)
             refuse_quantised(self, name, param)
-            self._parameters[name] = param
+            self._registered(name, param, partial(self._parameters.__setitem__, name, param))
         else:
             super().register_parameter(name, param)
 
@@ -109,10 +110,13 @@ def _guarded(layer: MaskedLayer, what: str) -> Tensor | None:
     if torch.compiler.is_dynamo_compiling():
         return masked_value(layer, what)
     shared, masks = layer._group(what)
-    if reparametrises(sys._getframe(2)):
+    reader = sys._getframe(2)
+    if reparametrises(reader):
         raise_taken(layer, what)
     if shared is None or masks is None:
         return shared
+    if reader.f_back is not None and distributes(reader.f_back):
+        return shared  # RowwiseParallel distributes what it reads
     if _READS.values is None or in_transform() or in_dispatch_mode():
         return _computed(layer, what, shared)
     active = layer._active()

@@ -61,13 +61,17 @@ class TaskDict(nn.ParameterDict):
 
     def __setitem__(self, name: str, value: object) -> None:
         name = check_name(name)
-        key = escape(name)
         if not isinstance(value, Tensor):
             raise TypeError(f"what belongs to task {name!r} must be a tensor, got {type(value).__name__}")
         value = _lasting(value)
         buffer = self._only_buffers or value.dtype == torch.uint8
         check_entry(self, None if buffer else value, f"task {name!r} cannot be {'changed' if name in self._keys else 'added'}")
-        if buffer:
+        self._put(name, value)
+
+    def _put(self, name: str, value: Tensor) -> None:
+        """Have this tensor for a task; the arguments have been checked."""
+        key = escape(name)
+        if self._only_buffers or value.dtype == torch.uint8:
             self._buffers[key] = value
             self._parameters.pop(key, None)
         else:

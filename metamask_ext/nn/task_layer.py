@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor, nn
 
 from ..torch_private import loads_strictly
+from .agreement import agree_in_forward
 from .context import LIVE, AmbiguousTaskError, Key, active_key, only_key
 from .names import check_name, describe, escape, unescape
 from .pairing import Memo, NamedModules, is_noted, noted_layer
@@ -64,6 +65,10 @@ class TaskLayer(nn.Module):
         """The tensors of one more task with their TaskDicts; all layers of a model make theirs before any is changed."""
         raise NotImplementedError
 
+    def _beside(self) -> Iterable[tuple[TaskDict, tuple[nn.Module, str]]]:
+        """The TaskDicts, each with the module and the name of the parameter that its tensors belong to."""
+        return [(tensors, (self, path.rpartition(".")[2])) for path, tensors in self._dicts().items()]
+
     def _combine(self, tensors: TaskDict, amounts: Mapping[str, float | Tensor], out: Tensor) -> None:
         """Fill ``out`` for a new task that begins as this linear combination of tasks."""
         raise NotImplementedError
@@ -98,6 +103,21 @@ class TaskLayer(nn.Module):
         memo = set() if memo is None else memo
         modules: NamedModules = super().named_modules(memo, prefix, remove_duplicate)
         return noted_layer(self, memo, modules) if is_noted() else modules
+
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        return bool(self.__dict__.get("_is_fsdp_managed_module", False))
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, value: bool) -> None:
+        # fully_shard sets it, once it has the parameters.
+        if value:
+            self._check_shardable()
+            agree_in_forward(self)
+        self.__dict__["_is_fsdp_managed_module"] = value
+
+    def _check_shardable(self) -> None:
+        """Refuse to be a part of a model that fully_shard holds."""
 
     def _new_task(self, task: str) -> None:
         check_name(task)

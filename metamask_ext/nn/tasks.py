@@ -13,10 +13,12 @@ from ..ops.gate import compute_dtype
 from .context import is_active
 from .masked_layer import MaskedLayer
 from .names import check_name, describe, escape, plain
+from .ranks import check_same, of_first, placed_as, sharers
+from .shards import Shards
 from .structure import structure
 from .task_dict import TaskDict
 from .task_layer import TaskLayer, raise_no_layer, same_tasks, task_layers
-from .wrappers import check_may_grow, check_not_sharded
+from .wrappers import check_not_averaged, check_not_sharded, check_whole, is_sharded, place_shards
 
 
 def masked_layers(model: nn.Module) -> list[tuple[str, MaskedLayer]]:
@@ -57,8 +59,9 @@ def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "ran
     bits of the same layer, else logits.
 
     An optimiser of torch that was built before does not know the new parameters: add them to it
-    (``metamask_ext.continual.TaskLoop`` does). ``DistributedDataParallel`` and ``fully_shard`` would not synchronise the new masks:
-    the model is refused while one of them holds it. Add the task to an ``AveragedModel`` of this model too.
+    (``metamask_ext.continual.TaskLoop`` does). ``DistributedDataParallel`` would not synchronise the new masks, and the model is
+    refused while one holds it. Under ``fully_shard``, and in tensor parallelism, every process calls this at once: the masks are
+    those that the first process draws, sharded as the weights are. Add the task to an ``AveragedModel`` of this model too.
 
     Args:
         model: a module with masked layers.
@@ -74,7 +77,8 @@ def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "ran
         TypeError: ``name`` is no string.
         ValueError: every layer has the task, ``init`` is unknown or names an unknown task, logits are asked of a packed task, NaN
             would come out of a mean or a combination, or ``model`` has no masked layer.
-        RuntimeError: a ``DistributedDataParallel`` or ``fully_shard`` holds parameters of the model.
+        RuntimeError: a ``DistributedDataParallel`` or FullyShardedDataParallel holds parameters of the model; ``fully_shard`` was
+            called on a module around it; or the processes that share its parameters ask for different tasks.
     """
     with structure():
         _add_task(model, name, init)
@@ -82,11 +86,17 @@ def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "ran
 
 def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> None:
     name = check_name(name)
-    layers = task_layers(model)
+    layers, what = task_layers(model), f"task {name!r} cannot be added"
+    groups = sharers(layer for _, layer in layers)
+    if groups:
+        device = next(model.parameters()).device
+        if device.type == "meta":
+            raise RuntimeError(f"{what}: the model is distributed and has no values yet. Call model.to_empty(device=...) first")
+        check_same(f"{name!r}, init={init!r}", groups, device, what)
     known, partial = _known_for(layers, name)
     amounts, source = _resolve_init(known, init)
-
-    check_may_grow((layer for _, layer in layers), f"task {name!r} cannot be added")
+    check_not_averaged((layer for _, layer in layers), what)
+    shards = Shards(model, [layer for _, layer in layers], what) if is_sharded(layer for _, layer in layers) else None
 
     def fill(layer: TaskLayer, tensors: TaskDict, out: Tensor) -> None:
         if amounts is not None:
@@ -105,25 +115,43 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
     if computed:
         refuse_nan(model, known if amounts is None else amounts, "combined")
     how = None if init == "random" else fill
-    made = [(path, *entry) for path, layer in layers for entry in layer._new_tensors(how)]
+    made = [(path, tensors, of_first(new, groups)) for path, layer in layers for tensors, new in layer._new_tensors(how)]
     new = [entry for entry in made if name not in entry[1]]
     if computed:
         checked = [(path, tensor) for path, _, tensor in new if tensor.is_floating_point() and has_values(tensor)]
         bad = first_true([nan_flag(tensor) for _, tensor in checked])
         if bad is not None:
             raise ValueError(f"init gives NaN for task {name!r} in layer {checked[bad][0]!r}: it combines NaN, or +inf with -inf")
-    _put_in(name, [(tensors, tensor) for _, tensors, tensor in new])
+    _put_in(name, [(tensors, tensor) for _, tensors, tensor in new], shards)
     if name in partial:
         _pack_beside_bits([layer for _, layer in layers], name)
 
 
-def _put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]]) -> None:
+def draw_again(model: nn.Module, name: str) -> None:
+    """Give a task the tensors that :func:`add_task` would give it now, in the place of those that are there."""
+    with structure(), torch.no_grad():
+        place_shards(model)
+        layers = [layer for _, layer in task_layers(model)]
+        groups = sharers(layers)
+        for layer in layers:
+            for tensors, tensor in layer._new_tensors():
+                tensors[name].copy_(placed_as(of_first(tensor, groups), tensors[name]))
+
+
+def _put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]], shards: Shards | None) -> None:
     """Give each TaskDict its tensor of a new task, or none of them where that is interrupted."""
     lengths = {tensors: len(tensors._names) for tensors, _ in new}
+    if shards is not None:
+        shards.check_dtypes(new)
     try:
         for tensors, tensor in new:
-            tensors[name] = tensor
+            if shards is None:
+                tensors[name] = tensor
+            else:
+                shards.add(tensors, name, tensor)
     except BaseException:  # Ctrl-C between two layers would leave a model that no call takes
+        if shards is not None:
+            shards.undo()
         for tensors, length in lengths.items():
             tensors._drop(name, length)
         raise
@@ -253,7 +281,7 @@ def pack_task(model: nn.Module, name: str) -> None:
         known, name = tasks(model), plain(name)
         if name not in known:
             raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
-        check_not_sharded(model.modules(), f"task {name!r} cannot be packed")
+        check_whole(model.modules(), f"task {name!r} cannot be packed")
         refuse_nan(model, [name], "packed")
         packed = [entry for _, layer in masked_layers(model) for entry in layer._bits(name)]
         try:

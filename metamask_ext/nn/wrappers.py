@@ -34,13 +34,13 @@ class _Wrappers:
         """Search once more: a wrapper may have been copied or unpickled, or be older than this module."""
         self._missed = self._missed or distributed()
 
-    def averaged(self) -> list[frozenset[Tensor]]:
-        """The parameters of each wrapper."""
+    def living(self) -> list[tuple[DistributedDataParallel, frozenset[Tensor]]]:
+        """The wrappers, each with its parameters."""
         if self._missed:
             self._missed = False
             for found in [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]:
                 self._known.setdefault(found, None)
-        return [self._averaged_by(wrapper) for wrapper in list(self._known.keys())] if self._known else []
+        return [(wrapper, self._averaged_by(wrapper)) for wrapper in list(self._known.keys())] if self._known else []
 
     def _averaged_by(self, wrapper: DistributedDataParallel) -> frozenset[Tensor]:
         found = self._known.get(wrapper)
@@ -56,8 +56,13 @@ def distributed() -> bool:
 
 _WRAPPERS = _Wrappers()
 register_module_module_registration_hook(_WRAPPERS.saw)
-averaged_parameters = _WRAPPERS.averaged
+averagers = _WRAPPERS.living
 may_have_missed = _WRAPPERS.may_have_missed
+
+
+def averaged_parameters() -> list[frozenset[Tensor]]:
+    """The parameters that each DistributedDataParallel averages."""
+    return [averaged for _, averaged in averagers()]
 
 
 def is_averaged(parameters: Iterable[Tensor]) -> bool:
@@ -92,6 +97,11 @@ def check_may_grow(modules: Iterable[nn.Module], what: str) -> None:
     """RuntimeError if masks that these modules got now would not be synchronised between processes."""
     modules = list(modules)
     check_not_sharded(modules, what)
+    check_not_averaged(modules, what)
+
+
+def check_not_averaged(modules: Iterable[nn.Module], what: str) -> None:
+    """RuntimeError if a DistributedDataParallel that lives averages the gradients of parameters of these modules."""
     own = [parameter for module in modules for parameter in module.parameters()]
     if is_averaged(own):
         gc.collect()  # a wrapper that was let go of may wait for it
@@ -117,8 +127,20 @@ def check_not_sharded(modules: Iterable[nn.Module], what: str) -> None:
     """RuntimeError if fully_shard holds parameters of these modules."""
     if is_sharded(modules):
         raise RuntimeError(
-            f"{what} after the model was sharded: fully_shard holds the parameters that it was called with. Add, remove and pack "
-            "tasks first, and call fully_shard then"
+            f"{what} after the model was sharded: fully_shard holds the parameters that it was called with. Remove, pack and "
+            "load tasks first, and call fully_shard then (metamask_ext.add_task works afterwards, too)"
+        )
+
+
+def check_whole(modules: Iterable[nn.Module], what: str) -> None:
+    """RuntimeError if this process has but shards of parameters of these modules."""
+    modules = list(modules)
+    check_not_sharded(modules, what)
+    if any(hasattr(parameter, "device_mesh") for module in modules for parameter in module._parameters.values()):
+        raise RuntimeError(
+            f"{what} while parameters are DTensors, of which a process has a shard. Load the model's state into one that is not "
+            "distributed first: torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True))"
         )
 
 

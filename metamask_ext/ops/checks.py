@@ -14,6 +14,7 @@ from metamask_ext import torch_private
 
 from .gate import SIXTEEN_BITS
 from .geometry import MOST_ELEMENTS, check_rows, check_sizes, check_tasks, packed_bytes, packed_shape
+from .shards import whole
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of weights and logits."""
@@ -297,6 +298,7 @@ def has_values(tensor: Tensor) -> bool:
 
 def nan_flag(tensor: Tensor) -> Tensor:
     """True if a number of ``tensor`` is NaN, as a tensor of one: a GPU is not waited for. NaN is the largest for ``amax``."""
+    tensor = whole(tensor.detach())  # every process has to come to the same result
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.bool, device=tensor.device)
     return tensor.detach().amax().isnan()

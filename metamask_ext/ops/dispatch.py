@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from metamask_ext._build import BACKEND
-from metamask_ext.torch_private import in_transform, is_any_autocast_enabled, is_made_of_tensors
+from metamask_ext.torch_private import in_transform, is_any_autocast_enabled, is_made_of_tensors, tree_leaves
 
 from .gate import SIXTEEN_BITS
+from .shards import is_distributed
 
 if TYPE_CHECKING:
 
@@ -121,4 +122,10 @@ def worded(error: Exception, check: Callable[..., object], *arguments: object) -
         check(*arguments)
     except Exception as refusal:
         return refusal
+    given = tree_leaves((arguments, getattr(check, "keywords", {})))
+    if any(map(is_distributed, given)):
+        return TypeError(
+            "a DTensor cannot be an argument here: on shards run masked_weight, masked_linear and task_masked_linear, all of whose "
+            "tensors but slots are then DTensors. Else give tensors of one process: tensor.full_tensor()"
+        )
     return error

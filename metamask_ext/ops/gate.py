@@ -21,6 +21,8 @@ from torch import Tensor
 
 SIGMOID, HARD = 0, 1
 """The ops' numbers for the gates; csrc/core/gate.h has the same."""
+IDENTITY = 3
+"""No mask's gate: ``s = M``, of ``task_masked_linear`` on the CPU alone. "Logits" are then weights that differ by task."""
 
 GATES = {"sigmoid": SIGMOID, "hard": HARD}
 SMALLEST_TEMPERATURE = 2.0**-126
@@ -79,6 +81,8 @@ def gate_values(logits: Tensor, gate_id: int, gate_param: float) -> tuple[Tensor
         rest = torch.sigmoid(-logits / gate_param)  # 1 - s, also where s rounds to 1
         d = s * rest / gate_param
         return s, d, d * (rest - s) / gate_param
+    if gate_id == IDENTITY:
+        return logits, torch.ones_like(logits), torch.zeros_like(logits)
     # Straight through: adding M - M.detach(), which is zero, gives s the derivative of M at every order and under every
     # transform. An infinite logit would make that term NaN; nan_to_num keeps its value (and drops only its gradient).
     s = (logits > gate_param).to(logits.dtype) + (logits - logits.detach()).nan_to_num()

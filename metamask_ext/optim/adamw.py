@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.optim.optimizer import StateDict
 
 from metamask_ext.ops.weight.raw import AdamWSettings, AdamWState
 
-from .fused import FusedOptimizer, is_dense
+from .fused import FusedOptimizer, is_dense, with_gradients
 
 _PLAIN = ("amsgrad", "maximize", "differentiable", "capturable")
 
@@ -46,6 +45,7 @@ class FusedMaskedAdamW(FusedOptimizer, torch.optim.AdamW):
         eps: is added to the root.
         weight_decay: of what all tasks share (``W``, biases, plain layers).
         mask_weight_decay: of the masks.
+        scale_masks_by_use: as for :class:`FusedMaskedSGD`.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -68,8 +68,9 @@ class FusedMaskedAdamW(FusedOptimizer, torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         mask_weight_decay: float = 0.0,
+        scale_masks_by_use: bool = False,
     ):
-        groups = self._groups_of(model, weight_decay, mask_weight_decay, lr=lr, eps=eps)
+        groups = self._groups_of(model, weight_decay, mask_weight_decay, scale_masks_by_use, lr=lr, eps=eps)
         if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas must be two numbers from 0 to below 1, got {betas!r}")
         super().__init__(groups, lr=lr, betas=(float(betas[0]), float(betas[1])), eps=eps)
@@ -145,17 +146,7 @@ def _is_sharded(tensor: Any) -> bool:
 def _choose_kernels(
     optimizer: FusedMaskedAdamW, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    closure: Callable[[], Any] | None = options.get("closure", args[1] if len(args) > 1 else None)
-    if closure is None:
-        optimizer._choose()
-        return None
-
-    def then_choose() -> Any:  # the gradients are the closure's
-        loss = closure()
-        optimizer._choose()
-        return loss
-
-    return (optimizer, then_choose), {}
+    return with_gradients(optimizer, args, options, optimizer._choose)
 
 
 def _count_versions(optimizer: FusedMaskedAdamW, *_: object) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from metamask_ext.ops.weight.raw import Rule
 from metamask_ext.torch_private import has_global_step_hooks, has_gradient_hooks
 
 from .graph import Node, walk
+from .use import MaskUse
 
 _OWN_HOOKS = 2
 
@@ -54,7 +57,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _kept(self, parameter: Tensor, group: StateDict) -> State | None:
         """The state of a parameter, as the op takes it; begun as torch begins it."""
 
-    def _groups_of(self, model: nn.Module, weight_decay: float, mask_weight_decay: float, **numbers: float) -> list[StateDict]:
+    def _groups_of(
+        self, model: nn.Module, weight_decay: float, mask_weight_decay: float, by_use: bool, **numbers: float
+    ) -> list[StateDict]:
         """Check the model and the numbers; returns the groups of what all tasks share and of the masks."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -69,7 +74,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, number in checked.items():
             if not number >= 0.0:
                 raise ValueError(f"{name} must be at least 0, got {number!r}")
-        self.model = model
+        self.model, self._scales_by_use = model, bool(by_use)
         place_shards(model)
         shared, masks = _parameters(model)
         if not masks:
@@ -82,12 +87,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _begin(self) -> None:
         self._is_sharded = is_sharded(self.model.modules())
         self._remember()
+        self._use = MaskUse(self.model) if self._scales_by_use else None
         # Not by a step of our own around torch's: each of the two would call the hooks of users.
         self.register_step_pre_hook(_find_new_tasks)
+        self.register_step_pre_hook(_scale_masks)
         self.register_step_post_hook(_keep_outside)
 
     def __getstate__(self) -> StateDict:
-        return {**super().__getstate__(), "model": self.model}
+        return {**super().__getstate__(), "model": self.model, "_scales_by_use": self._scales_by_use}
 
     def __setstate__(self, state: StateDict) -> None:
         set_state: Callable[[StateDict], None] = super().__setstate__
@@ -168,6 +175,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._find_new_tasks()
+        if self._use is not None:
+            self._use.forget()
         super().zero_grad(set_to_none)
 
     def state_dict(self) -> StateDict:
@@ -221,14 +230,19 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _find_new_tasks(self) -> None:
         changes = CHANGES.count
-        # The registered parameters of a sharded model are by turns sharded and gathered ones, and it gets no new tasks.
-        if not self._is_sharded and (changes != self.__dict__.get("_changes") or self._fingerprint() != self._seen):
+        is_known = changes == self.__dict__.get("_changes")
+        if self._is_sharded:
+            # The registered parameters of a sharded model are by turns sharded and gathered ones.
+            if not is_known:
+                place_shards(self.model)
+                self._update_groups()
+        elif not is_known or self._fingerprint() != self._seen:
             self._update_groups()
-        self._changes = changes
+        self._changes = CHANGES.count
 
     def _update_groups(self) -> None:
         """Take up parameters that the model has got since, and let go of those it has lost."""
-        if is_sharded(self.model.modules()):
+        if not self._is_sharded and is_sharded(self.model.modules()):
             raise RuntimeError("the model was sharded after its optimiser was made: make the optimiser after fully_shard")
         shared, masks = _parameters(self.model)
         names: dict[Tensor, str] = {parameter: name for found in (shared, masks) for name, parameter in found.items()}
@@ -311,6 +325,30 @@ def is_dense(p: Tensor) -> bool:
 
 def _find_new_tasks(optimizer: FusedOptimizer, *_: object) -> None:
     optimizer._find_new_tasks()
+
+
+def with_gradients(
+    optimizer: FusedOptimizer, args: tuple[Any, ...], options: dict[str, Any], act: Callable[[], object]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Call ``act`` before a step, once the gradients are there: those of a closure come within the step."""
+    closure: Callable[[], Any] | None = options.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        act()
+        return None
+
+    def then_act() -> Any:
+        loss = closure()
+        act()
+        return loss
+
+    return (optimizer, then_act), {}
+
+
+def _scale_masks(
+    optimizer: FusedOptimizer, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    use = optimizer._use
+    return None if use is None else with_gradients(optimizer, args, options, partial(use.scale, optimizer.model))
 
 
 def _keep_outside(optimizer: FusedOptimizer, *_: object) -> None:

@@ -44,6 +44,11 @@ class FusedMaskedSGD(FusedOptimizer, torch.optim.SGD):
         weight_decay: L2 factor of what all tasks share (``W``, biases, plain layers).
         mask_weight_decay: L2 factor of the masks.
         momentum: of all parameters.
+        scale_masks_by_use: of several processes (``DistributedDataParallel``, ``fully_shard``). Their mean counts a process that
+            did not use a task with a gradient of zero: a mask that ``n`` of ``W`` used moves by ``n / W`` of the mean of those.
+            True multiplies the gradients of its masks by ``W / n``, in the step: ``n`` processes have let a gradient through a
+            layer's output under that task since the last step. Every process then has to call ``step``, after its backward; a
+            clipping of gradients in between sees them as they were.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -65,8 +70,9 @@ class FusedMaskedSGD(FusedOptimizer, torch.optim.SGD):
         weight_decay: float = 0.0,
         mask_weight_decay: float = 0.0,
         momentum: float = 0.0,
+        scale_masks_by_use: bool = False,
     ):
-        groups = self._groups_of(model, weight_decay, mask_weight_decay, lr=lr, momentum=momentum)
+        groups = self._groups_of(model, weight_decay, mask_weight_decay, scale_masks_by_use, lr=lr, momentum=momentum)
         super().__init__(groups, lr=lr, momentum=momentum)
         self._begin()
 

@@ -90,18 +90,22 @@ def test_run_passes_its_options(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(app, "run_experiment", lambda *arguments, **options: calls.append((*arguments, options)))
     monkeypatch.setattr(app, "run_all", lambda *arguments, **options: calls.append(("all", *arguments, options)))
-    none = {"config": None, "workers": None, "tracking": None}
+    how = {"workers": None, "executor": "local", "address": None, "gpus": 0.0, "tracking": None}
+    none = {"config": None, **how}
     assert _metamask("run", "mnist", "--out", str(tmp_path), "--seed", "7", "--quick").exit_code == 0
     assert _metamask("run", "linear", "--out", str(tmp_path), "--tracking", "csv", "--workers", "3").exit_code == 0
+    ray = ("--executor", "ray", "--address", "a:1", "--gpus", "0.25", "--track", "wandb")
+    assert _metamask("run", "linear", "--out", str(tmp_path), *ray).exit_code == 0
     assert _metamask("run", "supsup", "--out", str(tmp_path), "--tasks", "9", "--rotated", "--config", "a.toml").exit_code == 0
     assert _metamask("run", "linear", "--out", str(tmp_path), "--steps", "5", "--seeds", "2").exit_code == 0
     assert _metamask("run", "all", "--out", str(tmp_path), "--quick", "--workers", "2").exit_code == 0
     assert calls == [
         ("mnist", tmp_path, 7, True, none),
         ("linear", tmp_path, 0, False, {**none, "tracking": "csv", "workers": 3}),
+        ("linear", tmp_path, 0, False, {**none, "tracking": "wandb", "executor": "ray", "address": "a:1", "gpus": 0.25}),
         ("supsup", tmp_path, 0, False, {**none, "config": Path("a.toml"), "tasks": 9, "rotated": True}),
         ("linear", tmp_path, 0, False, {**none, "steps": 5, "seeds": 2}),
-        ("all", tmp_path, 0, True, {"workers": 2, "tracking": None}),
+        ("all", tmp_path, 0, True, {**how, "workers": 2}),
     ]
 
 

@@ -22,7 +22,18 @@ from metamask_ext.experiments.papers.supsup import learning
 from metamask_ext.experiments.papers.supsup.settings import Settings
 
 PROPOSAL = ["saturation", "sine-of-linear", "sinusoid", "sine-cosine", "colored-mnist"]
-OWN_FILES = ["feature-weights", "universality", "navigation-2d", *PROPOSAL]
+OWN_FILES = [
+    "feature-weights",
+    "universality",
+    "navigation-2d",
+    "mae",
+    "ewc",
+    "transfer",
+    "neural-ode",
+    "learned-optimizer",
+    "magnet",
+    *PROPOSAL,
+]
 """Experiments whose quick run is made in files of their own."""
 HERE = [name for name in EXPERIMENTS if name not in OWN_FILES]
 

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from metamask_ext._build import BACKEND
 from metamask_ext.meta import MAML
-from metamask_ext.meta.maml import _mapped
+from metamask_ext.meta.samples import mapped
 from metamask_ext.nn import MaskedConv2d
 
 TASKS, SAMPLES = 3, 4
@@ -84,9 +84,9 @@ def test_losses_of_tasks_are_those_of_vmap(name):
     loss_fn, target = LOSSES[name]
     prediction = torch.randn(5, 4, 3, requires_grad=True)
     made = []
-    for mapped in (_mapped, lambda *given: torch.vmap(given[0], randomness="different")(*given[1:])):
+    for run in (mapped, lambda *given: torch.vmap(given[0], randomness="different")(*given[1:])):
         torch.manual_seed(0)
-        losses = mapped(loss_fn, prediction, target)
+        losses = run(loss_fn, prediction, target)
         grads = torch.autograd.grad(losses.sum(), prediction) if losses.requires_grad else ()
         made.append((losses, *grads))
     assert made[0][0].shape == (5,)
@@ -98,7 +98,7 @@ def test_an_error_in_a_loss_leaves_no_level_of_vmap():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        _mapped(wrong, torch.zeros(2, 3), torch.zeros(2, 3))
+        mapped(wrong, torch.zeros(2, 3), torch.zeros(2, 3))
     assert torch._C._functorch.maybe_current_level() is None
     with pytest.raises(ValueError, match="loss_fn must give a scalar for one task, got float"):
-        _mapped(lambda prediction, target: 1.0, torch.zeros(2, 3), torch.zeros(2, 3))
+        mapped(lambda prediction, target: 1.0, torch.zeros(2, 3), torch.zeros(2, 3))

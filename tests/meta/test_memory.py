@@ -57,9 +57,9 @@ def of_step(size: str, steps: int, adapt: str = "masks", **options) -> int:
 def test_checkpoint_keeps_memory_flat_over_inner_steps(size, adapt):
     one, two, five, twenty = (of_step(size, steps, adapt, checkpoint=True) for steps in (1, 2, 5, 20))
     if size == "masks":
-        assert max(five, twenty) < 1.5 * two
+        assert max(five, twenty) < 1.3 * two
     else:
-        assert max(two, five, twenty) < 1.5 * one
+        assert max(two, five, twenty) < 1.3 * one
     assert of_step(size, 20, adapt) > 4 * one, "the measurement sees what 20 steps keep"
 
 
@@ -79,7 +79,7 @@ def test_a_convolution():
         maml = MAML(model, 0.01, steps, checkpoint=True)
         maml(F.mse_loss, support, query).backward()
         used.append(peak(lambda maml=maml: maml(F.mse_loss, support, query).backward()))
-    assert used[1] < 1.5 * used[0]
+    assert used[1] < 1.3 * used[0]
 
 
 def test_without_a_graph_nothing_is_kept():
@@ -108,7 +108,8 @@ def test_how_often_a_step_is_computed_again(steps):
 
     turns: list[int] = []
     start = [torch.tensor(0.0)]
-    reverse = Counted(gradients, [1.0], [None], start, [])
+    reverse = Counted([1.0], [])
+    reverse.begin(gradients, [torch.tensor(0.0)], owned=False)
     reverse(0, steps, start, _random_states(start), KEPT - 1)
     assert turns == list(reversed(range(steps)))
     again = next(r for r in range(steps) if math.comb(KEPT + r, r) >= steps)

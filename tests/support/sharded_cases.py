@@ -149,7 +149,6 @@ def load_bank(model):
 
 
 CHANGES = {
-    "add_task": lambda model: mm.add_task(model, "z"),
     "add_task to a layer": lambda model: mm.add_task(model[4], "z"),
     "remove_task": lambda model: mm.remove_task(model, "b"),
     "pack_task": lambda model: mm.MaskBank(model).pack("b"),

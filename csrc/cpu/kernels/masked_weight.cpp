@@ -304,8 +304,18 @@ void second_backward_add_range(Gate gate, ParamTypes types, const void* a, const
     gate.kind == kSigmoid ? RANGE<float, kSigmoid>(__VA_ARGS__) : RANGE<float, kHard>(__VA_ARGS__);   \
   }
 
+// Of what task_masked_linear calls, which has one gate more.
+#define DISPATCH_ANY(RANGE, gate, types, ...)  \
+  if (gate.kind != kIdentity) {                \
+    DISPATCH(RANGE, gate, types, __VA_ARGS__)  \
+  } else if (types.weight == Type::kFloat64) { \
+    RANGE<double, kIdentity>(__VA_ARGS__);     \
+  } else {                                     \
+    RANGE<float, kIdentity>(__VA_ARGS__);      \
+  }
+
 void forward(Gate gate, ParamTypes types, Type out, const void* w, const void* m, void* theta, int64_t begin, int64_t end) {
-  DISPATCH(forward_range, gate, types, gate, types, out, w, m, theta, begin, end)
+  DISPATCH_ANY(forward_range, gate, types, gate, types, out, w, m, theta, begin, end)
 }
 
 void backward(Gate gate, ParamTypes types, Type grad, const void* g, const void* w, const void* m, void* theta, Sink dw, Sink dm,
@@ -320,12 +330,12 @@ void double_backward(Gate gate, ParamTypes types, Type grad, const void* a, cons
 
 void backward_add(Gate gate, ParamTypes types, const void* g, const void* w, const void* m, void* theta, void* dw, void* dm,
                   int64_t n) {
-  DISPATCH(backward_add_range, gate, types, gate, types, g, w, m, theta, dw, dm, n)
+  DISPATCH_ANY(backward_add_range, gate, types, gate, types, g, w, m, theta, dw, dm, n)
 }
 
 void second_backward_add(Gate gate, ParamTypes types, const void* a, const void* b, const void* g, const void* h, const void* w,
                          const void* m, void* theta, void* c, void* dw, void* dm, int64_t n) {
-  DISPATCH(second_backward_add_range, gate, types, gate, types, a, b, g, h, w, m, theta, c, dw, dm, n)
+  DISPATCH_ANY(second_backward_add_range, gate, types, gate, types, a, b, g, h, w, m, theta, c, dw, dm, n)
 }
 
 }  // namespace

@@ -29,6 +29,7 @@ struct TaskSizes {
 template <class Run>
 DEVICE_INLINE void with_gate(GateKind kind, Run run) {
   if (kind == kSigmoid) run.template operator()<kSigmoid>();
+  else if (kind == kIdentity) run.template operator()<kIdentity>();
   else run.template operator()<kHard>();
 }
 
@@ -50,6 +51,7 @@ DEVICE_INLINE Compute<P> bias_of(const TaskSizes& sizes, Compute<P> gate_param, 
   // float32, or the type of the bias: one number for each output, which needs no kernel of its own.
   const bool wide = sizes.bias_mask == Type::kFloat32;
   const Compute<P> m = wide ? Compute<P>(array_of<float>(bias_masks, task)[row]) : to_compute(array_of<P>(bias_masks, task)[row]);
+  if (sizes.gate == kIdentity) return theta_of<kIdentity>(b, m, gate_param);
   return sizes.gate == kSigmoid ? theta_of<kSigmoid>(b, m, gate_param) : theta_of<kHard>(b, m, gate_param);
 }
 

@@ -27,7 +27,7 @@ class JobError(RuntimeError):
     """A job raised an error, or its process died; the message has the job's name and the error."""
 
 
-def described(key: Key) -> str:
+def named(key: Key) -> str:
     """The job in a message."""
     return f"job {key[1]!r} of seed {key[0]}"
 

@@ -22,7 +22,7 @@ from metamask_ext.files.errors import OutputError
 from metamask_ext.files.lock import locked_run
 
 from .claims import Metrics
-from .executors import Processes, cores
+from .executors import Origin, Workers, installed
 from .figures import Figures, write_figures
 from .jobs import (
     CHECKSUM,
@@ -37,7 +37,7 @@ from .jobs import (
     read_results,
     without_checksum,
 )
-from .settings import OptionError, RunSettings, as_json
+from .settings import RunSettings, as_json
 from .statistics import summarized
 from .tables import estimate_text, seeds_text, table_of
 from .tracking import Tracking
@@ -63,18 +63,18 @@ class RunFolder:
         seed: the first of ``settings.seeds`` seeds.
         quick: whether it is called a quick run; what that means is in ``settings``.
         settings: everything that the results depend on, besides the seed.
-        workers: how many processes compute jobs; None: the cores. With 1, this process does.
-        tracking: ``"csv"`` or ``"tensorboard"``, see :mod:`metamask_ext.experiments.engine.tracking`; None: nothing is tracked.
+        workers: compute the jobs; whoever made them closes them.
+        tracking: a kind of :class:`metamask_ext.experiments.engine.tracking.Tracking`; None: nothing is tracked.
         command: what the user typed, without the folder.
 
     Attributes:
         seeds: the seeds of the run.
 
     Raises:
-        OptionError: ``workers`` or ``tracking`` cannot be.
+        OptionError: ``tracking`` cannot be.
         ImportError: matplotlib or what tracking needs is not installed.
 
-    A context: at its end the workers are ended, and other processes may use the folder.
+    A context: at its end other processes may use the folder.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RunFolder:
         seed: int,
         quick: bool,
         settings: RunSettings,
-        workers: int | None = None,
+        workers: Workers,
         tracking: str | None = None,
         command: str = "",
     ):
@@ -92,14 +92,12 @@ class RunFolder:
             import matplotlib  # noqa: F401  before the work, not after it
         except ImportError as error:
             raise ImportError('matplotlib is not installed: pip install "metamask_ext[experiments]"') from error
-        if workers is not None and workers < 1:
-            raise OptionError(f"workers must be at least 1, got {workers}")
         self.experiment, self.path, self.quick = experiment, path, quick
         self.seeds = list(range(seed, seed + settings.seeds))
         self.console = Console()
         self.resumed = False
         self.identity: Json = {"experiment": experiment, "seed": seed, "settings": as_json(settings)}
-        self._executor = Processes(cores() if workers is None else workers, Tracking(path, tracking))
+        self._workers, self._tracking = workers, Tracking(path, tracking)
         self._command = command
         self._started, self._before = time.monotonic(), 0.0
         self._lock = ExitStack()
@@ -126,13 +124,8 @@ class RunFolder:
         with output_errors(self.path):
             for folder in (self.path, *self.path.glob("seed-*")):
                 if folder.is_dir() and not folder.is_symlink():
-                    sweep(folder, lambda name: name.endswith((".json", ".png", ".pt")))
-        info = build_info()
-        self.identity |= {
-            "data": data,
-            "versions": {"metamask_ext": info["version"], "torch": torch.__version__, "python": platform.python_version()},
-            "build_info": info,
-        }
+                    sweep(folder, lambda name: name.endswith((".csv", ".json", ".png", ".pt")))
+        self.identity |= {"data": data, **installed()}
         self._note = note
         self.say(f"data: {data}" + (f" ({note})" if note else ""))
         run, results = self.path / "run.json", self.path / "metrics.json"
@@ -184,7 +177,6 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         with self._lock:
-            self._executor.close()
             if self._unfinished:
                 # Where the run ended by an error, that is the one to know.
                 with nullcontext() if kind is None else suppress(OutputError):
@@ -194,8 +186,8 @@ class RunFolder:
         """Compute jobs, by seed and name, except those whose results are in the folder already.
 
         A result is kept in ``seed-<seed>/<name>.json`` as soon as it is there, so that a killed run resumes behind it. The workers
-        are processes with one torch thread each, and the results are the same for any number of them. After each job a line says
-        how many are done, and about how much time is left.
+        have one torch thread each, and the results are the same for any number of them, and on any executor. After each job a line
+        says how many are done, and about how much time is left.
 
         Args:
             jobs: functions without arguments.
@@ -204,13 +196,13 @@ class RunFolder:
         Raises:
             JobError: a job raised an error, or its process died; the message names the job.
         """
-        return self._compute(jobs, later, self._executor)
+        return self._compute(jobs, later, self._workers)
 
     def compute_here(self, seed: int, name: str, job: Job, later: int = 0) -> Json:
         """Compute one job in this process, otherwise as :meth:`compute`."""
-        return self._compute({(seed, name): job}, later, Processes(1, self._executor.tracking))[seed, name]
+        return self._compute({(seed, name): job}, later, Workers(1))[seed, name]
 
-    def _compute(self, jobs: Mapping[Key, Job], later: int, executor: Processes) -> dict[Key, Json]:
+    def _compute(self, jobs: Mapping[Key, Job], later: int, workers: Workers) -> dict[Key, Json]:
         paths = {(seed, name): self.path / f"seed-{seed}" / f"{file_name(name)}.json" for seed, name in jobs}
         if len({*paths.values()}) != len(paths):
             raise ValueError(f"jobs must have names of different files, got {list(jobs)}")
@@ -219,15 +211,17 @@ class RunFolder:
         self._jobs_done += len(jobs) - len(todo)
         total = self._jobs_done + len(todo) + later
         started, before = time.monotonic(), self._computing
-        with closing(executor.compute(todo)) as results:
+        origin = Origin(self.identity["data"], installed(), self._tracking.kind is not None)
+        with closing(workers.compute(todo, origin)) as results:
             for result in results:
                 self._computing = before + time.monotonic() - started
                 self._save_elapsed()
                 if result is None:
                     continue
-                key, data = result
+                key, data, rows = result
                 with output_errors(paths[key].parent):
                     paths[key].parent.mkdir(exist_ok=True)
+                self._tracking.write(key[0], file_name(key[1]), rows)  # before the result: a run resumes behind that
                 found[key] = json.loads(data)
                 write_atomic(paths[key], checked_bytes(found[key]))
                 self._jobs_done += 1
@@ -265,7 +259,8 @@ class RunFolder:
             "baselines": {method: summary[method] for method in baselines},
             **(more or {}),
             "machine": machine(),
-            "workers": self._executor.count,
+            "workers": self._workers.count,
+            "executor": self._workers.name,
             "command": self._command,
             "duration_s": round(self._elapsed(), 3),
             "resumed": self.resumed,

@@ -63,7 +63,7 @@ def resolve(experiment: str, settings: S, *changes: Mapping[str, object]) -> S:
 
 def as_json(settings: object) -> Json:
     """Settings as a JSON object, which :func:`resolve` takes back."""
-    return {name: _plain(value) for name, value in _entries(settings).items()}
+    return {name: _plain(value) for name, value in entries(settings).items()}
 
 
 def of_run(default: S, metrics: Metrics) -> S:
@@ -101,11 +101,13 @@ def to_toml(settings: Mapping[str, object]) -> str:
     return tomli_w.dumps(settings)
 
 
-def _is_table(value: object) -> bool:
+def is_table(value: object) -> bool:
+    """True for a mapping and for a dataclass."""
     return isinstance(value, Mapping) or is_dataclass(value)
 
 
-def _entries(table: object) -> Mapping[str, object]:
+def entries(table: object) -> Mapping[str, object]:
+    """The values of a table by name."""
     if isinstance(table, Mapping):
         return table
     assert is_dataclass(table)
@@ -113,16 +115,16 @@ def _entries(table: object) -> Mapping[str, object]:
 
 
 def _plain(value: object) -> object:
-    if _is_table(value):
+    if is_table(value):
         return as_json(value)
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _paths(table: object, prefix: str = "") -> Iterator[str]:
     """The names of all settings, ``study.lr`` for one within a table, tables included."""
-    for key, value in _entries(table).items():
+    for key, value in entries(table).items():
         yield f"{prefix}{key}"
-        if _is_table(value):
+        if is_table(value):
             yield from _paths(value, f"{prefix}{key}.")
 
 
@@ -135,20 +137,20 @@ class _Resolver:
 
     def merged(self, table: Any, changes: Mapping[str, object], prefix: str) -> Any:
         """``table`` with ``changes``, some of its entries."""
-        entries, changed = _entries(table), {}
+        there, changed = entries(table), {}
         for key, value in changes.items():
             name = f"{prefix}{key}"
-            if key not in entries:
+            if key not in there:
                 # The setting that was meant is at the end of what was written: 'studdy.lr', not 'studdy'.
                 wrong = next((path for path in _paths({key: value}, prefix) if "." in path.removeprefix(prefix)), name)
                 (nearest,) = difflib.get_close_matches(wrong, self.known, n=1, cutoff=0.0)
                 raise self._error(f"unknown setting {wrong!r}, did you mean {nearest!r}?")
-            if not _is_table(entries[key]):
-                changed[key] = self._fitted(entries[key], value, name)
+            if not is_table(there[key]):
+                changed[key] = self._fitted(there[key], value, name)
             elif isinstance(value, Mapping):
-                changed[key] = self.merged(entries[key], value, f"{name}.")
+                changed[key] = self.merged(there[key], value, f"{name}.")
             else:
-                raise self._error(f"{name!r} must be a table, got {_kind(value)}: {value!r}")
+                raise self._error(f"{name!r} must be a table, got {kind(value)}: {value!r}")
         return {**table, **changed} if isinstance(table, Mapping) else replace(table, **changed)
 
     def _fitted(self, was: object, value: object, name: str) -> object:
@@ -157,24 +159,24 @@ class _Resolver:
             return float(value)
         if isinstance(was, tuple) and isinstance(value, (list, tuple)):
             return tuple(self._fitted(_like(was, item), item, f"{name}[{index}]") for index, item in enumerate(value))
-        if _is_table(was) and isinstance(value, Mapping):
+        if is_table(was) and isinstance(value, Mapping):
             return self._whole(was, value, name)
         if type(was) is not type(value):
-            raise self._error(f"{name!r} must be {_kind(was)}, got {_kind(value)}: {value!r}")
+            raise self._error(f"{name!r} must be {kind(was)}, got {kind(value)}: {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise self._error(f"{name!r} must be finite, got {value}")
         return value
 
     def _whole(self, was: Any, value: Mapping[str, object], name: str) -> object:
         """A table in a list: of the class of ``was``, with the entries of ``value``."""
-        entries = _entries(was)
+        known = entries(was)
         for key in value:
-            if key not in entries:
-                raise self._error(f"unknown setting '{name}.{key}', known are: {', '.join(entries)}")
+            if key not in known:
+                raise self._error(f"unknown setting '{name}.{key}', known are: {', '.join(known)}")
         for field in fields(was):
             if field.name not in value and field.default is MISSING:
                 raise self._error(f"'{name}' must have {field.name!r}, got {dict(value)}")
-        return type(was)(**{key: self._fitted(entries[key], item, f"{name}.{key}") for key, item in value.items()})
+        return type(was)(**{key: self._fitted(known[key], item, f"{name}.{key}") for key, item in value.items()})
 
     def _error(self, message: str) -> OptionError:
         return OptionError(f"experiment {self.experiment!r}: {message}")
@@ -185,8 +187,9 @@ def _like(items: tuple[object, ...], new: object) -> object:
     return next((item for item in items if isinstance(item, float)), items[0] if items else new)
 
 
-def _kind(value: object) -> str:
-    if _is_table(value):
+def kind(value: object) -> str:
+    """The type of a value, in words."""
+    if is_table(value):
         return "a table"
     kinds = {bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "a list", tuple: "a list"}
     return kinds.get(type(value), f"a {type(value).__name__}")

@@ -112,6 +112,7 @@ def problem(seed: int, settings: Settings) -> Problem:
         network,
         F.cross_entropy,
         accuracy,
+        likelihood="categorical",
     )
 
 

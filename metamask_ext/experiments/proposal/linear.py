@@ -150,7 +150,7 @@ def problem(seed: int, settings: Settings) -> Problem:
         right = ((found > 0.5) == drawn.support[:known]).double().mean()
         return {SUPPORT: 100 * float(right), "gates": found.tolist(), "support": drawn.support[:known].tolist()}
 
-    made = Problem(*split(drawn, settings), lambda linear, conv: linear(variables, 1), F.mse_loss, F.mse_loss, examine)
+    made = Problem(*split(drawn, settings), lambda linear, conv: linear(variables, 1), F.mse_loss, F.mse_loss, examine, "gaussian")
     return made
 
 

@@ -98,7 +98,13 @@ CLAIMS = [
 
 def problem(seed: int, settings: Settings) -> Problem:
     data = linear.split(linear.tasks_of(seed, settings, "binary"), settings)
-    return Problem(*data, lambda layer, conv: layer(settings.variables, 1), F.binary_cross_entropy_with_logits, accuracy)
+    return Problem(
+        *data,
+        lambda layer, conv: layer(settings.variables, 1),
+        F.binary_cross_entropy_with_logits,
+        accuracy,
+        likelihood="bernoulli",
+    )
 
 
 def run(folder: RunFolder, settings: Settings) -> Json:

@@ -135,7 +135,7 @@ def problem(seed: int, settings: Settings) -> Problem:
         found = torch.cat([stack.flatten() for name, stack in gates(model, made.names).items() if name.endswith("weight")])
         return {"gates": torch.histc(found, BINS, 0, 1).tolist()}
 
-    made = Problem(train, test, new_train, new_test, network, F.cross_entropy, accuracy, examine)
+    made = Problem(train, test, new_train, new_test, network, F.cross_entropy, accuracy, examine, "categorical")
     return made
 
 

@@ -129,7 +129,7 @@ def _problem(related: bool, seed: int, settings: Settings) -> Problem:
     if cosine.all() or not cosine.any():
         cosines = f"{int(cosine.sum())} of {settings.tasks} are cosines (seed {seed})"
         raise OptionError(f"tasks must be enough for sines and cosines, got {settings.tasks}: {cosines}")
-    made = Problem(*split(drawn, settings, generator), network, F.mse_loss, F.mse_loss, examine)
+    made = Problem(*split(drawn, settings, generator), network, F.mse_loss, F.mse_loss, examine, "gaussian")
     return made
 
 

@@ -125,7 +125,11 @@ def _problem(seed: int, settings: Settings) -> tuple[Problem, Tensor, Tensor]:
     count, sizes = known + settings.new_tasks, settings.magnitudes
     drawn, support = sine_of_linear_tasks(count, generator, variables=variables, magnitudes=sizes)
     net = partial(network, variables, settings.hidden)
-    return Problem(*split(drawn, settings, generator), net, F.mse_loss, F.mse_loss), drawn.weight[:known], support[:known]
+    return (
+        Problem(*split(drawn, settings, generator), net, F.mse_loss, F.mse_loss, likelihood="gaussian"),
+        drawn.weight[:known],
+        support[:known],
+    )
 
 
 def run(folder: RunFolder, settings: Settings) -> Json:

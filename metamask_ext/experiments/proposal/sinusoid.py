@@ -128,7 +128,7 @@ def problem(seed: int, settings: Settings) -> Problem:
         settings.tasks + settings.new_tasks, generator, variables=settings.variables, magnitudes=settings.magnitudes
     )
     sizes = [settings.variables, settings.hidden, settings.hidden, 1]
-    return Problem(*split(drawn, settings, generator), partial(network, sizes), F.mse_loss, F.mse_loss)
+    return Problem(*split(drawn, settings, generator), partial(network, sizes), F.mse_loss, F.mse_loss, likelihood="gaussian")
 
 
 def run(folder: RunFolder, settings: Settings) -> Json:

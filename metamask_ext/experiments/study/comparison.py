@@ -1,8 +1,9 @@
-"""The common study of the proposal's experiments: seven methods, four questions (Blum and Law, EE5239, 2020, section 3).
+"""The common study of the proposal's experiments: its methods, and four questions (Blum and Law, EE5239, 2020, section 3).
 
 Methods: ``masked`` (``W * sigmoid(M_task)``, section 2.1), ``hard`` (``W * 1[M_task > 0]``), ``lottery`` (the same with frozen
 random W: section 2's reading of the lottery ticket hypothesis), ``shared`` (one net), ``independent`` (a net for each task),
-``maml`` (arXiv:1703.03400), ``sequence`` (one net, fine-tuned on task after task).
+``maml`` (arXiv:1703.03400), ``sequence`` (one net, fine-tuned on task after task). On request also ``masked+ewc``: ``masked`` with
+the tasks in order, W held by elastic weight consolidation (arXiv:1612.00796) where earlier tasks need it.
 
 Questions: how good on the trained tasks; how good on new tasks, from how many samples, by which way; what is forgotten when tasks
 come one after another; what a training step costs.

@@ -1,4 +1,4 @@
-"""The seven ways to learn several tasks that the study compares."""
+"""The ways to learn several tasks that the study compares."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from metamask_ext.continual import LoopConfig, TaskLoop
+from metamask_ext.continual import EWC, LoopConfig, TaskLoop, fisher_diagonal
 from metamask_ext.meta import MAML, TaskParameters
 from metamask_ext.nn import MaskedConv2d, MaskedLinear
 from metamask_ext.nn.tasks import masked_layers
@@ -19,7 +19,7 @@ from ..engine.tracking import track
 from ..engine.training import descend, seeded
 from .networks import Nets, Parameters
 from .problem import Problem, in_parts
-from .settings import ComparedSettings, Config, FrozenConfig, MetaConfig, PlainConfig
+from .settings import AnchoredConfig, ComparedSettings, Config, FrozenConfig, MaskedAnchoredConfig, MetaConfig, PlainConfig
 
 
 class Gate(TypedDict):
@@ -28,12 +28,20 @@ class Gate(TypedDict):
     gate: str
 
 
-MASKED: dict[str, Gate] = {"masked": {"gate": "sigmoid"}, "hard": {"gate": "hard"}, "lottery": {"gate": "hard"}}
+MASKED: dict[str, Gate] = {
+    "masked": {"gate": "sigmoid"},
+    "masked+ewc": {"gate": "sigmoid"},
+    "hard": {"gate": "hard"},
+    "lottery": {"gate": "hard"},
+}
 """The methods with a mask for each task, and the options of their layers."""
 METHODS = ("masked", "hard", "lottery", "shared", "independent", "maml", "sequence")
-FORGETTING = ("masked", "hard", "lottery", "maml", "sequence")
+"""Those that are compared unless an experiment asks for others."""
+FORGETTING = ("masked", "masked+ewc", "hard", "lottery", "maml", "sequence")
 """The methods for which tasks in order are another training: one net for all, in order, is ``sequence``; nets of their own forget
 nothing."""
+IN_ORDER = ("sequence", "sequence+ewc", "sequence+l2", "masked+ewc")
+"""The methods that always learn one task after another."""
 
 
 class Method:
@@ -72,12 +80,25 @@ class Method:
 
 class Loop(Method):
     """``masked``, ``hard``, ``lottery``: shared weights and masks of each task, by :class:`metamask_ext.continual.TaskLoop`;
-    ``shared``: the same without masks; ``sequence``: as ``shared``, one task after another."""
+    ``shared``: the same without masks; ``sequence``: as ``shared``, one task after another.
+
+    With ``+ewc``, one task after another: what the tasks share is held where earlier tasks need it
+    (:class:`metamask_ext.continual.EWC`); with ``+l2``, all of it equally.
+
+    Attributes:
+        watch: called after every round of a training in order with the number of rounds, and before :meth:`train`'s ``after_task``.
+    """
 
     def __init__(self, name: str, problem: Problem, settings: ComparedSettings, config: Config, seed: int):
         super().__init__(problem, settings, seed)
-        self.name, self.config, self.in_order, self.taken = name, config, name == "sequence", 0
+        self.name, self.config, self.in_order, self.taken = name, config, name in IN_ORDER, 0
         self.model: nn.Module = seeded(seed, self._made)
+        self.watch: Callable[[int], None] | None = None
+        self.anchor: EWC | None = None
+        if isinstance(config, (AnchoredConfig, MaskedAnchoredConfig)):
+            if problem.likelihood is None:
+                raise ValueError(f"{name} needs the problem's likelihood, got None")
+            self.anchor = EWC(self.model, config.strength)
         self.loop = self._loop(None, None, 1)
 
     def _made(self) -> nn.Module:
@@ -93,7 +114,8 @@ class Loop(Method):
 
     def _loop(self, order: list[str] | None, evaluate: Callable[[TaskLoop], dict[str, float]] | None, every: int) -> TaskLoop:
         problem, study = self.problem, self.study
-        rates = {key: value for key, value in as_json(self.config).items() if key != "scale"}
+        others = ("scale", "strength", "samples")
+        rates = {key: value for key, value in as_json(self.config).items() if key not in others}
         return TaskLoop(
             self.model,
             {name: (x, y) for name, x, y in zip(problem.names, problem.train.x, problem.train.y)},
@@ -117,7 +139,20 @@ class Loop(Method):
         value = self.problem.loss(prediction, y)
         self.taken += 1
         track(self.taken, loss=value.detach())
-        return value
+        return value if self.anchor is None else value + self.anchor.penalty()
+
+    def _remember(self, task: int) -> None:
+        """Hold what is shared near its values of now, for the task that was just learned."""
+        anchor, config, likelihood = self.anchor, self.config, self.problem.likelihood
+        assert anchor is not None and likelihood is not None and isinstance(config, (AnchoredConfig, MaskedAnchoredConfig))
+        if self.name.endswith("+l2"):
+            anchor.remember({name: torch.ones_like(tensor) for name, tensor in anchor.parameters.items()})
+            return
+        generator = torch.Generator().manual_seed(self.seed + task)
+        x = self.problem.train.x[task]
+        x = x[torch.randperm(len(x), generator=generator)[: config.samples]]
+        with self.loop.using(self.problem.names[task]):
+            anchor.remember(fisher_diagonal(self.model, x, likelihood, draws=1, generator=generator))
 
     def train(self, after_task: Callable[[int], None] | None = None) -> None:
         names, length = self.problem.names, self.study.round_steps
@@ -126,13 +161,18 @@ class Loop(Method):
         if after_task or self.in_order:
             rounds = each * len(names)
             order = [name for name in names for _ in range(each)]
-        if after_task:
+        if after_task or self.anchor or self.watch:
 
             def evaluate(loop: TaskLoop) -> dict[str, float]:
-                after_task(loop.round // each)
+                if self.watch:
+                    self.watch(loop.round)
+                if loop.round % each == 0 and self.anchor:
+                    self._remember(loop.round // each - 1)
+                if loop.round % each == 0 and after_task:
+                    after_task(loop.round // each)
                 return {}
 
-        self.loop = self._loop(order, evaluate, each)
+        self.loop = self._loop(order, evaluate, 1 if self.watch else each)
         self.loop.run(rounds)
         unseen = [name for name in names if name not in self.loop.steps_of]
         if unseen:

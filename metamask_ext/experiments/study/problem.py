@@ -58,6 +58,8 @@ class Problem:
         score: the same, on test data; what :class:`Score` names.
         examine: ``examine(method, model)`` measures more of the trained model of a method (JSON values). Called for each method
             but ``independent``, whose nets are several; masks are named by ``names``.
+        likelihood: of the labels given the net's output, as :func:`metamask_ext.continual.fisher_diagonal` names it; methods with
+            EWC need it.
     """
 
     train: TaskData
@@ -68,6 +70,7 @@ class Problem:
     loss: Callable[[Tensor, Tensor], Tensor]
     score: Callable[[Tensor, Tensor], Tensor]
     examine: Callable[[str, nn.Module], Mapping[str, object]] | None = None
+    likelihood: str | None = None
 
     @property
     def names(self) -> list[str]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LABELS = {
     "masked": "masked, sigmoid gate",
+    "masked+ewc": "masked, EWC on W, in sequence",
     "hard": "masked, hard gate",
     "lottery": "masks on frozen W",
     "shared": "one shared net",
@@ -94,6 +95,8 @@ def _in_order(method: str, numbers: Metrics, key: str) -> str:
 def _cost(metrics: Metrics, method: str) -> str:
     if method in metrics["study"]["cost"]["milliseconds"]:
         return f"{cost_ratio(metrics, method):.2f}"
+    if method == "masked+ewc":
+        return "masked's, and the penalty"
     return "the same step" if method in metrics["study"]["methods"] else "-"
 
 

@@ -42,6 +42,31 @@ class PenalisedConfig(MaskedConfig):
 
 
 @dataclass(frozen=True)
+class AnchoredConfig(PlainConfig):
+    """Of ``sequence+ewc`` and ``sequence+l2``.
+
+    Attributes:
+        strength: the factor of the penalty on leaving what earlier tasks need.
+        samples: of each task, for the Fisher information.
+    """
+
+    strength: float
+    samples: int = 500
+
+
+@dataclass(frozen=True)
+class MaskedAnchoredConfig(MaskedConfig):
+    """Of ``masked+ewc``.
+
+    Attributes:
+        strength, samples: as of :class:`AnchoredConfig`, of W.
+    """
+
+    strength: float
+    samples: int = 500
+
+
+@dataclass(frozen=True)
 class FrozenConfig:
     """Of ``lottery``.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 
@@ -22,6 +24,7 @@ from ..dispatch import (
     worded,
 )
 from ..gate import resolve_gate
+from ..shards import is_distributed, masked_linear_of_shards
 from . import raw, reference
 from .autograd import MaskedLinear
 
@@ -53,11 +56,16 @@ def masked_linear(
         ``y``, ``[..., out]``; under autocast in the autocast dtype, as ``linear`` does.
 
     Raises:
-        TypeError, ValueError: as :func:`masked_weight`; also when ``input`` does not fit ``weight``.
+        TypeError, ValueError: as :func:`masked_weight`; also when ``input`` does not fit ``weight``; of DTensors as
+            :func:`metamask_ext.ops.shards.masked_linear_of_shards`.
     """
     if fx_trace._is_fx_tracing_flag and (traced := traced_function(masked_linear, locals())) is not None:
         return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
+    if type(weight) is not nn.Parameter and is_distributed(weight):
+        own = partial(_of_shards, gate=gate, temperature=temperature, threshold=threshold)
+        of_bias = None if bias_mask_logits is None else [bias_mask_logits]
+        return masked_linear_of_shards(own, input, weight, [mask_logits], bias, of_bias)
     parameters = (weight, mask_logits, bias, bias_mask_logits)
     if use_reference():
         _check(input, *parameters)
@@ -79,6 +87,18 @@ def masked_linear(
         return run(input, *parameters, gate_id, gate_param, dtype)
     except Exception as error:
         raise worded(error, _check, input, *parameters) from None
+
+
+def _of_shards(
+    input: Tensor,
+    weight: Tensor,
+    masks: list[Tensor],
+    bias: Tensor | None,
+    bias_masks: list[Tensor] | None,
+    slots: None,
+    **gate: Any,
+) -> Tensor:
+    return masked_linear(input, weight, masks[0], bias, None if bias_masks is None else bias_masks[0], **gate)
 
 
 def _check(input: Tensor, weight: Tensor, mask_logits: Tensor, bias: Tensor | None, bias_mask_logits: Tensor | None) -> None:

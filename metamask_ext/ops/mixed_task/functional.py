@@ -7,7 +7,7 @@ and by torch.func.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -41,12 +41,11 @@ from ..dispatch import (
 )
 from ..gate import resolve_gate
 from ..geometry import Geometry, im2col, resolve_geometry
+from ..shards import is_distributed, masked_linear_of_shards
 from ..weight.functional import theta_list
-from . import raw, reference
-from .autograd import Call, TaskMaskedLinear
+from . import autograd, raw, reference
 
 Masks = Tensor | Sequence[Tensor]
-_apply: Callable[..., Tensor] = TaskMaskedLinear.apply
 
 
 def task_masked_linear(
@@ -89,7 +88,42 @@ def task_masked_linear(
         return traced
     gate_id, gate_param = resolve_gate(gate, temperature, threshold)
     given, given_bias = _as_lists(weight, masks, bias_masks)
+    if is_distributed(weight):
+        own = partial(_of_shards, gate_id=gate_id, gate_param=gate_param)
+        return masked_linear_of_shards(own, input, weight, given, bias, given_bias, slots)
     return _linear(input, slots, weight, given, bias, given_bias, gate_id, gate_param, 1)
+
+
+def task_linear(
+    input: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    stack: Tensor,
+    bias: Tensor | None,
+    bias_stack: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+) -> Tensor:
+    """:func:`task_masked_linear` of stacks ``[T, ...]`` with a resolved gate; or, on the CPU, with ``IDENTITY`` for one.
+
+    The stacks are then weights and biases that differ by task, and ``weight`` and ``bias`` factors of theirs: ``y_b = x_b @ (F *
+    W_t).T + F_b * b_t``.
+    """
+    return _linear(input, slots, weight, [stack], bias, None if bias_stack is None else [bias_stack], gate_id, gate_param, 1)
+
+
+def _of_shards(
+    input: Tensor,
+    weight: Tensor,
+    masks: list[Tensor],
+    bias: Tensor | None,
+    bias_masks: list[Tensor] | None,
+    slots: Tensor | None,
+    gate_id: int,
+    gate_param: float,
+) -> Tensor:
+    assert slots is not None
+    return _linear(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, 1)
 
 
 def task_masked_conv2d(
@@ -277,8 +311,8 @@ def _kernel(
 ) -> Tensor:
     dtype = autocast_dtype(weight)
     if is_differentiated((input, weight, bias, *masks, *bias_masks)):
-        call = Call(gate_id, gate_param, groups, len(masks))
-        return _apply(call, dtype, input, slots, weight, bias, *masks, *bias_masks)
+        run = autograd.differentiable_task_masked_linear
+        return run(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups, dtype)
     return raw.task_masked_linear(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups, dtype)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from metamask_ext._build import BACKEND
 
 from ..checks import check_batch_grad, check_flags, check_like, check_storage, check_task_linear, count_tasks
-from ..gate import check_gate
+from ..gate import IDENTITY, check_gate
 
 Masks = Sequence[Tensor]
 """One tensor ``[T, *shape]``, or ``T`` tensors."""
@@ -131,7 +131,8 @@ if BACKEND != "reference":
         return to_grad, *_gradients(input, weight, masks, bias, bias_masks, output_mask[1:])
 
     def _check(input, slots, weight, masks, bias, bias_masks, gate_id, gate_param, groups):
-        check_gate(gate_id, gate_param)
+        if gate_id != IDENTITY or not weight.is_cpu:
+            check_gate(gate_id, gate_param)
         check_task_linear(input, slots, weight, masks, bias, bias_masks or None, groups)
         check_storage("input", input.dtype, weight)
         if count_tasks(masks, weight) == 0 and len(slots) > 0:

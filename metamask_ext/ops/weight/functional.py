@@ -19,6 +19,7 @@ from metamask_ext.torch_private import bare_apply, fx_trace, traced_function
 from ..checks import check_dense, check_pair, check_pairs
 from ..dispatch import of_one_dtype, use_reference, worded
 from ..gate import resolve_gate
+from ..shards import is_distributed, masked_weight_of_shards
 from . import raw, reference
 from .autograd import MaskedWeight, MaskedWeightList
 
@@ -96,6 +97,12 @@ def _masked(
         check_pairs(weight, logits)
         return theta_list(weight, logits, gate_id, gate_param, None)
     check_pair(weight, logits)
+    if is_distributed(weight):
+        return masked_weight_of_shards(partial(_masked_tensor, gate_id=gate_id, gate_param=gate_param), weight, logits)
+    return _masked_tensor(weight, logits, gate_id, gate_param)
+
+
+def _masked_tensor(weight: Tensor, logits: Tensor, gate_id: int, gate_param: float) -> Tensor:
     if use_reference():
         return reference.masked_weight(weight, logits, gate_id, gate_param)
     return theta(weight, logits, gate_id, gate_param, None)

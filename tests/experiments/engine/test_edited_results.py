@@ -203,8 +203,9 @@ class TestOtherFiles:
         (tmp_path / "seed-0").mkdir()
         (tmp_path / "victim").write_text("precious")
         (tmp_path / "seed-0" / "job.csv").symlink_to(tmp_path / "victim")
-        with recording(Tracking(tmp_path, "csv"), 0, "job"):
+        with recording() as rows:
             track(1, loss=0.5)
+        Tracking(tmp_path, "csv").write(0, "job", rows)
         assert (tmp_path / "victim").read_text() == "precious"
         assert "1,loss,0.5" in (tmp_path / "seed-0" / "job.csv").read_text()
 

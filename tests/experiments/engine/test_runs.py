@@ -180,7 +180,7 @@ def test_refused_files(tmp_path, text, message):
     [
         (["toy", "--rotated"], "unknown setting 'rotated'"),
         (["toy", "--seeds", "0"], "'seeds' must be at least 1, got 0"),
-        (["toy", "--tracking", "paper"], "tracking must be one of csv, tensorboard, got 'paper'"),
+        (["toy", "--tracking", "paper"], "tracking must be one of csv, tensorboard, wandb or module:factory, got 'paper'"),
         (["all", "--tasks", "3"], "'all' takes no settings"),
         (["all", "--print-config"], "'all' takes no settings"),
     ],

@@ -14,9 +14,12 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import metamask_ext as mm
 from metamask_ext.nn import MaskedLinear
+from metamask_ext.ops.gate import IDENTITY
+from metamask_ext.ops.mixed_task.functional import task_linear
 
 each_gate = pytest.mark.parametrize("gate", [GATES[1], GATES[3]], ids=["sigmoid", "hard"])
 each_form = pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+each_form_of_bias = pytest.mark.parametrize("biases", [True, False], ids=["biases", "one bias"])
 # Repeated, absent (task 1) and unsorted tasks, and rows between
 SMALL = ((5, 2), 1, 3, 4, [2, 0, 2, 3, 0])
 
@@ -161,6 +164,25 @@ def test_autocast_gives_its_dtype_and_gradients_of_the_parameters_dtype():
         assert_near(one.to(torch.bfloat16), other, 129, "gradient")
     with torch.autocast("cpu", torch.bfloat16):
         assert call(given.double()).dtype == torch.float64
+
+
+@each_form_of_bias
+def test_weights_that_differ_by_task(biases):
+    """The same op with the weights in the place of logits: derivatives of the factors too, to the third order."""
+    given = batch()
+    tensors = [given.input, given.weight, given.masks[0], given.bias, *([given.bias_masks[0]] if biases else [])]
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+    def ours(x, factor, weights, bias, stack=None):
+        return task_linear(x, given.slots, factor, weights, bias, stack, IDENTITY, 0.0)
+
+    def by_hand(x, factor, weights, bias, stack=None):
+        y = torch.einsum("bli,boi->blo", x, (factor * weights)[given.slots])
+        return y + (bias if stack is None else (bias * stack)[given.slots][:, None])
+
+    assert gradgradcheck(ours, inputs, check_batched_grad=True, fast_mode=True)
+    for one, other in zip(nested_gradients(ours, inputs, 3), nested_gradients(by_hand, inputs, 3), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 # --- The transforms: plain torch runs there.
