@@ -39,8 +39,8 @@ def compile(model: M, **options: Any) -> M:
 
     These break the graph, whatever ``fullgraph`` says, and run as with ``torch.compile(model)``: superpositions, what a
     meta-learner adapts, batches of both packed tasks and others, mixed-task batches in models with layers that run one
-    task after another, or with tensors of tasks in modules other than linear heads, layer norms, and batch norms in eval mode, batches
-    that ``using_task`` lets repeat.
+    task after another, or with tensors of tasks in modules other than linear heads, layer norms, and batch norms in eval mode,
+    batches that ``using_task`` lets repeat.
 
     Args:
         model: a module with masked layers. Compile it after they are all there (:func:`metamask_ext.convert`).
