@@ -80,9 +80,9 @@ def make_task(name: str, pools: Pools, settings: Settings, seed: int) -> Task | 
     others = [file for file in FILES if file != name and (part not in ("noun", "verb") or file.startswith(part))]
     mine = {where: pools[where, name] for where in ("train", "test")}
     theirs = {where: [text for file in others for text in pools[where, file]] for where in ("train", "test")}
-    count = min(settings.test, len(mine["test"]), len(theirs["test"]))
-    if count < settings.least:
+    if len(mine["test"]) < settings.least:
         return None
+    count = min(settings.test, len(mine["test"]), len(theirs["test"]))
     fixed, drawn = (np.random.default_rng([number, FILES.index(name)]) for number in (10**6, seed))
     half = settings.steps * settings.batch // 2
     train = _draw(theirs["train"], half, drawn), _draw(mine["train"], half, drawn)

@@ -38,9 +38,9 @@ def compile(model: M, **options: Any) -> M:
     where a weight has more than 2**16 elements, those of up to 2, 4, 8, … tasks. Heads and norms of a task are arguments too.
 
     These break the graph, whatever ``fullgraph`` says, and run as with ``torch.compile(model)``: superpositions, what a
-    meta-learner adapts, batches of both packed tasks and others, mixed-task batches in models with layers that have a forward of
-    their own, or with tensors of tasks in modules other than linear heads, layer norms, and batch norms in eval mode, batches
-    that ``using_task`` lets repeat.
+    meta-learner adapts, batches of both packed tasks and others, mixed-task batches in models with layers that run one
+    task after another, or with tensors of tasks in modules other than linear heads, layer norms, and batch norms in eval mode,
+    batches that ``using_task`` lets repeat.
 
     Args:
         model: a module with masked layers. Compile it after they are all there (:func:`metamask_ext.convert`).

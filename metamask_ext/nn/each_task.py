@@ -52,7 +52,7 @@ class Call:
         return inputs, options
 
     def joined(self, module: nn.Module, outputs: Sequence[Any], groups: Sequence[Tensor], back: Tensor) -> Any:
-        """What the calls for ``groups`` of samples returned, in the order of the batch. RuntimeError if it has no samples."""
+        """Put together the outputs for ``groups`` of samples, in the batch's order. RuntimeError for outputs without samples."""
         flat = [tree_flatten(output) for output in outputs]
         (first, form), dims = flat[0], self._output_dims
         if any(other != form for _, other in flat):

@@ -40,7 +40,7 @@ class GroupedLayer(MaskedLayer):
         raise NotImplementedError
 
     def _divided(self, batch: TaskBatch, *inputs: Any, **options: Any) -> tuple[TaskBatch, Call]:
-        """Where the samples of a call lie, and the batch that fits them. RuntimeError where that is not known."""
+        """The batch that fits a call, and the call with the places of its samples. RuntimeError where these are not known."""
         input = self._only_tensor(*inputs, **options)
         batch = batch.fitting(self, input, self._sample_dims(input, batch))
         return batch, Call(inputs, options, {0: batch.dim}, batch.dim)

@@ -88,6 +88,10 @@ class TestTasks:
         assert a.test[0] == b.test[0] and a.train[0] != b.train[0]
         assert make_task("verb.body", _pools(), self.SETTINGS, 0).train[0] == a.train[0]
 
+    def test_fewer_test_glosses_than_a_file_must_have(self):
+        few = make_task("noun.act", _pools(), dataclasses.replace(self.SETTINGS, test=6), 0)
+        assert len(few.test[0]) == 12
+
     def test_small_files(self):
         assert make_task("noun.shape", _pools(), self.SETTINGS, 0) is None
         few = make_task("noun.act", _pools(90), dataclasses.replace(self.SETTINGS, steps=40), 0)
