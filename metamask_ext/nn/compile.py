@@ -14,7 +14,7 @@ from .given import GivenTasks, run_given
 from .masked_layer import MaskedLayer
 from .per_task import PerTask
 from .read_through import ReadThrough
-from .selection import TaskBatch
+from .selection import MarkedBatch, TaskBatch
 from .task_layer import TaskLayer, task_layers
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,8 +29,8 @@ def compile(model: M, **options: Any) -> M:
     bits). Heads and norms of a task are arguments too.
 
     Not in one graph, whatever ``fullgraph`` says, and as fast as ``torch.compile(model)``: superpositions, what a meta-learner
-    adapts, batches of both packed tasks and others, mixed-task batches in models with tensors of tasks beside masks (heads, norms)
-    or with layers that have a forward of their own.
+    adapts, batches of both packed tasks and others, or with samples of unknown ones, mixed-task batches in models with tensors of
+    tasks beside masks (heads, norms) or with layers that have a forward of their own.
 
     Args:
         model: a module with masked layers. Compile it after they are all there (:func:`metamask_ext.convert`).
@@ -93,6 +93,8 @@ def _active_of(layer: TaskLayer) -> Any:
 
 
 def _tasks_of(layer: MaskedLayer, active: object) -> GivenTasks | _Elsewhere:
+    if isinstance(active, MarkedBatch):
+        return _Elsewhere()
     keys = active.keys if isinstance(active, TaskBatch) else (active,) if isinstance(active, str) else ()
     forms = {layer._task_dict()._is_bits(key) for key in keys}
     if len(forms) != 1 or isinstance(layer, ReadThrough):

@@ -298,7 +298,10 @@ class MaskedLayer(TaskLayer):
         return active.observe(self, input, output) if isinstance(active, ObservedSuperposition) else output
 
     def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Tensor:
-        batch.check_input(self, input, self.sample_dim)
+        output: Tensor = batch.run(self, input, self.sample_dim, self._forward_known)
+        return output
+
+    def _forward_known(self, input: Tensor, batch: TaskBatch) -> Tensor:
         keys = batch.keys
         if len(keys) == 1:
             return self._one_task(input, keys[0])

@@ -41,14 +41,16 @@ class OwnForward(ReadThrough):
             raise RuntimeError(f"{type(self).__name__} must be called with one tensor where several tasks are active")
         (input,) = inputs
         if isinstance(active, TaskBatch):
-            active.check_input(self, input, self.sample_dim)
-            return run_each_task(self, active, input, self._plain_forward)
+            return active.run(self, input, self.sample_dim, self._each_of_batch)
         assert given is not None
         return self._each_of_given(input, given)
 
     def _plain_forward(self, *inputs: Any, **options: Any) -> Any:
         forward: Any = super().forward
         return forward(*inputs, **options)
+
+    def _each_of_batch(self, input: Tensor, batch: TaskBatch) -> Any:
+        return run_each_task(self, batch, input, self._plain_forward)
 
     def _each_of_given(self, input: Tensor, given: GivenMasks) -> Tensor:
         """The output where each of the tasks of a meta-learner has its own logits."""

@@ -18,7 +18,7 @@ from .context import AmbiguousTaskError
 from .given import given_to
 from .guarded import AmbiguousTensor, raise_taken
 from .names import DEFAULT_TASK
-from .selection import GivenMasks, Selection, Superposition, TaskBatch
+from .selection import GivenMasks, MarkedBatch, Selection, Superposition, TaskBatch
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
 from .using_task import run_each_task, using_task
@@ -161,8 +161,12 @@ class PerTask(TaskLayer):
     def _forward_selected(self, input: Tensor, active: Selection) -> Output:
         if isinstance(active, TaskBatch):
             sample_dim = self._sample_dim(input)
-            active.check_input(self, input, sample_dim if active.dim else min(sample_dim, max(0, input.dim() - 1)))
-            return self._forward_batch(input, active)
+            sample_dim = sample_dim if active.dim else min(sample_dim, max(0, input.dim() - 1))
+            if isinstance(active, MarkedBatch) and not active.keys and isinstance(self, BatchNorm):
+                self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's
+                active.check_input(self, input, sample_dim)
+                return torch.full_like(input, torch.nan)  # torch's trains on no batch without a sample
+            return active.run(self, input, sample_dim, self._forward_batch)
         if isinstance(active, GivenMasks) and isinstance(self, BatchNorm):
             return active.normalise(self, input)
         if isinstance(active, Superposition) and self.training and self._has_buffers():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.gate import compute_dtype
 from ..torch_private import BatchNorm
-from .names import escape
+from .names import escape_all
 
 
 class Selection:
@@ -18,7 +19,7 @@ class Selection:
 
     def __init__(self, names: Iterable[str]):
         self.names = tuple(names)
-        self.keys = tuple(escape(name) for name in self.names)
+        self.keys = escape_all(self.names)
         self.key_set = frozenset(self.keys)
 
 
@@ -38,12 +39,9 @@ class TaskBatch(Selection):
     guessed = False
 
     def __init__(self, names: Sequence[str]):
-        index: dict[str, int] = {}
-        positions = [index.setdefault(name, len(index)) for name in names]
-        super().__init__(index)
-        self.size = len(positions)
-        with torch.inference_mode(False):  # a block may be entered again, to train
-            self._positions = torch.tensor(positions, dtype=torch.int64)
+        super().__init__(dict.fromkeys(names))
+        self.size = len(names)
+        self._of_samples = names
         self._on_device: dict[torch.device, Tensor] = {}
         self._groups: dict[torch.device, tuple[list[Tensor], Tensor]] = {}
         self._splits: dict[tuple[torch.device, tuple[bool, ...]], list[Tensor]] = {}
@@ -58,9 +56,15 @@ class TaskBatch(Selection):
         """int64 ``[B]``: for each sample the position of its task in ``names``."""
         found = self._on_device.get(device)
         if found is None:
-            with torch.inference_mode(False):
-                found = self._on_device[device] = self._positions.to(device)
+            places = {name: index for index, name in enumerate(self.names)}
+            with torch.inference_mode(False):  # a block may be entered again, to train
+                positions = torch.tensor([places[name] for name in self._of_samples], dtype=torch.int64)
+                found = self._on_device[device] = positions.to(device)
         return found
+
+    @property
+    def _positions(self) -> Tensor:
+        return self.positions(torch.device("cpu"))
 
     def split(self, first: tuple[bool, ...], device: torch.device) -> list[Tensor]:
         """The rows of the tasks that ``first`` marks with positions among those, the same of the others, and the way back."""
@@ -89,7 +93,65 @@ class TaskBatch(Selection):
 
     def check_input(self, layer: nn.Module, input: Tensor, sample_dim: int) -> None:
         """RuntimeError unless ``input`` has a sample, of ``sample_dim`` dimensions, for each entry."""
-        check_samples(layer, input, sample_dim, self.size, self.dim, self.guessed and len(self.keys) > 1)
+        check_samples(layer, input, sample_dim, self.size, self.dim, self.guessed and self.differs)
+
+    @property
+    def differs(self) -> bool:
+        """Whether not all samples are computed alike: it then counts which dimension is theirs."""
+        return len(self.keys) > 1
+
+    def run(self, layer: nn.Module, input: Tensor, sample_dim: int, function: Callable[[Tensor, TaskBatch], Any]) -> Any:
+        """``function`` of ``input``, checked, and of the batch that it holds."""
+        self.check_input(layer, input, sample_dim)
+        return function(input, self)
+
+
+class MarkedBatch(TaskBatch):
+    """A mixed-task batch in which some samples, or all, name no task: they are not computed, and their outputs are NaN.
+
+    Args:
+        names: a task for each sample, or None. None: no sample has a task, however many come.
+    """
+
+    def __init__(self, names: Sequence[str | None] | None):
+        known = [] if names is None else [name for name in names if name is not None]
+        super().__init__(known)
+        self._known = TaskBatch(known)
+        self._any_size = names is None
+        self.size = 0 if names is None else len(names)
+        self._rows_of_known = [row for row, name in enumerate(names or ()) if name is not None]
+
+    def along(self, dim: int, guessed: bool = False) -> MarkedBatch:
+        view = super().along(dim, guessed)
+        assert isinstance(view, MarkedBatch)
+        view._known = self._known.along(dim)  # what is guessed is checked where all samples are there
+        return view
+
+    @property
+    def differs(self) -> bool:
+        return bool(self.keys)
+
+    def check_input(self, layer: nn.Module, input: Tensor, sample_dim: int) -> None:
+        if not self._any_size:
+            super().check_input(layer, input, sample_dim)
+
+    def run(self, layer: nn.Module, input: Tensor, sample_dim: int, function: Callable[[Tensor, TaskBatch], Any]) -> Any:
+        """``function`` of the samples that have a task, in their places among NaN."""
+        self.check_input(layer, input, sample_dim)
+        batched, dim = input.dim() > sample_dim + self.dim, self.dim
+        samples = input if batched else input.unsqueeze(dim)
+        rows = torch.tensor(self._rows_of_known, dtype=torch.int64, device=input.device)
+        output = function(samples.index_select(dim, rows), self._known)
+        if not isinstance(output, Tensor) or not (output.is_floating_point() or output.is_complex()):
+            got = output.dtype if isinstance(output, Tensor) else type(output).__name__
+            raise RuntimeError(f"{type(layer).__name__} must give a floating-point tensor, for unknown='mark' NaN, got {got}")
+        if output.dim() <= dim or output.shape[dim] != len(rows):
+            raise RuntimeError(
+                f"{type(layer).__name__} gave shape {list(output.shape)} for {len(rows)} samples: unknown='mark' needs one of each"
+            )
+        shape = [*output.shape[:dim], samples.shape[dim], *output.shape[dim + 1 :]]
+        marked = output.new_full(shape, torch.nan).index_copy(dim, rows, output)
+        return marked if batched else marked.squeeze(dim)
 
 
 def along(dim: int, function: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:

@@ -112,12 +112,12 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
         bad = first_true([nan_flag(tensor) for _, tensor in checked])
         if bad is not None:
             raise ValueError(f"init gives NaN for task {name!r} in layer {checked[bad][0]!r}: it combines NaN, or +inf with -inf")
-    _put_in(name, [(tensors, tensor) for _, tensors, tensor in new])
+    put_in(name, [(tensors, tensor) for _, tensors, tensor in new])
     if name in partial:
         _pack_beside_bits([layer for _, layer in layers], name)
 
 
-def _put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]]) -> None:
+def put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]]) -> None:
     """Give each TaskDict its tensor of a new task, or none of them where that is interrupted."""
     lengths = {tensors: len(tensors._names) for tensors, _ in new}
     try:
