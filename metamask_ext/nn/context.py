@@ -157,11 +157,11 @@ def blocks_closed_on_error() -> Iterator[None]:
 _open_in_eager, _close_in_eager = disable_dynamo(open_block), disable_dynamo(close_block)
 
 
-def run_selected(layers: Iterable[nn.Module], selection: Selection, function: Callable[..., R], *arguments: object) -> R:
-    """``function(*arguments)`` with ``selection`` active for ``layers``: a block without the search for the layers."""
+def run_selected(layers: Iterable[nn.Module], key: Key, function: Callable[..., R], *arguments: object) -> R:
+    """``function(*arguments)`` with a task or a selection active for ``layers``: a block without the search for the layers."""
     opener = object()
-    keys: Keys = dict.fromkeys(layers, selection)
-    open_block(lambda: keys, True, opener)
+    keys: Keys = dict.fromkeys(layers, key)
+    open_block(lambda: keys, not isinstance(key, str), opener)
     try:
         return function(*arguments)
     finally:

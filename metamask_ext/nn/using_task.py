@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private import BatchNorm
-from .context import Key, Keys, close_block, open_block
+from .context import Key, Keys, close_block, open_block, run_selected
 from .known import Known, check_known, check_slots, known_of, layers_of, modules_of, names_by_slot, unknown_among
 from .names import describe, escape, plain
 from .paths import plain_modules
@@ -242,17 +242,16 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
 
 def run_each_task(layer: nn.Module, batch: TaskBatch, input: Tensor, function: Callable[[Tensor], Any]) -> Any:
     """``function`` of the samples of each task by themselves, in the block of that task, put together in the batch's order."""
+    layers = layers_of(layer)
     # Of no sample: any task gives the shape.
-    names = batch.names or [next(iter(layers_of(layer)[0]._task_dict()))]
-    if len(names) == 1:
-        with using_task(layer, names[0]):
-            return function(input)
+    keys = batch.keys or [next(iter(layers[0]._task_dict()._slots))]
+    if len(keys) == 1:
+        return run_selected(layers, keys[0], function, input)
     # The samples stay along their dimension: the module may have a batch_first of its own.
     groups, back = batch.groups(input.device)
     parts = []
-    for name, rows in zip(names, groups, strict=True):
-        with using_task(layer, name):
-            parts.append(function(input.index_select(batch.dim, rows)))
+    for key, rows in zip(keys, groups, strict=True):
+        parts.append(run_selected(layers, key, function, input.index_select(batch.dim, rows)))
     return torch.cat(parts, batch.dim).index_select(batch.dim, back)
 
 
