@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-compiled test-instruction-sets bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel install-check clean
+.PHONY: help demo test test-compiled test-instruction-sets test-view bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -57,6 +57,10 @@ test-instruction-sets: $(VENV)/.test  ## the core tests on every instruction set
 	  echo "$$set"; \
 	  METAMASK_CPU_CAPABILITY=$$set $(BIN)/python -m pytest -q -n 2 -m "not once and not emulated" --threads 1,2 $(CORE) || exit 1; \
 	done
+
+test-view: $(VENV)/.test  ## the page of a bank in a browser; needs Chromium (CHROMIUM=path)
+	$(BIN)/python -c "import playwright" 2>/dev/null || $(PIP) playwright
+	$(BIN)/python -m pytest -q -s tests/bank/browser_view.py
 
 bench: $(VENV)/.test  ## the benchmark suite, with its table and plot
 	$(BIN)/metamask bench --out $(OUT)/bench

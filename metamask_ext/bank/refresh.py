@@ -78,8 +78,8 @@ def refresh(model: nn.Module, store: Store, residency: Residency | None) -> tupl
             check_may_grow(layers, "new tasks of a bank cannot be taken in")
         held = [{name: each.tensors._held(escape(name)) for name in changes.changed} for each in kept]
         source = Source(newer, kept, residency)
-        for before in [before for each in kept if (before := source_of(each)) is not None][:1]:
-            source.states.update(before.states)
+        for earlier in [found for each in kept if (found := source_of(each)) is not None][:1]:
+            source.states.update(earlier.states)
         source.states.update({name: digests(tensors) for name, tensors in read.items()})
         take_in = partial(_take_in, layers, source, changes, taken, held, read, pinned)
         try:
