@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-compiled test-instruction-sets test-view bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel install-check clean
+.PHONY: help demo test test-compiled test-instruction-sets test-view bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel docs install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -119,6 +119,14 @@ GPU_BUDGET ?= 700
 GPU_EXTRA ?=
 gpu-wheel:  ## a CUDA wheel for a machine with a GPU and no network, into .gpu/wheels, and the command to run there; needs nvcc
 	$(PYTHON) tools/gpu_wheel.py --budget $(GPU_BUDGET) --extra $(GPU_EXTRA)
+
+# The API's pages are made from the sources: nothing is compiled. Warnings are errors (mkdocs.yml: strict).
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(PIP) $$($(BIN)/python tools/extra.py docs)
+	touch $@
+
+docs: $(VENV)/.docs  ## the documentation as a site, in build/site
+	$(BIN)/mkdocs build -q -d build/site
 
 install-check:  ## install the source distribution as users do, in a fresh environment; needs pip's registry
 	TORCH="$(TORCH)" $(PYTHON) tools/install_check.py

@@ -84,6 +84,32 @@ def tables(results: Results) -> Iterator[Table]:
                 yield Table(f"{PLAIN_TO_OURS}, {where}", _cells(points, measures, allocator, points.plain))
 
 
+SUMMARY: tuple[tuple[int, grid.Weight], ...] = (
+    (1, (1024, 1024)),
+    (8, (4096, 4096)),
+    (32, (1024, 1024)),
+    (256, (768, 3072)),
+    (4096, (1024, 1024)),
+    (16384, (768, 768)),
+)
+"""Batches and weights of the short table: from one row to a transformer's batch."""
+
+
+def summary(results: Results) -> list[list[str]]:
+    """Makes a table of a line for each point of :data:`SUMMARY`, in float32 with the tuned allocator."""
+    points = Points(results)
+    rows = [["batch x inputs -> outputs", *(f"{mode} / dense" for mode in _LONG), *(f"plain / metamask, {mode}" for mode in _LONG)]]
+    for batch, weight in SUMMARY:
+        its = [Point(measure, "tuned", weight, batch) for measure in grid.MODES]
+        values = [*map(points.dense, its), *map(points.plain, its)]
+        cells = ["not measured" if value is None else f"{value:.2f}" for value in values]
+        rows.append([f"{batch:,} x {weight[0]} -> {weight[1]}", *cells])
+    return rows
+
+
+_LONG = ("forward", "forward and backward", "fused step")
+
+
 def _key(point: Point) -> floors.Key:
     return point.measure, shape_name(point.batch, *point.weight), point.allocator
 

@@ -100,8 +100,9 @@ def update(path: Path, results: Results) -> None:
     """Replaces what stands between ``<!-- bench:SUITE -->`` and ``<!-- /bench:SUITE -->`` in a Markdown file by the table.
 
     Between ``<!-- bench:SUITE:details -->`` and its end, if the file has these, all ratios are put. ``SUITE`` of a GPU's results
-    is the suite with the card, as in ``cuda:nvidia-h200``: each card has a table of its own. That of the grid is the suite with the
-    processor, as in ``grid:zen4``; its heat maps are written beside the file.
+    is the suite with the card, as in ``cuda:nvidia-h200``: each card has a table of its own. That of the grid is the suite with
+    the processor, as in ``grid:zen4``; its heat maps are written beside the file. Between ``<!-- bench:grid:zen4:short -->`` and
+    its end a table of six points is put.
 
     Raises:
         ValueError: the file has neither pair of markers, or not each once and in this order.
@@ -111,7 +112,7 @@ def update(path: Path, results: Results) -> None:
     name = f"bench:{mark(results)}"
     contents: dict[str, Callable[[Results], str]] = {name: markdown, f"{name}:details": details}
     if results["suite"] == GRID:
-        contents = {name: lambda results: _grid_markdown(results, path.parent)}
+        contents = {name: lambda results: _grid_markdown(results, path.parent), f"{name}:short": _short_grid}
     for name, table in contents.items():
         if f"<!-- {name} -->" in text or f"<!-- /{name} -->" in text:
             text = between_marks(text, name, table(results), path.name)
@@ -131,6 +132,11 @@ def _grid_markdown(results: Results, folder: Path) -> str:
     parts += [f"{table.title[0].upper()}{table.title[1:]}:\n\n{as_markdown(table.cells)}" for table in grid_tables.tables(results)]
     parts.append("\n".join(notes(results)) + "\n")
     return "\n".join(parts)
+
+
+def _short_grid(results: Results) -> str:
+    """Writes the table of a few points, with the machine and the commit."""
+    return f"{as_markdown(grid_tables.summary(results))}\n{notes(results)[0]}\n"
 
 
 def between_marks(text: str, name: str, new: str, file: str) -> str:

@@ -3,9 +3,14 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
+
+#include <array>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/capability.h"
 #include "cpu/panels.h"
@@ -165,21 +170,70 @@ TORCH_LIBRARY_IMPL(metamask, CUDA, m) {
 using OptionalTensor = std::optional<at::Tensor>;
 using Tensors = std::vector<at::Tensor>;
 
-// Calls the op of the same name without torch.ops, which compares the arguments with the schema and boxes them, twice: with cold
-// caches that takes as long as a third of the kernel.
+// Calls the op of this name without torch.ops, which compares the arguments with the schema and boxes them, twice: in a small layer
+// that takes as long as the kernel. `undifferentiable` is not passed through: what it refuses is refused here.
+template <class Result, class... Arguments>
+Result call_directly(const c10::TypedOperatorHandle<Result(Arguments...)>& op, std::type_identity_t<Arguments>... arguments) {
+  const auto check = [&](const auto& argument) {
+    using Argument = std::decay_t<decltype(argument)>;
+    if constexpr (std::is_same_v<Argument, at::Tensor>) refuse_if_differentiated(op, argument);
+    if constexpr (std::is_same_v<Argument, OptionalTensor>) {
+      if (argument.has_value()) refuse_if_differentiated(op, *argument);
+    }
+  };
+  (check(arguments), ...);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(std::forward<Arguments>(arguments)...);
+}
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+at::Tensor masked_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask_logits,
+                         const OptionalTensor& bias, const OptionalTensor& bias_mask_logits, int64_t gate_id, double gate_param,
+                         std::optional<at::ScalarType> dtype) {
+  static const auto op =
+      find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                      int64_t, double, std::optional<at::ScalarType>)>("metamask::masked_linear");
+  return call_directly(op, input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, dtype);
+}
+
+Gradients masked_linear_backward(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
+                                 const at::Tensor& mask_logits, const OptionalTensor& bias, const OptionalTensor& bias_mask_logits,
+                                 int64_t gate_id, double gate_param, std::array<bool, 5> output_mask) {
+  static const auto op =
+      find<Gradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                     const OptionalTensor&, int64_t, double, std::array<bool, 5>)>("metamask::masked_linear_backward");
+  return call_directly(op, grad, input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, output_mask);
+}
+
+Gradients masked_linear_backward_sgd_(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
+                                      const at::Tensor& mask_logits, const OptionalTensor& bias,
+                                      const OptionalTensor& bias_mask_logits, const OptionalTensor& weight_momentum,
+                                      const OptionalTensor& mask_momentum, const OptionalTensor& bias_momentum,
+                                      const OptionalTensor& bias_mask_momentum, int64_t gate_id, double gate_param,
+                                      std::array<bool, 5> output_mask, std::array<bool, 4> updates,
+                                      const std::vector<double>& settings) {
+  static const auto op =
+      find<Gradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                     const OptionalTensor&, int64_t, double, std::array<bool, 5>, std::array<bool, 4>, at::ArrayRef<double>)>(
+          "metamask::masked_linear_backward_sgd_");
+  return call_directly(op, grad, input, weight, mask_logits, bias, bias_mask_logits, weight_momentum, mask_momentum, bias_momentum,
+                       bias_mask_momentum, gate_id, gate_param, output_mask, updates, at::ArrayRef<double>(settings));
+}
+
 at::Tensor packed_masked_linear(const at::Tensor& input, const at::Tensor& slots, const at::Tensor& weight, const Tensors& packed,
                                 const OptionalTensor& bias, const std::optional<Tensors>& packed_bias, int64_t groups,
                                 std::optional<at::ScalarType> dtype) {
   static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("metamask::packed_masked_linear", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::TensorList, const OptionalTensor&,
-                            const std::optional<Tensors>&, int64_t, std::optional<at::ScalarType>)>();
-  refuse_if_differentiated(op, input);
-  refuse_if_differentiated(op, weight);
-  if (bias.has_value()) refuse_if_differentiated(op, *bias);
-  at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(input, slots, weight, packed, bias, packed_bias, groups, dtype);
+      find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::TensorList, const OptionalTensor&,
+                      const std::optional<Tensors>&, int64_t, std::optional<at::ScalarType>)>("metamask::packed_masked_linear");
+  return call_directly(op, input, slots, weight, at::TensorList(packed), bias, packed_bias, groups, dtype);
 }
 
 // Also where Python does not know of a level of forward-mode AD: a graph of torch.compile enters one without its count.
@@ -214,9 +268,16 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers torch.ops.metamask when it is loaded.";
   using pybind11::arg;
-  m.def("packed_masked_linear", &metamask::packed_masked_linear, pybind11::call_guard<pybind11::gil_scoped_release>(), arg("input"),
-        arg("slots"), arg("weight"), arg("packed"), arg("bias"), arg("packed_bias"), arg("groups"), arg("dtype") = pybind11::none(),
-        "torch.ops.metamask.packed_masked_linear, called directly.");
+  // The ops of torch.ops.metamask with these names, called directly.
+  const auto none = pybind11::none();
+  m.def("masked_linear", torch::wrap_pybind_function_no_gil(&metamask::masked_linear), arg("input"), arg("weight"),
+        arg("mask_logits"), arg("bias"), arg("bias_mask_logits"), arg("gate_id"), arg("gate_param"), arg("dtype") = none);
+  m.def("masked_linear_backward", torch::wrap_pybind_function_no_gil(&metamask::masked_linear_backward), arg("grad"), arg("input"),
+        arg("weight"), arg("mask_logits"), arg("bias"), arg("bias_mask_logits"), arg("gate_id"), arg("gate_param"),
+        arg("output_mask") = std::array<bool, 5>{true, true, true, true, true});
+  m.def("masked_linear_backward_sgd_", torch::wrap_pybind_function_no_gil(&metamask::masked_linear_backward_sgd_));
+  m.def("packed_masked_linear", torch::wrap_pybind_function_no_gil(&metamask::packed_masked_linear), arg("input"), arg("slots"),
+        arg("weight"), arg("packed"), arg("bias"), arg("packed_bias"), arg("groups"), arg("dtype") = none);
   m.def("has_tangent", &metamask::has_tangent, arg("tensor"), "Whether forward-mode AD has given a tensor a tangent.");
   pybind11::enum_<metamask::cpu::Pass>(m, "Pass")
       .value("forward", metamask::cpu::Pass::kForward)

@@ -23,6 +23,7 @@ from .bank import MaskBank
 from .nn.compile import compile
 from .nn.convert import convert
 from .nn.merge import merge
+from .nn.parameter import mask_parameter
 from .nn.report import conversion_report
 from .nn.tasks import add_task, remove_task, slots, tasks
 from .nn.using_task import using_task
@@ -41,6 +42,7 @@ __all__ = [
     "compile",
     "conversion_report",
     "convert",
+    "mask_parameter",
     "masked_conv2d",
     "masked_linear",
     "masked_weight",

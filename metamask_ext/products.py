@@ -149,11 +149,12 @@ def read_table(path: Path) -> Table:
     try:
         value = read_json(path)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise ValueError(f"format must be {FORMAT}")
+            got = value.get("format") if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"format must be {FORMAT}, got {got!r:.100}")
         if value.get("processor") != list(processor()):
-            raise ValueError(f"it was measured on {value.get('processor')}, this is {list(processor())}")
+            raise ValueError(f"processor must be {list(processor())}, got {value.get('processor')!r:.100}")
         if len(value["lines"]) > MOST_LINES:
-            raise ValueError(f"{len(value['lines']):,} lines, at most {MOST_LINES:,} are read")
+            raise ValueError(f"lines must be at most {MOST_LINES:,}, got {len(value['lines']):,}")
         table = Table(str(path), tuple(_line(line) for line in value["lines"]), _number(value["task_rows"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

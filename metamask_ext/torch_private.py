@@ -29,6 +29,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.optim import optimizer as _optimizer
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -233,6 +234,11 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
+def has_global_step_hooks() -> bool:
+    """True if a hook watches the steps of all optimisers: only a call of ``step`` tells it of one."""
+    return bool(_optimizer._global_optimizer_pre_hooks or _optimizer._global_optimizer_post_hooks)
+
+
 class CheckpointFrame(Protocol):
     """torch.utils.checkpoint's record of a region that is being run."""
 
@@ -262,6 +268,12 @@ def enclosing_checkpoints() -> list[CheckpointFrame]:
             _autograd._push_saved_tensors_default_hooks(*hooks)
     frames = (_checkpoint_frame(pack_hook) for pack_hook, _ in taken)
     return [frame for frame in frames if frame is not None]
+
+
+def saving_hook() -> object:
+    """The innermost hook on tensors that are saved for the backward; None without one. A checkpoint has one of its own."""
+    hooks = _top_saved_tensors_hooks(True)
+    return hooks[0] if hooks else None
 
 
 def _checkpoint_frame(pack_hook: object) -> CheckpointFrame | None:

@@ -234,7 +234,7 @@ def test_state_dict_continues_where_it_was_and_refuses_another_order(kind):
     run(other, second, range(3, 6))
     assert_equal_models(other, whole, tolerance=0.0)
 
-    with pytest.raises(ValueError, match=r"state_dict has other parameters in group 1 .*masks\.third"):
+    with pytest.raises(ValueError, match=r"state_dict must have the model's parameters in group 1, .*masks\.third"):
         kind.ours(make(["third"]), 0.1).load_state_dict(first.state_dict())
 
 
@@ -269,7 +269,7 @@ def test_a_state_with_the_names_of_a_wrapped_model_is_loaded(wrap, kind):
         assert all(torch.equal(other.state[parameter][name], tensor) for name, tensor in state.items())
 
     given["param_groups"][0]["param_names"].reverse()
-    with pytest.raises(ValueError, match="other parameters in group 0"):
+    with pytest.raises(ValueError, match="the model's parameters in group 0, got others"):
         kind.ours(model, lr=1.0).load_state_dict(given)
 
 

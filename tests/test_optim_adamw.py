@@ -153,7 +153,7 @@ def test_a_state_of_another_optimiser_is_refused(ours, other):
     optimizer = ours.ours(model, **ours.settings)
     optimizer.backward(error(model, *batch(model, 0)))
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=f"state_dict is of another optimiser than FusedMasked{ours.name}: group 0 has no "):
+    with pytest.raises(ValueError, match=f"state_dict must be that of a FusedMasked{ours.name}, got one whose group 0 has no "):
         optimizer.load_state_dict(other.ours(mlp(), **other.settings).state_dict())
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"] and set(after["state"]) == set(before["state"])

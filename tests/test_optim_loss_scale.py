@@ -13,7 +13,7 @@ from torch.autograd import graph
 
 from metamask_ext import add_task, loss_scale, using_task
 
-REFUSED = pytest.raises(ValueError, match="loss is scaled by a GradScaler.*unscaled loss.*scaler.step")
+REFUSED = pytest.raises(ValueError, match="loss must not be scaled.*GradScaler.*unscaled loss.*scaler.step")
 
 
 @pytest.fixture(autouse=True)

@@ -57,6 +57,22 @@ def test_current_graph_task_id():
     assert torch._C._current_graph_task_id() == -1
 
 
+@pins("torch.optim.optimizer._global_optimizer_pre_hooks", "a step that has nothing to do is left out where nobody watches it")
+@pins("torch.optim.optimizer._global_optimizer_post_hooks", "a step that has nothing to do is left out where nobody watches it")
+def test_global_step_hooks():
+    from torch.optim import optimizer
+
+    for register, hooks in (
+        (optimizer.register_optimizer_step_pre_hook, optimizer._global_optimizer_pre_hooks),
+        (optimizer.register_optimizer_step_post_hook, optimizer._global_optimizer_post_hooks),
+    ):
+        before = len(hooks)
+        handle = register(lambda *_: None)
+        assert len(hooks) == before + 1
+        handle.remove()
+        assert len(hooks) == before
+
+
 @pins("torch._C._is_any_autocast_enabled", "one call finds whether autocast is on for any device")
 def test_is_any_autocast_enabled():
     assert not torch._C._is_any_autocast_enabled()

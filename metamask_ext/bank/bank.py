@@ -35,14 +35,15 @@ from .store import Store
 
 
 class MaskBank:
-    """A model with masked layers, as a bank of tasks: one set of shared weights, a mask for each task, bits where one is finished.
+    """The tasks of a model with masked layers: shared weights, a mask for each task, and bits for each task that is finished.
 
     The tasks are the model's own (:func:`metamask_ext.tasks`, ``add_task``, ``using_task`` mean the same ones); several banks of
     one model see the same tasks. To run a mixed-task batch: ``with using_task(bank.model, names): y = bank.model(x)``.
 
-    ``per_task`` names what else must belong to a task (a head, batch-norm statistics); shared, it would be the last task's, and
-    earlier tasks would fall to chance. Such a tensor ``head.weight`` becomes ``head.per_task.weight.<task>``, a parameter for
-    each task (the first keeps the tensor that is there), and ``model.head.weight`` the active task's: build optimisers afterwards.
+    ``per_task`` names what else must belong to a task (a head, batch-norm statistics): shared, it would fit the task trained last,
+    and the accuracy of earlier tasks would fall to chance. Such a tensor ``head.weight`` becomes ``head.per_task.weight.<task>``, a
+    parameter for each task (the first keeps the tensor that is there), and ``model.head.weight`` is the active task's: build
+    optimisers afterwards.
 
     Args:
         model: a module with masked layers.
@@ -104,8 +105,9 @@ class MaskBank:
     def pack(self, task: str) -> None:
         """Turn a finished task's logits into bits: 1 where ``M > threshold`` for the hard gate, ``M > 0`` for the sigmoid gate.
 
-        The parameters go away. With the hard gate outputs stay the same; with the sigmoid gate they change as much as the gate is
-        away from 0 and 1 (anneal the temperature first): check the accuracy before and after. A packed task stays as it is.
+        The logits are removed from the parameters. With the hard gate outputs stay the same. With the sigmoid gate they change the
+        more, the further gates are from 0 and 1: anneal the temperature first, and check the accuracy before and after. A packed
+        task stays as it is.
 
         Raises:
             ValueError: the task is unknown, or a logit is NaN, as after a training that diverged. Nothing has changed.
@@ -145,9 +147,9 @@ class MaskBank:
     def superpose(self, alphas: Mapping[str, float | Tensor]) -> using_task[nn.Module]:
         """Open a block that runs the model with ``theta = W * sum_t alpha_t g(M_t)``, the same combination of biases and heads.
 
-        For a task that was not seen, from those that were (Blum and Law, EE5239 proposal, section 2.1, "During test time"; Wortsman
-        et al., arXiv:2006.14769, eq. 3): coefficients that require grad can be tuned alone. ``add_task(name, init=alphas)`` begins
-        a mask of its own there.
+        It starts an unseen task from known ones (Blum and Law, EE5239 proposal, section 2.1, "During test time"; Wortsman et al.,
+        arXiv:2006.14769, eq. 3): tune only coefficients that require grad, or start a new mask at the superposition with
+        ``add_task(name, init=alphas)``.
 
         Args:
             alphas: the coefficient of each task, a number or a floating-point tensor of one element.
@@ -161,10 +163,10 @@ class MaskBank:
         return using_task(self.model, Superposition(amounts))
 
     def infer_task(self, x: Tensor, method: str = "one_shot", per_sample: bool = True) -> list[str] | str:
-        """Infer the task of each sample: the one whose share lowers the entropy of the output fastest.
+        """Infer the task of each sample: the one whose coefficient lowers the entropy of the output fastest.
 
         From ``theta = W * sum_t alpha_t g(M_t)`` at ``alpha_t = 1/T``: ``"one_shot"`` takes the task of the largest
-        ``-dH/dalpha_t``, ``"binary"`` leaves the better half of the tasks at every step. Source: Wortsman et al., Supermasks in
+        ``-dH/dalpha_t``, ``"binary"`` keeps the better half of the tasks at every step. Source: Wortsman et al., Supermasks in
         Superposition, arXiv:2006.14769, sections 3.3 and 3.4. One shot is one forward and one backward for all tasks. Binary steps
         for each sample split the batch by candidates, at worst into single samples: it is meant for few tasks, or
         ``per_sample=False``.
@@ -204,8 +206,8 @@ class MaskBank:
         """Make the folder hold this bank; see :func:`metamask_ext.bank.save` for what that guarantees.
 
         Tasks that nobody has used since they were loaded are neither read nor written. All others are compared with the folder by
-        their contents, and written where they differ: however a mask was changed, it is saved. Other threads may add, remove, pack
-        and use tasks meanwhile, and the tasks of the moment when the save began are saved; do not train or load them meanwhile.
+        their contents, and written where they differ: a mask is saved however it was changed. During a save other threads may add,
+        remove, pack and use tasks (the save holds the tasks that existed when it began), but not train or load them.
 
         Args:
             directory: the folder; made if it is not there.
@@ -238,12 +240,12 @@ class MaskBank:
         """Load the bank in a folder into ``model``: its shared weights are overwritten, its tasks replaced by the bank's.
 
         Packed tasks are read or mapped, and checked, when they are first used: the time does not depend on their number, unless
-        the bank keeps parameters per task (heads), which are all read. Logits come
-        in the dtype of the model's masks. Temperature, threshold and the tensors kept per task are the bank's.
+        the bank keeps parameters per task (heads), which are all read. Logits take the dtype of the model's masks. Temperature,
+        threshold and the tensors kept per task are the bank's.
 
         Optimisers made before hold what they held: the shared weights, and the logits and tensors per task of every task that the
-        model has under the same name, stay the same parameters and get other values, as with ``load_state_dict``. Replaced are
-        bits, logits of a task that is packed in the folder, and bits of one that is not; tasks that the folder lacks go away.
+        model has under the same name, stay the same parameters and get other values, as with ``load_state_dict``. ``load`` replaces
+        bits, logits of a task that is packed in the folder, and bits of one that is not, and removes tasks that the folder lacks.
         New tasks have new parameters. Gradients and ``requires_grad`` stay as they are.
 
         Args:

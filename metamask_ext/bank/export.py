@@ -68,12 +68,11 @@ def _task_state(store: Store, name: str) -> dict[str, Tensor]:
 
 
 def _masked(store: Store) -> dict[str, tuple[str, torch.Size]]:
-    """Map every masked weight's and bias's state_dict name to its layer's path and its shape."""
+    """Map every masked parameter's state_dict name to its layer's path and its shape."""
     return {
         full_name(path, part): (path, torch.Size(shape))
         for path, shapes in layer_shapes(store.directory / INDEX, store.meta).items()
-        for part, shape in zip(("weight", "bias"), shapes)
-        if shape is not None
+        for part, shape in shapes.items()
     }
 
 

@@ -30,7 +30,7 @@ from .kept import Kept, fill, kept_of
 from .metrics import Metrics
 from .per_task import full_name, shared_tensors
 from .residency import Residency
-from .settings import LayerSettings, layer_settings, names_per_task
+from .settings import LayerSettings, described, layer_settings, names_per_task, settings_of
 from .store import Store
 from .writer import TaskSource
 from .writer import save as write_store
@@ -293,15 +293,14 @@ def described_layers(model: nn.Module) -> dict[str, JsonObject]:
     """Describe the masked layers of a model, by path, as ``meta`` of a bank does."""
     return {
         path: {
-            "weight": list(weight.shape),
-            "bias": None if bias is None else list(bias.shape),
+            **described({name: list(shared.shape) for name, (shared, _) in groups.items()}),
             "gate": layer.gate,
             "temperature": float(layer.temperature),
             "threshold": float(layer.threshold),
-            "dtype": str(weight.dtype).removeprefix("torch."),
+            "dtype": str(next(iter(groups.values()))[0].dtype).removeprefix("torch."),
         }
         for path, layer in masked_layers(model)
-        for weight, bias in (layer._shared(),)
+        for groups in (layer._named_groups(),)
     }
 
 
@@ -312,15 +311,14 @@ def described_per_task(model: nn.Module) -> dict[str, list[str]]:
 
 def _check_model(index: Path, meta: JsonObject, model: nn.Module) -> dict[str, list[str]]:
     """Return what the bank keeps per task, by module; BankError if its layers are not the model's."""
-    described = {path: vars(layer) for path, layer in layer_settings(index, meta).items()}
+    given = layer_settings(index, meta)
     per_task = names_per_task(index, meta)
-    own = described_layers(model)
-    if described.keys() != own.keys():
-        raise BankError(f"{index}: the bank's masked layers are {sorted(described)}, the model's are {sorted(own)}")
-    for path, layer in described.items():
-        for name in ("gate", "weight", "bias", "dtype"):
-            if layer[name] != own[path][name]:
-                raise BankError(f"{index}: the bank's {path!r} has {name} {layer[name]!r}, the model's has {own[path][name]!r}")
+    own = {path: settings_of(index, path, layer) for path, layer in described_layers(model).items()}
+    if given.keys() != own.keys():
+        raise BankError(f"{index}: the bank's masked layers are {sorted(given)}, the model's are {sorted(own)}")
+    for path, layer in given.items():
+        for name, value, wanted in layer.differences(own[path]):
+            raise BankError(f"{index}: the bank's {path!r} has {name} {value!r}, the model's has {wanted!r}")
     modules = dict(plain_modules(model))
     for path, names in {**described_per_task(model), **per_task}.items():
         module = modules.get(path)

@@ -22,6 +22,7 @@ from ..nn.task_dict import TaskDict
 from ..nn.task_layer import TaskLayer
 from ..nn.tasks import masked_layers, refuse_nan, tasks
 from ..nn.using_task import using_task
+from ..nn.weight_layer import WeightLayer
 from ..ops.gate import compute_dtype, gate_values
 from ..ops.packed.functional import superposition_gradient
 from ..ops.weight.functional import masked_weight
@@ -115,14 +116,15 @@ class _Probe:
 
     Attributes:
         seen: of each call of a layer the layer, its input and its output.
-        read: of each theta that other code has read past a layer's forward the layer, ``"weight"`` or ``"bias"``, and the theta.
+        read: of each theta that other code has read past a layer's forward, or that a layer has which is no product with a matrix,
+            the layer, the parameter's name, and the theta.
     """
 
     def __init__(self, names: Sequence[str], snapshot: Snapshot):
         amounts = dict.fromkeys(names, 1.0 / len(names))
         self.selection = ObservedSuperposition(amounts, self._mixed, self._observe)
         self.snapshot = snapshot
-        self.seen: list[tuple[MaskedLayer, Tensor, Tensor]] = []
+        self.seen: list[tuple[WeightLayer, Tensor, Tensor]] = []
         self.read: list[tuple[MaskedLayer, str, Tensor]] = []
 
     def _mixed(self, layer: nn.Module, what: str) -> Tensor | None:
@@ -139,7 +141,7 @@ class _Probe:
         return theta
 
     def _observe(self, layer: nn.Module, input: Tensor, output: Tensor) -> Tensor:
-        assert isinstance(layer, MaskedLayer)
+        assert isinstance(layer, WeightLayer)
         del self.read[len(self.read) - len(layer._dicts()) :]  # what the layer itself has just read
         if not output.requires_grad:
             output.requires_grad_()
@@ -229,7 +231,7 @@ def entropy_gradient(model: nn.Module, names: Sequence[str], x: Tensor, per_samp
     return total
 
 
-def _samples_dim(layer: MaskedLayer, input: Tensor, samples: int, batch_first: Mapping[nn.Module, bool | None]) -> int:
+def _samples_dim(layer: WeightLayer, input: Tensor, samples: int, batch_first: Mapping[nn.Module, bool | None]) -> int:
     """Return the dimension of ``input`` along which the samples lie, as in a mixed-task batch. RuntimeError if it is not known."""
     is_first = batch_first.get(layer, True)
     dim = 1 if is_first is False else 0
@@ -305,7 +307,7 @@ def _theta_gradient(layer: MaskedLayer, shared: Tensor, masks: Masks, gradient: 
 
 
 def _layer_gradient(
-    layer: MaskedLayer, input: Tensor, gradient: Tensor, masks: Masks, bias_masks: Masks | None = None, *, per_sample: bool
+    layer: WeightLayer, input: Tensor, gradient: Tensor, masks: Masks, bias_masks: Masks | None = None, *, per_sample: bool
 ) -> Tensor:
     """Return the derivative of the entropy by the amount of each task in this layer: ``[B, T]``, or ``[1, T]``, its sum over b.
 
@@ -337,7 +339,7 @@ def _layer_gradient(
     return found
 
 
-def _rows(layer: MaskedLayer, input: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, int]:
+def _rows(layer: WeightLayer, input: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, int]:
     """View the layer as a linear one: ``[B, rows, groups * in]``, the gradient ``[B, rows, out]``, and the groups."""
     if not isinstance(layer, MaskedConv2d):
         return input.reshape(len(input), -1, input.shape[-1]), gradient.reshape(len(input), -1, gradient.shape[-1]), 1

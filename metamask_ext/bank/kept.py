@@ -95,8 +95,8 @@ def kept_of(model: nn.Module, per_task: dict[str, list[str]] | None = None) -> l
 
     for path, layer in task_layers(model):
         if isinstance(layer, MaskedLayer):
-            for part, (shared, masks) in zip(("weight", "bias"), layer._groups()):
-                add(full_name(path, part), masks, True, shared, *layer._dtypes_of_logits())
+            for part, (shared, masks) in layer._named_groups().items():
+                add(full_name(path, part), masks, True, shared, *layer._dtypes_of_logits(shared))
         elif isinstance(layer, PerTask):
             for name, tensors in layer._own().items():
                 add(full_name(path, name), tensors, False, tensors[next(iter(tensors))])

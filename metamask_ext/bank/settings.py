@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +13,29 @@ from .index import BankError, JsonObject
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """One masked layer, as ``meta["layers"]`` describes it."""
+    """One masked layer, as ``meta["layers"]`` describes it: the shapes of its masked parameters, and its gate."""
 
-    weight: list[int]
-    bias: list[int] | None
+    shapes: dict[str, list[int]]
     gate: str
     temperature: float
     threshold: float
     dtype: str
+
+    def differences(self, other: LayerSettings) -> Iterator[tuple[str, object, object]]:
+        """Yield what both must have in common and do not: a name, the value here and the one there."""
+        yield from ((name, getattr(self, name), getattr(other, name)) for name in ("gate",) if self.gate != other.gate)
+        for name in dict.fromkeys((*self.shapes, *other.shapes)):
+            if self.shapes.get(name) != other.shapes.get(name):
+                yield name, self.shapes.get(name), other.shapes.get(name)
+        if self.dtype != other.dtype:
+            yield "dtype", self.dtype, other.dtype
+
+
+def described(shapes: Mapping[str, list[int]]) -> JsonObject:
+    """The shapes of a layer's masked parameters in ``meta``: of a weight and a bias, or by names under ``parameters``."""
+    if "weight" in shapes and shapes.keys() <= {"weight", "bias"}:
+        return {"weight": shapes["weight"], "bias": shapes.get("bias")}
+    return {"parameters": dict(shapes)}
 
 
 def layer_settings(index: Path, meta: JsonObject) -> dict[str, LayerSettings]:
@@ -28,23 +44,31 @@ def layer_settings(index: Path, meta: JsonObject) -> dict[str, LayerSettings]:
     Raises:
         BankError: it describes none, or a value cannot be: a shape, a gate, a temperature, a threshold or a dtype.
     """
-    shapes = layer_shapes(index, meta)
-    return {path: _layer(index, path, layer, *shapes[path]) for path, layer in meta["layers"].items()}
+    return {path: settings_of(index, path, layer) for path, layer in _described_layers(index, meta).items()}
 
 
-def layer_shapes(index: Path, meta: JsonObject) -> dict[str, tuple[list[int], list[int] | None]]:
-    """Return the shapes of the layers' weights and biases. BankError as of :func:`layer_settings`."""
+def layer_shapes(index: Path, meta: JsonObject) -> dict[str, dict[str, list[int]]]:
+    """Return the shapes of the layers' masked parameters. BankError as of :func:`layer_settings`."""
+    return {path: _shapes(index, path, layer) for path, layer in _described_layers(index, meta).items()}
+
+
+def _described_layers(index: Path, meta: JsonObject) -> JsonObject:
     layers = meta.get("layers")
     if not isinstance(layers, dict):
         raise _undescribed(index, f"layers must be an object, got {_short(layers)}")
-    found: dict[str, tuple[list[int], list[int] | None]] = {}
     for path, layer in layers.items():
         if not isinstance(layer, dict):
             raise _undescribed(index, f"layer {path!r} must be an object, got {_short(layer)}")
-        bias = layer.get("bias")
-        weight = _shape(index, f"weight of layer {path!r}", layer.get("weight"))
-        found[path] = weight, None if bias is None else _shape(index, f"bias of layer {path!r}", bias)
-    return found
+    return layers
+
+
+def _shapes(index: Path, path: str, layer: JsonObject) -> dict[str, list[int]]:
+    given = layer.get("parameters")
+    if given is None:
+        given = {"weight": layer.get("weight")} | ({} if layer.get("bias") is None else {"bias": layer["bias"]})
+    if not isinstance(given, dict) or not given:
+        raise _undescribed(index, f"parameters of layer {path!r} must be an object with shapes by name, got {_short(given)}")
+    return {name: _shape(index, f"{name} of layer {path!r}", shape) for name, shape in given.items()}
 
 
 def _shape(index: Path, what: str, shape: object) -> list[int]:
@@ -53,15 +77,16 @@ def _shape(index: Path, what: str, shape: object) -> list[int]:
     return shape
 
 
-def _layer(index: Path, path: str, layer: JsonObject, weight: list[int], bias: list[int] | None) -> LayerSettings:
-    dtype = layer.get("dtype")
+def settings_of(index: Path, path: str, layer: JsonObject) -> LayerSettings:
+    """Return the settings of one layer. BankError if a value cannot be."""
+    shapes, dtype = _shapes(index, path, layer), layer.get("dtype")
     try:
         gate = gate_settings(layer)
         if not isinstance(dtype, str):
             raise ValueError(f"dtype must be a string, got {_short(dtype)}")
     except ValueError as error:
         raise _undescribed(index, f"layer {path!r}: {error}") from error
-    return LayerSettings(weight, bias, *gate, dtype)
+    return LayerSettings(shapes, *gate, dtype)
 
 
 def gate_settings(layer: JsonObject) -> tuple[str, float, float]:

@@ -24,6 +24,7 @@ from .index import BankError
 from .kept import Kept, kept_of
 from .metrics import Metrics
 from .per_task import full_name, shared_tensors
+from .settings import settings_of
 
 _SHOWN = 3
 
@@ -75,14 +76,21 @@ def check_base(path: Path, artefact: Artefact, model: nn.Module) -> None:
         raise BankError(
             f"{path}: task {artefact.name!r} belongs to another base, {artefact.base_name!r}: {', '.join(found[:_SHOWN])}{more}"
         )
-    own = described_layers(model)
-    layers = {where: vars(layer) for where, layer in artefact.layers(path).items()}
+    own = {where: settings_of(path, where, layer) for where, layer in described_layers(model).items()}
+    layers = artefact.layers(path)
     if layers.keys() != own.keys():
         raise BankError(f"{path}: the task masks the layers {sorted(layers)}, the model's masked layers are {sorted(own)}")
     for where, layer in layers.items():
-        for key in ("weight", "bias", *(() if artefact.packed else _settings_of(layer["gate"]))):
-            if layer[key] != own[where][key]:
-                raise BankError(f"{path}: the task's {where!r} has {key} {layer[key]!r}, the model's has {own[where][key]!r}")
+        # Bits are bits whatever the gate; logits mean what their gate makes of them. The base has said of what dtype it may be.
+        unlike = [
+            each for each in layer.differences(own[where]) if each[0] != "dtype" and (each[0] != "gate" or not artefact.packed)
+        ]
+        if not artefact.packed and not unlike:
+            key = "temperature" if layer.gate == "sigmoid" else "threshold"
+            values = getattr(layer, key), getattr(own[where], key)
+            unlike = [(key, *values)] if values[0] != values[1] else []
+        for key, value, wanted in unlike:
+            raise BankError(f"{path}: the task's {where!r} has {key} {value!r}, the model's has {wanted!r}")
 
 
 def check_all(artefacts: Mapping[Path, Artefact], model: nn.Module) -> list[str]:
@@ -107,11 +115,6 @@ def check_all(artefacts: Mapping[Path, Artefact], model: nn.Module) -> list[str]
         _check_per_task(path, {**own, **missing}, artefact)
         _tensors_of(path, kept, artefact)
     return [escape_pattern(full_name(where, name)) for where, names in missing.items() for name in names]
-
-
-def _settings_of(gate: str) -> tuple[str, ...]:
-    """The settings on which the meaning of logits depends; bits are bits."""
-    return "gate", "temperature" if gate == "sigmoid" else "threshold"
 
 
 def take_in(model: nn.Module, path: Path, artefact: Artefact, name: str | None) -> str:

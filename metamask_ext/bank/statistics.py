@@ -29,10 +29,11 @@ SAMPLE = 4096
 
 @dataclass(frozen=True)
 class Layer:
-    """The weight of a masked layer, as a matrix with a row for each output."""
+    """The weight of a masked layer, or its largest masked parameter, as a matrix with a row for each output."""
 
     path: str
     shape: tuple[int, ...]
+    parameter: str = "weight"
 
     @property
     def rows(self) -> int:
@@ -60,7 +61,7 @@ class Masks:
     def __init__(self, store: Store):
         self.store = store
         self._settings = layer_settings(store.directory / INDEX, store.meta)
-        self.layers = [Layer(path, tuple(layer.weight)) for path, layer in self._settings.items()]
+        self.layers = [_largest(path, layer) for path, layer in self._settings.items()]
         self.names = [name for name in store.tasks if name is not None]
         if not self.layers or not self.names:
             raise BankError(f"{store.directory / INDEX}: the bank has no masked layer, or no task")
@@ -76,7 +77,7 @@ class Masks:
         return [self._mask(task, layer, tensors) for layer in self.layers]
 
     def _mask(self, task: str, layer: Layer, tensors: Mapping[str, Tensor]) -> Bools:
-        name = full_name(layer.path, "weight")
+        name = full_name(layer.path, layer.parameter)
         bits, logits = tensors.get(BITS + name), tensors.get(LOGITS + name)
         shape = list(packed_shape(torch.Size(layer.shape)))
         if bits is not None and list(bits.shape) == shape and bits.dtype == torch.uint8:
@@ -95,6 +96,11 @@ class Masks:
             return Metrics.read(self.store.info(task))
         except ValueError as error:
             raise BankError(f"{self.store.directory / INDEX}: task {task!r}: {error}") from error
+
+
+def _largest(path: str, settings: LayerSettings) -> Layer:
+    name = max(settings.shapes, key=lambda name: (name == "weight", numpy.prod(settings.shapes[name], dtype=numpy.int64)))
+    return Layer(path, tuple(settings.shapes[name]), name)
 
 
 def _threshold(settings: LayerSettings) -> float:

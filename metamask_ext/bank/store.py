@@ -27,9 +27,9 @@ class Store:
     as ``mappings`` allows: their pages are read when a tensor's are touched. Mappings are private: writing to a tensor changes
     neither the file nor what the next call returns. Files may be links to others, as in download caches.
 
-    Other processes may save into the folder meanwhile. What is mapped stays valid. A file that is gone when it is first used makes
-    the store read ``bank.json`` again: it goes on with the task's new file if the shared weights, ``meta`` and the task's slot are
-    the same, and raises :class:`BankError` otherwise. ``tasks`` and ``meta`` stay those of the moment of :meth:`open`.
+    Other processes may save into the folder meanwhile. Mapped tensors stay valid. If a file is gone at its first use, the store
+    reads ``bank.json`` again: it takes the task's new file if the shared weights, ``meta`` and the task's slot are the same, and
+    raises :class:`BankError` otherwise. ``tasks`` and ``meta`` stay those of the moment of :meth:`open`.
     """
 
     def __init__(self, directory: Path, index: Index):

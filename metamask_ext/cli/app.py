@@ -147,7 +147,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few repetitions.")] = False,
     full: Annotated[bool, typer.Option("--full", help="grid: all batches, dtypes and allocators; 90 minutes.")] = False,
 ) -> None:
-    """Time masked layers against plain and dense ones. A stopped run of the grid goes on in the same OUT."""
+    """Time masked layers against plain PyTorch's and layers without a mask. The same OUT resumes a stopped run of the grid."""
     try:
         benchmarks = import_module("metamask_ext.bench.run")
     except ModuleNotFoundError as error:

@@ -84,7 +84,7 @@ class LoopConfig:
         if self.optimizer not in ("sgd", "adam"):
             raise ValueError(f"optimizer must be 'sgd' or 'adam', got {self.optimizer!r}")
         if self.momentum and self.optimizer != "sgd":
-            raise ValueError(f"momentum is of optimizer='sgd', got momentum={self.momentum} with optimizer={self.optimizer!r}")
+            raise ValueError(f"momentum must be 0 with optimizer={self.optimizer!r}, got {self.momentum}")
         for name, count in (
             ("steps", self.steps),
             ("evaluate_every", self.evaluate_every),

@@ -60,7 +60,7 @@ class TaskLoop:
 
     Under ``DistributedDataParallel`` gradients are averaged over the processes; each draws the same tasks. Add all of them
     (:func:`metamask_ext.add_task`) before the model is wrapped: a mask that a wrapper does not know would differ between processes.
-    Data that differ by process are functions. Each process takes an ``out`` of its own.
+    Give data that differ by process as functions, and each process an ``out`` of its own.
 
     Args:
         model: any module; with masked layers unless ``per_task_masks=False``. Changed in place.
@@ -138,7 +138,7 @@ class TaskLoop:
     def run(self, rounds: int) -> TaskLoop:
         """Train until ``rounds`` rounds are done in all, those before a resumption included.
 
-        Called again after an exception, or an interruption from the keyboard, it goes back to the last checkpoint in ``out``.
+        Called again after an exception, or an interruption from the keyboard, it resumes at the last checkpoint in ``out``.
 
         Returns:
             self.

@@ -261,7 +261,7 @@ def _forms_of(model: nn.Module, tensors: TaskDict) -> list[_Form]:
         if isinstance(layer, MaskedLayer):
             for shared, masks in layer._groups():
                 if masks is tensors:
-                    logits = [(dtype, shared.shape) for dtype in layer._dtypes_of_logits()]
+                    logits = [(dtype, shared.shape) for dtype in layer._dtypes_of_logits(shared)]
                     return [*logits, (torch.uint8, torch.Size(packed_shape(shared.shape)))]
     like = tensors[next(iter(tensors))]
     return [(like.dtype, like.shape)]

@@ -93,7 +93,7 @@ __all__ = ["EXPERIMENTS", "Entry", "JobError", "OptionError", "module_of", "run"
 def module_of(name: str) -> ModuleType:
     """The module of an experiment. ValueError if it is unknown."""
     if name not in EXPERIMENTS:
-        raise ValueError(f"unknown experiment {name!r}, known are: {', '.join(EXPERIMENTS)}")
+        raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
     return import_module(EXPERIMENTS[name].module)
 
 

@@ -1,8 +1,13 @@
-"""The page of results: made from the metrics files of all experiments, with nothing typed by hand."""
+"""The pages of results: made from the metrics files of all experiments, with nothing typed by hand.
+
+``README.md`` is one screen: what does not hold, and a row for each question. Each run has a page in its folder, and tables of more
+than :data:`MOST_ROWS` rows have a page of their own.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +23,8 @@ from .engine.settings import as_json
 from .engine.tables import Rows, Tables, duration_text, seeds_text, table_of
 from .suite import finished, runs
 
-PAGE = "README.md"
+PAGE, APPENDIX = "README.md", "tables.md"
+MOST_ROWS = 20
 SECTIONS = {
     "linear": "3.1 Proof of concept: linear regression",
     "sine-of-linear": "3.2 Simple generalization: linear regression with sinusoidal output",
@@ -35,15 +41,15 @@ Runs = Mapping[str, tuple[ModuleType, Metrics]]
 
 
 def report(folder: str | Path, out: str | Path = "docs/results") -> tuple[Path, list[str]]:
-    """Write ``out/README.md``; to ``out/<run>`` copy ``metrics.json`` and draw the figures anew from it.
+    """Write ``out/README.md``; to ``out/<run>`` its page, a copy of ``metrics.json``, and the figures, drawn anew from it.
 
     Args:
         folder: where :func:`metamask_ext.experiments.suite.run_all` put the runs, each in a folder of its name. It may be
             ``out`` itself.
-        out: the folder of the page.
+        out: the folder of the pages.
 
     Returns:
-        The page, and a line for each run that is missing or not finished; the page has these too.
+        The first page, and a line for each run that is missing or not finished; the page has these too.
 
     Raises:
         OutputError: there is no finished run at all, a metrics file cannot be read or lacks something, or ``out``
@@ -59,15 +65,17 @@ def report(folder: str | Path, out: str | Path = "docs/results") -> tuple[Path, 
         if run not in done:
             state = "is not finished" if (folder / run / "run.json").exists() else "was not run"
             missing.append(f"`{run}` {state}")
-    sections = []
+    rows = {}
     for run, (module, metrics) in done.items():
         try:
             prepare_folder(out / run)
             files = _files(module, metrics, folder / run, out / run)
-            sections.append(_section(run, module, metrics, files))
+            rows[run] = _row(run, module, metrics)
+            for name, text in _pages(run, module, metrics, files).items():
+                write_atomic(out / run / name, text.encode())
         except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:  # what it says is used as it comes
             raise OutputError(f"{str(folder / run / 'metrics.json')!r} is not of this version: {_fault(error)}") from error
-    page = [_head(done, missing), *_questions(found), *sections]
+    page = [_head(done, missing), _failing(done), *_questions(rows)]
     write_atomic(out / PAGE, ("\n\n".join(page) + "\n").encode())
     return out / PAGE, missing
 
@@ -82,10 +90,10 @@ def _head(done: Runs, missing: Sequence[str]) -> str:
     duration = duration_text(sum(metrics["duration_s"] for _, metrics in done.values()))
     lines = [
         "# Results of the experiments",
-        "`metamask run all --out DIR` and `metamask report DIR` make this page, its tables, figures and every number in a "
+        f"{len(done)} runs, {duration} in all; **{sum(claims)} of {len(claims)} claims hold.**",
+        "`metamask run all --out DIR` and `metamask report DIR` make these pages, their tables, figures and every number in a "
         "sentence, from the metrics files in [this folder](.). Numbers are means over seeds ± half the width of their 95 % "
         "interval (Student's t), where there are several seeds.",
-        f"{len(done)} runs, {duration} in all; {sum(claims)} of {len(claims)} claims hold.",
     ]
     machines = {_machine(metrics) for _, metrics in done.values()}
     if len(machines) == 1:
@@ -95,25 +103,58 @@ def _head(done: Runs, missing: Sequence[str]) -> str:
     return "\n\n".join(lines)
 
 
-def _questions(found: Mapping[str, tuple[ModuleType, Metrics | None]]) -> Iterator[str]:
-    yield "## What the proposal asks"
-    for run, title in SECTIONS.items():
-        if run not in found:
-            continue
-        module, metrics = found[run]
-        yield f"### {title}"
-        if metrics is None:
-            yield f"`{run}` is missing."
-        else:
-            yield "\n".join([*_claims(module, metrics), f"\nMore: [{run}](#{run})."])
+def _failing(done: Runs) -> str:
+    found = [
+        f"- {_link(run)}: {text}"
+        for run, (module, metrics) in done.items()
+        for text, holds in answers(module, metrics)
+        if not holds
+    ]
+    return f"## What does not hold: {len(found)}\n\n" + ("\n".join(found) if found else "Every claim holds.")
 
 
-def _section(run: str, module: ModuleType, metrics: Metrics, files: Sequence[str]) -> str:
-    parts = [f"## {run}", module.QUESTION]
+def _questions(rows: Mapping[str, list[str]]) -> Iterator[str]:
+    """The tables of the first page: what the proposal asks, section by section, and what other papers do."""
+    head = ["question", "answer", "claims that hold", "run"]
+    proposal = {run: row for run, row in rows.items() if run in SECTIONS}
+    for title, its in (
+        ("What the proposal asks", [proposal[run] for run in SECTIONS if run in proposal]),
+        ("What papers around it ask", [row for run, row in rows.items() if run not in SECTIONS]),
+    ):
+        if its:
+            yield f"## {title}\n\n" + "\n".join(_table([head, *its]))
+
+
+def _row(run: str, module: ModuleType, metrics: Metrics) -> list[str]:
+    """The run's line in the first page: its question and the first of its claims, with their numbers."""
+    found = answers(module, metrics)
+    text, holds = found[0]
+    section = f"**{SECTIONS[run]}.** " if run in SECTIONS else ""
+    count = f"{sum(each for _, each in found)} of {len(found)}"
+    return [section + _question(module.QUESTION), text if holds else f"**Does not hold:** {text}", count, _link(run)]
+
+
+def _question(text: str) -> str:
+    """The first sentence of ``text`` that asks."""
+    asked = " ".join(text.split()).partition("?")[0]
+    return re.sub(r"^Section [\d.]+: ", "", asked[max(asked.rfind(". "), asked.rfind(".) ")) + 1 :].lstrip(") ")) + "?"
+
+
+def _link(run: str) -> str:
+    return f"[{run}]({run}/{PAGE})"
+
+
+def _pages(run: str, module: ModuleType, metrics: Metrics, files: Sequence[str]) -> dict[str, str]:
+    """The run's page by file name, and the page of its long tables if it has any."""
+    short: list[str] = []
+    long: list[str] = []
     for title, rows in tables(module, metrics):
-        parts.append("\n\n".join([*([f"{title}:"] if title else []), "\n".join(_table(rows))]))
-    parts.append("\n".join(_claims(module, metrics)))
-    parts += [f"![{run}: {Path(file).stem}]({run}/{file})" for file in files if file.endswith(".png")]
+        text = "\n\n".join([*([f"{title}:"] if title else []), "\n".join(_table(rows))])
+        (long if len(rows) - 1 > MOST_ROWS else short).append(text)
+    title = f"{run}: {SECTIONS[run]}" if run in SECTIONS else run
+    parts = [f"# {title}", module.QUESTION, "\n".join(_claims(module, metrics))]
+    parts += [f"![{run}: {Path(file).stem}]({file})" for file in files if file.endswith(".png")]
+    parts += short
     note = f" ({metrics['data_note']})" if metrics["data_note"] else ""
     facts = {
         "data": metrics["data"] + note,
@@ -123,10 +164,14 @@ def _section(run: str, module: ModuleType, metrics: Metrics, files: Sequence[str
         "settings": _changed(module, metrics),
         "machine": _machine(metrics),
         "duration": duration_text(metrics["duration_s"]) + (", in several parts" if metrics["resumed"] else ""),
-        "files": ", ".join(f"[{file}]({run}/{file})" for file in files if not file.endswith(".png")),
+        "files": ", ".join(f"[{file}]({file})" for file in files if not file.endswith(".png")),
+        "long tables": f"[{APPENDIX}]({APPENDIX})" if long else "",
     }
-    parts.append("\n".join(f"- {name}: {text}" for name, text in facts.items() if text))
-    return "\n\n".join(parts)
+    parts += ["\n".join(f"- {name}: {text}" for name, text in facts.items() if text), f"[All results](../{PAGE})"]
+    pages = {PAGE: "\n\n".join(parts) + "\n"}
+    if long:
+        pages[APPENDIX] = "\n\n".join([f"# {run}: long tables", *long, f"[{run}]({PAGE})"]) + "\n"
+    return pages
 
 
 def tables(module: ModuleType, metrics: Metrics) -> Tables:

@@ -121,7 +121,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
             try:
                 line = parse_json(data)
                 if not isinstance(line, dict):
-                    raise ValueError("no object")
+                    raise ValueError(f"it must be a JSON object, got {type(line).__name__}")
             except ValueError as error:
                 raise OutputError(f"cannot read {str(path)!r}: line {len(lines) + 1}: {error}") from error
             lines.append(line)

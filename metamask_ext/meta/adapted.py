@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.context import run_selected
+from ..nn.grouped import GroupedLayer
 from ..nn.layers import MaskedConv2d
 from ..nn.masked_layer import MaskedLayer
 from ..nn.names import describe, escape, plain
 from ..nn.paths import plain_path
-from ..nn.read_through import ReadThroughConv2d, ReadThroughLinear
+from ..nn.read_through import ReadThrough
 from ..nn.selection import GivenMasks, Superposition
 from ..nn.task_dict import TaskDict
 from ..nn.task_layer import TaskLayer
@@ -65,7 +66,7 @@ class AdaptedModel:
         self._sources: list[_Stored | _Combined] = []
         """The tensors from which adaptation starts."""
         self._masks: dict[MaskedLayer, list[int | None]] = {}
-        """For each layer with an adapted mask the positions of the weight's and of the bias's among the adapted tensors."""
+        """For each layer with an adapted mask the positions of its parameters' masks among the adapted tensors."""
         self._others: dict[str, int] = {}
         """By the name in ``named_parameters()``."""
         self._choose(adapt)
@@ -77,8 +78,7 @@ class AdaptedModel:
             if module is not None and module in self.norms
         ]
         """The places of the batch norms."""
-        read_through = any(isinstance(layer, (ReadThroughLinear, ReadThroughConv2d)) for layer in self._masks)
-        self.mixed = not self._others and not read_through
+        self.mixed = not self._others and all(map(_takes_tasks, self._masks))
         # Sample by sample, the tasks of one beside each other: they are then groups of channels of convolutions and batch norms,
         # without a copy. Task by task: the rows of a task are one matrix of linear layers.
         self._by_sample = bool(self.norms) or any(isinstance(layer, MaskedConv2d) for layer in self._masks)
@@ -119,9 +119,13 @@ class AdaptedModel:
 
         for path, module in self.model.named_modules():
             if isinstance(module, MaskedLayer):
-                found = [self._place_mask(place, plain_path(self.model, path), module, kind) for kind in module._dicts()]
+                own = module._dicts()
+                found = [
+                    self._place_mask(place, plain_path(self.model, path), module, kind) if kind in own else None
+                    for kind in module._kinds()
+                ]
                 if any(position is not None for position in found):
-                    self._masks[module] = [*found, None][:2]
+                    self._masks[module] = found
         for path, module in self.model.named_modules():
             if isinstance(module, TaskMasks):
                 continue
@@ -134,7 +138,8 @@ class AdaptedModel:
                 if len(self.names) > before:
                     self._others[name] = before
                     if isinstance(module, TaskDict) and not isinstance(self.start, str):
-                        raise ValueError(f"adapt selects {self.names[before]!r}, of which a start from several tasks has a mixture")
+                        selected = self.names[before]
+                        raise ValueError(f"adapt must not select what start combines from several tasks, got {selected!r}")
         if not self.names:
             raise ValueError(f"adapt selects no parameter of {type(self.model).__name__}, got {adapt!r}")
 
@@ -167,9 +172,8 @@ class AdaptedModel:
 
     def _combined(self, layer: MaskedLayer, kind: str) -> Tensor:
         assert isinstance(self.start, Superposition)
-        shared = layer._shared()[kind == "bias_masks"]
-        assert shared is not None
-        like = shared.detach().to(layer._logits_dtype())
+        shared = layer._shared_of(kind)
+        like = shared.detach().to(layer._logits_dtype(shared))
         return layer._combined(layer._dicts()[kind], dict(zip(self.start.names, self.start.amounts)), like)
 
     def run(
@@ -238,12 +242,13 @@ class AdaptedModel:
                 )
         if not self._active:
             return function(*arguments)
-        masks: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
-        for layer, (of_weight, of_bias) in self._masks.items():
-            mask = self._fixed(layer, "masks", parameters) if of_weight is None else parameters[of_weight]
-            assert mask is not None
-            bias_mask = self._fixed(layer, "bias_masks", parameters) if of_bias is None else parameters[of_bias]
-            masks[layer] = mask, bias_mask
+        masks: dict[nn.Module, tuple[Tensor | None, ...]] = {
+            layer: tuple(
+                self._fixed(layer, kind, parameters) if position is None else parameters[position]
+                for kind, position in zip(layer._kinds(), positions, strict=True)
+            )
+            for layer, positions in self._masks.items()
+        }
         return run_selected(self._active, GivenMasks(self.start, masks, slots, normalise), function, *arguments)
 
     def _fixed(self, layer: MaskedLayer, kind: str, parameters: Sequence[Tensor]) -> Tensor | None:
@@ -266,6 +271,11 @@ class AdaptedModel:
                 found = wanted, tasks.repeat(samples) if self._by_sample else tasks.repeat_interleave(samples)
             self._slots = found  # whole: another thread may ask for other sizes
         return found[1]
+
+
+def _takes_tasks(layer: MaskedLayer) -> bool:
+    """True if a layer can run several tasks, each with logits of its own, as one batch."""
+    return layer.stacks_tasks if isinstance(layer, GroupedLayer) else not isinstance(layer, ReadThrough)
 
 
 def _joined(path: str, name: str) -> str:

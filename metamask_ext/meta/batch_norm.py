@@ -58,11 +58,12 @@ def prepare(model: nn.Module, policy: str) -> dict[nn.Module, str]:
     found: dict[nn.Module, str] = {}
     for name, module in plain_modules(model):
         if isinstance(module, InstanceNorm) and module.track_running_stats:
-            raise ValueError(f"the tasks would all update the statistics of {name!r}: use track_running_stats=False there")
+            raise ValueError(f"track_running_stats of {name!r} must be False, got True: all tasks would update its statistics")
         if not isinstance(module, BatchNorm):
             continue
         if not (type(module) in _TYPES or isinstance(module, (_MetaBatchNorm, TaskBatchNorm2d))):
-            raise ValueError(f"batch norm must be torch's BatchNorm1d, 2d or 3d or TaskBatchNorm2d, got {type(module)} at {name!r}")
+            kind = type(module).__name__
+            raise ValueError(f"batch norm must be torch's BatchNorm1d, 2d or 3d or TaskBatchNorm2d, got a {kind} at {name!r}")
         if policy == "frozen" and not module.track_running_stats:
             raise ValueError(f"batch_norm='frozen' needs running statistics, and {name!r} has none")
         found[module] = name

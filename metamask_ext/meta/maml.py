@@ -35,18 +35,18 @@ class TaskParameters(dict[str, Tensor]):
 
 
 class MAML(nn.Module):
-    """Learn from where a few gradient steps on a few samples of a new task lead far.
+    """Learns a start from which a model adapts to a new task in a few gradient steps on a few samples.
 
     For each task, from ``phi_0``, what is adapted of the model: ``phi_k+1 = phi_k - lr * dL(support; phi_k)/dphi``; the meta-loss
     is the mean over tasks of ``L(query; phi_n)``, a function of ``phi_0`` and of everything else that is learned. Source: Finn,
-    Abbeel and Levine, arXiv:1703.03400, algorithm 2. That ``adapt="masks"`` adapts only ``M`` of ``theta = W * g(M)`` (Blum and
-    Law, EE5239 proposal, eq. 3), while ``W`` is shared by the tasks and meta-learned, is ours.
+    Abbeel and Levine, arXiv:1703.03400, algorithm 2. This library adds ``adapt="masks"``: it adapts only ``M`` of
+    ``theta = W * g(M)`` (Blum and Law, EE5239 proposal, eq. 3), while the tasks share a meta-learned ``W``.
 
     All tasks run at once. When only masks of masked layers are adapted, their samples are one mixed-task batch
-    (:func:`metamask_ext.task_masked_linear`): the model's first dimension is then that of samples of several tasks, which it must
-    treat one by one (batch norm aside). Otherwise the model runs under ``torch.vmap``, on one task's samples.
+    (:func:`metamask_ext.task_masked_linear`): its first dimension holds samples of several tasks, which the model must treat one by
+    one (batch norm aside). Otherwise the model runs under ``torch.vmap``, on one task's samples.
 
-    The parameters of this module are the model's, and ``inner_lr`` if it is learned. What is meta-learned is what requires grad.
+    The parameters of this module are the model's, and ``inner_lr`` if it is learned. Those that require grad are meta-learned.
 
     Args:
         model: any module that takes a tensor whose first dimension is that of samples. Dropout draws for each sample by itself.
@@ -63,7 +63,7 @@ class MAML(nn.Module):
         start: of a model with several tasks, the name of that whose masks are ``phi_0``; or ``{task: alpha}``: masks whose gate is
             ``sum_t alpha_t g(M_t)``, as :func:`metamask_ext.add_task` makes them of known tasks (packed ones too), differentiable
             for the masks and for coefficients that are tensors. None: the model's only task.
-        batch_norm: ``"batch"``: each task is normalised by the statistics of its own samples at hand, support or query, as in
+        batch_norm: ``"batch"``: each task is normalised by the statistics of its own samples, support or query, as in
             arXiv:1703.03400; ``"frozen"``: by the running statistics; ``"per task"``: support as in ``"batch"``, and queries by the
             statistics of their task's support set under the adapted parameters, so that a prediction does not depend on the other
             queries. In all three, in training mode too, running statistics are not changed. Batch norms of the model become
@@ -135,12 +135,12 @@ class MAML(nn.Module):
     ) -> TaskParameters:
         """Each task's parameters after the inner steps, differentiable for the meta-parameters unless grad mode is off.
 
-        Under ``torch.inference_mode`` it runs outside it, in no-grad mode, on copies of what was made inside.
+        Under ``torch.inference_mode`` it leaves that mode, runs in no-grad mode, and copies the inference tensors that it gets.
 
         Args:
             loss_fn, support: as in :meth:`forward`.
             steps: how many, instead of ``inner_steps``.
-            parameters: go on from these, of an earlier call with the same tasks.
+            parameters: those of an earlier call with the same tasks, from which to continue; None: the start.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`forward`.

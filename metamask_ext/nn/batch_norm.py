@@ -23,8 +23,8 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
 
     ``y = (x - mean_t) / sqrt(var_t + eps) * weight_t + bias_t``. The active task's are used; the layer begins with one task,
     ``"default"``, and follows :func:`metamask_ext.add_task` and :func:`metamask_ext.remove_task`. A new task begins with mean 0,
-    variance 1, weight 1 and bias 0, or as ``init`` of ``add_task`` says. Statistics that several tasks share are those of the last
-    one trained, and earlier tasks fall to chance.
+    variance 1, weight 1 and bias 0, or as ``init`` of ``add_task`` says. Statistics that several tasks share fit the task trained
+    last, and the accuracy of earlier tasks falls to chance.
 
     In a mixed-task batch every sample is normalised with its task's statistics; in training mode with those of its task's samples
     in the batch, which then go into that task's running ones. Source: Ioffe and Szegedy, arXiv:1502.03167, algorithm 1, for

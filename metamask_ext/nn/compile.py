@@ -16,6 +16,7 @@ from .per_task import PerTask
 from .read_through import ReadThrough
 from .selection import MarkedBatch, TaskBatch
 from .task_layer import TaskLayer, task_layers
+from .weight_layer import WeightLayer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -23,14 +24,15 @@ M = TypeVar("M", bound=nn.Module)
 def compile(model: M, **options: Any) -> M:
     """``model.compile(**options)``, in place, as one graph for all tasks: their masks are arguments of the compiled function.
 
-    ``model(x)`` reads what is active for each layer in eager mode, with all checks and errors, and hands the tensors to the graph.
-    Tasks that are added or removed are not compiled again, and ``fullgraph=True`` may be asked for. One graph serves every task
+    Each call looks up every layer's active task in eager mode, with all checks and errors, and passes the tensors to the graph.
+    Adding or removing tasks compiles nothing again, and ``fullgraph=True`` may be given. One graph serves every task
     with logits, one every packed task, and one the mixed-task batches of up to 1, 2, 4, 8, … tasks (those of one kind: logits, or
     bits). Heads and norms of a task are arguments too.
 
-    Not in one graph, whatever ``fullgraph`` says, and as fast as ``torch.compile(model)``: superpositions, what a meta-learner
-    adapts, batches of both packed tasks and others, or with samples of unknown ones, mixed-task batches in models with tensors of
-    tasks beside masks (heads, norms) or with layers that have a forward of their own.
+    These break the graph, whatever ``fullgraph`` says, and run as with ``torch.compile(model)``: superpositions, what a
+    meta-learner adapts, batches of both packed tasks and others, mixed-task batches in models with tensors of tasks beside masks
+    (heads, norms) or with layers that have a forward of their own, batches that ``using_task`` lets repeat or whose unknown tasks
+    it marks.
 
     Args:
         model: a module with masked layers. Compile it after they are all there (:func:`metamask_ext.convert`).
@@ -97,7 +99,8 @@ def _tasks_of(layer: MaskedLayer, active: object) -> GivenTasks | _Elsewhere:
         return _Elsewhere()
     keys = active.keys if isinstance(active, TaskBatch) else (active,) if isinstance(active, str) else ()
     forms = {layer._task_dict()._is_bits(key) for key in keys}
-    if len(forms) != 1 or isinstance(layer, ReadThrough):
+    repeats = isinstance(active, TaskBatch) and active.repeats
+    if len(forms) != 1 or repeats or isinstance(layer, ReadThrough) or not isinstance(layer, WeightLayer):
         return _Elsewhere()
     (packed,) = forms
     masks, bias_masks = layer._masks_of(keys)

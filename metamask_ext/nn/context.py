@@ -1,4 +1,4 @@
-"""Tracks the active task, batch of tasks or mixture per thread and coroutine, in a context variable.
+"""Tracks the active task, batch of tasks or superposition per thread and coroutine, in a context variable.
 
 Activation checkpointing recomputes a forward during the backward, when the context may have closed or another may be open. A
 non-reentrant checkpoint is told at the forward which tasks were active, and recomputes under those. A different forward that runs
@@ -31,7 +31,7 @@ Keys = Mapping[object, Key]
 
 
 class AmbiguousTaskError(RuntimeError):
-    """No single task is active for a layer: none, several, or one that is not known or gone."""
+    """No single task is active for a layer: none, several, or one that is unknown or was removed."""
 
 
 class Owner(Protocol):

@@ -165,6 +165,6 @@ def check_slots(model: nn.Module, known: Known, slots: Mapping[str, int | None],
             found = layer._task_dict()._slots.get(key)
             if found != number:
                 raise ValueError(
-                    f"the layers of the model count their tasks differently: task {task!r} is slot {number} of "
-                    f"{first_name or 'the model'!r} and {found} of {name or 'the model'!r}. Give names"
+                    f"task must be names, got slots: the layers of the model count their tasks differently: task {task!r} is slot "
+                    f"{number} of {first_name or 'the model'!r} and {found} of {name or 'the model'!r}"
                 )

@@ -16,14 +16,14 @@ from ..ops.mixed_task.functional import task_masked_conv2d, task_masked_linear
 from ..ops.packed.functional import packed_masked_conv2d, packed_masked_linear
 from ..ops.weight.functional import masked_weight
 from ..torch_private import fx_trace, traced_call
-from .masked_layer import MaskedLayer
 from .task_masks import MaskInit
+from .weight_layer import WeightLayer
 
 ConvArguments = tuple[tuple[int, int], str | int | tuple[int, int], tuple[int, int], int]
 """``stride, padding, dilation, groups``."""
 
 
-class MaskedLinear(MaskedLayer, nn.Linear):
+class MaskedLinear(WeightLayer, nn.Linear):
     """``y = x @ (W * g(M)).T + b * g(M_b)``: a :class:`torch.nn.Linear` with a mask for each task.
 
     Source: Blum and Law, EE5239 proposal, eq. 3 and section 3.1 (the bias is masked too). The gates are those of
@@ -38,8 +38,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             initialize"), a number for all of them, or a function that fills a tensor in place.
         mask_dtype: of the masks. None: float64 for a float64 weight, else float32, also where the weight has 16 bits and after
             ``.bfloat16()`` and ``.to(dtype)``: a logit of 4 in bfloat16 cannot move by less than 0.016, and an optimiser's steps
-            would be lost. Gate and gradient of such a mask are float32 too. The dtype of a 16-bit weight: masks of 16 bits, as long
-            as the weight has them.
+            would be lost. Gate and gradient of such a mask are float32 too. The dtype of a 16-bit weight: masks have 16 bits as
+            long as the weight does.
 
     Shapes: input ``[..., in_features]``, output ``[..., out_features]``, ``weight`` and each of ``masks``
     ``[out_features, in_features]``, ``bias`` and each of ``bias_masks`` ``[out_features]``. The layer begins with one task,
@@ -104,7 +104,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         return packed_masked_linear(input, slots, weight, masks, bias, bias_masks)
 
 
-class MaskedConv2d(MaskedLayer, nn.Conv2d):
+class MaskedConv2d(WeightLayer, nn.Conv2d):
     """``y = conv2d(x, W * g(M)) + b * g(M_b)``: a :class:`torch.nn.Conv2d` with a mask for each task.
 
     Args:

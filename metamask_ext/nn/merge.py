@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..torch_private import RebuildingHook, is_of_parametrization, rebuilding_hook
+from .by_task import plain_again
 from .masked_layer import MaskedLayer
 from .per_task import PerTask, plain_copy
 from .task_layer import TaskLayer, task_keys, task_layers
@@ -18,17 +19,20 @@ from .tasks import refuse_nan
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_OURS = {"gate", "temperature", "threshold", "mask_init", "mask_dtype", "plain_type", "bias_masks", "_parameters", "_modules"}
+_OURS = {
+    *("gate", "temperature", "threshold", "mask_init", "mask_dtype", "plain_type", "bias_masks", "_masked_names", "has_tokens"),
+    *("_parameters", "_modules"),
+}
 _HOOKS = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
 
 
 def merge(model: Model, task: str) -> Model:
     """A copy of ``model`` as a plain torch model of one task: ``weight = W * g(M_task)`` baked in, no masks, for export.
 
-    Layers that share a weight and its mask go on sharing; two that share a weight but not a mask have each their own afterwards.
+    Layers that share a weight and its mask still share it in the copy; layers that share a weight but not a mask get one each.
 
-    Hooks come along. Where a hook or a parametrization of torch computes a masked layer's ``W`` (``prune``, ``weight_norm``,
-    ``spectral_norm``, ``parametrize``), what it gives now is baked in, and it and its tensors stay behind.
+    The copy keeps hooks. Where a hook or a parametrization of torch computes a masked layer's ``W`` (``prune``, ``weight_norm``,
+    ``spectral_norm``, ``parametrize``), the copy has the current value instead, without the hook and its tensors.
 
     Args:
         model: a module with masked layers; it is not changed.
@@ -61,7 +65,9 @@ def _merged(model: Model, layers: list[tuple[str, TaskLayer]], task: str) -> Mod
         elif isinstance(layer, PerTask):
             _check_parametrized(path, layer, ())
             plain_copy(layer, task, plains[layer], memo)
-    return copy.deepcopy(model, memo)
+    merged = copy.deepcopy(model, memo)
+    plain_again(merged)
+    return merged
 
 
 class _Source(NamedTuple):
@@ -100,8 +106,9 @@ def _fill_plain(
     memo: dict[int, object],
     baked: dict[tuple[object, ...], tuple[nn.Parameter, Tensor]],
 ) -> None:
-    _check_parametrized(path, layer, ("weight", "bias"))
-    found = {name: _source(path, layer, name, group[0]) for name, group in zip(("weight", "bias"), layer._groups())}
+    _check_parametrized(path, layer, layer._masked_names)
+    groups = layer._named_groups()
+    found = {name: _source(path, layer, name, shared) for name, (shared, _) in groups.items()}
     hooks = [source.hook for source in found.values() if source.hook is not None]
     gone = {*found, *(name for hook in hooks for name in hook.sources)}
     state = {key: value for key, value in layer.__dict__.items() if key not in _OURS and key not in gone}
@@ -113,12 +120,14 @@ def _fill_plain(
             if not is_of_parametrization(value) and not any(hook.made(value) for hook in hooks)
         )
     others = {key: value for key, value in layer._parameters.items() if key not in gone}
-    children = {key: value for key, value in layer._modules.items() if key not in ("masks", "bias_masks", "parametrizations")}
+    children = {key: value for key, value in layer._modules.items() if key not in (*layer._kinds(), "parametrizations")}
     plain.__dict__.update(copy.deepcopy(state, memo))
-    plain.__dict__["_parameters"] = {"weight": None, "bias": None, **copy.deepcopy(others, memo)}
+    moved = not layer._parameters.keys() >= set(layer._masked_names)  # a tool has taken one away: the first ones, in torch's layers
+    order = [*(layer._masked_names if moved else ()), *(name for name in layer._parameters if name in found or name not in gone)]
+    plain.__dict__["_parameters"] = {**dict.fromkeys(order), **copy.deepcopy(others, memo)}
     plain.__dict__["_modules"] = copy.deepcopy(children, memo)
     key = layer._task_key(task)
-    for (name, source), (_, masks) in zip(found.items(), layer._groups()):
+    for (name, source), (_, masks) in zip(found.items(), groups.values(), strict=True):
         same = (id(source.tensor), id(masks[task]), *layer._gate().values())
         if same not in baked:
             theta = layer._theta_of(source.tensor, masks, key)

@@ -26,9 +26,9 @@ def check_name(name: str) -> str:
     if type(name) is not str:
         name = plain(name)
         if type(name) is not str:
-            raise TypeError(f"a task name must be a string, got {type(name).__name__}")
+            raise TypeError(f"task name must be a string, got {type(name).__name__}")
     if not name:
-        raise ValueError("a task name must not be empty")
+        raise ValueError("task name must not be empty, got ''")
     return name
 
 

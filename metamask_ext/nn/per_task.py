@@ -15,13 +15,14 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..ops.gate import compute_dtype
 from ..torch_private import BatchNorm, disable_dynamo, fx_trace, synchronises, traced_attribute, traced_call
 from .context import AmbiguousTaskError
+from .each_task import Call, run_each_task
 from .given import given_to
 from .guarded import AmbiguousTensor, raise_taken
 from .names import DEFAULT_TASK
 from .selection import GivenMasks, MarkedBatch, Selection, Superposition, TaskBatch
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
-from .using_task import run_each_task, using_task
+from .using_task import using_task
 
 _TAKEN = re.compile(r"_(orig|g|v)$")
 """The end of the names that torch's tools give to what they put in the place of a parameter."""
@@ -39,7 +40,7 @@ class PerTask(TaskLayer):
     ``module.weight`` is then the active task's ``weight``. In a mixed-task batch the samples of each task run through the module by
     themselves, one task after another.
 
-    A new task begins as ``reset_parameters`` of the plain module leaves it, or, where there is no such method, as the oldest task.
+    A new task begins as ``reset_parameters`` of the plain module leaves it or, without such a method, as a copy of the oldest task.
     The state dict of the plain module gives its values to every task.
     """
 
@@ -164,7 +165,7 @@ class PerTask(TaskLayer):
             sample_dim = sample_dim if active.dim else min(sample_dim, max(0, input.dim() - 1))
             if isinstance(active, MarkedBatch) and not active.keys and isinstance(self, BatchNorm):
                 self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's
-                active.check_input(self, input, sample_dim)
+                active.fitting(self, input, sample_dim)
                 return torch.full_like(input, torch.nan)  # torch's trains on no batch without a sample
             return active.run(self, input, sample_dim, self._forward_batch)
         if isinstance(active, GivenMasks) and isinstance(self, BatchNorm):
@@ -180,7 +181,7 @@ class PerTask(TaskLayer):
         return super().forward(*inputs, **options)
 
     def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Output:
-        return run_each_task(self, batch, input, self._plain_forward)
+        return run_each_task(self, batch, Call([input], {}, {0: batch.dim}, batch.dim), self._plain_forward)
 
     def _sample_dim(self, input: Tensor) -> int:
         """The number of dimensions of one sample, at least: one of features, none where they are integers (tokens)."""

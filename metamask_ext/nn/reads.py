@@ -87,33 +87,33 @@ def _owners_read(forward: object, bases: tuple[type, ...]) -> set[str | None]:
     return found
 
 
-def misses_attribute(kind: type[nn.Module]) -> str | None:
-    """The reason why the forward of a Linear or Conv2d would miss what is put in the place of ``weight``; None if it reads that.
+def misses_attribute(kind: type[nn.Module], name: str = "weight") -> str | None:
+    """The reason why a module's forward would miss what is put in the place of its parameter ``name``; None if it reads that.
 
-    It may take the parameter from ``_parameters``, ``state_dict()`` or the like, or use another attribute. torch's own are known.
+    It may take the parameter from ``_parameters``, ``state_dict()`` or the like, or use another attribute. torch's own code takes
+    parameters by their names alone.
     """
     found = False
     seen: set[CodeType] = set()
-    todo: list[object] = [inspect.unwrap(getattr(kind, name)) for name in ("forward", "_conv_forward") if hasattr(kind, name)]
+    todo: list[object] = [inspect.unwrap(getattr(kind, method)) for method in ("forward", "_conv_forward") if hasattr(kind, method)]
     while todo:
         function = todo.pop()
         if not isinstance(function, FunctionType) or function.__code__ in seen:
             continue
         code = function.__code__
         seen.add(code)
-        if _package(function) == "torch":
-            found = found or function.__name__ == "forward"
-            continue
+        of_torch = _package(function) == "torch"
         todo += [cell.cell_contents for cell in function.__closure__ or () if _is_function(cell)]
         module_itself = code.co_varnames[0] if code.co_varnames else None
         for before, instruction, following in _instructions(code):
-            if source := _takes_parameters(before[-1], instruction, following):
+            if not of_torch and (source := _takes_parameters(before[-1], instruction, following, name)):
                 return f"its forward takes parameters from {source}, not from its attributes"
             # A layer that is given to other code may be read there.
             given = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and _last(instruction.argval) == module_itself
-            found = found or instruction.argval == "weight" or (given and not following[0].opname.endswith(_OF_OBJECT))
-            todo += _called(function, kind, before[-1], instruction)
-    return None if found else "its forward does not read its attribute weight"
+            given = given and not of_torch and not following[0].opname.endswith(_OF_OBJECT)
+            found = found or instruction.argval == name or given
+            todo += _methods(kind.__mro__, instruction.argval) if of_torch else _called(function, kind, before[-1], instruction)
+    return None if found else f"its forward does not read its attribute {name}"
 
 
 _OF_OBJECT = ("_ATTR", "_METHOD")
@@ -141,7 +141,7 @@ def _called(function: FunctionType, kind: type[nn.Module], owner: dis.Instructio
     return called + [inspect.unwrap(f) for f in others if inspect.isfunction(f) and _package(f) == _package(function)]
 
 
-def _takes_parameters(owner: dis.Instruction, instruction: dis.Instruction, following: Instructions) -> str | None:
+def _takes_parameters(owner: dis.Instruction, instruction: dis.Instruction, following: Instructions, parameter: str) -> str | None:
     """The name of what an instruction takes parameters from, of a module and no part of it; None if it is for another purpose."""
     name = instruction.argval
     if instruction.opname == "LOAD_GLOBAL" and name == "vars":
@@ -155,7 +155,7 @@ def _takes_parameters(owner: dis.Instruction, instruction: dis.Instruction, foll
     while rest and (rest[0].opname in ("PRECALL", "CALL", "PUSH_NULL") or rest[0].argval == "get"):
         rest.pop(0)
     if rest and rest[0].opname == "LOAD_CONST" and isinstance(rest[0].argval, str):
-        if rest[0].argval not in ("weight", "bias", *_PARAMETERS):
+        if rest[0].argval not in ("weight", "bias", parameter, *_PARAMETERS):
             return None
         rest = [after for after in rest[1:] if after.opname not in ("BINARY_SUBSCR", "PRECALL", "CALL")]
     return None if rest and _reads_no_value(rest) else str(name)

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..torch_private import BatchNorm
-from .convertible import unmasked, unsupported, unsupported_norm
+from .convertible import (
+    layer_type,
+    left_embedding,
+    maskable_parameters,
+    unmasked,
+    unsupported,
+    unsupported_norm,
+    unsupported_parameter,
+)
 from .masked_layer import MaskedLayer
 from .paths import plain_modules
 from .per_task import PerTask
@@ -33,7 +41,7 @@ class Left:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """The parameters of a model that have masks, and those that have not. Printed, it is a table.
+    """The parameters of a model that have masks, and those that do not; ``print`` shows a table.
 
     Attributes:
         masked: the number of parameters (elements) that have masks.
@@ -65,15 +73,15 @@ class ConversionReport:
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
-    """Count the parameters of ``model`` that have masks, and list the modules whose parameters have not, with the reason.
+    """Count the parameters of ``model`` that have masks, and list the modules whose parameters have none, with the reason.
 
     Args:
         model: any module; it is not changed. Names are those of the plain model, without the prefixes of wrappers.
 
     Returns:
         A :class:`~metamask_ext.nn.report.ConversionReport`. ``left`` lists a module if a parameter of its own is not masked:
-        subclasses that convert cannot mask, layers that it was not asked to (``exclude``), and what is neither Linear nor Conv2d:
-        embeddings, normalisations, ``in_proj_weight`` of ``MultiheadAttention``, ``Conv1D`` of transformers.
+        subclasses that convert cannot mask, layers that it was not asked to (``exclude``), and what is no layer:
+        embeddings, normalisations, parameters of a model's own (:func:`metamask_ext.mask_parameter` masks those).
 
     Raises:
         TypeError: ``model`` is no module.
@@ -92,7 +100,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     for name, module in modules:
         found = unmasked(module)
         if found:
-            left.append(Left(name, type(module).__name__, _reason(module, found, masked), sum(map(_numel, found.values()))))
+            left.append(Left(name, type(module).__name__, _reason(name, module, found, masked), sum(map(_numel, found.values()))))
             others.update(found.values())
     count = sum(map(_numel, masked))
     total = count + per_task + sum(_numel(tensor) for tensor in others if tensor not in masked)
@@ -109,12 +117,15 @@ def _numel(tensor: Tensor) -> int:
     return 0 if isinstance(tensor, nn.UninitializedParameter) else tensor.numel()
 
 
-def _reason(module: nn.Module, found: dict[str, Tensor], masked: dict[Tensor, str]) -> str:
+def _reason(name: str, module: nn.Module, found: dict[str, Tensor], masked: dict[Tensor, str]) -> str:
     names = ", ".join(found)
     if isinstance(module, MaskedLayer):
-        return f"{names} of its own: only weight and bias are masked"
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        return f"{names} of its own: only {' and '.join(module._masked_names)} are masked"
+    if layer_type(module) not in (None, nn.Embedding):
         return unsupported(module) or "convert can mask it, and was not asked to"
+    if (parameters := maskable_parameters(module)) and not isinstance(module, PerTask):
+        reasons = [unsupported_parameter(module, name) for name in parameters]
+        return next((reason for reason in reasons if reason is not None), "convert can mask it, and was not asked to")
     ties = sorted({masked[tensor] for tensor in found.values() if tensor in masked})
     if ties:
         return f"it shares its parameter with {', '.join(map(repr, ties))}, which masks it; here it is used as it is"
@@ -122,6 +133,8 @@ def _reason(module: nn.Module, found: dict[str, Tensor], masked: dict[Tensor, st
         return "a normalisation, shared by all tasks: batch_norm='task' gives each its own"
     if isinstance(module, (BatchNorm, nn.LayerNorm, nn.GroupNorm)) or _is_norm(type(module)):
         return "a normalisation, shared by all tasks"
+    if isinstance(module, nn.Embedding):
+        return unsupported(module) or left_embedding(module, [name], False) or ""
     return f"{names}: neither Linear nor Conv2d"
 
 

@@ -37,26 +37,44 @@ class TaskBatch(Selection):
 
     dim = 0
     guessed = False
+    stated = False
+    """True if who runs the batch said along which dimension it lies."""
+    _copies: TaskBatch | None = None
+    """The batch with every sample repeated, where inputs may have that too."""
 
     def __init__(self, names: Sequence[str]):
         super().__init__(dict.fromkeys(names))
         self.size = len(names)
-        self._of_samples = names
+        self._of_samples: Sequence[str | None] = names
         self._on_device: dict[torch.device, Tensor] = {}
         self._groups: dict[torch.device, tuple[list[Tensor], Tensor]] = {}
         self._splits: dict[tuple[torch.device, tuple[bool, ...]], list[Tensor]] = {}
 
-    def along(self, dim: int, guessed: bool = False) -> TaskBatch:
+    def along(self, dim: int, guessed: bool = False, stated: bool = False) -> TaskBatch:
         """The same batch for layers that have it as dimension ``dim``; both share what is computed of it."""
         view = copy.copy(self)
-        view.dim, view.guessed = dim, guessed
+        view.dim, view.guessed, view.stated = dim, guessed, stated or self.stated
+        return view
+
+    @property
+    def repeats(self) -> bool:
+        """True if inputs may have every sample several times."""
+        return self._copies is not None
+
+    def repeated(self, times: int) -> TaskBatch:
+        """The same batch for inputs that may also have every sample ``times`` times, one after another."""
+        if times == 1:
+            return self
+        view = copy.copy(self)
+        make: Callable[[Sequence[str | None]], TaskBatch] = type(self)  # type: ignore[assignment]  # a MarkedBatch has None among them
+        view._copies = make([name for name in self._of_samples for _ in range(times)])
         return view
 
     def positions(self, device: torch.device) -> Tensor:
         """int64 ``[B]``: for each sample the position of its task in ``names``."""
         found = self._on_device.get(device)
         if found is None:
-            places = {name: index for index, name in enumerate(self.names)}
+            places: dict[str | None, int] = {name: index for index, name in enumerate(self.names)}
             with torch.inference_mode(False):  # a block may be entered again, to train
                 positions = torch.tensor([places[name] for name in self._of_samples], dtype=torch.int64)
                 found = self._on_device[device] = positions.to(device)
@@ -91,9 +109,16 @@ class TaskBatch(Selection):
                 found = self._groups[device] = [part.to(device) for part in rows], order.argsort().to(device)
         return found
 
-    def check_input(self, layer: nn.Module, input: Tensor, sample_dim: int) -> None:
-        """RuntimeError unless ``input`` has a sample, of ``sample_dim`` dimensions, for each entry."""
+    def fitting(self, layer: nn.Module, input: Tensor, sample_dim: int) -> TaskBatch:
+        """The batch of the samples of ``input``: this one, or with every sample repeated.
+
+        RuntimeError unless ``input`` has a sample, of ``sample_dim`` dimensions, for each entry.
+        """
+        copies = self._copies
+        if copies is not None and input.dim() > sample_dim + self.dim and input.shape[self.dim] == copies.size != self.size:
+            return copies.along(self.dim, self.guessed).fitting(layer, input, sample_dim)
         check_samples(layer, input, sample_dim, self.size, self.dim, self.guessed and self.differs)
+        return self
 
     @property
     def differs(self) -> bool:
@@ -101,9 +126,8 @@ class TaskBatch(Selection):
         return len(self.keys) > 1
 
     def run(self, layer: nn.Module, input: Tensor, sample_dim: int, function: Callable[[Tensor, TaskBatch], Any]) -> Any:
-        """``function`` of ``input``, checked, and of the batch that it holds."""
-        self.check_input(layer, input, sample_dim)
-        return function(input, self)
+        """``function`` of ``input`` and of the batch that fits it."""
+        return function(input, self.fitting(layer, input, sample_dim))
 
 
 class MarkedBatch(TaskBatch):
@@ -116,32 +140,54 @@ class MarkedBatch(TaskBatch):
     def __init__(self, names: Sequence[str | None] | None):
         known = [] if names is None else [name for name in names if name is not None]
         super().__init__(known)
-        self._known = TaskBatch(known)
+        self.known = TaskBatch(known)
+        """The batch of the other samples."""
         self._any_size = names is None
-        self.size = 0 if names is None else len(names)
+        self._of_samples = names or ()
+        self.size = len(self._of_samples)
         self._rows_of_known = [row for row, name in enumerate(names or ()) if name is not None]
 
-    def along(self, dim: int, guessed: bool = False) -> MarkedBatch:
-        view = super().along(dim, guessed)
+    def along(self, dim: int, guessed: bool = False, stated: bool = False) -> MarkedBatch:
+        view = super().along(dim, guessed, stated)
         assert isinstance(view, MarkedBatch)
-        view._known = self._known.along(dim)  # what is guessed is checked where all samples are there
+        view.known = self.known.along(dim, stated=view.stated)  # what is guessed is checked where all samples are there
         return view
 
     @property
     def differs(self) -> bool:
-        return bool(self.keys)
+        return not self._any_size
 
-    def check_input(self, layer: nn.Module, input: Tensor, sample_dim: int) -> None:
+    def rows(self, device: torch.device) -> Tensor:
+        """int64: the positions of the samples that have a task."""
+        return torch.tensor(self._rows_of_known, dtype=torch.int64, device=device)
+
+    def repeated(self, times: int) -> TaskBatch:
+        return self if self._any_size else super().repeated(times)
+
+    def fitting(self, layer: nn.Module, input: Tensor, sample_dim: int) -> TaskBatch:
         if not self._any_size:
-            super().check_input(layer, input, sample_dim)
+            return super().fitting(layer, input, sample_dim)
+        dim = self.dim if input.dim() > sample_dim + self.dim else 0
+        return MarkedBatch([None] * (input.shape[dim] if input.dim() > sample_dim + dim else 1)).along(dim, stated=self.stated)
 
     def run(self, layer: nn.Module, input: Tensor, sample_dim: int, function: Callable[[Tensor, TaskBatch], Any]) -> Any:
         """``function`` of the samples that have a task, in their places among NaN."""
-        self.check_input(layer, input, sample_dim)
+        batch = self.fitting(layer, input, sample_dim)
+        if batch is not self:
+            assert isinstance(batch, MarkedBatch)
+            return batch._run(layer, input, sample_dim, function)
+        return self._run(layer, input, sample_dim, function)
+
+    def _run(self, layer: nn.Module, input: Tensor, sample_dim: int, function: Callable[[Tensor, TaskBatch], Any]) -> Any:
         batched, dim = input.dim() > sample_dim + self.dim, self.dim
         samples = input if batched else input.unsqueeze(dim)
-        rows = torch.tensor(self._rows_of_known, dtype=torch.int64, device=input.device)
-        output = function(samples.index_select(dim, rows), self._known)
+        output = function(samples.index_select(dim, self.rows(input.device)), self.known)
+        marked = self.marked(layer, output, dim)
+        return marked if batched else marked.squeeze(dim)
+
+    def marked(self, layer: nn.Module, output: object, dim: int) -> Tensor:
+        """``output`` of the samples that have a task, along ``dim``, in their places among NaN. RuntimeError if it is no such."""
+        rows = self._rows_of_known
         if not isinstance(output, Tensor) or not (output.is_floating_point() or output.is_complex()):
             got = output.dtype if isinstance(output, Tensor) else type(output).__name__
             raise RuntimeError(f"{type(layer).__name__} must give a floating-point tensor, for unknown='mark' NaN, got {got}")
@@ -149,9 +195,8 @@ class MarkedBatch(TaskBatch):
             raise RuntimeError(
                 f"{type(layer).__name__} gave shape {list(output.shape)} for {len(rows)} samples: unknown='mark' needs one of each"
             )
-        shape = [*output.shape[:dim], samples.shape[dim], *output.shape[dim + 1 :]]
-        marked = output.new_full(shape, torch.nan).index_copy(dim, rows, output)
-        return marked if batched else marked.squeeze(dim)
+        shape = [*output.shape[:dim], self.size, *output.shape[dim + 1 :]]
+        return output.new_full(shape, torch.nan).index_copy(dim, self.rows(output.device), output)
 
 
 def along(dim: int, function: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
@@ -168,8 +213,8 @@ def check_samples(layer: nn.Module, input: Tensor, sample_dim: int, size: int, d
     batched = input.dim() > sample_dim + dim
     if dim and not batched:
         raise RuntimeError(
-            f"{type(layer).__name__} was called with an input of shape {list(input.shape)} inside a using_task block whose "
-            f"batch is the second dimension there: it has too few. {_ADVICE}"
+            f"{type(layer).__name__} was called inside a using_task block whose batch is the second dimension of its input: the "
+            f"input must have at least {sample_dim + 2} dimensions, got shape {list(input.shape)}. {_ADVICE}"
         )
     samples = input.shape[dim] if batched else 1
     if samples != size:
@@ -188,8 +233,8 @@ def check_samples(layer: nn.Module, input: Tensor, sample_dim: int, size: int, d
 
 def _rows_each(count: int) -> str:
     return (
-        f"If every sample has {count} rows, as in a beam search, name its task {count} times: [task for task in tasks for _ in "
-        f"range({count})] (for an encoder, which sees each sample once, in a block of its own)"
+        f"If every sample has {count} rows, as in a beam search, name its task {count} times: "
+        f"using_task(model, tasks, repeat={count})"
     )
 
 
@@ -197,9 +242,9 @@ _ADVICE = "Another dimension: using_task(..., batch_dim=0) or batch_dim=1, for t
 
 
 class Superposition(Selection):
-    """A mixture of tasks: ``theta = W * sum_t alpha_t g(M_t)``, for all samples alike.
+    """A superposition of tasks: ``theta = W * sum_t alpha_t g(M_t)``, the same for all samples.
 
-    What belongs to tasks in other layers (heads, batch-norm statistics) is mixed with the same ``alpha``.
+    Tensors of tasks in other layers (heads, batch-norm statistics) are combined with the same ``alpha``.
     """
 
     def __init__(self, amounts: Mapping[str, float | Tensor]):
@@ -221,7 +266,7 @@ class Superposition(Selection):
 
 
 class ObservedSuperposition(Superposition):
-    """A superposition whose maker computes the mixtures itself, and sees the input and output of every masked layer.
+    """A superposition whose maker combines the masks itself, and sees the input and output of every masked layer.
 
     Args:
         amounts: the coefficients ``alpha_t`` by task.
@@ -245,7 +290,8 @@ class GivenMasks(Selection):
     Args:
         start: stands for the layers that get no mask here, and for what else belongs to tasks: the name of a task, or a
             superposition.
-        masks: for a layer the logits of weight and bias: tensors ``[*shape]`` for all samples, or with ``slots`` ``[T, *shape]``.
+        masks: for a layer the logits of its masked parameters (of weight and bias): tensors ``[*shape]`` for all samples, or with
+            ``slots`` ``[T, *shape]``.
         slots: int64 ``[B]``, which of ``T`` masks a sample uses; None: all samples use the same.
         normalise: computes a batch norm in the place of its own forward.
     """
@@ -253,7 +299,7 @@ class GivenMasks(Selection):
     def __init__(
         self,
         start: str | Superposition,
-        masks: Mapping[nn.Module, tuple[Tensor, Tensor | None]],
+        masks: Mapping[nn.Module, tuple[Tensor | None, ...]],
         slots: Tensor | None,
         normalise: Callable[[BatchNorm, Tensor], Tensor],
     ):

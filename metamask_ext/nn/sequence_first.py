@@ -44,7 +44,8 @@ def batch_views(model: nn.Module, batch: TaskBatch) -> dict[nn.Module, TaskBatch
     if batch.differs and None in layers.values():
         both = [name for name, module in plain_modules(model) if layers.get(module, True) is None]
         raise ValueError(
-            f"layers of the model are used below a module with batch_first=False and elsewhere: {describe(both)}. Give batch_dim"
+            f"batch_dim must be 0 or 1, got None: the model uses layers below a module with batch_first=False and elsewhere, "
+            f"{describe(both)}"
         )
     second, first = batch.along(1), batch.along(0, guessed=True)
     return {layer: second if is_first is False else first for layer, is_first in layers.items()}

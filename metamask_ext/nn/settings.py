@@ -1,7 +1,7 @@
 """The gate of a masked layer in its state dict: a tensor, so that files which hold tensors alone keep it.
 
-``_extra_state``, float64 ``[4]``: the gate's number, temperature, threshold, and how many tasks the layer has. Numbers as they are:
-whoever averages states, or converts them to another dtype, gets a mean or a rounded temperature, and no nonsense.
+``_extra_state``, float64 ``[4]``: the gate's number, temperature, threshold, and how many tasks the layer has. The numbers are not
+encoded: averaging states, or converting them to another dtype, gives a mean or a rounded temperature.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def decoded(state: object) -> Settings:
         raise ValueError(f"must be a floating-point tensor [4] (gate, temperature, threshold, tasks), got {got}")
     number, temperature, threshold, tasks = state.detach().to("cpu", torch.float64).tolist()
     if not (math.isfinite(number) and abs(number - round(number)) < _ROUNDING and round(number) in _NAMES):
-        raise ValueError(f"has the gate {number}, which is none of {GATES}")
+        raise ValueError(f"must have one of the gates {GATES}, got {number}")
     gate = _NAMES[round(number)]
     resolve_gate(gate, temperature, threshold)
     if not (math.isfinite(tasks) and tasks >= 0):
-        raise ValueError(f"has {tasks} tasks")
+        raise ValueError(f"must have a number of tasks of at least 0, got {tasks}")
     return Settings(gate, temperature, threshold, round(tasks))
 
 

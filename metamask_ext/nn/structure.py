@@ -15,8 +15,8 @@ _lock = RLock()
 def structure() -> RLock:
     """Return the lock, one for all models: they may share layers.
 
-    Whoever holds it sees every layer of a model with the same tasks. It is held for changes of the tasks and for lists of them, not
-    while a model runs.
+    A thread that holds it sees every layer of a model with the same tasks. Changes and lists of the tasks hold it, a running model
+    does not.
     """
     return _lock
 

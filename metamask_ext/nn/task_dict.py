@@ -252,7 +252,7 @@ class TaskDict(nn.ParameterDict):
             self._fetch_all()
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _renumber(self, names: list[str | None]) -> None:
+    def _renumber(self, names: Sequence[str | None]) -> None:
         """Take over these slots if they are of the same tasks. Those given out here are not given out again."""
         slots = {name: slot for slot, name in enumerate(names) if name is not None}
         if slots.keys() == self._keys.keys():

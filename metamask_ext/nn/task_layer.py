@@ -207,7 +207,7 @@ class TaskLayer(nn.Module):
         if lacking:
             messages.append(
                 f"the state has no masks for {describe(lacking)}, of the model's tasks. Load with strict=False, which leaves them "
-                "as they are, and metamask_ext.remove_task(model, name) those that shall go"
+                "as they are; metamask_ext.remove_task(model, name) removes a task"
             )
         if count is not None and len(saved) < count:
             messages.append(

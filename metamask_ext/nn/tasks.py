@@ -39,8 +39,8 @@ def tasks(model: nn.Module) -> list[str]:
 def slots(model: nn.Module) -> list[str | None]:
     """The names of the model's tasks by slot: the numbers that :class:`metamask_ext.using_task` takes for each sample.
 
-    A new task gets the next slot. That of a removed task is None, and is not used again, also not after a state dict was saved and
-    loaded.
+    A new task gets the next slot. The slot of a removed task holds None and is never used again, not even after a state dict was
+    saved and loaded.
 
     Raises:
         ValueError: as :func:`tasks`.
@@ -51,14 +51,14 @@ def slots(model: nn.Module) -> list[str | None]:
 
 
 def add_task(model: nn.Module, name: str, init: str | Mapping[str, float] = "random") -> None:
-    """Give every masked layer of ``model`` a mask for a new task. Masks that exist are not moved.
+    """Give every masked layer of ``model`` a mask for a new task. Masks that exist do not change.
 
     Where some layers have the task already, as after a part of a state dict was loaded, those that lack it get it: bits beside
     bits of the same layer, else logits.
 
-    An optimiser built before does not know the new parameters: add them to it (``metamask_ext.continual.TaskLoop`` does). So it is
-    with every holder of parameters: ``DistributedDataParallel`` and ``fully_shard`` would not synchronise the new masks, and the
-    model is refused while one of them holds it. Add the task to an ``AveragedModel`` of this model too.
+    An optimiser of torch that was built before does not know the new parameters: add them to it
+    (``metamask_ext.continual.TaskLoop`` does). ``DistributedDataParallel`` and ``fully_shard`` would not synchronise the new masks:
+    the model is refused while one of them holds it. Add the task to an ``AveragedModel`` of this model too.
 
     Args:
         model: a module with masked layers.
@@ -153,7 +153,7 @@ def _known_for(layers: Iterable[tuple[str, TaskLayer]], name: str) -> tuple[list
             every |= names
     ordered, partial = [task for task in kept[0] if task in known], every - known
     if name in known:
-        raise ValueError(f"task {name!r} exists; the model has {describe(ordered)}")
+        raise ValueError(f"name must be that of a new task, got {name!r}; the model has {describe(ordered)}")
     if name not in partial:
         same_tasks(layers)
     return ordered, partial
@@ -277,7 +277,7 @@ def remove_task(model: nn.Module, name: str) -> None:
         if name not in known:
             raise ValueError(f"task must be one of {describe(known)}, got {name!r}")
         if len(known) == 1:
-            raise ValueError(f"task {name!r} is the model's last one: a masked layer needs a mask")
+            raise ValueError(f"task must not be the model's last one, got {name!r}: a masked layer needs a mask")
         layers = [layer for _, layer in task_layers(model)]
         check_not_sharded(layers, f"task {name!r} cannot be removed")
         if is_active(layers, name):

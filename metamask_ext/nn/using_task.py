@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private import BatchNorm
-from .context import Key, Keys, close_block, open_block, run_selected
+from .context import Key, Keys, close_block, open_block
 from .known import Known, check_known, check_slots, known_of, layers_of, modules_of, names_by_slot, unknown_among
 from .names import describe, escape, plain
 from .paths import plain_modules
@@ -46,8 +46,8 @@ class using_task(ContextDecorator, Generic[E]):
 
     A sequence names a task for each sample of a mixed-task batch: sample ``b``, entry ``b`` of the batch dimension of every layer's
     input (the first one, see ``batch_dim``), uses the masks of ``task[b]``. Tasks may come in any order and repeat. Inside such a
-    block a layer's ``mask_logits``, and the masked ``weight`` of layers that other code reads past forward, cannot be read: it is
-    ambiguous.
+    block, reading a layer's ``mask_logits``, or the masked ``weight`` of a layer that other code reads past forward, raises an
+    error: several tasks have one each.
 
     Blocks nest; the inner one wins for the layers of its model. ``model`` may be any module that holds the layers: the model, a
     wrapper around it (``DistributedDataParallel``, ``torch.compile``) or one block. Its layers are those that it holds when the
@@ -70,9 +70,12 @@ class using_task(ContextDecorator, Generic[E]):
         batch_dim: of a mixed-task batch, the dimension of samples in the inputs of the layers. 0: ``[B, ..., in]``. 1:
             ``[L, B, ..., in]``, a sequence first. None: 1 for layers below modules that have ``batch_first=False`` (nearest one
             counts; ``torch.nn``'s transformers, ``MultiheadAttention``, recurrent and custom modules) and 0 for all others. In a
-            model that has both, an input of another layer that may be either, because both dimensions have the batch's size, is
-            refused when it comes. For a part of a model with another dimension, open a block of its own inside:
+            model with such modules, a layer outside them refuses an input whose first two dimensions both have the batch's size.
+            For a part of a model with another dimension, open a block of its own inside:
             ``using_task(model.encoder, task, batch_dim=1)``.
+        repeat: of a mixed-task batch, how often a model repeats every sample by itself, copies side by side: ``num_beams``, or
+            ``num_return_sequences``, of ``generate``. An input with as many rows as ``task`` takes the names as they are (an
+            encoder's), one with ``repeat`` times as many takes each name ``repeat`` times, one after another.
         unknown: ``"raise"``, or ``"mark"``: NaN for the samples of unknown tasks, and slots that are out of range or empty.
 
     Returns:
@@ -95,6 +98,7 @@ class using_task(ContextDecorator, Generic[E]):
         task: str | Sequence[str | int] | Tensor | Selection,
         batch_dim: int | None = None,
         *,
+        repeat: int = 1,
         unknown: Literal["raise"] = "raise",
     ): ...
 
@@ -105,6 +109,7 @@ class using_task(ContextDecorator, Generic[E]):
         task: str | Sequence[str | int] | Tensor,
         batch_dim: int | None = None,
         *,
+        repeat: int = 1,
         unknown: Literal["mark"],
     ): ...
 
@@ -114,13 +119,16 @@ class using_task(ContextDecorator, Generic[E]):
         task: str | Sequence[str | int] | Tensor | Selection,
         batch_dim: int | None = None,
         *,
+        repeat: int = 1,
         unknown: str = "raise",
     ):
         if batch_dim is not None and (isinstance(batch_dim, bool) or batch_dim not in (0, 1)):
             raise ValueError(f"batch_dim must be None, 0 or 1, got {batch_dim!r}")
+        if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
+            raise ValueError(f"repeat must be an integer of at least 1, got {repeat!r}")
         if unknown not in ("raise", "mark"):
             raise ValueError(f"unknown must be 'raise' or 'mark', got {unknown!r}")
-        self._model, self._batch_dim, self._marks = model, batch_dim, unknown == "mark"
+        self._model, self._batch_dim, self._repeat, self._marks = model, batch_dim, repeat, unknown == "mark"
         known, task = known_of(model), plain(task)
         if isinstance(task, (str, Selection)):
             self._named: str | Selection | Named = task
@@ -147,8 +155,9 @@ class using_task(ContextDecorator, Generic[E]):
             check_slots(self._model, known, self._slots(named))
         if not isinstance(chosen, TaskBatch):
             return chosen, unknown
+        chosen = chosen.repeated(self._repeat)
         if self._batch_dim is not None:
-            return chosen.along(self._batch_dim), unknown
+            return chosen.along(self._batch_dim, stated=True), unknown
         if chosen.differs and not known.one_place:
             batch_views(self._model, chosen)
             known.one_place = True
@@ -240,21 +249,6 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
             )
 
 
-def run_each_task(layer: nn.Module, batch: TaskBatch, input: Tensor, function: Callable[[Tensor], Any]) -> Any:
-    """``function`` of the samples of each task by themselves, in the block of that task, put together in the batch's order."""
-    layers = layers_of(layer)
-    # Of no sample: any task gives the shape.
-    keys = batch.keys or [next(iter(layers[0]._task_dict()._slots))]
-    if len(keys) == 1:
-        return run_selected(layers, keys[0], function, input)
-    # The samples stay along their dimension: the module may have a batch_first of its own.
-    groups, back = batch.groups(input.device)
-    parts = []
-    for key, rows in zip(keys, groups, strict=True):
-        parts.append(run_selected(layers, key, function, input.index_select(batch.dim, rows)))
-    return torch.cat(parts, batch.dim).index_select(batch.dim, back)
-
-
 @dataclass
 class Named:
     """A task for each sample, as a user named them by name or slot.
@@ -319,4 +313,4 @@ def _raise_no_slot(by_slot: list[str | None], slot: int, position: int) -> NoRet
     if not 0 <= slot < len(by_slot):
         raise ValueError(f"task[{position}] must be a slot in 0 to {len(by_slot) - 1}, got {slot}")
     known = describe(name for name in by_slot if name is not None)
-    raise ValueError(f"task[{position}] is slot {slot}, whose task was removed; the model has {known}")
+    raise ValueError(f"task[{position}] must be the slot of a task, got {slot}, whose task was removed; the model has {known}")

@@ -145,7 +145,7 @@ def resolve_geometry(
     size = output_size(padded.shape, kernel, *geometry)
     if min(size) < 1:
         raise ValueError(
-            f"input must be at least as large as the kernel {list(kernel)} with its dilation {dilations}, got {list(images.shape)}"
+            f"input must not be smaller than the kernel {list(kernel)} with dilation {list(dilations)}, got {list(images.shape)}"
         )
     return padded, geometry, size
 

@@ -29,15 +29,15 @@ class FusedMaskedAdamW(FusedOptimizer, torch.optim.AdamW):
     with the first step that uses the task, and stay as they are while others are trained.
 
     On a CPU a masked layer's backward takes the step itself where :class:`FusedMaskedSGD` would, and no gradient of the layer's
-    parameters is stored. Every other parameter gets an ordinary gradient, and all of a group one call of torch's fused AdamW; so do
-    all parameters on CUDA.
+    parameters is stored. Every other parameter gets an ordinary gradient, and torch's fused AdamW steps those of a group in one
+    call; so it does with all parameters on CUDA.
 
     ``a`` and ``b`` have the dtype of their parameter, as torch's: float32 for float32 masks beside 16-bit weights. A step is
-    computed in float32 (float64 for float64) and rounded once. 16-bit weights lose small steps so, and a ``b`` in bfloat16 does not
-    fall where ``beta2`` is above 0.998: to train these too, keep them in float32, under autocast.
+    computed in float32 (float64 for float64) and rounded once. That loses small steps of 16-bit weights, and a ``b`` in bfloat16
+    does not fall where ``beta2`` is above 0.998: to train the weights too, keep them in float32, under autocast.
 
     ``loss.backward()`` and ``step()``, ``param_groups``, schedulers, state dicts and wrappers work as with :class:`FusedMaskedSGD`.
-    Which kernel of torch's runs is chosen in each step: a group's ``fused`` and ``foreach`` are overwritten.
+    Each step chooses which of torch's kernels runs, and overwrites a group's ``fused`` and ``foreach``.
 
     Args:
         model: has at least one masked layer.

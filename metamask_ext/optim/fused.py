@@ -20,9 +20,11 @@ from metamask_ext.nn.wrappers import averaged_parameters, is_sharded, place_shar
 from metamask_ext.ops.streams import Streams
 from metamask_ext.ops.weight.autograd import State, Steps
 from metamask_ext.ops.weight.raw import Rule
-from metamask_ext.torch_private import has_gradient_hooks
+from metamask_ext.torch_private import has_global_step_hooks, has_gradient_hooks
 
 from .graph import Node, walk
+
+_OWN_HOOKS = 2
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -39,6 +41,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _options: tuple[str, ...]
     """Options that a group of a state dict has if it is of this kind of optimiser."""
 
+    _has_other_step = False
+    """A subclass has a ``step`` of its own."""
     _cpu_only: bool
     """The op that takes the step runs on the CPU only."""
 
@@ -112,8 +116,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"loss must be a scalar where no gradient is given, got shape {list(loss.shape)}")
         if is_scaled(loss.grad_fn):
             raise ValueError(
-                "loss is scaled by a GradScaler, whose factor the step would not take out again. Give the unscaled loss (bfloat16 "
-                "needs no scaling); or call scaler.scale(loss).backward() and scaler.step(optimizer)"
+                "loss must not be scaled, got one that a GradScaler scaled: the step would not take its factor out again. Give the "
+                "unscaled loss (bfloat16 needs no scaling), or call scaler.scale(loss).backward() and scaler.step(optimizer)"
             )
         nodes = self._fused_nodes(loss.grad_fn)
         try:
@@ -126,15 +130,29 @@ class FusedOptimizer(torch.optim.Optimizer):
             # A node steps on the stream of its forward, and gives autograd no gradient to wait for. All note it in one place.
             for _, steps in nodes[:1]:
                 steps.streams.wait()
-        self.step()
-        for group in self._groups:
-            for parameter in group["params"]:
+        self._find_new_tasks()
+        left = [parameter for group in self._groups for parameter in group["params"] if parameter.grad is not None]
+        if left or self._is_watched():
+            self.step()
+            for parameter in left:
                 parameter.grad = None
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        cls._has_other_step = cls._has_other_step or "step" in vars(cls)
+
+    def _is_watched(self) -> bool:
+        """True if someone else's code runs in a step: then torch's is called without a gradient too, or it would not know of it.
+
+        A call that finds nothing to do takes as long as a small layer's backward.
+        """
+        hooks = len(self._optimizer_step_pre_hooks) + len(self._optimizer_step_post_hooks)
+        return self._has_other_step or "step" in self.__dict__ or hooks > _OWN_HOOKS or has_global_step_hooks()
 
     @property
     def param_groups(self) -> list[StateDict]:
-        """The parameter groups, with the parameters that the model has now: so for whoever reads them before a step, as
-        ``GradScaler.unscale_`` and the clipping of gradients do."""
+        """The parameter groups, with the parameters that the model has now, also for code that reads them before a step
+        (``GradScaler.unscale_``, gradient clipping)."""
         if self.__dict__.get("_changes", CHANGES.count) != CHANGES.count:
             self._find_new_tasks()
         return self._groups
@@ -157,10 +175,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """As torch's, but a state of parameters with other names, in another order, or of another optimiser is refused.
+        """Load a state as torch does, but refuse one of another optimiser, or of parameters with other names or in another order.
 
-        Names are those of the plain model; those that torch gives the parameters of the wrapped one (``_orig_mod.…``), as earlier
-        versions saved them, are read too.
+        Names are those of the plain model. The names that torch gives the parameters of a wrapped model (``_orig_mod.…``), as
+        earlier versions saved them, are read too.
         """
         self._find_new_tasks()
         state_dict = self._by_plain_names(state_dict)
@@ -168,13 +186,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             missing = [option for option in self._options if option not in theirs]
             if missing:
                 raise ValueError(
-                    f"state_dict is of another optimiser than {type(self).__name__}: group {index} has no {', '.join(missing)}"
+                    f"state_dict must be that of a {type(self).__name__}, got one whose group {index} has no {', '.join(missing)}"
                 )
             names = theirs.get("param_names")
             if names is not None and names != ours["param_names"]:
                 differing = set(names) ^ set(ours["param_names"])
                 which = f"{sorted(differing)} are in one only" if differing else "the order differs"
-                raise ValueError(f"state_dict has other parameters in group {index} than the model: {which}")
+                raise ValueError(f"state_dict must have the model's parameters in group {index}, got others: {which}")
         super().load_state_dict(state_dict)
         _keep_outside(self)
         self._remember()

@@ -32,8 +32,8 @@ class FusedMaskedSGD(FusedOptimizer, torch.optim.SGD):
     ``loss.backward()`` and ``step()`` work as with ``torch.optim.SGD``; so do ``param_groups``, schedulers and state dicts, whose
     momentum buffers have torch's names. Tasks that are added to the model later are picked up.
 
-    Two things cannot be seen from here: hooks on autograd's own nodes (``AccumulateGrad``), and functions of other packages whose
-    backward runs a backward of its own over the same parameters. Keep such a parameter out by a hook on its gradient.
+    The optimiser cannot see two things: hooks on autograd's own nodes (``AccumulateGrad``), and functions of other packages whose
+    backward runs a backward of its own over the same parameters. A hook on its gradient gives such a parameter ordinary steps.
 
     To clip or scale gradients, use ``loss.backward()`` and ``step()``. ``torch.amp.GradScaler`` scales them, and ``backward``
     refuses a loss that it scaled; bfloat16 needs no scaling.

@@ -10,6 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
+
 from metamask_ext.bench import (
     floors,
     grid,
@@ -26,7 +28,6 @@ from metamask_ext.bench import (
     targets,
 )
 from metamask_ext.bench.cases import SUITES
-from rich.console import Console
 
 CASES = {case.id: case for case in SUITES["grid"]}
 MACHINE = {
@@ -401,3 +402,20 @@ def test_the_check_says_what_is_wrong_and_that_its_process_died():
         checker._process.kill()
         with pytest.raises(AssertionError, match=f"the check of {id} ended without a result, exit code -9"):
             checker.worst_error(id, "dense", problem.contenders["dense"].work())
+
+
+def test_short_table_of_the_grid(tmp_path):
+    weight = (1024, 1024)
+    results = results_of(point("forward", 1, weight, 2.5, 1.25), point("fused-step", 32, weight, 0.987, 1.5))
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- bench:grid:zen4:short -->\nold\n<!-- /bench:grid:zen4:short -->\nb\n")
+    report.update(page, results)
+    lines = page.read_text().splitlines()
+    assert lines[2].startswith("| batch x inputs -> outputs | forward / dense |")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:10]]
+    absent = "not measured"
+    assert rows[0] == ["1 x 1024 -> 1024", "2.50", absent, absent, "1.25", absent, absent]
+    assert rows[2] == ["32 x 1024 -> 1024", absent, absent, "0.99", absent, absent, "1.50"]
+    assert rows[1][1:] == rows[5][1:] == [absent] * 6 and rows[5][0] == "16,384 x 768 -> 768"
+    assert "2026-01-02." in lines[11] and lines[-2:] == ["<!-- /bench:grid:zen4:short -->", "b"]
+    assert list(tmp_path.iterdir()) == [page], "no heat map for the short table"

@@ -125,7 +125,7 @@ def test_supsup_without_its_notes(tmp_path):
     progress = json.loads((kept / "progress.json").read_text())
     del progress["points"]["1"], progress["sha256"]
     (kept / "progress.json").write_bytes(checked_bytes(progress))
-    with pytest.raises(JobError, match=r"progress\.json' lacks \['1'\], which the bank beside it is past"):
+    with pytest.raises(JobError, match=r"progress\.json' lacks \['1'\], and the bank beside it is further"):
         quick_run("supsup", tmp_path, tasks=2, steps=2)
 
 
@@ -165,8 +165,8 @@ def test_fewshot(results, folder):
         ("supsup", {"tasks": 0}, "tasks must be at least 1, got 0"),
         ("supsup", {"tasks": 37, "rotated": True}, "tasks must be at least 1 and at most 36 if rotated, got 37"),
         ("fewshot", {"kinds": ["2-way 1-shot"]}, "'kinds' must be among 5-way 1-shot, .* got '2-way 1-shot'"),
-        ("feature-weights", {"sizes": [32]}, r"'sizes' must have 31 among them, got \[32\]"),
-        ("universality", {"test": {"steps": [0, 10]}}, r"'test.steps' must ascend and have 0, 1, 10 and 1, got \[0, 10\]"),
+        ("feature-weights", {"sizes": [32]}, r"'sizes' must include 31, got \[32\]"),
+        ("universality", {"test": {"steps": [0, 10]}}, r"'test.steps' must ascend and include 0, 1, 10 and 1, got \[0, 10\]"),
     ],
 )
 def test_refused_settings(tmp_path, name, changes, message):

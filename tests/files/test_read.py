@@ -84,7 +84,7 @@ def test_files_that_are_none(tmp_path):
 class TestMetrics:
     def test_a_line_that_is_none(self, tmp_path):
         for text, message in (
-            ("{}\n3\n", "line 2: no object"),
+            ("{}\n3\n", "line 2: it must be a JSON object, got int"),
             ("{", "line 1: "),
             ("[" * 1000, "line 1: .*others"),
             ("\n", "line 1"),

@@ -416,7 +416,7 @@ def test_models_that_do_not_fit():
         MAML(bank.model, LR, start="a")
     headed = mm.MaskBank(two_task_model(MaskedLinear(2, 2), nn.Linear(2, 1)), per_task="1.*").model
     with pytest.raises(
-        ValueError, match=r"adapt selects '1\.per_task\.weight\.a', of which a start from several tasks has a mixture"
+        ValueError, match=r"adapt must not select what start combines from several tasks, got '1\.per_task\.weight\.a'"
     ):
         MAML(headed, LR, adapt="all", start={"a": 0.5, "b": 0.5})
 

@@ -99,7 +99,7 @@ class TestKeeps:
         class Other(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.conv1d, self.up, self.bilinear = nn.Conv1d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.Bilinear(1, 1, 1)
+                self.recurrent, self.norm, self.bilinear = nn.GRU(1, 1), nn.LayerNorm(1), nn.Bilinear(1, 1, 1)
 
         model = Other()
         before = kinds(model)

@@ -305,7 +305,7 @@ class TestTransformers:
         model = _without_zeros(convert(nn.TransformerEncoder(_encoder_layer(), 2)))
         model(torch.randn(2, 5, 8)).square().sum().backward()
         masks = {name: p.grad for name, p in model.named_parameters() if "masks." in name}
-        assert len(masks) == 12  # out_proj, linear1, linear2 with bias, twice
+        assert len(masks) == 16  # in_proj, out_proj, linear1, linear2 with bias, twice
         assert all(grad is not None and grad.abs().sum() > 0 for grad in masks.values())
 
     def test_merge_gives_attention_back_its_own_kind_of_linear(self):
@@ -327,9 +327,9 @@ class TestTorchvision:
     @pytest.mark.parametrize(
         ("make", "size", "layers"),
         [
-            # resnet18: 20 convolutions and fc. vit: conv_proj, two layers of out_proj and a two-layer MLP, the head.
+            # resnet18: 20 convolutions and fc. vit: conv_proj, two attentions with out_proj and a two-layer MLP, the head.
             pytest.param(lambda models: models.resnet18(num_classes=5), 32, 21, id="resnet18"),
-            pytest.param(lambda models: models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=5), 16, 8, id="vit"),
+            pytest.param(lambda models: models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=5), 16, 10, id="vit"),
             # swin: the patch convolution, two blocks of qkv, proj and an MLP of two, one patch merging, the head.
             pytest.param(
                 lambda models: models.SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4], num_classes=5), 32, 11, id="swin"

@@ -164,7 +164,7 @@ class TestTasksThatComeAndGo:
         with using_task(model, [1] * 5):
             torch.testing.assert_close(model(x), expected(model, "b", x))
         remove_task(model, "b")
-        with pytest.raises(ValueError, match="slot 1, whose task was removed"):
+        with pytest.raises(ValueError, match="got 1, whose task was removed"):
             using_task(model, [1] * 5)
 
     @pytest.mark.parametrize("way", WAYS)
@@ -181,7 +181,7 @@ class TestTasksThatComeAndGo:
             with using_task(outer, [1] * 5):
                 got = outer(x)
         except ValueError as error:
-            assert "Give names" in str(error)
+            assert "must be names" in str(error)
         else:
             torch.testing.assert_close(got, expected(other, wanted, x))
 

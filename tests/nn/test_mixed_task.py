@@ -191,11 +191,19 @@ class TestSamples:
         add_task(randomize_masks(attention), "b")
         x = torch.randn(2, 3, 4, dtype=torch.float64)
         with using_task(attention, ["default", "b"]):
-            for read in (lambda: attention(x, x, x), lambda: attention.out_proj.weight + 1, lambda: attention.out_proj.bias.sum()):
-                with pytest.raises(RuntimeError, match="(weight|bias) of ReadThroughLinear is ambiguous in a mixed-task batch"):
+            for read in (
+                lambda: attention.out_proj.weight + 1,
+                lambda: attention.out_proj.bias.sum(),
+                lambda: attention.in_proj_weight + 1,
+            ):
+                with pytest.raises(RuntimeError, match=r"(weight|bias) of \w+ is ambiguous in a mixed-task batch"):
                     read()
-            got = attention.out_proj(x)
+            got, attended = attention.out_proj(x), attention(x, x, x)[0]
         torch.testing.assert_close(got, alone(attention.out_proj, x, ["default", "b"]))
+        for index, task in enumerate(["default", "b"]):
+            own = x[index : index + 1]
+            with using_task(attention, task):
+                torch.testing.assert_close(attended[index : index + 1], attention(own, own, own)[0])
 
 
 class TestBadInput:
@@ -203,9 +211,7 @@ class TestBadInput:
         ("given", "error", "words"),
         [
             pytest.param(["a", "zz"], ValueError, r"one of 'a', 'b', 'c', got 'zz'", id="unknown-name"),
-            pytest.param(
-                [1, 0], ValueError, r"task\[1\] is slot 0, whose task was removed; the model has 'a', 'b', 'c'", id="removed"
-            ),
+            pytest.param([1, 0], ValueError, r"task\[1\] must be the slot of a task, got 0, whose .* 'a', 'b', 'c'", id="removed"),
             pytest.param([1, 4], ValueError, r"task\[1\] must be a slot in 0 to 3, got 4", id="too-large"),
             pytest.param([-1], ValueError, r"task\[0\] must be a slot in 0 to 3, got -1", id="negative"),
             pytest.param(torch.tensor([1, -1]), ValueError, r"task\[1\] .* got -1", id="negative-tensor"),

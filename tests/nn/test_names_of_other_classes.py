@@ -73,7 +73,7 @@ def test_tasks_slots_and_the_state_have_plain_names_and_files_load(make):
     loaded.load_state_dict(torch.load(buffer))
     with using_task(model, "b"), using_task(loaded, "b"):
         assert torch.equal(loaded(X), model(X))
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(ValueError, match="that of a new task"):
         add_task(model, make())
 
 

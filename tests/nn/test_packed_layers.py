@@ -30,9 +30,8 @@ def hardened(model, task):
         for layer in twin.modules():
             if isinstance(layer, MaskedLayer):
                 threshold = layer.threshold if layer.gate == "hard" else 0.0
-                for masks in (layer.masks, layer.bias_masks):
-                    if masks is not None:
-                        masks[task].copy_(torch.where(masks[task] > threshold, 1e4, -1e4))
+                for masks in layer._dicts().values():
+                    masks[task].copy_(torch.where(masks[task] > threshold, 1e4, -1e4))
     return twin
 
 

@@ -75,7 +75,7 @@ def test_several_tasks_are_completed_one_after_another():
         add_task(model, "d")
     add_task(model, "b")
     assert set(tasks(model)) == {"default", "b", "c"}
-    with pytest.raises(ValueError, match="'b' exists"):
+    with pytest.raises(ValueError, match="that of a new task, got 'b'"):
         add_task(model, "b")
 
 

@@ -147,7 +147,7 @@ def test_copies_from_a_task_whose_name_looks_like_an_init():
 @pytest.mark.parametrize(
     ("act", "error", "words"),
     [
-        pytest.param(lambda m: add_task(m, "a"), ValueError, "'a' exists", id="add-existing"),
+        pytest.param(lambda m: add_task(m, "a"), ValueError, "that of a new task, got 'a'", id="add-existing"),
         pytest.param(lambda m: add_task(m, "c", init="copy:x"), ValueError, "copy:x", id="copy-of-unknown"),
         pytest.param(lambda m: add_task(m, "c", init="copy:"), ValueError, "copy:", id="copy-of-nothing"),
         pytest.param(lambda m: add_task(m, "c", init="zeros"), ValueError, "zeros", id="unknown-init"),

@@ -166,7 +166,7 @@ class TestSequencesFirst:
         model.before = model.inner.gates = MaskedLinear(4, 4)
         model.inner.out = MaskedLinear(4, 4)
         model = with_tasks(model)
-        with pytest.raises(ValueError, match=r"elsewhere: 'before'.*batch_dim"):
+        with pytest.raises(ValueError, match=r"batch_dim must be 0 or 1.*elsewhere, 'before'"):
             using_task(model, ["b", "no", "b", "b"], unknown="mark")
 
     def test_another_number_of_samples(self):
@@ -290,6 +290,65 @@ def test_layers_with_a_forward_of_their_own(packed):
     check_rows(model, x, GIVEN, KNOWN)
     check_rows(model, x, ["no"] * 5, [])
     assert bool(marked(model, x, "no")[0].isnan().all())
+
+
+class _Attends(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("given", [["b", "no", "a"], ["no", "b", "no"], "no"], ids=str)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention(batch_first, given):
+    model = mm.convert(_Attends(batch_first).double().eval(), mask_init="normal")
+    for task in "ab":
+        add_task(model, task)
+    x = torch.randn((3, 2, 4) if batch_first else (2, 3, 4), dtype=torch.float64)
+    options = {} if batch_first else {"batch_dim": 1}
+    y, _ = marked(model, x, given, **options)
+    for row in range(3):
+        name, one = given if isinstance(given, str) else given[row], slice(row, row + 1)
+        index = (one,) if batch_first else (slice(None), one)
+        if name == "no":
+            assert bool(y[index].isnan().all())
+        else:
+            with using_task(model, name):
+                torch.testing.assert_close(y[index], model(x[index]))
+
+
+def test_embeddings_and_modules_that_are_split_by_task():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = MaskedLinear(4, 2)
+
+        def forward(self, x):
+            return self.layer(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1]))
+
+    model = nn.Sequential(mm.nn.MaskedEmbedding(7, 4), mm.nn.split_by_task(Flat()))
+    for task in "ab":
+        add_task(model, task)
+    randomize_masks(model)
+    tokens = torch.randint(7, (3, 5))
+    y, _ = marked(model, tokens, ["a", "no", "b"])
+    assert y.isnan().flatten(1).all(1).tolist() == [False, True, False]
+    torch.testing.assert_close(y[[0, 2]], alone(model, tokens[[0, 2]], ["a", "b"]))
+    for given in (["no"] * 3, "no"):
+        y, _ = marked(model, tokens, given)
+        assert y.shape == (3, 5, 2) and bool(y.isnan().all())
+
+
+def test_batches_that_a_model_repeats():
+    model, x = mlp(), torch.randn(3, 4, dtype=torch.float64)
+    with using_task(model, ["a", "no", "b"], repeat=2, unknown="mark") as unknown:
+        once, twice = model(x), model(x.repeat_interleave(2, 0))
+    assert unknown.samples == [1] and once.isnan().all(1).tolist() == [False, True, False]
+    torch.testing.assert_close(twice, once.repeat_interleave(2, 0), equal_nan=True)
 
 
 def test_a_layer_of_one_task():

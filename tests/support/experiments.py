@@ -47,7 +47,7 @@ def check_claims(metrics: dict[str, Any]) -> None:
 
 
 def check_written(folder: Path, metrics: dict[str, Any], figures: list[str]) -> None:
-    """``metrics.json`` as returned, complete; the figures; no remains of interrupted writes; and a section of the report."""
+    """``metrics.json`` as returned, complete; the figures; no remains of interrupted writes; and pages of the report."""
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert metrics["seed"] == 0 and metrics["quick"] is True and metrics["seeds"][0] == 0
     assert metrics["build_info"] == json.loads(json.dumps(build_info())) and metrics["versions"]["torch"] == torch.__version__
@@ -60,14 +60,11 @@ def check_written(folder: Path, metrics: dict[str, Any], figures: list[str]) -> 
         assert image.startswith(b"\x89PNG") and len(image) > 20_000
     assert not list(folder.rglob("*.tmp"))
     module = module_of(metrics["experiment"])
-    section = report._section(metrics["experiment"], module, metrics, [*figures, "metrics.json"])
-    assert (
-        module.QUESTION in section
-        and "holds: " in section
-        and all(f"]({metrics['experiment']}/{name})" in section for name in figures)
-    )
+    pages = report._pages(metrics["experiment"], module, metrics, [*figures, "metrics.json"])
+    page, text = pages[report.PAGE], "".join(pages.values())
+    assert module.QUESTION in page and "holds: " in page and all(f"]({name})" in page for name in figures)
     for title, rows in report.tables(module, metrics):
-        assert title in section and len(rows) > 1 and len({len(row) for row in rows}) == 1
+        assert title in text and len(rows) > 1 and len({len(row) for row in rows}) == 1
 
 
 def check_resumes(folder: Path, metrics: dict[str, Any], lost: str) -> None:

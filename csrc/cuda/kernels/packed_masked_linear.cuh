@@ -230,9 +230,9 @@ __global__ void __launch_bounds__(kPackedBlock, kWhole && sizeof(Compute<P>) == 
 
   for (int64_t strip = first + warp * kStrip; __all_sync(~0u, strip < last); strip += kPackedWarps * kStrip) {
     const PackedFeed<kAligned, kWhole, T> feed(sizes, first_row, end_row, strip);
-    const auto fetch = [&](bool there, int b) {  // rows b and b + 1 of the window
+    const auto fetch = [&](bool there, unsigned b) {  // rows b and b + 1 of the window
       if (there) {
-        const int at = b % kRing;
+        const unsigned at = b % kRing;
         PackedRow<T> rows[kRowsOfStage];
         for (int s = 0; s < kRowsOfStage; ++s) rows[s] = shared->rows[b + s];
         for (int s = 0; s < kRowsOfStage; ++s) {
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kPackedBlock, kWhole && sizeof(Compute<P>) == 
       cp_async_commit();
     };
 #pragma unroll
-    for (int b = 0; b < kAhead; b += kRowsOfStage) fetch(b < count, b);
+    for (unsigned b = 0; b < kAhead; b += kRowsOfStage) fetch(b < unsigned(count), b);
     T w_[kRows][kWordBits];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -257,11 +257,11 @@ __global__ void __launch_bounds__(kPackedBlock, kWhole && sizeof(Compute<P>) == 
     }
     T* sum_of = sum;
 #pragma unroll 1
-    for (int b = 0; b < count; b += kRowsOfStage, sum_of += 32 * kRowsOfStage) {
+    for (unsigned b = 0; b < unsigned(count); b += kRowsOfStage, sum_of += 32 * kRowsOfStage) {
       cp_async_wait<kStages - 2>();
       __syncwarp();  // the copies of all lanes have arrived, and all have read what the next ones replace
-      fetch(b < count - kAhead, b + kAhead);
-      const int at = b % kRing;
+      fetch(b + kAhead < unsigned(count), b + kAhead);
+      const unsigned at = b % kRing;
       const auto words_of = [&](int s, uint32_t(&words)[kRows]) {
         for (int r = 0; r < kRows; ++r) {
           const uint32_t* const word = of_words[r] + (at + s) * Stage::kWordStep;

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import io
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from metamask_ext.files.atomic import write_atomic
 
-from .statistics import half_width
+from .statistics import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Figures = Mapping[str, "Figure"]
 """Figures by name; the name of an experiment's main figure is empty."""
@@ -75,6 +76,7 @@ def plot_seeds(
     values: Sequence[Sequence[float]],
     geometric: bool = False,
     style: Style | None = None,
+    band: bool = True,
 ) -> None:
     """Plot the mean of ``values`` (a curve for each seed); with several also a band, the 95 % interval of the mean at each step.
 
@@ -86,16 +88,65 @@ def plot_seeds(
         values: the curves.
         geometric: take mean and interval of the logarithms, for a logarithmic axis; the values must be positive.
         style: what differs from the method's style.
+        band: draw it; for lines that lie close :func:`label_lines` has the intervals at their ends.
     """
-    forth, back = (math.log, math.exp) if geometric else (float, float)
-    points = [[forth(value) for value in of_seeds] for of_seeds in zip(*values)]
-    means = [statistics.fmean(of_seeds) for of_seeds in points]
+    low, means, high = zip(*(interval(of_seeds, geometric) for of_seeds in zip(*values)))
     options: Style = {"linewidth": 1.8, **STYLES[method], **(style or {})}
-    axes.plot(steps, [back(mean) for mean in means], label=label, **options)
-    if len(values) > 1:
-        widths = [half_width(of_seeds) for of_seeds in points]
-        low, high = ([back(mean + sign * width) for mean, width in zip(means, widths)] for sign in (-1, 1))
+    axes.plot(steps, means, label=label, **options)
+    if band and len(values) > 1:
         axes.fill_between(steps, low, high, color=options["color"], alpha=0.2, linewidth=0)
+
+
+def label_lines(
+    axes: Axes,
+    labels: Sequence[str],
+    values: Sequence[Sequence[float]],
+    geometric: bool = False,
+    lines: Sequence[Line2D] | None = None,
+) -> None:
+    """Name lines at their right ends, in their colours; with several seeds beside each the interval at its end.
+
+    Args:
+        axes: with its scales and limits set; lines end at the same horizontal place.
+        labels: of the lines, in order.
+        values: of each line, the value of every seed at its end.
+        geometric: intervals of the logarithms, as of :func:`plot_seeds`.
+        lines: by default the last ones of ``axes``.
+    """
+    lines = axes.lines[-len(labels) :] if lines is None else lines
+    low, high = axes.get_ylim()
+    place = axes.transScale.transform
+    bottom, top = place((1, low))[1], place((1, high))[1]
+    last = [float(np.asarray(line.get_ydata())[-1]) for line in lines]
+    ends = [(place((1, value))[1] - bottom) / (top - bottom) for value in last]
+    order = sorted(range(len(lines)), key=ends.__getitem__)
+    height = 0.062
+    free = max(0.0, 1 - height * len(lines))
+    places: dict[int, float] = {}
+    for rank, index in enumerate(order):
+        least = height * rank if rank == 0 else places[order[rank - 1]] + height
+        # Room must be left for those above.
+        places[index] = max(least, min(ends[index], height * rank + free))
+    for rank, index in enumerate(order):
+        color = lines[index].get_color()
+        axes.annotate(
+            labels[index],
+            (1.0, min(max(ends[index], 0), 1)),
+            (1.09, places[index]),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=color,
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 0},
+            annotation_clip=False,
+        )
+        its = values[index]
+        if len(its) > 1:
+            lowest, _, highest = interval(its, geometric)
+            # Beside each other, or they hide each other.
+            x = axes.transData.inverted().transform(axes.transAxes.transform((1.012 + 0.01 * rank, 0)))[0]
+            axes.plot([x, x], [lowest, highest], color=color, linewidth=1.6, clip_on=False, solid_capstyle="butt")
 
 
 def bands(seeds: int, drawn: str = "bands") -> str:
@@ -103,7 +154,7 @@ def bands(seeds: int, drawn: str = "bands") -> str:
     return f"mean over seeds; {drawn}: its 95 % interval" if seeds > 1 else "one seed"
 
 
-def legend_above(figure: Figure, axes: Axes, title: str) -> None:
+def legend_above(figure: Figure, axes: Axes, title: str, columns: int = 3) -> None:
     """One legend above all panels, with the lines of ``axes``."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=3, title=title, title_fontsize=8)
+    figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=columns, title=title, title_fontsize=8)

@@ -165,7 +165,7 @@ class RunFolder:
         return metrics
 
     def _read_elapsed(self) -> float:
-        """The seconds that the run has taken so far. That number is for people: where it is damaged the run goes on without it."""
+        """The seconds that the run has taken so far. That number is for people: if it is damaged, the run continues without it."""
         path = self.path / ELAPSED
         if not path.exists():
             return 0.0

@@ -89,7 +89,7 @@ def read_toml(path: Path) -> Json:
     except OSError as error:
         raise OptionError(f"config must be a TOML file, cannot read {str(path)!r}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, a number of too many digits; nested too deeply
-        raise OptionError(f"config must be a TOML file, {str(path)!r} is none: {error}") from error
+        raise OptionError(f"config must be a TOML file, got {str(path)!r}: {error}") from error
 
 
 def to_toml(settings: Mapping[str, object]) -> str:

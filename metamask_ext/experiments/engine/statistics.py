@@ -36,6 +36,17 @@ def half_width(values: Sequence[float]) -> float:
     return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / len(values) ** 0.5
 
 
+def interval(values: Sequence[float], geometric: bool = False) -> tuple[float, float, float]:
+    """The lower end, the mean and the upper end of the 95 % interval of the mean; of the logarithms' mean if ``geometric``.
+
+    One value has no interval: all three are that value.
+    """
+    known = [math.log(value) for value in values] if geometric else list(values)
+    middle, width = statistics.fmean(known), half_width(known) if len(known) > 1 else 0.0
+    low, middle, high = (math.exp(end) if geometric else end for end in (middle - width, middle, middle + width))
+    return low, middle, high
+
+
 def interval_over_tasks(errors: Tensor) -> Tensor:
     """Half the width of the 95 % interval of the mean over many tasks ``[T, ...]``, which is about normal."""
     return 1.96 * errors.std(0) / math.sqrt(len(errors))

@@ -129,14 +129,6 @@ def _learned(metrics: Metrics) -> Numbers:
     return {name: findings.trained(metrics, name) for name in metrics["study"]["methods"]}
 
 
-def _forgotten(metrics: Metrics) -> Numbers:
-    found = {}
-    for name in ("masked", "hard", "lottery", "sequence"):
-        found[name] = findings.at_the_end(metrics, name)
-        found[f"{name}_learned"] = findings.after_learning(metrics, name)
-    return found
-
-
 def _new(metrics: Metrics) -> Numbers:
     few = metrics["study"]["samples"][-2]
     ways = {"look_up": ("masked", "look-up"), "masks": ("masked", "mask only"), "shared": ("shared", "everything")}
@@ -147,8 +139,8 @@ def _new(metrics: Metrics) -> Numbers:
 
 CLAIMS = [
     Claim(
-        "The algorithm scales to it: a masked CNN is right on {masked:.1f} % of the test digits (hard gates {hard:.1f} %), a CNN "
-        "for each colour with the same steps in all on {independent:.1f} %, MAML on {maml:.1f} %.",
+        "The algorithm scales to it: a masked CNN is right on {masked:.1f} % of the test digits, more than a CNN for each colour "
+        "with the same steps in all, {independent:.1f} % (hard gates {hard:.1f} %, MAML {maml:.1f} %).",
         _learned,
         lambda n: n["masked"] > n["independent"],
     ),
@@ -159,11 +151,15 @@ CLAIMS = [
         lambda n: n["shared"] > n["masked"] - 2,
     ),
     Claim(
-        "Colours one after another: at the end the masked CNN has {masked:.1f} % ({masked_learned:.1f} % when each was just "
-        "learned), masks on frozen W {lottery:.1f} % ({lottery_learned:.1f} %), the shared CNN in sequence {sequence:.1f} % "
-        "({sequence_learned:.1f} %).",
-        _forgotten,
-        lambda n: abs(n["lottery"] - n["lottery_learned"]) < 1e-6,
+        "Colours one after another: the masked CNN forgets, from {masked_learned:.1f} % when each was just learned to "
+        "{masked:.1f} % at the end; the shared CNN in sequence does not, {sequence_learned:.1f} % and {sequence:.1f} %, nor do "
+        "masks on frozen W, {lottery:.1f} %.",
+        lambda metrics: findings.in_order(metrics, "masked", "sequence", "lottery"),
+        lambda n: (
+            n["masked"] < n["masked_learned"]
+            and n["sequence"] > n["sequence_learned"] - 0.5
+            and abs(n["lottery"] - n["lottery_learned"]) < 1e-6
+        ),
     ),
     Claim(
         "A new colour, from {samples:,} digits in {steps:,} steps: the best known mask {look_up:.1f} %, its mask alone trained "

@@ -82,8 +82,8 @@ question 2 is ours: the digits turned by 90 degrees."""
 tables = report.tables
 CLAIMS = [
     Claim(
-        "A masked CNN performs as the CNN without masks does (section 3.6): test accuracy {masked:.2f} %, plain {plain:.2f} %, "
-        "with a hard gate {hard:.2f} %.",
+        "A masked CNN performs as the CNN without masks does (section 3.6): test accuracy {masked:.2f} %, plain {plain:.2f} %; "
+        "with a hard gate it does too, {hard:.2f} % (margin {margin} points).",
         lambda metrics: {
             "masked": findings.trained(metrics, "masked"),
             "plain": findings.trained(metrics, "shared"),
@@ -91,7 +91,7 @@ CLAIMS = [
             # Between seeds the difference has a standard deviation of about 0.3, and of 0.6 in the few steps of a quick run.
             "margin": 0.8 if len(metrics["seeds"]) > 1 else 2.0,
         },
-        lambda numbers: numbers["masked"] >= numbers["plain"] - numbers["margin"],
+        lambda numbers: min(numbers["masked"], numbers["hard"]) >= numbers["plain"] - numbers["margin"],
     ),
     Claim(
         "Masks on random weights that are never trained (section 2) get {lottery:.1f} %: far above chance, and below trained "
@@ -142,7 +142,7 @@ def problem(seed: int, settings: Settings) -> Problem:
 def run(folder: RunFolder, settings: Settings) -> Json:
     """One task: the same network, data and steps with and without masks. See :func:`metamask_ext.experiments.run`."""
     if settings.tasks != 1:
-        raise OptionError(f"mnist has one task, got tasks={settings.tasks}")
+        raise OptionError(f"experiment 'mnist': 'tasks' must be 1, got {settings.tasks}")
     digits = load_digits()
     finished = folder.begin(digits.source, digits.note)
     if finished is not None:
@@ -160,8 +160,9 @@ def figures(metrics: Metrics) -> Figures:
         (metrics["gates"][0], "after training", "#0072B2"),
     ):
         axes.stairs(values, edges.tolist(), label=label, color=color, linewidth=1.8)
-    axes.set(xlabel=f"gate, sigmoid(M) (no unit), seed {metrics['seed']}", ylabel="weights (number)")
-    axes.legend(fontsize=8)
+    axes.set(xlabel="gate, sigmoid(M) (no unit)", ylabel="weights (number)")
+    axes.set_title(f"the gates of all weights of the net, seed {metrics['seed']}", fontsize=9)
+    axes.legend(fontsize=8, loc="lower center")
     return {"": report.figure(metrics), "gates": figure}
 
 

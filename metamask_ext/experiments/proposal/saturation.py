@@ -20,11 +20,11 @@ from metamask_ext.nn.tasks import add_task, remove_task
 from metamask_ext.nn.using_task import using_task
 
 from ..engine.claims import Claim, Metrics, Numbers, by_method, mean
-from ..engine.figures import STYLES, Figures, bands, new_figure
+from ..engine.figures import STYLES, Figures, bands, legend_above, new_figure
 from ..engine.jobs import Job, Json, Key
 from ..engine.run_folder import RunFolder, Scores
 from ..engine.settings import Changes, OptionError, RunSettings, of_run
-from ..engine.statistics import cell
+from ..engine.statistics import cell, interval
 from ..engine.tables import Tables
 from ..engine.tracking import track
 from ..engine.training import seeded
@@ -87,7 +87,7 @@ def run(folder: RunFolder, settings: Settings) -> Json:
     """The loop of the proposal on the tasks of 'linear', for each L2 term, temperature schedule and spread of the first masks."""
     for key in ("weight_decay", "mask_weight_decay", "temperatures", "mask_spreads"):
         if not getattr(settings, key):
-            raise OptionError(f"{key} must have an item at least, got none")
+            raise OptionError(f"{key} must have at least one item, got none")
     for schedule in settings.temperatures:
         if len(schedule) != 2 or min(schedule) <= 0:
             raise OptionError(f"temperatures must be pairs of positive numbers, the first and the last, got {list(schedule)}")
@@ -411,7 +411,7 @@ def _gates_figure(metrics: Metrics) -> Figure:
         image = panel.pcolormesh(steps, edges, shares.tolist(), cmap="cividis", norm="symlog", vmin=0, vmax=100)
         panel.set(xlabel="gradient steps, all tasks together", ylabel="gate (no unit)")
         panel.set_title(name, fontsize=9)
-        figure.colorbar(image, ax=panel, label=f"share of gates in each interval of {1 / BINS:g} (%)")
+    figure.colorbar(image, ax=panels, label=f"share of gates in each interval of {1 / BINS:g} (%)", shrink=0.5)
     return figure
 
 
@@ -425,11 +425,12 @@ def _factors_figure(metrics: Metrics) -> Figure:
         for schedule, color in zip(settings.temperatures, styles):
             for where, line, marker in (("W", "-", "o"), ("M", "--", "s")):
                 chosen = [each for each in penalties(settings) if each[0] in ("", where)]
-                found = [methods[condition_name(penalty, schedule, spread)][number] for penalty in chosen]
+                found = [methods[condition_name(penalty, schedule, spread)][number]["values"] for penalty in chosen]
+                low, middle, high = zip(*(interval(values, geometric=number == MSE) for values in found))
                 panel.errorbar(
                     [factors.index(factor) for _, factor in chosen],
-                    [each["mean"] for each in found],
-                    [each.get("interval", 0.0) for each in found],
+                    middle,
+                    [[m - each for m, each in zip(middle, low)], [each - m for m, each in zip(middle, high)]],
                     label=f"L2 on {where}, {_schedule_name(schedule)}",
                     color=color,
                     linestyle=line,
@@ -443,5 +444,5 @@ def _factors_figure(metrics: Metrics) -> Figure:
         panel.set_title(f"logits begin with standard deviation {spread:g}", fontsize=9)
     for panel in panels[::2]:
         panel.set_yscale("log")
-    panels[0].legend(fontsize=7, title=bands(len(metrics["seeds"]), "bars"), title_fontsize=7)
+    legend_above(figure, panels[0], f"errors: geometric means; {bands(len(metrics['seeds']), 'bars')}")
     return figure

@@ -127,7 +127,8 @@ def _problem(related: bool, seed: int, settings: Settings) -> Problem:
 
     cosine = drawn.cosine[: settings.tasks]
     if cosine.all() or not cosine.any():
-        raise OptionError(f"tasks={settings.tasks}: of seed {seed} {int(cosine.sum())} have a cosine, take more tasks")
+        cosines = f"{int(cosine.sum())} of {settings.tasks} are cosines (seed {seed})"
+        raise OptionError(f"tasks must be enough for sines and cosines, got {settings.tasks}: {cosines}")
     made = Problem(*split(drawn, settings, generator), network, F.mse_loss, F.mse_loss, examine)
     return made
 
@@ -233,6 +234,7 @@ CLAIMS = [
         _apart,
         lambda n: n["masked"] > 3 * n["related"] and n["right"] < 85,
     ),
+    report.forgetting_claim(),
 ]
 
 

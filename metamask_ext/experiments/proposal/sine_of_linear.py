@@ -132,10 +132,10 @@ def run(folder: RunFolder, settings: Settings) -> Json:
     """The common study, and how alike the masks of the tasks are in each layer. See :func:`metamask_ext.experiments.run`."""
     for begin in settings.sharing.begin:
         if begin not in BEGIN:
-            raise OptionError(f"sharing.begin must be of {', '.join(BEGIN)}, got {begin!r}")
+            raise OptionError(f"sharing.begin must be one of {', '.join(BEGIN)}, got {begin!r}")
     for key in ("begin", "mask_weight_decay"):
         if not getattr(settings.sharing, key):
-            raise OptionError(f"sharing.{key} must have an item at least, got none")
+            raise OptionError(f"sharing.{key} must have at least one item, got none")
     finished = folder.begin(
         f"drawn: x ~ N(0, I), |w|, |b| uniform in {list(settings.magnitudes)}, each on with probability 1/2, no noise"
     )
@@ -309,6 +309,7 @@ CLAIMS = [
         _new,
         lambda n: n["masks_few"] < 0.5 * n["scratch_few"],
     ),
+    report.forgetting_claim(),
 ]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from metamask_ext.data import SinusoidTasks, sinusoid_tasks
 
 from ..engine.claims import Claim, Metrics, Numbers
-from ..engine.figures import Figures, bands, new_figure, plot_seeds
+from ..engine.figures import Figures, bands, label_lines, new_figure, plot_seeds
 from ..engine.jobs import Job, Json, Key
 from ..engine.run_folder import RunFolder
 from ..engine.settings import Changes, RunSettings
@@ -228,6 +228,7 @@ CLAIMS = [
         _new,
         lambda n: n["masks_few"] < 1.2 * n["scratch_few"],
     ),
+    report.forgetting_claim(),
 ]
 
 
@@ -235,10 +236,12 @@ def figures(metrics: Metrics) -> Figures:
     """The study's, and the error against the number of tasks."""
     figure, (axes,) = new_figure(1)
     found = metrics["by number of tasks"]
-    for name, label in (("masked", "masked"), ("shared", "one shared net"), ("independent", "a net a task")):
-        plot_seeds(axes, name, label, found["tasks"], found["errors"][name])
+    lines = {"masked": "masked", "shared": "one shared net", "independent": "a net a task"}
+    for name, label in lines.items():
+        plot_seeds(axes, name, label, found["tasks"], found["errors"][name], geometric=True)
     axes.set(xlabel="tasks (number)", ylabel="test MSE (units of y squared)", xscale="log", yscale="log")
     axes.set_xticks(found["tasks"], [str(tasks) for tasks in found["tasks"]])
     axes.minorticks_off()
-    axes.legend(fontsize=8, title=bands(len(metrics["seeds"])), title_fontsize=8)
+    axes.set_title(f"geometric {bands(len(metrics['seeds']))}", fontsize=9)
+    label_lines(axes, list(lines.values()), [[seed[-1] for seed in found["errors"][name]] for name in lines], geometric=True)
     return {"": report.figure(metrics), "tasks": figure}

@@ -56,6 +56,15 @@ def at_the_end(metrics: Metrics, method: str) -> float:
     return statistics.fmean(value for seed in metrics["study"]["order"][method]["end"] for value in seed)
 
 
+def in_order(metrics: Metrics, *methods: str) -> Numbers:
+    """Question 3 of these methods: ``NAME`` at the end, ``NAME_learned`` when just learned."""
+    found = {}
+    for name in methods:
+        found[name] = at_the_end(metrics, name)
+        found[f"{name}_learned"] = after_learning(metrics, name)
+    return found
+
+
 def cost_ratio(metrics: Metrics, method: str) -> float:
     """Question 4: the time of a training step over that of the shared net. ``maml``: of a meta-step on several tasks."""
     times = metrics["study"]["cost"]["milliseconds"]

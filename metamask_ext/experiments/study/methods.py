@@ -136,7 +136,7 @@ class Loop(Method):
         self.loop.run(rounds)
         unseen = [name for name in names if name not in self.loop.steps_of]
         if unseen:
-            raise OptionError(f"steps={self.steps} are {rounds} rounds, and in none of them was {unseen[0]!r} drawn: take more")
+            raise OptionError(f"steps must be enough to draw all tasks, got {self.steps}: {rounds} rounds never drew {unseen[0]!r}")
 
     def scores(self, tasks: Sequence[int]) -> list[float]:
         names = self.problem.names

@@ -48,7 +48,7 @@ def masked_conv2d(
 ) -> Tensor:
     """``y = conv2d(x, W * g(M)) + b * g(M_b)``: :func:`torch.nn.functional.conv2d` with a masked weight.
 
-    On a CPU, where the output has few places for its channels, the convolution is a product in which ``theta`` is never in memory.
+    On a CPU, a convolution whose output has few positions for its channels runs as a product that never writes ``theta`` to memory.
 
     Args:
         input: ``x``, ``[N, C_in, H, W]`` or ``[C_in, H, W]``.
@@ -162,7 +162,7 @@ def _product_geometry(
 ) -> Geometry | None:
     """The geometry of a convolution that is to be a product; None: torch's must run.
 
-    With few places for the channels a convolution waits for theta: it is written, read, brought into oneDNN's order, and
+    With few output positions for the channels a convolution waits for theta: it is written, read, brought into oneDNN's order, and
     its gradient likewise. In the product they exist in cache only. Patches, as long as theta's rows, are written and read instead,
     which pays while they are few (measured: docs/internals/performance.md).
     """

@@ -25,7 +25,8 @@ class MaskedLinear(Function):
     def forward(ctx, input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, dtype):
         ctx.save_for_backward(input, weight, mask_logits, bias, bias_mask_logits)
         ctx.gate_id, ctx.gate_param = gate_id, gate_param
-        return raw.masked_linear(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, dtype)
+        run = raw.masked_linear if type(input) is Tensor else raw.masked_linear_of_class
+        return run(input, weight, mask_logits, bias, bias_mask_logits, gate_id, gate_param, dtype)
 
     @staticmethod
     def backward(ctx, grad):

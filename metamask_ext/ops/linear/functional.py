@@ -75,7 +75,8 @@ def masked_linear(
             or (bias_mask_logits is not None and bias_mask_logits.requires_grad)
         ):
             return _apply_linear(input, *parameters, gate_id, gate_param, dtype)
-        return raw.masked_linear(input, *parameters, gate_id, gate_param, dtype)
+        run = raw.masked_linear if type(input) is Tensor else raw.masked_linear_of_class
+        return run(input, *parameters, gate_id, gate_param, dtype)
     except Exception as error:
         raise worded(error, _check, input, *parameters) from None
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from metamask_ext._build import BACKEND
 
@@ -46,9 +47,22 @@ if TYPE_CHECKING:
     ) -> Gradients:
         """The gradients of :func:`masked_linear`."""
 
+    masked_linear_of_class = masked_linear
+    _backward_sgd_: Callable[..., Gradients]
+
 elif BACKEND != "reference":
-    masked_linear = torch.ops.metamask.masked_linear.default
-    masked_linear_backward = torch.ops.metamask.masked_linear_backward.default
+    # Not by torch.ops, which compares the arguments with the schema and boxes them: in a small layer that takes as long as the
+    # kernel. Where Dynamo traces a backward it can put only those of torch.ops into its graph.
+    from metamask_ext._C import masked_linear
+    from metamask_ext._C import masked_linear_backward as _backward
+    from metamask_ext._C import masked_linear_backward_sgd_ as _backward_sgd_
+
+    masked_linear_of_class = torch.ops.metamask.masked_linear.default
+    """:func:`masked_linear` for inputs of a subclass of Tensor, whose ``__torch_function__`` it asks."""
+
+    def masked_linear_backward(*arguments, **named):
+        run = torch.ops.metamask.masked_linear_backward.default if is_dynamo_compiling() else _backward
+        return run(*arguments, **named)
 
 
 def masked_linear_backward_sgd_(
@@ -69,13 +83,10 @@ def masked_linear_backward_sgd_(
 
     ``updates``, ``momentum_buffers`` and ``settings`` are those of weight, mask_logits, bias and bias_mask_logits.
     """
-    grads: Gradients = torch.ops.metamask.masked_linear_backward_sgd_.default(
-        *(grad, input, weight, mask_logits, bias, bias_mask_logits),
-        *momentum_buffers,
-        *(gate_id, gate_param, output_mask, updates),
-        [number for its in settings for number in its],
-    )
-    return grads
+    numbers = [number for its in settings for number in its]
+    tensors = (grad, input, weight, mask_logits, bias, bias_mask_logits, *momentum_buffers)
+    run = torch.ops.metamask.masked_linear_backward_sgd_.default if is_dynamo_compiling() else _backward_sgd_
+    return run(*tensors, gate_id, gate_param, output_mask, updates, numbers)
 
 
 def masked_linear_backward_adamw_(

@@ -1,7 +1,8 @@
 """Layers for mixed-task batches: every sample uses the mask of its own task.
 
 ``theta_t = W * g(M_t)``. Source: C. Blum and A. Law, EE5239 project proposal (2020), eq. 3, one ``theta_M`` per task; that each
-sample of a batch names its task is ours. All functions can be differentiated any number of times, by autograd and by torch.func.
+sample of a batch names its task is this library's addition. All functions can be differentiated any number of times, by autograd
+and by torch.func.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def task_masked_linear(
 ) -> Tensor:
     """``y_b = x_b @ (W * g(M_t)).T + b * g(M_b,t)`` with ``t = slots[b]``: a linear layer for a mixed-task batch.
 
-    Nothing of the size ``T x out x in`` or ``B x out x in`` is made, forward or backward, but the gradients of the masks.
+    Neither forward nor backward allocates ``T x out x in`` or ``B x out x in`` elements, except for the gradients of the masks.
 
     Args:
         input: ``x``, ``[B, ..., in]``.
@@ -109,9 +110,9 @@ def task_masked_conv2d(
 ) -> Tensor:
     """``y_b = conv2d(x_b, W * g(M_t)) + b * g(M_b,t)`` with ``t = slots[b]``: a convolution for a mixed-task batch.
 
-    It is :func:`task_masked_linear` over the patches of the input (``im2col``), which take ``kH * kW`` times its memory. On a GPU,
-    where the weights of all samples take no more memory than the patches (with ``groups=1``: where the output has at least as many
-    places as channels), it is one convolution whose groups are the samples instead.
+    It runs :func:`task_masked_linear` over the input's patches (``im2col``), which take ``kH * kW`` times its memory. On a GPU,
+    if the weights of all samples take no more memory than the patches (with ``groups=1``: if the output has at least as many
+    positions as channels), it runs one convolution whose groups are the samples instead.
 
     Args:
         input: ``x``, ``[B, C_in, H, W]``, or ``[C_in, H, W]`` with one slot.

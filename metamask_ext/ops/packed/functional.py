@@ -187,7 +187,7 @@ def superposition_gradient(
 
     Of a layer ``y_b = x_b @ (W * sum over t of alpha[b, t] * bit_t).T`` with ``grad = dL/dy``:
     ``dL/dalpha[b, t] = sum over r, o, k of grad[b, r, o] * W[o, k] * bit_t[o, k] * x[b, r, k]`` (Supermasks in Superposition,
-    arXiv:2006.14769, section 3.3). No mask is expanded to floats but a tile.
+    arXiv:2006.14769, section 3.3). Masks are expanded to floats one tile at a time.
 
     Args:
         grad: ``dL/dy``, ``[B, ..., out]``.

@@ -63,8 +63,8 @@ def masked_weight(
     Args:
         weight: ``W``, of any shape; floating point. Or a sequence of them, all of one dtype and on one device.
         mask_logits: ``M``, of the shape and device of ``weight`` and of its dtype, or float32 beside a weight of 16 bits; for a
-            sequence, a sequence of as many. Updates that 16 bits would round away add up in float32 logits: the gate is that of
-            the logits as they are, and their gradient is float32.
+            sequence, a sequence of as many. Float32 logits keep updates that 16 bits would round away: they are not rounded
+            before the gate, and their gradient is float32.
         gate: ``"sigmoid"`` or ``"hard"``.
         temperature: ``t > 0``, in units of a logit; used by ``"sigmoid"``.
         threshold: ``c``, in units of a logit; used by ``"hard"``.

@@ -68,10 +68,10 @@ def test_results_do_not_depend_on_workers(tmp_path, name, config):
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("saturation", "weight_decay = []", "weight_decay must have an item at least, got none"),
+        ("saturation", "weight_decay = []", "weight_decay must have at least one item, got none"),
         ("saturation", "temperatures = [[1.0, 0.0]]", r"temperatures must be pairs of positive numbers, .* got \[1\.0, 0\.0\]"),
-        ("sine-of-linear", '[sharing]\nbegin = ["equal"]', "sharing.begin must be of alike, random, got 'equal'"),
-        ("sine-of-linear", "[sharing]\nmask_weight_decay = []", "sharing.mask_weight_decay must have an item at least, got none"),
+        ("sine-of-linear", '[sharing]\nbegin = ["equal"]', "sharing.begin must be one of alike, random, got 'equal'"),
+        ("sine-of-linear", "[sharing]\nmask_weight_decay = []", "sharing.mask_weight_decay must have at least one item, got none"),
     ],
 )
 def test_refused_settings(tmp_path, name, config, message):
@@ -194,7 +194,7 @@ def test_the_unit_can_be_right(related):
 
 def test_both_kinds_of_task_are_needed():
     settings = replace(settings_of("sine-cosine", quick=True), cosine=0.0)
-    with pytest.raises(OptionError, match="tasks=8: of seed 3 0 have a cosine, take more tasks"):
+    with pytest.raises(OptionError, match=r"tasks must be enough for sines and cosines, got 8: 0 of 8 are cosines \(seed 3\)"):
         sine_cosine.problem(3, settings)
 
 

@@ -109,6 +109,6 @@ def test_one_method_that_diverges_ends_the_run(tmp_path):
 
 
 def test_mnist_has_one_task(tmp_path):
-    with pytest.raises(OptionError, match="mnist has one task, got tasks=2"):
+    with pytest.raises(OptionError, match="experiment 'mnist': 'tasks' must be 1, got 2"):
         run("mnist", tmp_path / "out", 0, quick=True, tasks=2)
     assert not (tmp_path / "out").exists()

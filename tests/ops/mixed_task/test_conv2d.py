@@ -230,7 +230,7 @@ REFUSED = {
     "stride": (ValueError, "stride must be an integer of at least 1, or two, got 0", (X, SLOTS, W, M), {"stride": 0}),
     "three strides": (ValueError, "stride must be an integer of at least 1, or two", (X, SLOTS, W, M), {"stride": (1, 1, 1)}),
     "same with stride": (ValueError, "padding='same' needs stride 1", (X, SLOTS, W, M), {"padding": "same", "stride": 2}),
-    "too small an input": (ValueError, "input must be at least as large as the kernel", (X[..., :2], SLOTS, W, M), {}),
+    "too small an input": (ValueError, "input must not be smaller than the kernel", (X[..., :2], SLOTS, W, M), {}),
 }
 
 

@@ -344,7 +344,7 @@ REFUSED = {
     ),
     "image too small": (
         ValueError,
-        "input must be at least as large as the kernel",
+        "input must not be smaller than the kernel",
         lambda: mm.packed_masked_conv2d(IMAGE[..., :2, :2], SLOTS, KERNEL, KP, groups=2),
     ),
     "pack scalar": (ValueError, r"mask_logits must be \[out, ...\] or \[n\], got a scalar", lambda: mm.pack_mask(B[0])),

@@ -40,7 +40,7 @@ def run(folder: RunFolder, settings: Settings) -> Json:
     folder of the run answers the homework's questions from these numbers."""
     for size in settings.shown_sizes:
         if size not in settings.sizes:
-            raise OptionError(f"experiment 'feature-weights': 'sizes' must have {size} among them, got {list(settings.sizes)}")
+            raise OptionError(f"experiment 'feature-weights': 'sizes' must include {size}, got {list(settings.sizes)}")
     data = (
         f"drawn: signals of the first {settings.true_features} of {settings.features} Fourier features, mean square 1, noise "
         f"{settings.noise}; training on a grid of [-1, 1), meta-updates and tests at uniform x; labels: the sign"

@@ -27,6 +27,9 @@ SHOWN_METHODS = ("masks", "pretrained")
 BASELINES = ["pretrained", "random", "straight"]
 QUICK: Changes = {"seeds": 1, "steps": 50, "episodes": 10, "rates": [0.1], "test": {"tasks": 40}}
 
+FIRST_STEPS = 12
+"""Those that are drawn: later ones walk about where the policy has gone to."""
+
 QUESTION = """Can a policy that walks in the plane learn the way to a goal that it is not told, from the rewards of one
 update's episodes? This is section 5.3 of Finn, Abbeel and Levine (arXiv:1703.03400), with masks as all that is adapted beside
 the paper's MAML. The reward is minus the squared distance, so the numbers are not those of the paper's figure."""
@@ -127,7 +130,10 @@ def figures(metrics: Metrics) -> Figures:
     legend_above(figure, axes[0], f"{bands(len(metrics['seeds']))}; bars: 95 % interval over goals")
     for panel, (method, paths) in zip(axes[2:], metrics["paths of the first seed"].items()):
         _plot_paths(panel, method, paths, settings)
-        panel.set_title(f"{LABELS[method]}: {SHOWN_EPISODES} episodes, seed {metrics['seeds'][0]}", fontsize=9)
+        panel.set_title(
+            f"{LABELS[method]}:\nfirst steps, mean of {SHOWN_EPISODES} episodes; dots: their ends; seed {metrics['seeds'][0]}",
+            fontsize=9,
+        )
     return {"": figure}
 
 
@@ -147,12 +153,15 @@ def _plot_returns(axes: Axes, methods: list[str], found: Metrics, settings: Sett
 
 
 def _plot_paths(axes: Axes, method: str, paths: list[list[list[list[float]]]], settings: Settings) -> None:
-    """The paths of some episodes before and after updates."""
+    """The first steps of some episodes' mean path before and after updates, and the places where they end."""
     last = settings.test.updates
     for update, style, shade in ((0, ":", "#999999"), (1, "--", "#56B4E9"), (last, "-", STYLES[LINES[method]]["color"])):
-        for number, path in enumerate(paths[update]):
-            label = f"after {update} update{'s' if update != 1 else ''}" if number == 0 else "_"
-            axes.plot(*zip(*path), style, color=shade, linewidth=1.2, label=label)
+        middle = [
+            [sum(place) / len(place) for place in zip(*places)] for places in zip(*(path[:FIRST_STEPS] for path in paths[update]))
+        ]
+        label = f"after {update} update{'s' if update != 1 else ''}"
+        axes.plot(*zip(*middle), style, color=shade, linewidth=1.6, label=label)
+        axes.plot(*zip(*(path[-1] for path in paths[update])), "o", color=shade, markersize=5, linestyle="none")
     axes.plot(*settings.test.goal, "*", color="#D55E00", markersize=14, linestyle="none", label="goal")
     axes.set(xlabel="x (the longest step is 0.1)", ylabel="y (the same)", xlim=(-0.4, 0.8), ylim=(-0.7, 0.5), aspect="equal")
     axes.legend(fontsize=7)

@@ -5,14 +5,16 @@ Source: Wortsman et al., Supermasks in Superposition, arXiv:2006.14769, sections
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from metamask_ext.data import load_digits
 
 from ...engine.claims import Claim, Metrics, Numbers, mean
-from ...engine.figures import Figures, Style, bands, new_figure, plot_seeds
+from ...engine.figures import Figures, Style, bands, label_lines, new_figure, plot_seeds
 from ...engine.jobs import Json
 from ...engine.run_folder import RunFolder, Scores
 from ...engine.settings import Changes, OptionError
@@ -20,6 +22,9 @@ from ...engine.statistics import cell, summarized
 from ...engine.tables import Tables, table_of
 from .learning import ACCURACY, LABELS, RIGHT, learn_masks, learn_sequence, points_of
 from .settings import ROTATIONS, Settings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CLASSES = 10
 
@@ -29,13 +34,13 @@ QUICK: Changes = {"tasks": 5, "steps": 200, "test": {"samples": 500}}
 
 PAPER_ACCURACY = 94.91
 """arXiv:2006.14769: permuted MNIST, 250 tasks, LeNet-300-100, task not named, 60,000 training digits."""
-PAPER = f"paper: {PAPER_ACCURACY} %, task not named, 60,000 training digits"
+SEQUENCE = "sequence"
 # Okabe and Ito's colours. The first three lie on each other: hollow markers of three sizes show all of them.
 LINES: dict[str, Style] = {
     "named": {"color": "#0072B2", "linestyle": "-", "marker": "o", "markersize": 10},
     "one image": {"color": "#E69F00", "linestyle": "--", "marker": "s", "markersize": 6},
     "batch": {"color": "#009E73", "linestyle": "-.", "marker": "^", "markersize": 3},
-    "sequence": {"color": "#D55E00", "linestyle": ":", "marker": "x", "markersize": 5},
+    SEQUENCE: {"color": "#D55E00", "linestyle": ":", "marker": "x", "markersize": 5},
 }
 Curves = dict[str, dict[str, list[list[float]]]]
 """By method and name, a curve over the points for each seed."""
@@ -219,27 +224,41 @@ def tables(metrics: Metrics) -> Tables:
 
 
 def figures(metrics: Metrics) -> Figures:
-    """Accuracy, and how often the task is right, over the number of tasks."""
-    rotated, points, batch = metrics["settings"]["rotated"], metrics["points"], metrics["settings"]["test"]["batch"]
-    figure, axes = new_figure(2)
-    for axis, key in zip(axes, (ACCURACY, RIGHT)):
-        for method, its in metrics["curves"].items():
-            if key in its:
-                label = LABELS[method].replace("a batch", f"{batch} images")
-                style = {"linewidth": 1.4, "markerfacecolor": "none", **LINES[method]}
-                plot_seeds(axis, "plain", label, points, its[key], style=style)
-        kind = "rotations" if rotated else "permutations"
-        axis.set(xlabel=f"tasks learned ({kind}, number)", xlim=(0, None), ylim=(0, 103))
-    left, right = axes
-    if not rotated:
-        left.axhline(PAPER_ACCURACY, label=PAPER, color="#555555", linestyle=(0, (6, 3)), linewidth=1.0)
-    chance: Style = {"label": "chance", "color": "#999999", "linewidth": 1.0}
-    left.axhline(100 / CLASSES, **chance)
-    right.plot(points, [100 / point for point in points], **chance)
+    """Accuracy beside one net without masks, the same from near, and how often the task is right, over the number of tasks."""
+    kind = "rotations" if metrics["settings"]["rotated"] else "permutations"
+    points, batch, found = metrics["points"], metrics["settings"]["test"]["batch"], metrics["curves"]
+    masked = [method for method in found if method != SEQUENCE]
+    figure, (left, middle, right) = new_figure(3)
+    _lines(
+        left,
+        metrics,
+        ACCURACY,
+        {masked[0]: "a mask for each task,\nnamed or inferred", SEQUENCE: "one net without masks,\nin sequence"},
+    )
+    _chance(left, [100 / CLASSES] * len(points), points)
+    named = {method: LABELS[method].replace("a batch", f"{batch} images") for method in masked}
+    values = [value for method in masked for run in found[method][ACCURACY] for value in run]
+    _lines(middle, metrics, ACCURACY, named, (min(values) - 1, max(values) + 1))
+    _lines(right, metrics, RIGHT, {method: label for method, label in named.items() if RIGHT in found[method]})
+    _chance(right, [100 / point for point in points], points)
     left.set_ylabel("test accuracy, tasks so far (%)")
+    middle.set_ylabel("the same from near (%)")
     right.set_ylabel("task right (% of images, batches)")
-    # Below the axes: curves may run anywhere in them. Those on the right are all on the left too.
-    title = bands(len(metrics["seeds"]))
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, title=title, title_fontsize=8)
+    for axes in (left, middle, right):
+        axes.set(xlabel=f"tasks learned ({kind}, number)")
+    figure.suptitle(bands(len(metrics["seeds"])), fontsize=9)
     return {"": figure}
+
+
+def _lines(axes: Axes, metrics: Metrics, key: str, labels: dict[str, str], limits: tuple[float, float] = (0, 103)) -> None:
+    found = metrics["curves"]
+    for method, label in labels.items():
+        style = {"linewidth": 1.4, "markerfacecolor": "none", **LINES[method]}
+        plot_seeds(axes, "plain", label, metrics["points"], found[method][key], style=style)
+    axes.set(xlim=(0, None), ylim=limits)
+    label_lines(axes, list(labels.values()), [[run[-1] for run in found[method][key]] for method in labels])
+
+
+def _chance(axes: Axes, values: Sequence[float], points: Sequence[int]) -> None:
+    axes.plot(points, values, color="#999999", linewidth=1.0)
+    axes.annotate("chance", (points[0], values[0]), (0, 3), textcoords="offset points", fontsize=8, color="#777777")

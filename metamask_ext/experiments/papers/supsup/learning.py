@@ -159,7 +159,7 @@ def learn_masks(folder: Path, seed: int, settings: Settings) -> Json:
             _say(stop, {method: numbers[ACCURACY] for method, numbers in measured.items()})
     missing = {*map(str, points)} - progress["points"].keys() or set(bank.tasks) - progress["packing"].keys()
     if missing:
-        raise OutputError(f"{str(path)!r} lacks {sorted(missing)}, which the bank beside it is past: use another folder")
+        raise OutputError(f"{str(path)!r} lacks {sorted(missing)}, and the bank beside it is further: use another folder")
     return {"points": progress["points"], **_packing(bank, progress["packing"], saved)}
 
 

@@ -51,7 +51,7 @@ class OneStepLearner(nn.Module):
         if table.dim() != 3 or table.shape[0] != table.shape[1] or table.shape[2] != len(values):
             raise ValueError(f"table must be [bins, bins, {len(values)}], got shape {list(table.shape)}")
         if not bool((values > 0).all() and (values.diff() > 0).all()):
-            raise ValueError("values must be positive and ascending")
+            raise ValueError(f"values must be positive and ascending, got {values.tolist()}")
         table, values = table.double(), values.double()
         self.bins = table.shape[0]
         self.layers = nn.ParameterList(_factors(self.bins))
