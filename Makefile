@@ -12,8 +12,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 # .PHONY targets only; the stamps in $(VENV) say what is installed.
-.PHONY: help demo test test-models models-page test-compiled test-instruction-sets test-distributed test-executors test-engines bench lint \
-  format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel docs install-check clean
+.PHONY: help demo test test-models models-page test-compiled test-instruction-sets test-distributed test-executors test-engines test-view \
+  bench lint format types emulate faults soak mutate sanitize cuda-check cuda-report gpu gpu-dry-run gpu-wheel docs install-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -95,6 +95,9 @@ test-executors: $(ENGINE_VENVS)/executors/.made  ## runs on Ray and Dask, with n
 test-engines: $(ENGINE_VENVS)/engines/.made $(ENGINE_VENVS)/avalanche/.made  ## Lightning, transformers' Trainer and Avalanche
 	$(ENGINE_VENVS)/engines/bin/python -m pytest tests/integrations tests/experiments/engine/test_tracking.py tests/docs/test_engines.py
 	$(ENGINE_VENVS)/avalanche/bin/python -m pytest tests/integrations/test_avalanche.py tests/docs/test_engines.py
+test-view: $(VENV)/.test  ## the page of a bank in a browser; needs Chromium (CHROMIUM=path)
+	$(BIN)/python -c "import playwright" 2>/dev/null || $(PIP) playwright
+	$(BIN)/python -m pytest -q -s tests/bank/browser_view.py
 
 bench: $(VENV)/.test  ## the benchmark suite, with its table and plot
 	$(BIN)/metamask bench --out $(OUT)/bench

@@ -185,7 +185,7 @@ else:
 setup(
     packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"], exclude=[f"{PACKAGE}.bench"]), f"{PACKAGE}.bench"],
     package_dir={f"{PACKAGE}.bench": "bench"},
-    package_data={PACKAGE: ["py.typed", "products.json"]},
+    package_data={PACKAGE: ["py.typed", "products.json"], f"{PACKAGE}.bank": ["page.html"]},
     ext_modules=[Extension(f"{PACKAGE}._C", [])] if BACKEND in ("cpu", "cuda") else [],
     cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
 )

@@ -16,9 +16,8 @@ def resident() -> float:
 
 def main(folder: str, outputs: int) -> None:
     before = resident()
-    from metamask_ext.bench.mixed_task import lenet
-
     from metamask_ext import MaskBank, using_task
+    from metamask_ext.bench.mixed_task import lenet
 
     batch = torch.load(Path(folder, "batch.pt"))
     model = lenet(outputs)

@@ -23,6 +23,7 @@ from .meta import checkpoint_memory, compiled_sine_step, fewshot_step, sine_step
 from .mixed_task import inference, mixed_task_linear, packed_forward
 from .models import bert_mini_step, resnet18_step, vit_tiny_step
 from .problem import Problem
+from .serving import served_bank
 from .training import fused_step
 
 BOTH = ("default", "tuned")
@@ -144,6 +145,14 @@ def _tasks() -> list[Case]:
     ]
 
 
+SERVED_TASKS = 2000
+
+
+def _bank() -> list[Case]:
+    sizes = ((SERVED_TASKS, False), (FEW_TASKS, True))
+    return [Case("bank", "served", str(tasks), partial(served_bank, tasks), quick, quantities=True) for tasks, quick in sizes]
+
+
 # Tasks x samples of each to adapt to; ways x tasks x filters x queries of each class.
 SINE, FEWSHOT = (25, 10), (5, 4, 64, 15)
 ADAPT = ("weights", "all")
@@ -216,6 +225,7 @@ SUITES: dict[str, list[Case]] = {
     "cpu": _cpu(),
     "grid": _grid(),
     "tasks": _tasks(),
+    "bank": _bank(),
     "meta": _meta(),
     "cuda": _cuda(),
 }

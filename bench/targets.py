@@ -20,6 +20,7 @@ from .cases import (
     INFERENCE,
     MIXED_TASK,
     PACKED,
+    SERVED_TASKS,
     SINE,
     SMALL,
     TRAINING,
@@ -196,6 +197,18 @@ def _grid() -> list[Target]:
 
 TARGETS: dict[str, list[Target]] = {
     "grid": _grid(),
+    "bank": [
+        Target(title, "served", (str(SERVED_TASKS),), quantity, _default(limit))
+        for title, quantity, limit in (
+            ("opening a bank", "load, ms", 150.0),
+            ("64 tasks that were not used before", "cold batch, ms", 5.0),
+            ("64 tasks that were", "warm batch / merged dense", 2.0),
+            ("using_task", "entering 32 layers, us", 20.0),
+            ("using_task", "entering 200 layers, us", 20.0),
+            ("refresh where nobody has saved", "refresh, ms", 10.0),
+            ("inferring the tasks of 64 samples", "infer_task, s", 0.3),
+        )
+    ],
     "cpu": [
         Target(_FORWARD, "masked_linear-forward", _shapes(FORWARD), "metamask/dense", _both(1.0)),
         Target(_FORWARD, "masked_linear-forward", _shapes(FORWARD), "metamask/dense", _both(1.25), each=True),

@@ -71,6 +71,16 @@ class Store:
         """Name the state of the folder that was opened: the SHA-256 of ``bank.json``. No two saves have the same one."""
         return self._opened.state
 
+    @property
+    def opened(self) -> Index:
+        """The index of that state."""
+        return self._opened
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of ``bank.json`` of that state."""
+        return self._opened.data
+
     def is_stale(self) -> bool:
         """Return whether the folder has been saved into since, or holds no bank any more."""
         try:
@@ -91,6 +101,17 @@ class Store:
         """
         slot = self._slot(name)
         return self._current(lambda index: self._load(self._task(index, slot).file, of=index.shared.sha256))
+
+    def exactly(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of a task as it was when the bank was opened.
+
+        Raises:
+            KeyError: the task is unknown.
+            BankError, FileNotFoundError: its file of that moment is damaged, or gone.
+        """
+        task = self._opened.tasks[self._slot(name)]
+        assert task is not None
+        return self._load(task.file, of=self._opened.shared.sha256)
 
     def entry(self, name: str) -> JsonObject:
         """Return what was saved as the task's ``info``, with ``file`` and ``bytes`` of its file."""

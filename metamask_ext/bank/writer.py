@@ -61,8 +61,10 @@ DTYPES = frozenset(
 )
 """The dtypes that safetensors can hold."""
 
-TaskSource: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, object]] | tuple[Store, str]
-"""A task to save: its tensors and its info, or an opened store and the name under which the task is there."""
+TaskSource: TypeAlias = (
+    tuple[Mapping[str, Tensor], Mapping[str, object]] | tuple[Store, str] | tuple[Store, str, Mapping[str, object]]
+)
+"""A task to save: its tensors and its info, or an opened store and the name of the task there, perhaps with other info."""
 
 Slots: TypeAlias = Sequence[tuple[str, TaskSource] | None]
 """The tasks to save by slot, each with its name; None where one was removed."""
@@ -88,7 +90,8 @@ def save(
         meta: anything that JSON holds; tuples come back as lists.
         shared: the shared weights; any device and layout in memory, tensors may share memory (each is then stored by itself).
         tasks: by slot, None for a removed one: the name, and either tensors and info (a JSON object without the keys ``file`` and
-            ``bytes``), or a reference ``(store, name)`` to an unchanged task of an opened bank. A reference into this folder costs
+            ``bytes``), or a reference ``(store, name)`` to an unchanged task of an opened bank, perhaps with other info
+            ``(store, name, info)``. A reference into this folder costs
             no reading and no writing, unless ``shared`` has changed: a file says which shared weights it belongs to.
         seen: the states of the folder (:attr:`Store.state`) that may be replaced, compared under the lock of the commit: no save of
             others is undone unseen. None: any. A folder without a bank may always be written to.
@@ -207,17 +210,19 @@ class _Writer:
 
     def _task(self, shared: str, name: str, data: TaskSource) -> Task:
         if isinstance(data[0], Store):
-            store, source = data
+            store, source, *other = data
+            info = dict(other[0]) if other else store.info(source)
             if store.directory == self.folder:
                 if self.before is None or store.state != self.before.state:
                     raise BankError(f"{self.folder / INDEX}: was saved again since this bank was opened. Open it again")
                 if shared == store.shared_sha256:
                     kept = store._task(self.before, store._slot(source))
-                    return Task(name, self._kept(kept.file), kept.info)
+                    return Task(name, self._kept(kept.file), info if other else kept.info)
             # Checked again: a file damaged since its first use must not get a new checksum.
             store = Store(store.directory, store._opened)
             tensors: Mapping[str, Tensor] = store.task(source)
-            info = store._task(store._index, store._slot(source)).info
+            if not other:
+                info = store.info(source)
         else:
             tensors, info = data[0], dict(data[1])
             if reserved := sorted({"file", "bytes"} & info.keys()):

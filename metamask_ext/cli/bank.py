@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,12 @@ import typer
 
 from ..bank.export import task_state
 from ..bank.index import BankError
+from ..bank.page import ViewError, page
+from ..bank.statistics import Masks, described
 from ..bank.store import Store
 from ..bank.writer import TaskSource, save, serialise
-from ..files.atomic import write_new
+from ..files.atomic import write_atomic, write_new
+from ..files.errors import OutputError
 from ..nn.names import escape
 from .terminal import fail, show
 
@@ -99,6 +103,48 @@ def verify(directory: Folder) -> None:
         store = Store.open(directory)
         store.verify()
     typer.echo(f"{sum(name is not None for name in store.tasks)} tasks, every file whole")
+
+
+@app.command()
+def inspect(
+    directory: Folder,
+    name: Annotated[str, typer.Argument(metavar="TASK", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+) -> None:
+    """Describe a task: what was recorded of it, the density of each layer, and the tasks that share most weights with it."""
+    with _errors():
+        store = Store.open(directory)
+        _check_known(store, [name])
+        found = described(Masks(store), name)
+    if as_json:
+        typer.echo(json.dumps(found, allow_nan=False))
+        return
+    typer.echo(f"{_printable(name)}: slot {found['slot']}, {found['masks']}, {found['bytes']:,} bytes in {found['file']}")
+    for title, metrics in (("recorded", found["metrics"]), ("before packing", found["metrics_before_packing"])):
+        if metrics:
+            typer.echo(f"{title}: " + ", ".join(f"{_printable(key)} {value:.6g}" for key, value in metrics.items()))
+    for layer in found["layers"]:
+        shape = "x".join(map(str, layer["shape"]))
+        typer.echo(
+            f"layer {layer['layer'] or 'the model'}: {shape}, {100 * layer['density']:.1f} % of {layer['weights']:,} weights on"
+        )
+    for other in found["nearest"]:
+        typer.echo(f"overlap {100 * other['overlap']:.1f} % with {_printable(other['task'])}")
+
+
+@app.command()
+def view(
+    directory: Folder,
+    out: Annotated[Path, typer.Option(help="The HTML file; one that is there is replaced.", show_default=False)],
+) -> None:
+    """Draw the bank as one page for a browser, which needs no network: layers, densities, overlaps, masks, accuracies."""
+    try:
+        with _errors():
+            text = page(directory)
+            write_atomic(out, text.encode())
+    except (ViewError, OutputError) as error:
+        fail(error)
+    typer.echo(f"{out}: {len(text) / 1e6:.1f} MB")
 
 
 @app.command()

@@ -14,7 +14,7 @@ from .given import GivenRows, GivenTasks, run_given
 from .masked_layer import MaskedLayer
 from .per_task import PerTask
 from .read_through import ReadThrough
-from .selection import TaskBatch
+from .selection import MarkedBatch, TaskBatch
 from .task_layer import TaskLayer, task_layers
 from .weight_layer import WeightLayer
 
@@ -40,7 +40,7 @@ def compile(model: M, **options: Any) -> M:
     These break the graph, whatever ``fullgraph`` says, and run as with ``torch.compile(model)``: superpositions, what a
     meta-learner adapts, batches of both packed tasks and others, mixed-task batches in models with layers that run one
     task after another, or with tensors of tasks in modules other than linear heads, layer norms, and batch norms in eval mode,
-    batches that ``using_task`` lets repeat.
+    batches that ``using_task`` lets repeat or whose unknown tasks it marks.
 
     Args:
         model: a module with masked layers. Compile it after they are all there (:func:`metamask_ext.convert`).
@@ -114,6 +114,8 @@ def _rows_of(layer: PerTask, batch: TaskBatch) -> GivenRows:
 
 
 def _tasks_of(layer: MaskedLayer, active: object) -> GivenTasks | _Elsewhere:
+    if isinstance(active, MarkedBatch):
+        return _Elsewhere()
     keys = active.keys if isinstance(active, TaskBatch) else (active,) if isinstance(active, str) else ()
     forms = {layer._task_dict()._is_bits(key) for key in keys}
     repeats = isinstance(active, TaskBatch) and active.repeats

@@ -26,6 +26,8 @@ from .task_dict import TaskDict
 R = TypeVar("R")
 Key = str | Selection
 """The active task's parameter key, or a selection of several."""
+Keys = Mapping[object, Key]
+"""By layer."""
 
 
 class AmbiguousTaskError(RuntimeError):
@@ -62,21 +64,54 @@ LIVE = Live()
 
 
 class Context:
-    """One open block: the active task's key (or a selection of several) for each layer, here and in the blocks around it.
+    """One open block: the active task's key (or a selection of several) for each of its layers, inside other blocks.
 
-    Beside each key stands the backward (-1: none) in which it was set: a key from outside a backward says nothing inside it.
+    Args:
+        find: gives the layers with their keys. It is called once, when a layer first asks: a block is entered as fast over many
+            layers as over one.
+        selects: whether one of the keys is a selection.
+        graph_task: the backward (-1: none) in which the block was opened: its keys say nothing inside another.
+        opener: closes the block.
     """
 
-    __slots__ = ("_counted", "_selects", "depth", "keys", "opener", "outer", "own")
+    __slots__ = ("_counted", "_find", "_selects", "depth", "graph_task", "keys", "opener", "outer")
 
-    def __init__(self, own: Mapping[object, tuple[Key, int]], outer: Context | None, opener: object):
+    def __init__(self, find: Callable[[], Keys], selects: bool, graph_task: int, outer: Context | None, opener: object):
         self._counted = False
-        self.own, self.outer, self.opener = own, outer, opener
+        self._find, self._selects, self.graph_task, self.outer, self.opener = find, selects, graph_task, outer, opener
         self.depth: int = 1 if outer is None else outer.depth + 1
-        self.keys: Mapping[object, tuple[Key, int]] = own if outer is None else {**outer.keys, **own}
-        self._selects = any(not isinstance(key, str) for key, _ in own.values())
-        LIVE.count(1, self._selects)
+        self.keys: Keys | None = None
+        LIVE.count(1, selects)
         self._counted = True
+
+    def found(self) -> Keys:
+        """The layers with their keys."""
+        keys = self.keys
+        if keys is None:
+            keys = self.keys = self._find()
+        return keys
+
+    def of(self, layer: object) -> tuple[Key | None, int]:
+        """The key of a layer, here or in the innermost block around that has one, and the backward in which it was set."""
+        context: Context | None = self
+        while context is not None:
+            keys = context.keys
+            key = (context.found() if keys is None else keys).get(layer)
+            if key is not None:
+                return key, context.graph_task
+            context = context.outer
+        return None, -1
+
+    def all(self) -> dict[object, tuple[Key, int]]:
+        """The same of every layer of this block and those around it."""
+        outer = {} if self.outer is None else self.outer.all()
+        return outer | {layer: (key, self.graph_task) for layer, key in self.found().items()}
+
+    def within(self, outer: Context | None) -> Context:
+        """The same block inside another one."""
+        moved = Context(self._find, self._selects, self.graph_task, outer, self.opener)
+        moved.keys = self.keys
+        return moved
 
     def __del__(self) -> None:
         # Not where a block is closed: a coroutine keeps the context that it began in, a checkpoint that of its forward.
@@ -88,13 +123,12 @@ class Context:
 _current: ContextVar[Context | None] = ContextVar("metamask_ext.active_task", default=None)
 
 
-def open_block(keys: Mapping[nn.Module, Key], opener: object) -> None:
-    """Make ``keys`` active for their layers in this thread or coroutine, until ``opener`` closes its block."""
+def open_block(find: Callable[[], Keys], selects: bool, opener: object) -> None:
+    """Make the keys that ``find`` gives active for their layers in this thread or coroutine, until ``opener`` closes its block."""
     if torch.compiler.is_dynamo_compiling():
-        _open_in_eager(keys, opener)
+        _open_in_eager(find, selects, opener)
         return
-    now = current_graph_task()
-    _current.set(Context({layer: (key, now) for layer, key in keys.items()}, _current.get(), opener))
+    _current.set(Context(find, selects, current_graph_task(), _current.get(), opener))
 
 
 def close_block(opener: object) -> None:
@@ -123,10 +157,11 @@ def blocks_closed_on_error() -> Iterator[None]:
 _open_in_eager, _close_in_eager = disable_dynamo(open_block), disable_dynamo(close_block)
 
 
-def run_selected(layers: Iterable[nn.Module], selection: Selection, function: Callable[..., R], *arguments: object) -> R:
-    """``function(*arguments)`` with ``selection`` active for ``layers``: a block without the search for the layers."""
+def run_selected(layers: Iterable[nn.Module], key: Key, function: Callable[..., R], *arguments: object) -> R:
+    """``function(*arguments)`` with a task or a selection active for ``layers``: a block without the search for the layers."""
     opener = object()
-    open_block(dict.fromkeys(layers, selection), opener)
+    keys: Keys = dict.fromkeys(layers, key)
+    open_block(lambda: keys, not isinstance(key, str), opener)
     try:
         return function(*arguments)
     finally:
@@ -138,8 +173,8 @@ def selection_of(module: nn.Module) -> Selection | None:
     context = _current.get()
     if context is None:
         return None
-    found, graph_task = context.keys.get(module, ("", -1))
-    return None if isinstance(found, str) or graph_task != current_graph_task() else found
+    found, graph_task = context.of(module)
+    return None if found is None or isinstance(found, str) or graph_task != current_graph_task() else found
 
 
 def _without(context: Context | None, opener: object) -> Context | None:
@@ -148,7 +183,7 @@ def _without(context: Context | None, opener: object) -> Context | None:
         raise RuntimeError("a using_task block must be closed in the thread or coroutine in which it was opened")
     if context.opener is opener:
         return context.outer
-    return Context(context.own, _without(context.outer, opener), context.opener)
+    return context.within(_without(context.outer, opener))
 
 
 def active_key(layer: Owner) -> Key:
@@ -157,7 +192,7 @@ def active_key(layer: Owner) -> Key:
     AmbiguousTaskError if there is none to be trusted.
     """
     context = _current.get()
-    key, graph_task = (None, -1) if context is None else context.keys.get(layer, (None, -1))
+    key, graph_task = (None, -1) if context is None else context.of(layer)
     if key is not None and graph_task != current_graph_task():
         raise AmbiguousTaskError(
             f"{type(layer).__name__} was called during a backward, where the task of its first forward is not known. Use "
@@ -186,14 +221,14 @@ def only_key(layer: Owner, only: str) -> Key:
     context = _current.get()
     key: Key = only
     if context is not None:
-        found, graph_task = context.keys.get(layer, (only, -1))
-        if not isinstance(found, str):
+        found, graph_task = context.of(layer)
+        if found is not None and not isinstance(found, str):
             if not found.key_set <= {only}:
                 _raise_removed(layer)
             # In a backward the samples may be other ones.
             if graph_task == current_graph_task():
                 key = found
-        elif found != only:
+        elif found is not None and found != only:
             _raise_removed(layer)
     # By the recomputation the layer may have other tasks.
     if frames := enclosing_checkpoints():
@@ -212,8 +247,8 @@ def is_active(layers: Iterable[nn.Module], task: str) -> bool:
     if context is None:
         return False
     key = escape(task)
-    found = [context.keys[layer][0] for layer in layers if layer in context.keys]
-    return any(key == active if isinstance(active, str) else key in active.key_set for active in found)
+    found = [context.of(layer)[0] for layer in layers]
+    return any(key == active if isinstance(active, str) else key in active.key_set for active in found if active is not None)
 
 
 def _recomputations(frames: Iterable[CheckpointFrame]) -> Iterator[_Recomputation]:
@@ -240,17 +275,20 @@ class _Recomputation:
         self.graph_task = -1
 
     def remember(self, context: Context | None, graph_task: int) -> None:
-        self.contexts = [_common(self.contexts[0], context) if self.contexts else context]
+        common = _common(self.contexts[0], context) if self.contexts else context
+        if common is not None and (not self.contexts or common is not self.contexts[0]):
+            common.all()  # finds the layers now: the model may change until the backward
+        self.contexts = [common]
         self.graph_task = graph_task
 
     def __call__(self, *arguments: object) -> object:
-        now = current_graph_task()
-        own = {layer: (key, now) for layer, key in self.keys.items()}
+        own: dict[object, Key] = dict(self.keys)
         for context in self.contexts:
-            # What could be trusted at the forward can be trusted now.
             if context is not None:
-                own |= {layer: (key, now) for layer, (key, then) in context.keys.items() if then == self.graph_task}
-        token = _current.set(Context(own, None, None))
+                # What could be trusted at the forward can be trusted now.
+                own |= {layer: key for layer, (key, then) in context.all().items() if then == self.graph_task}
+        selects = any(not isinstance(key, str) for key in own.values())
+        token = _current.set(Context(lambda: own, selects, current_graph_task(), None, None))
         try:
             return self.function(*arguments)
         finally:

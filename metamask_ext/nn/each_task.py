@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..torch_private import tree_flatten, tree_unflatten
-from .selection import TaskBatch
-from .task_layer import task_layers
-from .using_task import using_task
+from .context import run_selected
+from .known import layers_of
+from .selection import MarkedBatch, TaskBatch
 
 Place = int | str
 """An argument of a call, by position or by name."""
@@ -50,6 +51,26 @@ class Call:
                 found[same] = _samples_of(tensor, dim, rows, samples)
             holder[place] = found[same]
         return inputs, options
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the samples."""
+        first = next(iter(self._dims))
+        holder: Any = self.inputs if isinstance(first, int) else self.options
+        device: torch.device = holder[first].device
+        return device
+
+    def part(self, samples: Tensor) -> Call:
+        """The same call with these samples alone."""
+        inputs, options = self.of(samples)
+        return Call(inputs, options, self._dims, self._output_dims, self._rows)
+
+    def marked(self, module: nn.Module, output: Any, batch: MarkedBatch) -> Any:
+        """What the call for the samples that have a task returned, with NaN for all others."""
+        leaves, form = tree_flatten(output)
+        dims = [self._output_dims] * len(leaves) if isinstance(self._output_dims, int) else self._output_dims
+        marked = [batch.marked(module, leaf, dim) if isinstance(leaf, Tensor) else leaf for leaf, dim in zip(leaves, dims)]
+        return tree_unflatten(marked, form)
 
     def joined(self, module: nn.Module, outputs: Sequence[Any], groups: Sequence[Tensor], back: Tensor) -> Any:
         """Put together the outputs for ``groups`` of samples, in the batch's order. RuntimeError for outputs without samples."""
@@ -90,17 +111,17 @@ def _joined(module: nn.Module, values: Sequence[Any], dim: int, groups: Sequence
 
 def run_each_task(module: nn.Module, batch: TaskBatch, call: Call, function: Callable[..., Any]) -> Any:
     """``function`` of the samples of each task by themselves, in the block of that task, put together in the batch's order."""
+    layers = layers_of(module)
+    if isinstance(batch, MarkedBatch):
+        known = call.part(batch.rows(call.device))
+        return call.marked(module, run_each_task(module, batch.known, known, function), batch)
     # Of no sample: any task gives the shape.
-    names = batch.names or [next(iter(task_layers(module)[0][1]._task_dict()))]
-    if len(names) == 1:
-        with using_task(module, names[0]):
-            return function(*call.inputs, **call.options)
-    first = next(iter(call._dims))
-    holder: Any = call.inputs if isinstance(first, int) else call.options
-    groups, back = batch.groups(holder[first].device)
+    keys = batch.keys or [next(iter(layers[0]._task_dict()._slots))]
+    if len(keys) == 1:
+        return run_selected(layers, keys[0], partial(function, *call.inputs, **call.options))
+    groups, back = batch.groups(call.device)
     parts = []
-    for name, samples in zip(names, groups, strict=True):
+    for key, samples in zip(keys, groups, strict=True):
         inputs, options = call.of(samples)
-        with using_task(module, name):
-            parts.append(function(*inputs, **options))
+        parts.append(run_selected(layers, key, partial(function, *inputs, **options)))
     return call.joined(module, parts, groups, back)

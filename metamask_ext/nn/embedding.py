@@ -91,7 +91,7 @@ class MaskedEmbedding(GroupedLayer, nn.Embedding):
 
     def _divided(self, batch: TaskBatch, *inputs: Any, **options: Any) -> tuple[TaskBatch, Call]:
         input = self._only_tensor(*inputs, **options)
-        if len(batch.keys) > 1:
+        if batch.differs:
             if input.dim() == 1 and not batch.stated:
                 raise RuntimeError(
                     f"{type(self).__name__} was called with {len(input)} indices in a mixed-task batch: they may be positions, "

@@ -11,7 +11,7 @@ from ..torch_private import in_transform
 from .each_task import Call, Place
 from .grouped import GroupedLayer
 from .read_through import ReadThrough, reads_kept
-from .selection import GivenMasks, TaskBatch
+from .selection import GivenMasks, MarkedBatch, TaskBatch
 
 _TYPES: dict[type[nn.Module], type[OwnForward]] = {}
 """By the class of a plain module that of the masked one."""
@@ -45,6 +45,8 @@ class OwnForward(ReadThrough, GroupedLayer):
         places: dict[Place, Any] = dict(enumerate(inputs))
         places.update(options)
         dims = {place: 0 for place, value in places.items() if isinstance(value, Tensor)}
+        if isinstance(batch, MarkedBatch) and dims:
+            batch = batch.fitting(self, places[next(iter(dims))], 0)
         sizes = {tuple(places[place].shape[:1]) for place in dims}
         if sizes != {(batch.size,)}:
             raise RuntimeError(
@@ -99,7 +101,7 @@ class OwnAttention(OwnForward):
     ) -> tuple[TaskBatch, Call]:
         batch_first: bool = self.batch_first
         dim = 0 if batch_first else 1
-        if batch.dim != dim and len(batch.keys) > 1:
+        if batch.dim != dim and batch.differs:
             raise RuntimeError(
                 f"{type(self).__name__} has batch_first={batch_first} and attends along dimension {1 - dim} of its input: the "
                 f"samples of a mixed-task batch must lie along dimension {dim}, and using_task was given batch_dim={batch.dim}"

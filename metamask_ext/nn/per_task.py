@@ -24,7 +24,7 @@ from .names import DEFAULT_TASK
 from .pairing import Memo, NamedModules
 from .ranks import groups_of, of_first, placed_as
 from .rows import formula_of
-from .selection import GivenMasks, Selection, Superposition, TaskBatch, along, check_samples
+from .selection import GivenMasks, MarkedBatch, Selection, Superposition, TaskBatch, along, check_samples
 from .task_dict import TaskDict
 from .task_layer import Init, StateDict, TaskLayer
 from .using_task import using_task
@@ -187,8 +187,12 @@ class PerTask(TaskLayer):
     def _forward_selected(self, input: Tensor, active: Selection) -> Output:
         if isinstance(active, TaskBatch):
             sample_dim = self._sample_dim(input)
-            batch = active.fitting(self, input, sample_dim if active.dim else min(sample_dim, max(0, input.dim() - 1)))
-            return self._forward_batch(input, batch)
+            sample_dim = sample_dim if active.dim else min(sample_dim, max(0, input.dim() - 1))
+            if isinstance(active, MarkedBatch) and not active.keys and isinstance(self, BatchNorm):
+                self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's
+                active.fitting(self, input, sample_dim)
+                return torch.full_like(input, torch.nan)  # torch's trains on no batch without a sample
+            return active.run(self, input, sample_dim, self._forward_batch)
         if isinstance(active, GivenMasks) and isinstance(self, BatchNorm):
             return active.normalise(self, input)
         if isinstance(active, Superposition) and self.training and self._has_buffers():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.gate import compute_dtype
 from ..torch_private import BatchNorm
-from .names import escape
+from .names import escape_all
 
 
 class Selection:
@@ -18,7 +19,7 @@ class Selection:
 
     def __init__(self, names: Iterable[str]):
         self.names = tuple(names)
-        self.keys = tuple(escape(name) for name in self.names)
+        self.keys = escape_all(self.names)
         self.key_set = frozenset(self.keys)
 
 
@@ -42,12 +43,9 @@ class TaskBatch(Selection):
     """The batch with every sample repeated, where inputs may have that too."""
 
     def __init__(self, names: Sequence[str]):
-        index: dict[str, int] = {}
-        positions = [index.setdefault(name, len(index)) for name in names]
-        super().__init__(index)
-        self.size = len(positions)
-        with torch.inference_mode(False):  # a block may be entered again, to train
-            self._positions = torch.tensor(positions, dtype=torch.int64)
+        super().__init__(dict.fromkeys(names))
+        self.size = len(names)
+        self._of_samples: Sequence[str | None] = names
         self._on_device: dict[torch.device, Tensor] = {}
         self._groups: dict[torch.device, tuple[list[Tensor], Tensor]] = {}
         self._splits: dict[tuple[torch.device, tuple[bool, ...]], list[Tensor]] = {}
@@ -68,16 +66,23 @@ class TaskBatch(Selection):
         if times == 1:
             return self
         view = copy.copy(self)
-        view._copies = TaskBatch([name for position in self._positions.tolist() for name in [self.names[position]] * times])
+        make: Callable[[Sequence[str | None]], TaskBatch] = type(self)
+        view._copies = make([name for name in self._of_samples for _ in range(times)])
         return view
 
     def positions(self, device: torch.device) -> Tensor:
         """int64 ``[B]``: for each sample the position of its task in ``names``."""
         found = self._on_device.get(device)
         if found is None:
-            with torch.inference_mode(False):
-                found = self._on_device[device] = self._positions.to(device)
+            places: dict[str | None, int] = {name: index for index, name in enumerate(self.names)}
+            with torch.inference_mode(False):  # a block may be entered again, to train
+                positions = torch.tensor([places[name] for name in self._of_samples], dtype=torch.int64)
+                found = self._on_device[device] = positions.to(device)
         return found
+
+    @property
+    def _positions(self) -> Tensor:
+        return self.positions(torch.device("cpu"))
 
     def split(self, first: tuple[bool, ...], device: torch.device) -> list[Tensor]:
         """The rows of the tasks that ``first`` marks with positions among those, the same of the others, and the way back."""
@@ -112,8 +117,86 @@ class TaskBatch(Selection):
         copies = self._copies
         if copies is not None and input.dim() > sample_dim + self.dim and input.shape[self.dim] == copies.size != self.size:
             return copies.along(self.dim, self.guessed).fitting(layer, input, sample_dim)
-        check_samples(layer, input, sample_dim, self.size, self.dim, self.guessed and len(self.keys) > 1)
+        check_samples(layer, input, sample_dim, self.size, self.dim, self.guessed and self.differs)
         return self
+
+    @property
+    def differs(self) -> bool:
+        """Whether not all samples are computed alike: it then counts which dimension is theirs."""
+        return len(self.keys) > 1
+
+    def run(self, layer: nn.Module, input: Tensor, sample_dim: int, function: Callable[[Tensor, TaskBatch], Any]) -> Any:
+        """``function`` of ``input`` and of the batch that fits it."""
+        return function(input, self.fitting(layer, input, sample_dim))
+
+
+class MarkedBatch(TaskBatch):
+    """A mixed-task batch in which some samples, or all, name no task: they are not computed, and their outputs are NaN.
+
+    Args:
+        names: a task for each sample, or None. None: no sample has a task, however many come.
+    """
+
+    def __init__(self, names: Sequence[str | None] | None):
+        known = [] if names is None else [name for name in names if name is not None]
+        super().__init__(known)
+        self.known = TaskBatch(known)
+        """The batch of the other samples."""
+        self._any_size = names is None
+        self._of_samples = names or ()
+        self.size = len(self._of_samples)
+        self._rows_of_known = [row for row, name in enumerate(names or ()) if name is not None]
+
+    def along(self, dim: int, guessed: bool = False, stated: bool = False) -> MarkedBatch:
+        view = super().along(dim, guessed, stated)
+        assert isinstance(view, MarkedBatch)
+        view.known = self.known.along(dim, stated=view.stated)  # what is guessed is checked where all samples are there
+        return view
+
+    @property
+    def differs(self) -> bool:
+        return not self._any_size
+
+    def rows(self, device: torch.device) -> Tensor:
+        """int64: the positions of the samples that have a task."""
+        return torch.tensor(self._rows_of_known, dtype=torch.int64, device=device)
+
+    def repeated(self, times: int) -> TaskBatch:
+        return self if self._any_size else super().repeated(times)
+
+    def fitting(self, layer: nn.Module, input: Tensor, sample_dim: int) -> TaskBatch:
+        if not self._any_size:
+            return super().fitting(layer, input, sample_dim)
+        dim = self.dim if input.dim() > sample_dim + self.dim else 0
+        return MarkedBatch([None] * (input.shape[dim] if input.dim() > sample_dim + dim else 1)).along(dim, stated=self.stated)
+
+    def run(self, layer: nn.Module, input: Tensor, sample_dim: int, function: Callable[[Tensor, TaskBatch], Any]) -> Any:
+        """``function`` of the samples that have a task, in their places among NaN."""
+        batch = self.fitting(layer, input, sample_dim)
+        if batch is not self:
+            assert isinstance(batch, MarkedBatch)
+            return batch._run(layer, input, sample_dim, function)
+        return self._run(layer, input, sample_dim, function)
+
+    def _run(self, layer: nn.Module, input: Tensor, sample_dim: int, function: Callable[[Tensor, TaskBatch], Any]) -> Any:
+        batched, dim = input.dim() > sample_dim + self.dim, self.dim
+        samples = input if batched else input.unsqueeze(dim)
+        output = function(samples.index_select(dim, self.rows(input.device)), self.known)
+        marked = self.marked(layer, output, dim)
+        return marked if batched else marked.squeeze(dim)
+
+    def marked(self, layer: nn.Module, output: object, dim: int) -> Tensor:
+        """``output`` of the samples that have a task, along ``dim``, in their places among NaN. RuntimeError if it is no such."""
+        rows = self._rows_of_known
+        if not isinstance(output, Tensor) or not (output.is_floating_point() or output.is_complex()):
+            got = output.dtype if isinstance(output, Tensor) else type(output).__name__
+            raise RuntimeError(f"{type(layer).__name__} must give a floating-point tensor, for unknown='mark' NaN, got {got}")
+        if output.dim() <= dim or output.shape[dim] != len(rows):
+            raise RuntimeError(
+                f"{type(layer).__name__} gave shape {list(output.shape)} for {len(rows)} samples: unknown='mark' needs one of each"
+            )
+        shape = [*output.shape[:dim], self.size, *output.shape[dim + 1 :]]
+        return output.new_full(shape, torch.nan).index_copy(dim, self.rows(output.device), output)
 
 
 def along(dim: int, function: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.fx import GraphModule
 
+from .known import modules_of
 from .names import describe
 from .paths import plain_modules
 from .selection import TaskBatch
@@ -22,7 +23,7 @@ def batch_first_layers(model: nn.Module) -> dict[nn.Module, bool | None]:
 
     A graph of torch.fx may have had some: it keeps the layers, and not the modules around them.
     """
-    if not any(_batch_first(module) is False or isinstance(module, GraphModule) for module in model.modules()):
+    if not any(_batch_first(module) is False or isinstance(module, GraphModule) for module in modules_of(model)):
         return {}
     found: dict[nn.Module, bool | None] = {}
     for layer, is_first in _below(model, True, set()):
@@ -40,7 +41,7 @@ def batch_views(model: nn.Module, batch: TaskBatch) -> dict[nn.Module, TaskBatch
         ValueError: a layer is below such a module and elsewhere too.
     """
     layers = batch_first_layers(model)
-    if len(batch.keys) > 1 and None in layers.values():
+    if batch.differs and None in layers.values():
         both = [name for name, module in plain_modules(model) if layers.get(module, True) is None]
         raise ValueError(
             f"batch_dim must be 0 or 1, got None: the model uses layers below a module with batch_first=False and elsewhere, "

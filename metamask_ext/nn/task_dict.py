@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +18,7 @@ from .wrappers import check_entry, check_not_sharded
 
 
 class Changes:
-    """Counts the changes of all TaskDicts: while the count stands still, no model has got or lost a parameter of a task."""
+    """Counts changes anywhere in the process."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -30,6 +30,7 @@ class Changes:
 
 
 CHANGES = Changes()
+"""Those of all TaskDicts: while the count stands still, no model has got or lost a task, or a parameter of one."""
 
 
 class TaskDict(nn.ParameterDict):
@@ -55,6 +56,8 @@ class TaskDict(nn.ParameterDict):
         self._fetch: Callable[[str], Tensor] | None = None
         self._waiting: dict[str, None] = {}
         """The names of tasks that are still to be fetched."""
+        self._used: Callable[[Collection[str]], None] | None = None
+        """Is told the keys of the tasks of each block, once it is used."""
 
     def _key_to_attr(self, key: str) -> str:
         return escape(key)
@@ -196,6 +199,28 @@ class TaskDict(nn.ParameterDict):
         if not self._waiting:
             self._fetch = None  # a model that waits for no file can be pickled
 
+    def _expect(self, name: str, slot: int | None, fetch: Callable[[str], Tensor]) -> None:
+        """Have a task, new in this slot or (None) one that is there, whose tensor ``fetch(name)`` gives. Repeatable."""
+        key = escape(name)
+        self._fetch = fetch
+        self._waiting[name] = None
+        self._parameters.pop(key, None)
+        self._buffers.pop(key, None)
+        if slot is not None:
+            self._names += [None] * (slot + 1 - len(self._names))
+            self._names[slot] = name
+            self._slots[key] = slot
+            self._keys[name] = None
+        self._count()
+        CHANGES.note()
+
+    def _leave(self, name: str, fetch: Callable[[str], Tensor]) -> None:
+        """Let go of a task's buffer; ``fetch(name)`` gives it again."""
+        # First: interrupted in between, the task is there or can be fetched.
+        self._fetch = fetch
+        self._waiting[name] = None
+        self._buffers.pop(escape(name), None)
+
     def _fetch_all(self) -> None:
         for name in list(self._waiting):
             self._fetch_now(escape(name))
@@ -213,10 +238,10 @@ class TaskDict(nn.ParameterDict):
         return noted_tensors(self, memo, modules) if is_noted() else modules
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> TaskDict:
-        # What is still to be fetched would come on the device and in the dtype of before.
-        self._fetch_all()
         apply: Callable[..., object] = super()._apply
-        with torch.inference_mode(False):
+        with structure(), torch.inference_mode(False):  # no task leaves memory meanwhile
+            # What is still to be fetched would come on the device and in the dtype of before.
+            self._fetch_all()
             apply(function, recurse)
         CHANGES.note()  # torch may be told to replace parameters here
         return self
@@ -227,8 +252,8 @@ class TaskDict(nn.ParameterDict):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
-        self._fetch_all()
-        with structure():  # another thread may add a task meanwhile
+        with structure():  # another thread may add a task meanwhile, or let one leave memory
+            self._fetch_all()
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _renumber(self, names: Sequence[str | None]) -> None:
@@ -238,6 +263,7 @@ class TaskDict(nn.ParameterDict):
             self._names = [*names, *[None] * (len(self._names) - len(names))]
             self._slots = {escape(name): slot for name, slot in slots.items()}
             self._keys = dict.fromkeys(slots)
+            CHANGES.note()
 
     def extra_repr(self) -> str:
         return f"{len(self)} tasks: {describe(self)}"

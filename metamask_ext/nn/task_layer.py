@@ -16,7 +16,7 @@ from .names import check_name, describe, escape, unescape
 from .pairing import Memo, NamedModules, is_noted, noted_layer
 from .paths import plain_path
 from .replicas import as_replica
-from .selection import GivenMasks, ObservedSuperposition, Superposition, TaskBatch
+from .selection import GivenMasks, MarkedBatch, ObservedSuperposition, Superposition, TaskBatch
 from .task_dict import TaskDict
 from .wrappers import may_have_missed
 
@@ -252,7 +252,7 @@ class TaskLayer(nn.Module):
 def _selected_of_replica(name: str, selected: Key | AmbiguousTaskError) -> Key:
     if isinstance(selected, AmbiguousTaskError):
         raise selected
-    if isinstance(selected, TaskBatch) and len(selected.keys) == 1:
+    if isinstance(selected, TaskBatch) and len(selected.keys) == 1 and not isinstance(selected, MarkedBatch):
         return selected.keys[0]
     if isinstance(selected, (GivenMasks, ObservedSuperposition)) or not isinstance(selected, (str, Superposition)):
         raise RuntimeError(

@@ -122,7 +122,7 @@ def _add_task(model: nn.Module, name: str, init: str | Mapping[str, float]) -> N
         bad = first_true([nan_flag(tensor) for _, tensor in checked])
         if bad is not None:
             raise ValueError(f"init gives NaN for task {name!r} in layer {checked[bad][0]!r}: it combines NaN, or +inf with -inf")
-    _put_in(name, [(tensors, tensor) for _, tensors, tensor in new], shards)
+    put_in(name, [(tensors, tensor) for _, tensors, tensor in new], shards)
     if name in partial:
         _pack_beside_bits([layer for _, layer in layers], name)
 
@@ -138,7 +138,7 @@ def draw_again(model: nn.Module, name: str) -> None:
                 tensors[name].copy_(placed_as(of_first(tensor, groups), tensors[name]))
 
 
-def _put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]], shards: Shards | None) -> None:
+def put_in(name: str, new: Sequence[tuple[TaskDict, Tensor]], shards: Shards | None = None) -> None:
     """Give each TaskDict its tensor of a new task, or none of them where that is interrupted."""
     lengths = {tensors: len(tensors._names) for tensors, _ in new}
     if shards is not None:

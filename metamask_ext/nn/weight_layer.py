@@ -85,7 +85,10 @@ class WeightLayer(MaskedLayer):
         return active.observe(self, input, output) if self.is_matrix and isinstance(active, ObservedSuperposition) else output
 
     def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Tensor:
-        batch = batch.fitting(self, input, self.sample_dim)
+        output: Tensor = batch.run(self, input, self.sample_dim, self._forward_known)
+        return output
+
+    def _forward_known(self, input: Tensor, batch: TaskBatch) -> Tensor:
         keys = batch.keys
         if len(keys) == 1:
             return self._one_task(input, keys[0])

@@ -33,6 +33,15 @@ def test_life_of_a_task():
     assert left["own"].tasks == ["default", "b"] and set(left["own"].per_task) >= {"4.weight", "4.bias", "1.running_mean"}
 
 
+def test_a_bank_in_production():
+    left, blocks = _run_blocks("docs/guide/bank.md", {})
+    assert blocks == 5
+    bank, loaded = left["bank"], left["loaded"]
+    assert min(bank.metrics(task)["accuracy"] for task in left["labels"]) > 0.5  # four classes
+    assert loaded.tasks == ["default", *left["labels"]] and loaded.is_packed("task-0")
+    assert left["sixteen"].model[2].masks["of float32"].dtype == torch.uint8
+
+
 def test_compile():
     left, blocks = _run_blocks("docs/guide/compile.md", {})
     assert blocks == 2

@@ -108,6 +108,6 @@ def test_an_interrupted_block_never_hides_a_selection_from_compiled_layers():
 
 def test_a_context_may_be_collected_where_its_count_is_changed():
 
-    context = Context({}, None, object())
+    context = Context(dict, False, -1, None, object())
     with LIVE._lock:
         del context  # would wait for ever for a lock that this thread holds
