@@ -156,7 +156,7 @@ def _bank() -> list[Case]:
 # Tasks x samples of each to adapt to; ways x tasks x filters x queries of each class.
 SINE, FEWSHOT = (25, 10), (5, 4, 64, 15)
 ADAPT = ("weights", "all")
-"""What is adapted where it is not the masks."""
+"""Names what is adapted, where it is not the masks."""
 
 
 def _meta() -> list[Case]:

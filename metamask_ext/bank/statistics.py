@@ -1,4 +1,4 @@
-"""What can be said of the masks of a bank's folder: densities, overlaps, weights used by k tasks, pictures of masks."""
+"""Statistics of the masks of a bank's folder: densities, overlaps, weights used by k tasks, pictures of masks."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _threshold(settings: LayerSettings) -> float:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is shown of a bank.
+    """The numbers that are shown of a bank.
 
     Attributes:
         density: ``[tasks, layers]``, the share of weights that are on.

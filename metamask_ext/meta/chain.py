@@ -33,7 +33,7 @@ _BY_ROW: frozenset[type[nn.Module]] = frozenset(
 LINEAR = (MaskedLinear, nn.Linear)
 
 Positions = Mapping[tuple[nn.Module, str], int]
-"""Where among the adapted tensors those of a linear layer are: ``weight`` and ``bias``, and of a masked one ``masks`` and
+"""The places among the adapted tensors of those of a linear layer: ``weight`` and ``bias``, and of a masked one ``masks`` and
 ``bias_masks``."""
 
 

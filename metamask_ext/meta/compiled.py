@@ -25,7 +25,7 @@ from .samples import Checked, LossFunction, Samples, check_same_tasks, checked, 
 
 
 class MetaLearner(Protocol):
-    """What a graph needs of a :class:`metamask_ext.meta.MAML`."""
+    """The part that a graph needs of a :class:`metamask_ext.meta.MAML`."""
 
     inner_lr: nn.Parameter | float
     inner_steps: int
@@ -35,10 +35,10 @@ class MetaLearner(Protocol):
 
 
 Given = Any
-"""What a layer is given inside a graph: logits, GivenTasks, tensors by name, or GivenNorm."""
+"""The tensors that a layer is given inside a graph: logits, GivenTasks, tensors by name, or GivenNorm."""
 
 KEPT_CHECKS = 64
-"""How many kinds of calls are remembered as checked."""
+"""The most kinds of calls that are remembered as checked."""
 
 
 class MetaLossGraph:
@@ -143,7 +143,7 @@ def _of_task(arguments: PyTree, task: int) -> PyTree:
 
 
 class GivenLayers:
-    """What the layers of an adapted model are given in a graph: what is adapted, and the tensors of its start that are not."""
+    """The tensors that the layers of an adapted model are given in a graph: what is adapted, and the tensors of its start that are not."""
 
     def __init__(self, adapted: AdaptedModel):
         self._adapted, self._model = adapted, adapted.model

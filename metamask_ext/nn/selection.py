@@ -122,7 +122,7 @@ class TaskBatch(Selection):
 
     @property
     def differs(self) -> bool:
-        """Whether not all samples are computed alike: it then counts which dimension is theirs."""
+        """True if not all samples are computed alike: it then counts which dimension is theirs."""
         return len(self.keys) > 1
 
     def run(self, layer: nn.Module, input: Tensor, sample_dim: int, function: Callable[[Tensor, TaskBatch], Any]) -> Any:

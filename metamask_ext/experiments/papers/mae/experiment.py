@@ -224,7 +224,7 @@ def _conditions(settings: Settings) -> list[tuple[str, int, str]]:
 
 
 def _jobs(seed: int, place: Path, settings: Settings) -> dict[Key, Job]:
-    """What is computed when the encoders are pretrained."""
+    """The jobs that follow the pretraining of the encoders."""
     jobs: dict[Key, Job] = {}
     for name, count, task in _conditions(settings):
         for method in ("fine-tuned", "scratch") if not task else ("fine-tuned",):

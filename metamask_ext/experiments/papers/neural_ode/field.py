@@ -38,7 +38,7 @@ class TaskField(nn.Module):
             return self.net(y)
 
     def adjoint_parameters(self) -> tuple[Tensor, ...]:
-        """What the adjoint method is to give gradients to: W, and the masks of the tasks of this field.
+        """The tensors that the adjoint method gives gradients to: W, and the masks of the tasks of this field.
 
         By default it takes *all* parameters of the module: the masks of other tasks would get gradients of zero, not None, by
         which the momentum of an optimiser moves them, and the solver would carry them along.
