@@ -16,8 +16,9 @@ def resident() -> float:
 
 def main(folder: str, outputs: int) -> None:
     before = resident()
-    from metamask_ext import MaskBank, using_task
     from metamask_ext.bench.mixed_task import lenet
+
+    from metamask_ext import MaskBank, using_task
 
     batch = torch.load(Path(folder, "batch.pt"))
     model = lenet(outputs)

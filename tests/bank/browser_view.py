@@ -7,12 +7,12 @@ import shutil
 import time
 
 import pytest
+from metamask_ext.bench.bank import make_bank
 from playwright.sync_api import sync_playwright
 from torch import nn
 
 from metamask_ext import MaskBank
 from metamask_ext.bank.page import page
-from metamask_ext.bench.bank import make_bank
 from metamask_ext.nn import MaskedLinear
 
 

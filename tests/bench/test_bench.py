@@ -13,7 +13,6 @@ from functools import partial
 
 import pytest
 import torch
-
 from metamask_ext.bench import bank, layers, measure, report, results_json, run, tables, targets
 from metamask_ext.bench import plot as plots
 from metamask_ext.bench.cases import SUITES, Case

@@ -9,12 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
-from support.gpu import needs_gpu
-
 from metamask_ext.bench import cuda_case, cuda_tables, machine, report, run, tables, targets
 from metamask_ext.bench.cases import SUITES
 from metamask_ext.bench.cuda_timing import Cpu, Gpu, copies
+from rich.console import Console
+from support.gpu import needs_gpu
 
 # The sizes of each measure in place of the suite's.
 SIZES = {

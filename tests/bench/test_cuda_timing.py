@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.gpu import needs_gpu
-
 from metamask_ext.bench import cuda_timing
 from metamask_ext.bench.cuda_timing import Cpu, Gpu, Synchronises, copies, time_all
+from support.gpu import needs_gpu
 
 
 class Counter(Cpu):

@@ -10,8 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
-
 from metamask_ext.bench import (
     floors,
     grid,
@@ -28,6 +26,7 @@ from metamask_ext.bench import (
     targets,
 )
 from metamask_ext.bench.cases import SUITES
+from rich.console import Console
 
 CASES = {case.id: case for case in SUITES["grid"]}
 MACHINE = {

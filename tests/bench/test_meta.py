@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from metamask_ext.bench import measure, meta, run
 from metamask_ext.bench.cases import SUITES
 

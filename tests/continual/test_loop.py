@@ -181,7 +181,7 @@ def test_using_refuses_a_task_that_was_not_seen():
     [
         ({"order": ["a", "z"]}, "order must name tasks of the loop, 'a', got 'z'"),
         ({"optimizer": "lion"}, "optimizer must be 'sgd' or 'adam', got 'lion'"),
-        ({"optimizer": "adam", "momentum": 0.9}, "momentum=0.9 with optimizer='adam'"),
+        ({"optimizer": "adam", "momentum": 0.9}, "momentum must be 0 with optimizer='adam', got 0.9"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"tensorboard": True}, "tensorboard=True needs out"),

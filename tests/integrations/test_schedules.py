@@ -32,7 +32,7 @@ def test_schedules(tasks, names, chosen):
     [
         ([], "epoch", ValueError, "tasks must name at least one task"),
         ("", "epoch", ValueError, "task name"),
-        (["a", 3], "epoch", TypeError, "a task name must be a string, got int"),
+        (["a", 3], "epoch", TypeError, "task name must be a string, got int"),
         (3, "epoch", TypeError, "tasks must be a name, a sequence of names, a mapping from number to name or a function, got int"),
         (b"ab", "epoch", TypeError, "got bytes"),
         ({1: "a"}, "epoch", ValueError, r"tasks must name the task of 0, got a mapping from \[1\]"),
@@ -46,7 +46,7 @@ def test_schedules(tasks, names, chosen):
 def test_refused_schedules(tasks, every, error, message):
     with pytest.raises(error, match=message):
         TaskSchedule(tasks, every)
-    with pytest.raises(TypeError, match="a task name must be a string"):
+    with pytest.raises(TypeError, match="task name must be a string"):
         TaskSchedule(lambda number: None).task(0)
 
 

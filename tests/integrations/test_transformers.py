@@ -178,7 +178,7 @@ def test_no_block_is_left_open_by_an_error(tmp_path):
         ({}, ValueError, "either tasks or task_column must be given, got tasks=None and task_column=None"),
         ({"tasks": "a", "task_column": "task"}, ValueError, "either tasks or task_column must be given"),
         ({"tasks": []}, ValueError, "tasks must name at least one task"),
-        ({"tasks": "a", "evaluate": 3}, TypeError, "a task name must be a string, got int"),
+        ({"tasks": "a", "evaluate": 3}, TypeError, "task name must be a string, got int"),
         ({"tasks": "a", "temperature": (0.0, 1.0)}, ValueError, "temperature must be positive"),
     ],
 )

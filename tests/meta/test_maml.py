@@ -302,7 +302,8 @@ def test_a_model_whose_code_reads_a_masked_weight():
             return self.out(self.attention(x, x, x, need_weights=False)[0]).mean(1)
 
     model = mm.convert(Attention(), mask_init="normal").double()
-    nn.init.normal_(model.attention.out_proj._parameters["bias"])  # 0 has no use for a mask
+    for bias in (model.attention.out_proj._parameters["bias"], model.attention._parameters["in_proj_bias"]):
+        nn.init.normal_(bias)  # 0 has no use for a mask
     maml = MAML(model, LR, 2)
     assert not maml._adapted.mixed and "attention.out_proj.masks.default" in maml.adapted_names
     x, y = torch.randn(TASKS, 5, 3, 4, dtype=torch.float64), torch.randn(TASKS, 5, 1, dtype=torch.float64)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from support.strides import SIZES, Sizes
-
 from metamask_ext.bench.cuda_timing import Cpu, Gpu
 from metamask_ext.bench.cuda_timing import Device as TimingDevice
+from support.strides import SIZES, Sizes
 
 STAND_IN_TOOL = Path(__file__).with_name("stand_in_tool.py")
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-
 from metamask_ext.bench import cuda_case
 from metamask_ext.bench.cases import SUITES, Case
 

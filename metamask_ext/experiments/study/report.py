@@ -57,7 +57,7 @@ def forgetting_claim() -> Claim:
         "{sequence:.2g}; of masks on a frozen W it stays {lottery:.2g}.",
         lambda metrics: in_order(metrics, "masked", "sequence", "lottery"),
         lambda n: (
-            n["masked"] > max(5 * n["masked_learned"], 0.5 * n["sequence"]) and abs(n["lottery"] - n["lottery_learned"]) < 1e-9
+            n["masked"] > max(2 * n["masked_learned"], 0.5 * n["sequence"]) and abs(n["lottery"] - n["lottery_learned"]) < 1e-9
         ),
     )
 
