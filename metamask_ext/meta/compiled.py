@@ -143,7 +143,7 @@ def _of_task(arguments: PyTree, task: int) -> PyTree:
 
 
 class GivenLayers:
-    """The tensors that the layers of an adapted model are given in a graph: what is adapted, and the tensors of its start that are not."""
+    """The tensors that the layers of an adapted model are given in a graph: the adapted ones, and those of its start."""
 
     def __init__(self, adapted: AdaptedModel):
         self._adapted, self._model = adapted, adapted.model
