@@ -143,7 +143,7 @@ def _of_task(arguments: PyTree, task: int) -> PyTree:
 
 
 class GivenLayers:
-    """Gives the layers of an adapted model their tensors in a graph: those that are adapted, and those of its start that are not."""
+    """Gives the layers of an adapted model their tensors in a graph: the adapted ones, and those of its start that are not."""
 
     def __init__(self, adapted: AdaptedModel):
         self._adapted, self._model = adapted, adapted.model
