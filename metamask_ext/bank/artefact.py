@@ -54,7 +54,7 @@ class Artefact:
 
     @property
     def packed(self) -> bool:
-        """Whether its masks are bits."""
+        """True if its masks are bits."""
         return not any(key.startswith(LOGITS) for key in self.tensors)
 
     @property

@@ -1,4 +1,4 @@
-"""What was measured of a task, recorded in ``bank.json`` beside it."""
+"""Measurements of a task, recorded in ``bank.json`` beside it."""
 
 from __future__ import annotations
 

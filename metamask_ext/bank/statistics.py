@@ -1,4 +1,4 @@
-"""What can be said of the masks of a bank's folder: densities, overlaps, weights used by k tasks, pictures of masks."""
+"""Numbers of the masks of a bank's folder: densities, overlaps, weights used by k tasks, pictures of masks."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _threshold(settings: LayerSettings) -> float:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is shown of a bank.
+    """The numbers that are shown of a bank.
 
     Attributes:
         density: ``[tasks, layers]``, the share of weights that are on.
@@ -205,7 +205,7 @@ def _reduced(mask: Bools, height: int, width: int) -> Bytes:
         if shares.shape[axis] != size:
             edges = numpy.linspace(0, shares.shape[axis], size + 1).astype(numpy.int64)
             lengths = numpy.diff(edges).reshape((-1, 1) if axis == 0 else (1, -1)).astype(numpy.float32)
-            shares = numpy.add.reduceat(shares, edges[:-1], axis=axis) / lengths
+            shares = (numpy.add.reduceat(shares, edges[:-1], axis=axis) / lengths).astype(numpy.float32)
     found: Bytes = numpy.rint(shares * 255).astype(numpy.uint8)
     return found
 

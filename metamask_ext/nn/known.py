@@ -52,18 +52,18 @@ def layers_of(model: nn.Module) -> list[TaskLayer]:
 
 
 class Known:
-    """What was found right of a model at these counts: keys of tasks that every layer knows, and more that depends on it."""
+    """The facts that were found of a model at these counts: keys of tasks that every layer knows, and more that depends on it."""
 
     def __init__(self, changes: int, modules: int):
         self.changes, self.modules = changes, modules
         self.keys: set[str] = set()
         self.one_place = False
-        """Whether no layer is both below a module with ``batch_first=False`` and elsewhere."""
+        """True if no layer is both below a module with ``batch_first=False`` and elsewhere."""
         self.numbered: tuple[ref[TaskLayer], ...] = ()
         """The layers, where all of them count their tasks alike."""
 
     def holds(self) -> bool:
-        """Whether nothing has come or gone since."""
+        """True if nothing has come or gone since."""
         return self.changes == CHANGES.count and self.modules == _MODULES.count
 
     def first(self) -> TaskDict | None:
@@ -72,7 +72,7 @@ class Known:
         return None if layer is None else layer._task_dict()
 
     def are_numbered(self, layers: Sequence[TaskLayer]) -> bool:
-        """Whether these are the layers that count their tasks alike."""
+        """True if these are the layers that count their tasks alike."""
         return len(self.numbered) == len(layers) and all(of() is layer for of, layer in zip(self.numbered, layers))
 
 
@@ -80,7 +80,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
 
 def known_of(model: nn.Module) -> Known:
-    """What is known of ``model`` now; ask before a check, and add what it finds. As long as it is valid, it is the same object.
+    """The facts known of ``model`` now; ask before a check, and add what it finds. As long as it is valid, it is the same object.
 
     TypeError if ``model`` is no module.
     """

@@ -66,7 +66,7 @@ class TaskBatch(Selection):
         if times == 1:
             return self
         view = copy.copy(self)
-        make: Callable[[Sequence[str | None]], TaskBatch] = type(self)  # type: ignore[assignment]  # a MarkedBatch has None among them
+        make: Callable[[Sequence[str | None]], TaskBatch] = type(self)
         view._copies = make([name for name in self._of_samples for _ in range(times)])
         return view
 
@@ -122,7 +122,7 @@ class TaskBatch(Selection):
 
     @property
     def differs(self) -> bool:
-        """Whether not all samples are computed alike: it then counts which dimension is theirs."""
+        """True if not all samples are computed alike: it then counts which dimension is theirs."""
         return len(self.keys) > 1
 
     def run(self, layer: nn.Module, input: Tensor, sample_dim: int, function: Callable[[Tensor, TaskBatch], Any]) -> Any:
