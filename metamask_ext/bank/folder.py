@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -227,16 +228,23 @@ class Source:
     """An opened bank, from which layers fetch their part of a task: its file is opened once for all of them.
 
     Attributes:
-        kept: the tensors of a task, as its file has them.
         residency: is told of each task that is fetched.
     """
 
     def __init__(self, store: Store, kept: Sequence[Kept], residency: Residency | None = None):
-        self.store, self.kept, self.residency = store, kept, residency
+        self.store, self.residency = store, residency
+        # Weakly: a model that is let go of takes its tasks with it at once, also where something of it knows this source.
+        self._parts = [(ref(each.tensors), {**vars(each), "tensors": None}) for each in kept]
         self.states: dict[str, dict[str, str]] = {}
         """Of tasks that were read when the bank was opened: the digests of what is no mask, by name."""
         self._lock = ThreadLock()
         self._rest: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def kept(self) -> list[Kept]:
+        """The tensors of a task, as its file has them, with the model's TaskDicts."""
+        found = ((tensors(), entries) for tensors, entries in self._parts)
+        return [Kept(**{**entries, "tensors": tensors}) for tensors, entries in found if tensors is not None]
 
     def fetch(self, each: Kept) -> Fetch:
         """Return the function that gives a TaskDict its part."""

@@ -1,4 +1,4 @@
-"""Takes what other processes have saved into a bank's folder over by a model that was loaded from there."""
+"""Saves of other processes into a bank's folder, taken over by a model that was loaded from there."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _check_own(model: nn.Module, store: Store, newer: Store, kept: Sequence[Kept
 
 
 def _is_saved(store: Store, newer: Store, kept: Sequence[Kept], name: str) -> bool:
-    """True if what the model holds of a task is what a file had: the one that it was loaded from, or the one that is there now."""
+    """Return whether the model holds of a task what its file had: that which it was loaded from, or that which is there now."""
     key = escape(name)
     here = {each.key(name): tensor for each in kept if (tensor := each.tensors._held(key)) is not None}
     if not here:

@@ -1,4 +1,4 @@
-"""Statistics of the masks of a bank's folder: densities, overlaps, weights used by k tasks, pictures of masks."""
+"""Numbers of the masks of a bank's folder: densities, overlaps, weights used by k tasks, pictures of masks."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Call:
         return Call(inputs, options, self._dims, self._output_dims, self._rows)
 
     def marked(self, module: nn.Module, output: Any, batch: MarkedBatch) -> Any:
-        """The output that the call for the samples that have a task returned, with NaN for all others."""
+        """The output of a call for the samples that have a task, with NaN for all others."""
         leaves, form = tree_flatten(output)
         dims = [self._output_dims] * len(leaves) if isinstance(self._output_dims, int) else self._output_dims
         marked = [batch.marked(module, leaf, dim) if isinstance(leaf, Tensor) else leaf for leaf, dim in zip(leaves, dims)]

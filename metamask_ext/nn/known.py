@@ -52,7 +52,7 @@ def layers_of(model: nn.Module) -> list[TaskLayer]:
 
 
 class Known:
-    """Findings about a model at these counts: keys of tasks that every layer knows, and more that depends on it."""
+    """The facts that were found of a model at these counts: keys of tasks that every layer knows, and more that depends on it."""
 
     def __init__(self, changes: int, modules: int):
         self.changes, self.modules = changes, modules
@@ -80,7 +80,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
 
 def known_of(model: nn.Module) -> Known:
-    """The findings about ``model`` now; ask before a check, and add what it finds. As long as it is valid, it is the same object.
+    """The facts known of ``model`` now; ask before a check, and add what it finds. As long as it is valid, it is the same object.
 
     TypeError if ``model`` is no module.
     """

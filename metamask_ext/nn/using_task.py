@@ -137,7 +137,7 @@ class using_task(ContextDecorator, Generic[E]):
         self._chosen = (known, *self._choose(known))
 
     def _choose(self, known: Known) -> tuple[Key, Unknown | None]:
-        """The selection of the block; with ``unknown="mark"`` what of the names is not known now. ValueError if that cannot be."""
+        """The key or selection of the block; with ``unknown="mark"`` the unknown names. ValueError if that cannot be."""
         named, unknown = self._named, None
         if isinstance(named, Selection):
             check_known(self._model, known, named.key_set, named.names)
@@ -178,7 +178,7 @@ class using_task(ContextDecorator, Generic[E]):
         return dict(named.slots) if named.changes == CHANGES.count else dict.fromkeys(named.slots)
 
     def _keys(self, chosen: Key) -> Keys:
-        """The selection for each layer that the model has now."""
+        """The key or selection of each layer that the model has now."""
         layers = layers_of(self._model)
         if (used := layers[0]._task_dict()._used) is not None:
             used((chosen,) if isinstance(chosen, str) else chosen.keys)

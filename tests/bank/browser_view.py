@@ -42,7 +42,7 @@ class Shown:
         return self.page.text_content("#masks-title")
 
     def masks(self):
-        return self.page.evaluate("JSON.stringify(document.getElementById('mask-a').data[0].z)")
+        return self.page.evaluate("JSON.stringify(['mask-a', 'mask-b'].map((id) => document.getElementById(id).data[0].z))")
 
     def click(self, name):
         box = self.page.locator(f"#{name} .nsewdrag").first.bounding_box()
@@ -64,7 +64,7 @@ def test_a_click_and_a_search_change_the_pictures(browser, tmp_path):
     for click in ("overlap", "density"):
         before = shown.title(), shown.masks()
         shown.click(click)
-        assert shown.title() != before[0] and shown.masks() != before[1]
+        assert shown.title() != before[0] and shown.masks() != before[1], click
     shown.page.fill("#a", "bold")
     shown.page.keyboard.press("Tab")
     assert "<b>bold</b> & more beside" in shown.title()

@@ -182,7 +182,7 @@ class TestLeaving:
 
 
 class TestStaying:
-    """Tensors that are in no file stay in memory, whatever the bound."""
+    """Tasks that are in no file stay in memory, whatever the bound."""
 
     def bank(self, folder, **options) -> MaskBank:
         saved(folder, logits="c")

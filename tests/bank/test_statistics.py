@@ -1,4 +1,4 @@
-"""Statistics of a bank's masks, against masks that were made by hand; the commands that print it; the page."""
+"""Numbers of a bank's masks, against masks that were made by hand; the commands that print it; the page."""
 
 from __future__ import annotations
 
