@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import pytest
@@ -9,6 +10,17 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import metamask_ext as mm
+
+
+def test_a_step_with_nothing_to_do_and_nobody_to_see_it_is_left_out(monkeypatch):
+    model = mm.nn.MaskedLinear(3, 2)
+    optimizer, calls = mm.optim.FusedMaskedSGD(model, 0.1), []
+    monkeypatch.setattr(sys.modules["torch.optim.sgd"], "sgd", lambda *arguments, **options: calls.append(1))
+    optimizer.backward(model(torch.ones(4, 3)).sum())
+    assert not calls
+    model(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    assert calls
 
 
 def _watched(kind, optimizer, seen):

@@ -27,8 +27,6 @@ from metamask_ext.torch_private import has_global_step_hooks, has_gradient_hooks
 from .graph import Node, walk
 from .use import MaskUse
 
-_OWN_HOOKS = 2
-
 
 class FusedOptimizer(torch.optim.Optimizer):
     """An optimiser of torch, its next base class, that takes its step inside the backward where it can.
@@ -153,8 +151,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         A call that finds nothing to do takes as long as a small layer's backward.
         """
-        hooks = len(self._optimizer_step_pre_hooks) + len(self._optimizer_step_post_hooks)
-        return self._has_other_step or "step" in self.__dict__ or hooks > _OWN_HOOKS or has_global_step_hooks()
+        own = (_find_new_tasks, _scale_masks, _keep_outside)
+        hooks = (*self._optimizer_step_pre_hooks.values(), *self._optimizer_step_post_hooks.values())
+        others = self._has_other_step or "step" in self.__dict__ or any(hook not in own for hook in hooks)
+        # To scale masks is for all processes at once, whether this one has gradients or not.
+        return others or self._use is not None or has_global_step_hooks()
 
     @property
     def param_groups(self) -> list[StateDict]:
