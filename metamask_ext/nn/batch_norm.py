@@ -88,6 +88,10 @@ class TaskBatchNorm2d(PerTask, nn.BatchNorm2d):
         return output
 
     def _forward_batch(self, input: Tensor, batch: TaskBatch) -> Tensor:
+        if self.training and self.track_running_stats and "running_mean" not in self._own():
+            # Statistics that all tasks share take in one task after another.
+            output: Tensor = super()._forward_batch(input, batch)
+            return output
         self._check_input_dim(input)
         positions = batch.positions(input.device)
         x = input.to(torch.promote_types(input.dtype, torch.float32))

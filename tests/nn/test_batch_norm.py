@@ -11,7 +11,7 @@ import torch
 from support.models import assert_same_gradients, gradients
 from torch import nn
 
-from metamask_ext import add_task, convert, merge, remove_task, slots, tasks, using_task
+from metamask_ext import MaskBank, add_task, convert, merge, remove_task, slots, tasks, using_task
 from metamask_ext.nn import MaskedConv2d, TaskBatchNorm2d
 
 NAMES = ["b", "a", "b", "b", "a"]
@@ -303,3 +303,20 @@ def test_compiled_models_are_right_for_one_task_and_for_many(backend):
         (got, got_gradients), (wanted, wanted_gradients) = results
         torch.testing.assert_close(got, wanted)
         assert_same_gradients(got_gradients, wanted_gradients)
+
+
+def test_a_mixed_batch_trains_statistics_that_tasks_share():
+    """With weight and bias alone of each task, a mixed-task batch is its tasks one after another."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(MaskedConv2d(1, 2, 3), torch.nn.BatchNorm2d(2)).double()
+    MaskBank(model, per_task=["1.weight", "1.bias"]).add_task("b")
+    torch.nn.init.normal_(model[1].per_task["weight"]["b"])
+    other, x = copy.deepcopy(model), torch.randn(4, 1, 5, 5, dtype=torch.float64)
+    with using_task(model, ["default", "b", "default", "b"]):
+        y = model(x)
+    for first, task in enumerate(("default", "b")):
+        with using_task(other, task):
+            torch.testing.assert_close(y[first::2], other(x[first::2]), rtol=1e-10, atol=1e-12)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(model[1], name), getattr(other[1], name))
+    assert model[1].num_batches_tracked == 2

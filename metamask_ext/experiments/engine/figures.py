@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,24 +159,3 @@ def legend_above(figure: Figure, axes: Axes, title: str, columns: int = 3) -> No
     """One legend above all panels, with the lines of ``axes``."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=columns, title=title, title_fontsize=8)
-
-
-def label_ends(axes: Axes, place: float, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write each line's name beside its end, names moved apart where they would overlap; call it when the limits are set.
-
-    Args:
-        axes: to draw on.
-        place: of the ends on the horizontal axis.
-        ends: of each line the value there, its name and its colour.
-    """
-    to_share = axes.transAxes.inverted()
-    apart, spots, ends = 0.055, list[float](), sorted(ends)
-    points = [to_share.transform(axes.transData.transform((place, value))) for value, _, _ in ends]
-    for _, height in points:
-        spots.append(max(float(height), spots[-1] + apart if spots else -math.inf))
-    highest = 1 - apart / 2
-    for index in reversed(range(len(spots))):
-        spots[index] = min(spots[index], highest)
-        highest = spots[index] - apart
-    for (right, _), spot, (_, name, color) in zip(points, spots, ends):
-        axes.text(float(right) + 0.02, spot, name, fontsize=8, color=color, va="center", transform=axes.transAxes)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from metamask_ext.data import load_digits
 
 from ...engine.claims import Claim, Metrics, Numbers, mean
-from ...engine.figures import Figures, Style, bands, label_ends, legend_above, new_figure, plot_seeds
+from ...engine.figures import Figures, Style, bands, label_lines, legend_above, new_figure, plot_seeds
 from ...engine.jobs import Job, Json, Key
 from ...engine.run_folder import RunFolder, Scores
 from ...engine.settings import Changes, OptionError
@@ -310,23 +310,25 @@ def figures(metrics: Metrics) -> Figures:
 
 def _plot_many(axes: Axes, found: Mapping[str, list[Json]]) -> None:
     """The mean accuracy of the tasks so far, with direct labels."""
-    ends: list[tuple[float, str, str]] = []
+    ends: list[list[float]] = []
     for method, runs in found.items():
         values = [[fmean(accuracies) for accuracies in run["accuracy"]] for run in runs]
         plot_seeds(axes, "plain", LABELS[method], range(1, len(values[0]) + 1), values, style=LINES[method])
-        ends.append((fmean(seed[-1] for seed in values), LABELS[method], LINES[method]["color"]))
+        ends.append([seed[-1] for seed in values])
+    lines = list(axes.lines)
     single = fmean(run["accuracy"][0][0] for run in found["sequence+ewc"])
     count = len(found["sequence"][0]["accuracy"])
     axes.axhline(single, color="#555555", linestyle=(0, (6, 3)), linewidth=1.0)
     axes.annotate("a net on one task only", (1, single), (0, 4), textcoords="offset points", fontsize=8, color="#555555")
-    axes.set(xlabel="tasks learned (number)", ylabel="test accuracy, tasks so far (%)", ylim=(0, 104), xlim=(1, count * 1.5))
-    label_ends(axes, count, ends)
+    axes.set(xlabel="tasks learned (number)", ylabel="test accuracy, tasks so far (%)", ylim=(0, 104))
+    label_lines(axes, [LABELS[method] for method in found], ends, lines=lines)
     axes.set_xticks(range(1, count + 1))
 
 
 def _plot_overlap(axes: Axes, metrics: Metrics) -> None:
     """Overlap over depth, of the Fisher information and of the masks."""
-    ends: list[tuple[float, str, str]] = []
+    names: list[str] = []
+    ends: list[list[float]] = []
     styles = (("fisher", "Fisher", "-", ("#999999", "#000000")), ("masks", "masks", "--", ("#56B4E9", "#0072B2")))
     depth = metrics["settings"]["overlap"]["depth"] + 1
     for kind, label, line, colors in styles:
@@ -335,9 +337,9 @@ def _plot_overlap(axes: Axes, metrics: Metrics) -> None:
             name = f"{label}, {square}x{square}"
             style = {"color": colors[place], "linestyle": line, "marker": "o", "markersize": 3}
             plot_seeds(axes, "plain", name, range(1, depth + 1), values, style=style)
-            ends.append((fmean(seed[-1] for seed in values), name, colors[place]))
+            names.append(name)
+            ends.append([seed[-1] for seed in values])
     axes.set(xlabel="layer, from the input on (number)", ylabel="overlap of two tasks (1: the same)", ylim=(0, 1.04))
-    axes.set_xlim(1, depth * 1.45)
-    label_ends(axes, depth, ends)
+    label_lines(axes, names, ends)
     axes.set_xticks(range(1, depth + 1))
     axes.set_title("by the pixels that the second task permutes", fontsize=10)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from metamask_ext.data import load_characters, load_digits
 
 from ...engine.claims import Claim, Metrics, Numbers, mean
-from ...engine.figures import Figures, Style, bands, label_ends, new_figure, plot_seeds
+from ...engine.figures import Figures, Style, bands, label_lines, new_figure, plot_seeds
 from ...engine.jobs import Job, Json, Key
 from ...engine.run_folder import RunFolder, Scores
 from ...engine.settings import Changes, OptionError
@@ -266,9 +266,7 @@ def _plot(axes: Axes, counts: list[int], values: dict[str, list[list[float]]]) -
     """A line for each method, with its name at its end."""
     for method, runs in values.items():
         plot_seeds(axes, "plain", LABELS[method], counts, runs, style={"markersize": 4, **LINES[method]})
-    axes.set(xlabel="labelled digits (number)", xscale="log", xlim=(counts[0] * 0.8, counts[-1] * (counts[-1] / counts[0]) ** 0.45))
+    axes.set(xlabel="labelled digits (number)", xscale="log")
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
-    label_ends(
-        axes, counts[-1], [(fmean(run[-1] for run in runs), LABELS[name], LINES[name]["color"]) for name, runs in values.items()]
-    )
+    label_lines(axes, [LABELS[name] for name in values], [[run[-1] for run in runs] for runs in values.values()])
